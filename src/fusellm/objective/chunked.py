@@ -1,0 +1,236 @@
+"""The objective from last hidden states and the head, chunk by chunk, in one pass.
+
+A [N, V] tensor never exists: each chunk's logits give its loss and, at once, the gradients of
+hidden states and head; the backward only scales them.
+
+N positions, d hidden size, V vocabulary, C positions of a chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusellm.objective.outcomes import Outcomes
+
+_CHUNK_ELEMENTS = 1 << 20  # of C x V logits: a few MB, which stay in cache on a CPU
+_CHUNK_ELEMENTS_GPU = 1 << 27
+
+
+@dataclass(frozen=True)
+class Head:
+    """How an architecture turns a hidden state into logits.
+
+    logits = cap(scale · (h Wᵀ + bias)), with cap(z) = softcap · tanh(z / softcap).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[C, V] float32 logits of [C, d] hidden states."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            z = z * self.scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over positions, in nats. Only `total` carries a gradient."""
+
+    total: torch.Tensor
+    clm: torch.Tensor
+    fusion: torch.Tensor
+
+
+def objective(
+    hidden: torch.Tensor,
+    head: Head,
+    labels: torch.Tensor,
+    outcomes: Outcomes | None = None,
+    clm_weight: float = 1.0,
+) -> Losses:
+    """Sum over positions of L = λ·L_CLM + (1−λ)·L_Fusion (FuseLLM, eq. 4; DESIGN section 6).
+
+    Args:
+        hidden: [N, d] last hidden states of the positions that predict.
+        labels: [N] int64, the true next tokens.
+        outcomes: fused distributions of the N positions; None where there are none.
+        clm_weight: λ, the weight of L_CLM at positions with a fused distribution; elsewhere it
+            is 1.
+
+    Returns:
+        `total`, and its parts: `clm` over all positions, `fusion` over those with a fused
+        distribution, both unweighted.
+
+    >>> hidden = torch.zeros(3, 2)
+    >>> losses = objective(hidden, Head(torch.zeros(4, 2)), torch.tensor([0, 1, 2]))
+    >>> round(losses.total.item() / 3, 4)
+    1.3863
+    """
+    if outcomes is None:
+        outcomes = Outcomes.none(len(labels), hidden.device)
+    total, clm, fusion = _Objective.apply(
+        hidden, head.weight, head.bias, head, labels, outcomes, clm_weight
+    )
+    return Losses(total, clm, fusion)
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        head: Head,
+        labels: torch.Tensor,
+        outcomes: Outcomes,
+        clm_weight: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        wants = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+        d_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+        budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
+        chunk = max(1, budget // weight.shape[0])
+        cuts = _Cuts(outcomes, chunk)
+        head = Head(weight, bias, head.scale, head.softcap)
+        for start in range(0, len(labels), chunk):
+            rows = slice(start, start + chunk)
+            logits = head.logits(hidden[rows])
+            d_logits, parts = _chunk_losses(
+                logits, labels[rows], cuts.chunk(start), clm_weight, any(wants)
+            )
+            sums += parts
+            if d_logits is None:
+                continue
+            if head.softcap is not None:
+                d_logits *= 1 - (logits / head.softcap) ** 2
+            if head.scale != 1.0:
+                d_logits *= head.scale
+            narrow = d_logits.to(weight.dtype)
+            if d_hidden is not None:
+                torch.mm(narrow, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                if d_weight.dtype == weight.dtype:
+                    d_weight.addmm_(narrow.t(), hidden[rows])
+                else:
+                    d_weight += narrow.t() @ hidden[rows]
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.gradients = (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+        total, clm, fusion = sums.to(torch.float32).unbind()
+        ctx.mark_non_differentiable(clm, fusion)
+        return total, clm, fusion
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = grad_outputs[0]
+        return (
+            *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.gradients),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _Cuts:
+    """Slices of the outcomes that belong to each chunk of positions."""
+
+    def __init__(self, outcomes: Outcomes, chunk: int) -> None:
+        self._outcomes = outcomes
+        self._chunk = chunk
+        edges = torch.arange(
+            0, len(outcomes.present) + chunk, chunk, device=outcomes.row.device, dtype=torch.int64
+        )
+        first_outcome = torch.searchsorted(outcomes.row, edges)
+        first_member = torch.searchsorted(outcomes.member_outcome, first_outcome)
+        self._first_outcome: list[int] = first_outcome.tolist()
+        self._first_member: list[int] = first_member.tolist()
+
+    def chunk(self, start: int) -> Outcomes:
+        """The outcomes of positions [start, start + chunk), counted from there."""
+        n = start // self._chunk
+        rows = slice(start, start + self._chunk)
+        outcome = slice(self._first_outcome[n], self._first_outcome[n + 1])
+        member = slice(self._first_member[n], self._first_member[n + 1])
+        whole = self._outcomes
+        return Outcomes(
+            whole.present[rows],
+            whole.rest[rows],
+            whole.row[outcome] - start,
+            whole.mass[outcome],
+            whole.member_outcome[member] - outcome.start,
+            whole.member_id[member],
+        )
+
+
+def _chunk_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    outcomes: Outcomes,
+    clm_weight: float,
+    wants_gradient: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Gradient of the chunk's loss in its logits, and (total, clm, fusion)."""
+    position = torch.arange(len(labels), device=labels.device)
+    fusion_weight = torch.where(outcomes.present, 1.0 - clm_weight, 0.0)
+    clm_weights = torch.where(outcomes.present, clm_weight, 1.0)
+    log_z = torch.logsumexp(logits, dim=-1)
+    clm = log_z - logits[position, labels]
+    fusion = torch.zeros_like(clm)
+
+    member_row = outcomes.row[outcomes.member_outcome]
+    member_log_p = logits[member_row, outcomes.member_id] - log_z[member_row]
+    log_mass = _logsumexp_by(member_log_p, outcomes.member_outcome, len(outcomes.row))
+    fusion.index_add_(0, outcomes.row, -outcomes.mass * log_mass)
+
+    has_rest = outcomes.rest > 0
+    log_rest = outside = None
+    if bool(has_rest.any()):
+        outside = logits.clone()
+        outside[member_row, outcomes.member_id] = -torch.inf
+        outside = outside[has_rest]
+        log_rest = torch.logsumexp(outside, dim=-1)
+        some_left = log_rest > -torch.inf
+        rest = torch.where(some_left, outcomes.rest[has_rest], 0.0)
+        fusion[has_rest] -= rest * torch.where(some_left, log_rest - log_z[has_rest], 0.0)
+
+    parts = torch.stack(
+        [(clm_weights * clm + fusion_weight * fusion).sum(), clm.sum(), fusion.sum()]
+    ).double()
+    if not wants_gradient:
+        return None, parts
+    gradient = torch.exp(logits - log_z[:, None])
+    mass_sum = torch.zeros_like(clm).index_add_(0, outcomes.row, outcomes.mass)
+    if log_rest is not None and outside is not None:
+        mass_sum[has_rest] += rest
+    gradient *= (clm_weights + fusion_weight * mass_sum)[:, None]
+    gradient[position, labels] -= clm_weights
+    share = torch.exp(member_log_p - log_mass[outcomes.member_outcome])
+    pull = fusion_weight[member_row] * outcomes.mass[outcomes.member_outcome] * share
+    gradient.index_put_((member_row, outcomes.member_id), -pull, accumulate=True)
+    if log_rest is not None and outside is not None:
+        spread = torch.exp(outside - torch.where(some_left, log_rest, 0.0)[:, None])
+        gradient[has_rest] -= (fusion_weight[has_rest] * rest)[:, None] * spread
+    return gradient, parts
+
+
+def _logsumexp_by(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    highest = values.new_full((groups,), -torch.inf).scatter_reduce_(0, group, values, "amax")
+    sums = values.new_zeros(groups).index_add_(0, group, torch.exp(values - highest[group]))
+    return highest + torch.log(sums)

@@ -1,0 +1,45 @@
+"""Cutting a document into blocks that, joined, are the document."""
+
+import re
+from collections.abc import Iterator
+
+_LAST_SPACE = re.compile(rb"[ \t\r\f\v\n](?=[^ \t\r\f\v\n]*$)")
+
+
+def cut(text: str, block_bytes: int) -> Iterator[str]:
+    """Cut a text into blocks of at most `block_bytes` bytes of UTF-8.
+
+    A cut is made after the last line end that fits, else after the last white space, else
+    between two characters. An empty text gives no block.
+
+    Raises:
+        ValueError: `block_bytes` is under 4, the longest character.
+
+    >>> list(cut("one\\ntwo three", 8))
+    ['one\\n', 'two ', 'three']
+    """
+    if block_bytes < 4:
+        raise ValueError(f"block_bytes must be at least 4, the longest character; got {block_bytes}")
+    data = text.encode("utf-8")
+    start = 0
+    while start < len(data):
+        end = min(start + block_bytes, len(data))
+        if end < len(data):
+            end = start + _cut_point(data[start:end], data[end])
+        yield data[start:end].decode("utf-8")
+        start = end
+
+
+def _cut_point(window: bytes, following: int) -> int:
+    line_end = window.rfind(b"\n")
+    if line_end >= 0:
+        return line_end + 1
+    space = _LAST_SPACE.search(window)
+    if space is not None:
+        return space.end()
+    at = len(window)
+    if following & 0xC0 == 0x80:  # the window ends inside a character: go back to where it begins
+        at -= 1
+        while window[at] & 0xC0 == 0x80:
+            at -= 1
+    return at
