@@ -363,9 +363,7 @@ def _known_keys(steps: Sequence[Any]) -> list[str]:
             if (field.alias or name) == step
             for inner in _blocks_in(field.annotation)
         ]
-    return [
-        field.alias or name for block in blocks for name, field in block.model_fields.items()
-    ]
+    return [field.alias or name for block in blocks for name, field in block.model_fields.items()]
 
 
 def _listing(steps: Sequence[Any]) -> str:

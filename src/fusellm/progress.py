@@ -5,7 +5,7 @@ and time left, a test shows nothing.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -15,27 +15,25 @@ class Bar(Protocol):
     def advance(self, amount: float = 1, note: str = "") -> None:
         """`amount` more units are done; `note` is shown beside the bar."""
 
+    def resize(self, total: float) -> None:
+        """The number of units is known now."""
+
 
 class Progress(Protocol):
     """Where bars and messages go."""
 
-    def start(self, what: str, total: float, unit: str) -> "BarContext":
-        """A bar over `total` units, for use in a `with` statement."""
+    def start(self, what: str, total: float, unit: str) -> AbstractContextManager[Bar]:
+        """A bar over `total` units, for use in a `with` statement; 0 where that is not known."""
 
     def say(self, message: str) -> None:
         """One line for the user."""
 
 
-class BarContext(Protocol):
-    """A bar that is shown while the `with` block runs."""
-
-    def __enter__(self) -> Bar: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
 class _Nothing:
     def advance(self, amount: float = 1, note: str = "") -> None:
+        pass
+
+    def resize(self, total: float) -> None:
         pass
 
 

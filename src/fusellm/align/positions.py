@@ -20,7 +20,7 @@ class Situation(IntEnum):
     CROSSED = 4
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _align(target_ends: np.ndarray, source_ends: np.ndarray, source_of_target: np.ndarray) -> None:
     j = 0
     for i in range(len(target_ends)):
@@ -61,22 +61,24 @@ def align(target_ends: np.ndarray, source_ends: np.ndarray) -> np.ndarray:
 def situations(
     target_ends: np.ndarray, source_ends: np.ndarray, source_of_target: np.ndarray
 ) -> np.ndarray:
-    """The situation of each target position (DESIGN: the next piece).
+    """The situation of each target position that predicts (DESIGN: the next piece).
 
-    A block's end counts as the end of what follows its last position.
+    Args:
+        target_ends: [T] boundaries.
+        source_ends: [S] boundaries.
+        source_of_target: [T-1] what `align` found for all positions but the last ones.
 
     Returns:
-        [T] int8 of `Situation`.
+        [T-1] int8 of `Situation`.
 
-    >>> target, source = np.array([0, 2, 6, 8]), np.array([0, 2, 4, 6, 9])
-    >>> situations(target, source, align(target, source)).tolist()
+    >>> target, source = np.array([0, 2, 6, 8, 9]), np.array([0, 2, 4, 6, 9])
+    >>> situations(target, source, align(target[:-1], source[:-1])).tolist()
     [1, 2, 3, 0]
     """
-    result = np.full(len(target_ends), Situation.UNALIGNED, dtype=np.int8)
+    result = np.full(len(source_of_target), Situation.UNALIGNED, dtype=np.int8)
     aligned = source_of_target >= 0
-    past = np.iinfo(np.int64).max
-    target_next = np.append(target_ends[1:], past)[aligned]
-    source_next = np.append(source_ends, past)[source_of_target[aligned] + 1]
+    target_next = target_ends[1:][aligned]
+    source_next = source_ends[source_of_target[aligned] + 1]
     comes_back = np.isin(target_next, source_ends)
     result[aligned] = np.where(
         source_next == target_next,

@@ -75,7 +75,7 @@ def objective(
     """
     if outcomes is None:
         outcomes = Outcomes.none(len(labels), hidden.device)
-    total, clm, fusion = _Objective.apply(
+    total, clm, fusion = _Objective.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, labels, outcomes, clm_weight
     )
     return Losses(total, clm, fusion)

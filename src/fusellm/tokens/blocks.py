@@ -19,7 +19,9 @@ def cut(text: str, block_bytes: int) -> Iterator[str]:
     ['one\\n', 'two ', 'three']
     """
     if block_bytes < 4:
-        raise ValueError(f"block_bytes must be at least 4, the longest character; got {block_bytes}")
+        raise ValueError(
+            f"block_bytes must be at least 4, the longest character; got {block_bytes}"
+        )
     data = text.encode("utf-8")
     start = 0
     while start < len(data):

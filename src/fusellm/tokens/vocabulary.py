@@ -64,15 +64,13 @@ class Vocabulary:
     @cached_property
     def is_text(self) -> np.ndarray:
         """[V] bool, whether the id is a token that stands for text."""
-        return np.array([token is not None for token in self.token_bytes], dtype=np.bool_)
+        return np.array([token is not None for token in self.token_bytes])
 
     @cached_property
     def may_be_dummy(self) -> np.ndarray:
         """[V] bool, whether the token begins with a space mark that may stand for no space."""
-        return np.array(
-            [self.space_mark and bool(token) and token[:1] == b" " for token in self.token_bytes],
-            dtype=np.bool_,
-        ) & ~self.is_fallback
+        begins = [(token or b"").startswith(b" ") for token in self.token_bytes]
+        return np.asarray(np.array(begins) & self.space_mark & ~self.is_fallback)
 
     def __len__(self) -> int:
         return len(self.token_bytes)

@@ -13,7 +13,7 @@ from fusellm.tokens.vocabulary import Vocabulary
 _FAILED = -1
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _walk(
     text: np.ndarray,
     ids: np.ndarray,
@@ -45,7 +45,9 @@ def _walk(
     return _FAILED if cursor == len(text) else len(ids)
 
 
-def boundaries(text: bytes, ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray | None:
+def boundaries(
+    text: bytes, ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary
+) -> np.ndarray | None:
     """The byte offset in `text` where each token ends.
 
     Each token's bytes must equal the text at the cursor. The one licence is a leading space mark

@@ -62,7 +62,9 @@ class Specialist:
 
 SPECIALISTS = {
     "prose": Specialist("prose", "prose", "llama", "sentencepiece_like_bpe", 8192, 18_000_000),
-    "python": Specialist("python", "python", "gpt_neox", "byte_level_bpe", 8192, 22_000_000, seed=1),
+    "python": Specialist(
+        "python", "python", "gpt_neox", "byte_level_bpe", 8192, 22_000_000, seed=1
+    ),
     "cpp": Specialist("cpp", "cpp", "mpt", "byte_level_unigram", 7168, 18_000_000, seed=2),
 }
 
@@ -98,9 +100,8 @@ def train(
     specialist: Specialist,
     tokenizer: PreTrainedTokenizerFast,
     documents: Sequence[Document],
-    on_step: Callable[[Step], None],
-) -> PreTrainedModel:
-    """Train a specialist from scratch on the zoo's part of the built-in corpus.
+) -> Iterator[tuple[PreTrainedModel, Step]]:
+    """Train a specialist from scratch on the zoo's part of the built-in corpus, step by step.
 
     AdamW (0.9, 0.95), weight decay 0.1, clipping 1, warm-up over 2 % and cosine decay to a tenth.
     """
@@ -120,14 +121,13 @@ def train(
         predicted = mask[:, 1:].bool()
         losses = objective(hidden[:, :-1][predicted], head_of(model), ids[:, 1:][predicted])
         mean = losses.total / predicted.sum()
-        mean.backward()  # type: ignore[no-untyped-call]
+        mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         tokens += int(predicted.sum())
         loss_nats = mean.item()
-        on_step(Step(step + 1, len(batches), loss_nats, tokens, time.perf_counter() - began))
-    return model.eval()
+        yield model, Step(step + 1, len(batches), loss_nats, tokens, time.perf_counter() - began)
 
 
 def build(specialist: Specialist, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -179,7 +179,7 @@ def save(
     card: str,
 ) -> None:
     """Write weights in half precision, tokenizer and card."""
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -220,9 +220,7 @@ def _mixture(
     return chosen
 
 
-def _encode(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast
-) -> list[list[int]]:
+def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     sequences: list[list[int]] = []
     cache: dict[str, list[list[int]]] = {}

@@ -70,21 +70,24 @@ def part_of(name: str) -> str:
 
 
 def documents(
-    parts: Iterable[str], on_file: Callable[[], None] | None = None
+    parts: Iterable[str],
+    domains: Iterable[str] = DOMAINS,
+    on_file: Callable[[], None] | None = None,
 ) -> Iterator[Document]:
-    """Read all documents of the given parts, in the order of their paths.
+    """Read all documents of the given parts and domains, in the order of their paths.
 
-    `on_file` is called once a file, for a progress bar over `count_files()`.
+    `on_file` is called once a file, for a progress bar over `count_files(domains)`.
 
     Raises:
         CorpusError: none of the packages is installed.
     """
-    wanted = frozenset(parts)
-    for distribution, root, path in _python_files():
+    wanted, domains = frozenset(parts), frozenset(domains)
+    for distribution, root, path in _python_files() if domains & {"prose", "python"} else []:
         if on_file is not None:
             on_file()
-        yield from _of_python_file(distribution, root, path, wanted)
-    for root, path in _header_files():
+        found = _of_python_file(distribution, root, path, wanted, domains)
+        yield from (document for document in found if document.domain in domains)
+    for root, path in _header_files() if "cpp" in domains else []:
         if on_file is not None:
             on_file()
         name = f"torch/include/{path.relative_to(root).as_posix()}"
@@ -94,9 +97,11 @@ def documents(
                 yield Document(name, "cpp", part_of(name), text)
 
 
-def count_files() -> int:
+def count_files(domains: Iterable[str] = DOMAINS) -> int:
     """How many files `documents` reads."""
-    return len(_python_files()) + len(_header_files())
+    domains = frozenset(domains)
+    python = len(_python_files()) if domains & {"prose", "python"} else 0
+    return python + (len(_header_files()) if "cpp" in domains else 0)
 
 
 def drop_near_duplicates(
@@ -174,8 +179,11 @@ def _header_files() -> list[tuple[Path, Path]]:
 
 
 def _of_python_file(
-    distribution: str, root: Path, path: Path, wanted: frozenset[str]
+    distribution: str, root: Path, path: Path, wanted: frozenset[str], domains: frozenset[str]
 ) -> Iterator[Document]:
+    file_name = f"{distribution}/{path.relative_to(root).as_posix()}"
+    if "prose" not in domains and part_of(file_name) not in wanted:
+        return
     source = path.read_bytes()
     try:
         with warnings.catch_warnings():
@@ -184,7 +192,6 @@ def _of_python_file(
         text = source.decode("utf-8")
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return  # a template or a sample of bad code; there are a few
-    file_name = f"{distribution}/{path.relative_to(root).as_posix()}"
     owners = list(_docstring_owners(tree, ""))
     for qualified_name, node in owners:
         name = f"{file_name}:{qualified_name}"

@@ -1,0 +1,5 @@
+"""`python -m fusellm`."""
+
+from fusellm.cli.main import main
+
+main()

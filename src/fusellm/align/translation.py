@@ -1,0 +1,202 @@
+"""Vocabulary maps: what a source token id becomes in the target vocabulary.
+
+Both maps of this module send ids to outcomes, an outcome being a set of target ids:
+
+    first      each target id is an outcome of its own; a source token goes to the target token of
+               its bytes, else to the first target token of its bytes
+    classes    the common partition: an outcome is a class that both tokenizers can tell apart
+
+Vs, Vt source and target vocabulary sizes; U outcomes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusellm.align.ragged import offsets_of
+from fusellm.tokens.encode import Encoder
+
+# What a token is encoded after. Each is a context in which one kind of token stands alone; the
+# first that no merge crosses is used.
+_ANCHORS = ("\n", "a", "0", ".", " ", "\u4e2d")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A vocabulary map of one source.
+
+    Attributes:
+        outcome_of_source: [Vs] int64, the outcome that each source id becomes; -1 for none.
+        outcome_of_target: [Vt] int64, the outcome that each target id belongs to; -1 for none.
+        outcomes: U.
+        complete: whether an outcome has the same probability under both models, so that ids
+            without one are themselves one outcome (numbered U), and not mass gone astray.
+    """
+
+    outcome_of_source: np.ndarray
+    outcome_of_target: np.ndarray
+    outcomes: int
+    complete: bool
+
+    def members(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets [U+2], target ids): the target ids of each outcome; the last has no outcome."""
+        outcome = np.where(self.outcome_of_target < 0, self.outcomes, self.outcome_of_target)
+        ids = np.argsort(outcome, kind="stable").astype(np.int64)
+        return offsets_of(np.bincount(outcome, minlength=self.outcomes + 1)), ids
+
+
+class FirstTokens:
+    """The first token of some bytes, spelled as a continuation, by one tokenizer."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[bytes, int | None] = {}
+        vocabulary = encoder.vocabulary
+        self._by_bytes: dict[bytes, int] = {}
+        for id_, token in enumerate(vocabulary.token_bytes):
+            other = self._by_bytes.get(token or b"")
+            if token and (other is None or vocabulary.is_fallback[other]):
+                self._by_bytes[token] = id_
+
+    def look_up(self, pieces: Iterable[bytes]) -> None:
+        """Find many at once; `first` then answers from memory."""
+        texts: dict[bytes, str] = {}
+        for piece in pieces:
+            if piece in self._known or piece in texts:
+                continue
+            try:
+                texts[piece] = piece.decode("utf-8")
+            except UnicodeDecodeError:
+                self._known[piece] = None
+        for anchor in _ANCHORS:
+            texts = self._try(anchor, texts)
+        self._known.update(dict.fromkeys(texts, None))
+
+    def _try(self, anchor: str, texts: dict[bytes, str]) -> dict[bytes, str]:
+        encoded = self._encoder.encode(
+            [anchor + text for text in texts.values()], [False] * len(texts)
+        )
+        left = {}
+        for (piece, text), block in zip(texts.items(), encoded, strict=True):
+            at = self._boundary(block.ends, len(anchor.encode()))
+            if at is None:
+                left[piece] = text
+            else:
+                self._known[piece] = int(block.ids[at])
+        return left
+
+    @staticmethod
+    def _boundary(ends: np.ndarray | None, anchor_bytes: int) -> int | None:
+        """Index of the first token after the anchor that reads anything."""
+        if ends is None:
+            return None
+        after = int(np.searchsorted(ends, anchor_bytes, side="right"))
+        return after if after > 0 and ends[after - 1] == anchor_bytes else None
+
+    def first(self, piece: bytes) -> int | None:
+        """Id of the first token of the bytes; None where they are no whole characters."""
+        if piece not in self._known:
+            self.look_up([piece])
+        return self._known[piece]
+
+    def beginning(self, piece: bytes) -> int | None:
+        """Id of the longest token whose bytes begin `piece`; for bytes that are no whole text."""
+        for length in range(len(piece), 0, -1):
+            if piece[:length] in self._by_bytes:
+                return self._by_bytes[piece[:length]]
+        return None
+
+    def bytes_of(self, id_: int) -> bytes:
+        """The bytes of a token that stands for text."""
+        token = self._encoder.vocabulary.token_bytes[id_]
+        assert token is not None
+        return token
+
+
+def same_tokenizer(source: Encoder, target: Encoder) -> bool:
+    """Whether two tokenizers cut every text alike: equal tables and rules."""
+    mine, theirs = (e.tokenizer.backend_tokenizer.to_str() for e in (source, target))
+    return bool(mine == theirs)
+
+
+def identity_translation(source_rows: int, target_rows: int) -> Translation:
+    """The map between equal tokenizers."""
+    ids = np.arange(max(source_rows, target_rows), dtype=np.int64)
+    return Translation(ids[:source_rows], ids[:target_rows], len(ids), complete=True)
+
+
+def first_translation(source: Encoder, target: Encoder) -> Translation:
+    """The map `first` (DESIGN: vocabulary maps).
+
+    EOS becomes EOS; no other special token receives mass.
+    """
+    if same_tokenizer(source, target):
+        return identity_translation(len(source.vocabulary), len(target.vocabulary))
+    firsts = FirstTokens(target)
+    firsts.look_up(token for token in source.vocabulary.token_bytes if token)
+    outcome_of_source = np.full(len(source.vocabulary), -1, dtype=np.int64)
+    for id_, token in enumerate(source.vocabulary.token_bytes):
+        if token:
+            found = firsts.first(token)
+            found = firsts.beginning(token) if found is None else found
+            outcome_of_source[id_] = -1 if found is None else found
+    _map_eos(source, target, outcome_of_source, target.vocabulary.eos_id)
+    everything = np.arange(len(target.vocabulary), dtype=np.int64)
+    return Translation(outcome_of_source, everything, len(everything), complete=False)
+
+
+def class_translation(source: Encoder, target: Encoder) -> Translation:
+    """The common partition of two vocabularies (DESIGN: the common partition).
+
+    From a token's bytes go to the first token that the other tokenizer spells them with, from
+    there to the first token of the first tokenizer, and so on. The bytes only get shorter, so it
+    ends, at a token that both have: the class. It is the same from both sides.
+    """
+    if same_tokenizer(source, target):
+        return identity_translation(len(source.vocabulary), len(target.vocabulary))
+    of_source, of_target = FirstTokens(source), FirstTokens(target)
+    ends = _class_bytes(source.vocabulary.token_bytes, of_target, of_source)
+    target_ends = _class_bytes(target.vocabulary.token_bytes, of_source, of_target)
+    both = sorted({end for end in ends if end} & {end for end in target_ends if end})
+    number = {end: n for n, end in enumerate(both)}
+    outcome_of_source = _numbers(ends, number)
+    outcome_of_target = _numbers(target_ends, number)
+    outcomes = len(both)
+    if source.vocabulary.eos_id is not None and target.vocabulary.eos_id is not None:
+        outcome_of_target[target.vocabulary.eos_id] = outcomes
+        _map_eos(source, target, outcome_of_source, outcomes)
+        outcomes += 1
+    return Translation(outcome_of_source, outcome_of_target, outcomes, complete=True)
+
+
+def _class_bytes(
+    tokens: Sequence[bytes | None], other: FirstTokens, own: FirstTokens
+) -> list[bytes | None]:
+    """[V] the bytes of each token's class; None where it has none."""
+    reached: list[bytes | None] = [token or None for token in tokens]
+    waiting = [n for n, token in enumerate(reached) if token]
+    while waiting:
+        before = {n: reached[n] for n in waiting}
+        for firsts in (other, own):
+            firsts.look_up(piece for n in waiting if (piece := reached[n]))
+            for n in waiting:
+                piece = reached[n]
+                id_ = None if piece is None else firsts.first(piece)
+                reached[n] = None if id_ is None else firsts.bytes_of(id_)
+        waiting = [n for n in waiting if reached[n] is not None and reached[n] != before[n]]
+    return reached
+
+
+def _numbers(ends: Sequence[bytes | None], number: dict[bytes, int]) -> np.ndarray:
+    return np.array([-1 if end is None else number.get(end, -1) for end in ends], dtype=np.int64)
+
+
+def _map_eos(
+    source: Encoder, target: Encoder, outcome_of_source: np.ndarray, outcome: int | None
+) -> None:
+    if source.vocabulary.eos_id is not None and target.vocabulary.eos_id is not None:
+        outcome_of_source[source.vocabulary.eos_id] = -1 if outcome is None else outcome
+
+
+TRANSLATIONS = {"bytes": first_translation, "partition": class_translation}

@@ -1,0 +1,122 @@
+"""Bars and messages in a terminal, or as plain lines where there is none. Writes to stderr."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from fusellm.progress import Bar
+
+_PLAIN_EVERY_SECONDS = 15.0
+
+
+class _Done(ProgressColumn):
+    """How much is done of how much, and at what rate."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        total = f"/{_short(task.total)}" if task.total else ""
+        rate = f"  {_short(task.speed)} {unit}/s" if task.speed else ""
+        return Text(f"{_short(task.completed)}{total} {unit}{rate}", style="progress.download")
+
+
+def _short(amount: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if amount >= size:
+            return f"{amount / (1e3 if unit == 'k' else size):.1f}{unit}"
+    return f"{amount:.0f}" if amount >= 10 or amount == int(amount) else f"{amount:.1f}"
+
+
+class _RichBar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._progress.advance(self._task, amount)
+        if note:
+            self._progress.update(self._task, note=note)
+
+    def resize(self, total: float) -> None:
+        self._progress.update(self._task, total=total)
+
+
+class _PlainBar:
+    def __init__(self, console: Console, what: str, total: float, unit: str) -> None:
+        self._console, self._what, self._total, self._unit = console, what, total, unit
+        self._done, self._note = 0.0, ""
+        self._began = self._said = time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._done += amount
+        self._note = note or self._note
+        if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
+            self._said = time.monotonic()
+            self.say(f"{_short(self._done)}/{_short(self._total)} {self._unit}{self._left()}")
+
+    def resize(self, total: float) -> None:
+        self._total = total
+
+    def say(self, text: str) -> None:
+        note = f", {self._note}" if self._note else ""
+        self._console.print(f"{self._what}: {text}{note}", highlight=False)
+
+    def finish(self) -> None:
+        seconds = time.monotonic() - self._began
+        self.say(f"{_short(self._done)} {self._unit} in {seconds:.1f} s")
+
+    def _left(self) -> str:
+        seconds = time.monotonic() - self._began
+        if not self._done or not self._total:
+            return ""
+        rate = self._done / seconds
+        left = max(self._total - self._done, 0) / rate
+        return f", {_short(rate)} {self._unit}/s, {left:.0f} s left"
+
+
+class Terminal:
+    """A `fusellm.progress.Progress` for people."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
+        """A bar over `total` units; 0 where that is not known."""
+        if not self._console.is_terminal:
+            plain = _PlainBar(self._console, what, total, unit)
+            yield plain
+            plain.finish()
+            return
+        with Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=28),
+            _Done(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="cyan"),
+            console=self._console,
+            refresh_per_second=4,
+        ) as progress:
+            task = progress.add_task(what, total=total or None, unit=unit, note="")
+            yield _RichBar(progress, task)
+            done = progress.tasks[0].completed
+            progress.update(task, total=done or 1, completed=done or 1)
+
+    def say(self, message: str) -> None:
+        """One line."""
+        self._console.print(message, highlight=False)

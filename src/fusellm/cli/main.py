@@ -1,0 +1,335 @@
+"""The command line: `fusellm`, `python -m fusellm`. The only place that prints.
+
+Heavy imports are made inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from fusellm.cli.console import Terminal
+from fusellm.cli.template import RECIPE_TEMPLATE
+from fusellm.config import load_recipe, schema
+from fusellm.errors import FusellmError, RecipeError, StoreError
+
+if TYPE_CHECKING:
+    from fusellm.pipeline import Pipeline
+
+app = typer.Typer(
+    name="fusellm",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Fuse the knowledge of several language models into one.\n\n"
+        "`fusellm demo` shows it all in minutes, with no download. For models of your own: "
+        "`fusellm init`, edit the recipe, `fusellm check`, `fusellm run`."
+    ),
+)
+zoo_app = typer.Typer(no_args_is_help=True, help="The small models that come with fusellm.")
+app.add_typer(zoo_app, name="zoo")
+
+_stderr = Console(stderr=True)
+_stdout = Console()
+
+RecipeOrRun = Annotated[
+    Path, typer.Argument(help="A recipe (.yaml) or the folder of a run.", show_default=False)
+]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run's folder; runs/<recipe name> if not given.")
+]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set fusion.lambda=0.7"),
+]
+Redo = Annotated[
+    bool,
+    typer.Option("--redo", help="Move stages made from other settings aside and make them anew."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
+_NO_CHANGES: list[str] = []
+
+
+def _pipeline(place: Path, out: Path | None, changes: list[str]) -> "Pipeline":
+    from fusellm.pipeline import Pipeline, resolve_paths
+
+    recipe_path = place / "recipe.yaml" if place.is_dir() else place
+    if place.is_dir() and not recipe_path.exists():
+        raise StoreError(f"{place} is not a run: it has no recipe.yaml; give a recipe instead")
+    recipe = resolve_paths(load_recipe(recipe_path, changes), recipe_path.parent)
+    run = out or (place if place.is_dir() else Path("runs") / recipe.name)
+    return Pipeline(recipe, run, Terminal(_stderr))
+
+
+def _execute(
+    stages: tuple[str, ...],
+    place: Path,
+    out: Path | None,
+    changes: list[str],
+    redo: bool,
+    as_json: bool,
+) -> None:
+    pipeline = _pipeline(place, out, changes)
+    pipeline.execute(stages, redo)
+    if {"evaluate", "report"} & set(stages):
+        _show_results(pipeline.run, as_json, "report" in stages)
+    elif as_json:
+        _show_status(pipeline.run, as_json=True)
+
+
+def _show_results(run: Path, as_json: bool, with_page: bool) -> None:
+    from fusellm.stages.evaluate import read_records
+    from fusellm.stages.report import results_table, verdict
+
+    found = [record.as_dict() for record in read_records(run)]
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    table = results_table(found)
+    rich_table = RichTable(title="Held-out bits per byte (lower is better), 95 % intervals")
+    for column in table.columns:
+        rich_table.add_column(column, justify="left" if column == table.columns[0] else "right")
+    for row in table.rows:
+        rich_table.add_row(*row)
+    _stdout.print(rich_table)
+    _stdout.print(verdict(found), highlight=False)
+    if with_page:
+        _stdout.print(f"Report: {run / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
+        model = run / "train" / "fused"
+        _stdout.print(f"The fused model: {model}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Out = None, changes: Set = _NO_CHANGES, redo: Redo = False, as_json: Json = False
+) -> None:
+    """Fuse the three small models that come with fusellm; no download, some minutes.
+
+    Runs the recipe recipes/demo.yaml on text of the installed Python packages, and ends in a table
+    and a report page.
+    """
+    _execute(_stages(), _demo_recipe(), out, changes, redo, as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipeOrRun,
+    out: Out = None,
+    changes: Set = _NO_CHANGES,
+    redo: Redo = False,
+    as_json: Json = False,
+) -> None:
+    """Run all stages of a recipe, or go on where it was interrupted.
+
+    corpus → externalize → fuse → train → evaluate → report. Finished work is kept: after an
+    interruption, give the same command again.
+    """
+    _execute(_stages(), recipe, out, changes, redo, as_json)
+
+
+def _stage_command(stage: str, text: str) -> None:
+    def command(
+        recipe: RecipeOrRun,
+        out: Out = None,
+        changes: Set = _NO_CHANGES,
+        redo: Redo = False,
+        as_json: Json = False,
+    ) -> None:
+        _execute((stage,), recipe, out, changes, redo, as_json)
+
+    app.command(stage, help=text)(command)
+
+
+for _stage, _text in {
+    "corpus": "Cut the corpus into blocks that every model reads.",
+    "externalize": "Read each source's next-token distributions over the corpus.",
+    "fuse": "Align, translate and fuse the distributions; no model, no GPU.",
+    "train": "Continue training the target on the fused distributions, and the CLM baseline.",
+    "evaluate": "Measure held-out bits per byte of every model, side by side.",
+    "report": "Write results.json, results.csv and the report page.",
+}.items():
+    _stage_command(_stage, _text)
+
+
+@app.command()
+def check(
+    recipe: RecipeOrRun, out: Out = None, changes: Set = _NO_CHANGES, as_json: Json = False
+) -> None:
+    """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
+    found = _pipeline(recipe, out, changes).check()
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    table = RichTable(title=f"{recipe}: all found")
+    for column in ("name", "model", "architecture", "tokens", "context"):
+        table.add_column(column)
+    for name, model in found["models"].items():
+        context = model["context_tokens"] or "any"
+        table.add_row(
+            name, model["model"], model["architecture"], str(model["tokens"]), str(context)
+        )
+    _stdout.print(table)
+    projected, free = found["projected_store_bytes"], found["free_bytes"]
+    size = "unknown (the corpus has no budget)" if projected is None else _gigabytes(projected)
+    _stdout.print(f"Distributions on disk: about {size}; free: {_gigabytes(free)}", highlight=False)
+    if projected is not None and projected > free:
+        raise StoreError(
+            f"the run needs about {_gigabytes(projected)} and {found['run']} has "
+            f"{_gigabytes(free)} free; give another --out, or lower corpus.train_bytes or "
+            "externalize.draws"
+        )
+
+
+@app.command()
+def status(run: RunFolder, as_json: Json = False) -> None:
+    """Show how far a run is."""
+    _show_status(run, as_json)
+
+
+def _show_status(run: Path, as_json: bool) -> None:
+    from fusellm.pipeline import stage_folders
+    from fusellm.store.tables import folder_bytes
+
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": name,
+            "complete": folder.complete,
+            "shards": len(folder.shards),
+            "bytes": folder_bytes(folder.path),
+            "seconds": round(folder.seconds, 1),
+        }
+        for name, folder in stage_folders(run)
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = RichTable(title=str(run))
+    for column in ("stage", "state", "shards", "size", "seconds"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    for row in rows:
+        state = "[green]done[/]" if row["complete"] else "[yellow]unfinished[/]"
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        table.add_row(str(row["stage"]), state, str(row["shards"]), size, str(row["seconds"]))
+    _stdout.print(table)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    if path.exists():
+        raise RecipeError(f"{path} exists already; name another file or move it away")
+    path.write_text(RECIPE_TEMPLATE, encoding="utf-8")
+    _stderr.print(f"wrote {path}; edit it, then: fusellm check {path}", highlight=False)
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    print(json.dumps(schema(), indent=1))
+
+
+@app.command()
+def clean(
+    run: RunFolder,
+    stores: Annotated[
+        bool, typer.Option("--stores", help="Remove externalize and fuse too; models stay.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove the whole run.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove what a finished run does not need: what was set aside, and checkpoints."""
+    from fusellm.pipeline import removable
+    from fusellm.store.tables import folder_bytes
+
+    folders = removable(run, stores, everything)
+    if not folders:
+        _stderr.print("nothing to remove")
+        return
+    for folder in folders:
+        _stderr.print(f"{folder}  {folder_bytes(folder) / 1e6:.1f} MB", highlight=False)
+    if yes or typer.confirm("Remove these?"):
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+@zoo_app.command("train")
+def zoo_train(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the models to.")] = Path(
+        "zoo"
+    ),
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="One of prose, python, cpp; may be repeated.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option("--share", min=0.0, max=1.0, help="Share of the training to do.")
+    ] = 1.0,
+) -> None:
+    """Train the zoo's models from scratch, seeded; about an hour on 2 cores."""
+    from fusellm.stages.zoo import make_zoo
+
+    cards = make_zoo(out, only or None, share, Terminal(_stderr))
+    for name, bits in cards.items():
+        _stdout.print(name, json.dumps({d: round(v, 3) for d, v in bits.items()}), highlight=False)
+
+
+def _stages() -> tuple[str, ...]:
+    from fusellm.pipeline import STAGES
+
+    return STAGES
+
+
+def _demo_recipe() -> Path:
+    return Path(__file__).parent.parent / "recipes" / "demo.yaml"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def main() -> None:
+    """Run the command line; faults that a user can mend are one line on stderr."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        _quiet_libraries()
+        app(args=arguments, standalone_mode=False)
+    except FusellmError as error:
+        if debug:
+            raise
+        print(f"fusellm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fusellm: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except _usage_errors() as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
+def _usage_errors() -> Any:
+    import click
+
+    return click.ClickException
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

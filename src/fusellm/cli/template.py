@@ -1,0 +1,59 @@
+"""The recipe that `fusellm init` writes."""
+
+RECIPE_TEMPLATE = """\
+# A run of fusellm. Check it with `fusellm check`, run it with `fusellm run`.
+# All keys: `fusellm schema`. Any of them on the command line: --set fusion.lambda=0.7
+name: my-run
+seed: 0
+
+# The model that is trained: a folder, a hub name, or zoo/prose, zoo/python, zoo/cpp.
+target:
+  model: zoo/prose
+  # revision: main            # hub only
+  # dtype: bfloat16           # float32, bfloat16 or float16
+
+# The models whose distributions are read, any number of them. Naming the target too is the
+# paper's setting: where it wins, its own beginning holds the training back.
+sources:
+  - name: prose
+    model: zoo/prose
+  - name: python
+    model: zoo/python
+
+# The text that all of them read. An entry is one of builtin, hub, files.
+corpus:
+  documents:
+    - builtin: prose
+    - builtin: python
+    # - hub: JeanKaddour/minipile
+    #   split: train
+    #   validation_split: validation
+    #   held_out_split: test
+    #   domain: minipile
+    # - files: data/**/*.jsonl     # or .parquet, or text files
+    #   text_field: text
+    #   domain: mine
+  block_bytes: 1024           # longest piece; it must fit every model's context
+  train_bytes: 600_000        # budget over all entries; or train_tokens; null for everything
+
+# What is kept of each distribution.
+externalize:
+  scheme: sampled             # or top, with k and mass
+  draws: 32
+
+# How aligned distributions become one.
+fusion:
+  strategy: partition         # or bytes
+  function: mince
+  granularity: window         # or block, as in the paper
+  lambda: 0.5                 # weight of the plain language-model loss
+
+# Any name of transformers' TrainingArguments may stand here.
+training:
+  learning_rate: 1.0e-3
+  per_device_train_batch_size: 16
+  clm_baseline: true          # train with lambda 1 too, for comparison
+
+evaluation:
+  bootstrap: 10000
+"""

@@ -1,0 +1,62 @@
+"""Bits per byte: a model's cross-entropy against text, comparable between tokenizers.
+
+L bytes of a block.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte
+from fusellm.models.batches import hidden_of_blocks, true_log_probs
+from fusellm.models.heads import head_of
+from fusellm.tokens.encode import Encoded
+
+
+def blocks_nats(
+    model: PreTrainedModel,
+    encoded: Sequence[Encoded],
+    lengths_bytes: Sequence[int],
+    batch_tokens: int,
+    on_block: Callable[[], None] | None = None,
+) -> list[np.ndarray | None]:
+    """Each block's nats by byte, read from the block's beginning.
+
+    Returns:
+        A [L] float64 array a block, NaN where nothing was predicted (the first token's bytes of a
+        model without BOS); None where the tokenizer's walk failed.
+    """
+    head = head_of(model)
+    found: list[np.ndarray | None] = [
+        None if block.ends is None else np.full(length, np.nan)
+        for block, length in zip(encoded, lengths_bytes, strict=True)
+    ]
+    readable = [block.ids if block.ends is not None else block.ids[:0] for block in encoded]
+    for n, hidden, true_ids in hidden_of_blocks(model, readable, batch_tokens):
+        ends = encoded[n].ends
+        assert ends is not None
+        log_probs = true_log_probs(head, hidden, true_ids).cpu().numpy()
+        found[n] = nats_by_byte(ends, log_probs, lengths_bytes[n])
+        if on_block is not None:
+            on_block()
+    return found
+
+
+def bits_per_byte(nats: float, scored_bytes: int) -> float:
+    """Nats over bytes, in bits per byte.
+
+    >>> round(bits_per_byte(6.931471805599453, 10), 3)
+    1.0
+    """
+    return nats / scored_bytes / NATS_PER_BIT if scored_bytes else float("nan")
+
+
+def by_domain(domains: Sequence[str], nats: Sequence[np.ndarray | None]) -> dict[str, float]:
+    """Bits per byte per domain over the bytes that the model scored, and their plain mean."""
+    found = {}
+    for domain in dict.fromkeys(domains):
+        arrays = [n for d, n in zip(domains, nats, strict=True) if d == domain and n is not None]
+        scored = sum(int(np.isfinite(array).sum()) for array in arrays)
+        found[domain] = bits_per_byte(sum(float(np.nansum(array)) for array in arrays), scored)
+    return found | {"mean": float(np.mean(list(found.values())))}

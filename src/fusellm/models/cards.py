@@ -1,0 +1,47 @@
+"""Model cards of trained models: from what and how they were made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from fusellm.config import Recipe
+from fusellm.models.load import Located, describe
+
+
+def training_card(
+    recipe: Recipe, which: str, target: Located, sources: Sequence[tuple[str, Located]]
+) -> str:
+    """The card of the fused model, or of the CLM baseline.
+
+    Args:
+        which: "fused" or "clm".
+    """
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["fusellm", which]}
+    if not target.place.startswith(("/", ".")):
+        front["base_model"] = target.block.model
+    rows = [("target", target), *sources] if which == "fused" else [("target", target)]
+    table = "\n".join(
+        f"| {name} | {_cell(row['model'])} | {_cell(row['revision'] or '')} | "
+        f"{row['architecture']} | `{row['fingerprint'][:16]}` |"
+        for name, located in rows
+        for row in [describe(located)]
+    )
+    objective = (
+        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {recipe.fusion.lambda_:g} "
+        "(*Knowledge Fusion of Large Language Models*, arXiv 2401.10491)"
+        if which == "fused"
+        else "L_CLM alone (λ = 1): the run's baseline, over the same text in the same order"
+    )
+    settings = recipe.model_dump(mode="json", by_alias=True, exclude={"target", "sources"})
+    listing = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
+        f"# {recipe.name}: {which}\n\nTrained by fusellm on {objective}.\n\n"
+        "| role | model | revision | architecture | fingerprint |\n|---|---|---|---|---|\n"
+        f"{table}\n\n## Settings\n\n```yaml\n{listing}```\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

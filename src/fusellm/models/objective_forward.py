@@ -1,0 +1,81 @@
+"""The objective inside a model's own forward.
+
+Outside the forward, DDP would not average the gradients and FSDP's head would be a shard. So for
+as long as a model is trained its `forward` is one that ends in the objective; nothing else about
+the model changes, and saving, resuming and adapters work as for any model.
+
+B rows, T positions, N positions that predict.
+"""
+
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fusellm.errors import ModelError
+from fusellm.models.heads import head_of, last_hidden
+from fusellm.objective.chunked import objective
+from fusellm.objective.outcomes import Outcomes
+
+IGNORED = -100
+
+
+def _forward(
+    self: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    outcomes: Mapping[str, torch.Tensor] | None = None,
+    clm_weight: float = 1.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **_: Any,
+) -> dict[str, torch.Tensor]:
+    """The loss of DESIGN section 6 over a batch.
+
+    Args:
+        labels: [B, T] `input_ids`, IGNORED where a token is not to be predicted.
+        outcomes: the fields of `Outcomes`, over the N predicted positions row by row.
+        num_items_in_batch: predicted tokens of the global batch; the batch's own if None.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    hidden = last_hidden(self, **{k: v for k, v in inputs.items() if v is not None})
+    predicted = labels[:, 1:] != IGNORED
+    losses = objective(
+        hidden[:, :-1][predicted],
+        head_of(self),
+        labels[:, 1:][predicted],
+        None if outcomes is None else Outcomes(**outcomes),
+        clm_weight,
+    )
+    count = predicted.sum() if num_items_in_batch is None else num_items_in_batch
+    return {"loss": losses.total / count, "clm": losses.clm, "fusion": losses.fusion}
+
+
+@contextmanager
+def objective_forward(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Within the block, `model(...)` gives the objective."""
+    model.forward = types.MethodType(_forward, model)
+    try:
+        yield model
+    finally:
+        del model.forward
+
+
+def require_packing(model: PreTrainedModel) -> None:
+    """Check that documents of a packed row can be kept apart.
+
+    Raises:
+        ModelError: the architecture takes no position ids, by which transformers tells them apart.
+    """
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise ModelError(
+            f"training.rows: packed does not work with {type(model).__name__}, which takes no "
+            "position ids and could not keep packed blocks apart; use rows: block"
+        )

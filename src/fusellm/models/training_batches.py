@@ -1,0 +1,144 @@
+"""Training batches from the fused store, and from the target's tokens for the CLM baseline.
+
+Both give the same blocks in the same order. B rows, T positions, N positions that predict.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fusellm.align.ragged import offsets_of, take_rows
+from fusellm.models.objective_forward import IGNORED
+from fusellm.store.externalized import TARGET, open_externalized
+from fusellm.store.fused import open_fused, read_members
+from fusellm.store.manifest import StageFolder
+from fusellm.store.tables import Shard, folder_bytes, shard_names
+
+_CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
+
+
+class Rows(Dataset[list[dict[str, Any]]]):
+    """Rows of a training batch: each a list of blocks, one or packed.
+
+    Blocks of one token, which predict nothing, are left out.
+    """
+
+    def __init__(self, folder: StageFolder, corpus_shards: Sequence[str]) -> None:
+        keep_all = folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
+        self._shards = [Shard(folder, name, None if keep_all else 4) for name in corpus_shards]
+        self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
+        self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
+        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(self.lengths > 1)[0]]
+
+    def pack(self, row_tokens: int, seed: int) -> "Rows":
+        """Put several blocks, in a seeded order, into rows of at most `row_tokens`."""
+        order = np.random.default_rng(seed).permutation([row[0] for row in self.rows])
+        packed: list[list[int]] = []
+        room = 0
+        for n in order.tolist():
+            if room < self.lengths[n]:
+                packed.append([])
+                room = row_tokens
+            packed[-1].append(n)
+            room -= int(self.lengths[n])
+        self.rows = packed
+        return self
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self._block(n) for n in self.rows[index]]
+
+    def _block(self, number: int) -> dict[str, Any]:
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._shards[shard].block(number - int(self._starts[shard]))
+
+
+def clm_rows(run: Path, corpus: StageFolder) -> Rows:
+    """Rows for the CLM baseline."""
+    return Rows(open_externalized(run, TARGET), shard_names(corpus, "train-"))
+
+
+def fused_rows(run: Path, corpus: StageFolder) -> Rows:
+    """Rows with fused distributions."""
+    return Rows(open_fused(run), shard_names(corpus, "train-"))
+
+
+class OutcomeTable:
+    """The outcomes of all sources as sets of target ids, in one numbering."""
+
+    def __init__(self, folder: StageFolder, sources: Sequence[str], renormalize: bool) -> None:
+        tables = [read_members(folder, source) for source in sources]
+        self._base = offsets_of(np.array([len(offsets) - 1 for offsets, _ in tables]))
+        self._offsets = offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in tables]))
+        self._members = np.concatenate([members for _, members in tables])
+        self._renormalize = renormalize
+
+    def outcomes(self, blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The fields of `Outcomes` over the predicted positions of the blocks, in order."""
+        winner = np.concatenate([block["winner"] for block in blocks]).astype(np.int64)
+        lengths = np.concatenate([block["lengths"] for block in blocks]).astype(np.int64)
+        outcome = np.concatenate([block["outcomes"] for block in blocks]).astype(np.int64)
+        mass = np.concatenate([block["masses"] for block in blocks]).astype(np.float64)
+        rest = np.concatenate([block["rest"] for block in blocks])
+        row = np.repeat(np.arange(len(winner)), lengths)
+        if self._renormalize:
+            mass = mass / np.bincount(row, weights=mass, minlength=len(winner))[row]
+            rest = np.zeros_like(rest)
+        entries, place = take_rows(self._offsets, self._base[winner[row]] + outcome)
+        fields = {
+            "present": lengths > 0,
+            "rest": np.where(lengths > 0, rest, 0.0).astype(np.float32),
+            "row": row,
+            "mass": mass.astype(np.float32),
+            "member_outcome": place,
+            "member_id": self._members[entries],
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in fields.items()}
+
+
+class Collator:
+    """Rows of blocks to a batch.
+
+    Padded rows have an attention mask; packed rows have positions that begin anew with each
+    block, by which transformers keeps the blocks apart.
+    """
+
+    def __init__(self, table: OutcomeTable | None, clm_weight: float, packed: bool) -> None:
+        self._table, self._packed = table, packed
+        self.clm_weight = clm_weight if table is not None else 1.0
+
+    def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        longest = max(sum(len(block["ids"]) for block in row) for row in rows)
+        ids = np.zeros((len(rows), longest), dtype=np.int64)
+        labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        positions = np.tile(np.arange(longest), (len(rows), 1))
+        for r, row in enumerate(rows):
+            start = 0
+            for block in row:
+                stop = start + len(block["ids"])
+                ids[r, start:stop] = block["ids"]
+                labels[r, start + 1 : stop] = block["ids"][1:]
+                mask[r, start:stop] = 1
+                positions[r, start:] = np.arange(longest - start)
+                start = stop
+            positions[r, start:] = np.arange(longest - start)
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            **(
+                {"position_ids": torch.from_numpy(positions)}
+                if self._packed
+                else {"attention_mask": torch.from_numpy(mask)}
+            ),
+        }
+        if self._table is not None:
+            batch["outcomes"] = self._table.outcomes([block for row in rows for block in row])
+            batch["clm_weight"] = self.clm_weight
+        return batch

@@ -1,0 +1,349 @@
+"""The stages in order, and the preflight before any model is loaded.
+
+corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train ──▶ evaluate ──▶ report
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusellm.config import FileDocuments, ModelBlock, Recipe
+from fusellm.errors import CorpusError, IdentityError, StoreError
+from fusellm.models.cards import training_card
+from fusellm.models.load import Located, describe, load_tokenizer, locate
+from fusellm.progress import Progress
+from fusellm.stages import corpus, evaluate, externalize, fuse, train
+from fusellm.stages.corpus.documents import files_of
+from fusellm.stages.report import write_report
+from fusellm.store.blocks import open_corpus, read_shard
+from fusellm.store.externalized import TARGET
+from fusellm.store.manifest import (
+    MANIFEST,
+    Identity,
+    StageFolder,
+    check_identity,
+    digest,
+    set_aside,
+)
+from fusellm.store.tables import shard_names
+from fusellm.tokens.encode import Encoder
+
+STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
+RECIPE = "recipe.yaml"
+# What one token of one source takes on disk: measured on the demo (docs/results.md).
+_BYTES_PER_KEPT = 2.5
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads the corpus: found, with its tokenizer, weights not loaded."""
+
+    located: Located
+    encoder: Encoder
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One stage folder. `after` names the folders whose content it reads."""
+
+    stage: str
+    name: str
+    after: tuple[str, ...]
+    identity: Callable[[], Identity]
+    run: Callable[[Identity], None]
+
+
+class Pipeline:
+    """A run: a recipe, its folder, and its models."""
+
+    def __init__(self, recipe: Recipe, run: Path, progress: Progress) -> None:
+        """Find every model, tokenizer and file of a recipe; no weight is loaded.
+
+        Raises:
+            FusellmError: something is missing or cannot be used; nothing has been written.
+        """
+        self.recipe, self.run, self._progress = recipe, run, progress
+        train.training_arguments(recipe, run)
+        for entry in recipe.corpus.documents:
+            if isinstance(entry, FileDocuments):
+                files_of(entry)
+        self.readers = {TARGET: self._reader(recipe.target)}
+        for source in recipe.sources:
+            self.readers[source.name] = self._reader(source)
+
+    def _reader(self, block: ModelBlock) -> Reader:
+        located = locate(block)
+        encoder = Encoder(load_tokenizer(located))
+        backend = encoder.tokenizer.backend_tokenizer.to_str()
+        special = [encoder.vocabulary.bos_id, encoder.vocabulary.eos_id]
+        return Reader(located, encoder, digest([backend, special]))
+
+    def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
+        """Run stages, or go on with them; finished work is kept.
+
+        Args:
+            redo: move a stage of another identity, and what follows from it, aside.
+
+        Raises:
+            IdentityError: a folder was made from something else, and `redo` is not set. It is
+                found before any work is done, as far as it can be known then.
+        """
+        steps = self._steps()
+        for step in steps:
+            if all(self._complete(name) for name in step.after):
+                self._ensure(step, steps, redo)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._write_recipe()
+        for step in steps:
+            if step.stage not in stages:
+                continue
+            self._ensure(step, steps, redo)
+            if step.stage == "externalize" and not self._complete(step.name):
+                self._fits(step.name.split("/")[1])
+            step.run(step.identity())
+        if "report" in stages:
+            write_report(self.run)
+
+    def _steps(self) -> list[_Step]:
+        recipe, run = self.recipe, self.run
+        steps = [_Step("corpus", "corpus", (), self._corpus_identity, self._run_corpus)]
+        steps += [self._externalize_step(name) for name in self.readers]
+        names = tuple(f"externalize/{name}" for name in self.readers)
+        encoders = {name: reader.encoder for name, reader in self.readers.items()}
+        steps.append(
+            _Step(
+                "fuse",
+                "fuse",
+                ("corpus", *names),
+                lambda: fuse.identity(recipe, {n: self._fingerprint(n) for n in names}),
+                lambda identity: fuse.run_fuse(recipe, run, identity, encoders, self._progress),
+            )
+        )
+        steps.append(self._train_step(train.FUSED, ("fuse",)))
+        if recipe.training.clm_baseline:
+            steps.append(self._train_step(train.CLM, (f"externalize/{TARGET}",)))
+        trained = tuple(step.name for step in steps if step.stage == "train")
+        steps.append(
+            _Step(
+                "evaluate",
+                "evaluate",
+                ("corpus", *trained),
+                self._evaluate_identity,
+                self._evaluate,
+            )
+        )
+        return steps
+
+    def _corpus_identity(self) -> Identity:
+        return corpus.identity(self.recipe, self.readers[TARGET].tokenizer_fingerprint)
+
+    def _run_corpus(self, identity: Identity) -> None:
+        encode = self.readers[TARGET].encoder.encode
+        corpus.run_corpus(
+            self.recipe,
+            self.run,
+            identity,
+            lambda text: len(encode([text], [True])[0].ids),
+            self._progress,
+        )
+
+    def _externalize_step(self, name: str) -> _Step:
+        reader = self.readers[name]
+
+        def identity() -> Identity:
+            read = (reader.tokenizer_fingerprint, self._fingerprint("corpus"))
+            if name == TARGET:
+                return externalize.identity_of_target(*read)
+            return externalize.identity_of_source(self.recipe, name, reader.located, *read)
+
+        def run(identity: Identity) -> None:
+            if name == TARGET:
+                externalize.run_target(self.run, identity, reader.encoder, self._progress)
+            else:
+                externalize.run_source(
+                    self.recipe,
+                    self.run,
+                    name,
+                    reader.located,
+                    identity,
+                    reader.encoder,
+                    self._progress,
+                )
+
+        return _Step("externalize", f"externalize/{name}", ("corpus",), identity, run)
+
+    def _train_step(self, which: str, after: tuple[str, ...]) -> _Step:
+        target = self.readers[TARGET]
+        sources = [(s.name, self.readers[s.name].located) for s in self.recipe.sources]
+        card = training_card(self.recipe, which, target.located, sources)
+
+        def identity() -> Identity:
+            inputs = {name: self._fingerprint(name) for name in after}
+            return train.identity(self.recipe, which, target.located, inputs)
+
+        def run(identity: Identity) -> None:
+            train.run_train(
+                self.recipe,
+                self.run,
+                which,
+                target.located,
+                identity,
+                target.encoder,
+                card,
+                self._progress,
+            )
+
+        return _Step("train", f"train/{which}", ("corpus", *after), identity, run)
+
+    def _evaluated(self) -> dict[str, Located]:
+        """The models of the results table, in its order."""
+        found = {source.name: self.readers[source.name].located for source in self.recipe.sources}
+        found[TARGET] = self.readers[TARGET].located
+        trained = [train.CLM, train.FUSED] if self.recipe.training.clm_baseline else [train.FUSED]
+        for which in trained:
+            folder = str(train.folder_of(self.run, which))
+            found[which] = locate(ModelBlock(model=folder, dtype=self.recipe.target.dtype))
+        return found
+
+    def _evaluate_identity(self) -> Identity:
+        models = {name: located.fingerprint for name, located in self._evaluated().items()}
+        return evaluate.identity(self.recipe, models, self._fingerprint("corpus"))
+
+    def _evaluate(self, identity: Identity) -> None:
+        encoders = {name: reader.encoder for name, reader in self.readers.items()}
+        models = {
+            name: (located, encoders.get(name, encoders[TARGET]))
+            for name, located in self._evaluated().items()
+        }
+        evaluate.run_evaluate(self.recipe, self.run, identity, models, self._progress)
+
+    def _complete(self, name: str) -> bool:
+        folder = self.run / name
+        return (folder / MANIFEST).exists() and StageFolder(folder).complete
+
+    def _fingerprint(self, name: str) -> str:
+        folder = StageFolder(self.run / name)
+        stage = name.split("/")[0]
+        return folder.require_complete(f"fusellm {stage} {self.run}").fingerprint
+
+    def _ensure(self, step: _Step, steps: Sequence[_Step], redo: bool) -> None:
+        try:
+            check_identity(self.run / step.name, step.identity())
+        except IdentityError:
+            if not redo:
+                raise
+            stale = {step.name}
+            for later in steps:
+                if stale.intersection(later.after):
+                    stale.add(later.name)
+            folders = [self.run / name for name in sorted(stale)]
+            checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
+            place = set_aside(self.run, [*folders, *checkpoints, self.run / "report"])
+            self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
+
+    def _fits(self, name: str) -> None:
+        """Check that every block fits a model's context, before its weights are loaded."""
+        reader = self.readers[name]
+        context = reader.located.context_tokens
+        folder = open_corpus(self.run)
+        names = shard_names(folder)
+        longest_bytes = max(folder.shards[n]["counts"]["longest_bytes"] for n in names)
+        if context is None or longest_bytes + 3 <= context:  # a token has a byte at least
+            return
+        with self._progress.start(f"checking lengths for {name}", len(names), "shards") as bar:
+            for shard in names:
+                blocks = read_shard(folder, shard)
+                encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
+                for block, found in zip(blocks, encoded, strict=True):
+                    if len(found.ids) > context:
+                        raise CorpusError(
+                            f"block {block.number} (document {block.document!r}) has "
+                            f"{len(found.ids)} tokens for {name!r}, whose context is {context}; "
+                            f"lower corpus.block_bytes (now {self.recipe.corpus.block_bytes})"
+                        )
+                bar.advance()
+
+    def _write_recipe(self) -> None:
+        settings = self.recipe.model_dump(mode="json", by_alias=True)
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        (self.run / RECIPE).write_text(text, encoding="utf-8")
+
+    def check(self) -> dict[str, Any]:
+        """What the preflight found: models, tokenizers, and the disk that the run will take."""
+        models = {
+            name: describe(reader.located) | {"tokens": len(reader.encoder.vocabulary)}
+            for name, reader in self.readers.items()
+        }
+        budget = self.recipe.corpus.train_tokens or (self.recipe.corpus.train_bytes or 0) / 3.5
+        settings = self.recipe.externalize
+        kept = settings.draws / 2 if settings.scheme == "sampled" else settings.k
+        per_token = _BYTES_PER_KEPT * kept * (len(self.recipe.sources) + 1)
+        existing = next(path for path in [self.run, *self.run.absolute().parents] if path.exists())
+        return {
+            "run": str(self.run),
+            "models": models,
+            "projected_store_bytes": int(budget * per_token) or None,
+            "free_bytes": shutil.disk_usage(existing).free,
+        }
+
+
+def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
+    """Folders that `clean` removes: what was set aside, checkpoints, and more if asked.
+
+    Raises:
+        StoreError: the folder is no run, or the models that need the stores are not trained yet.
+    """
+    folders = dict(stage_folders(run))
+    if everything:
+        return [run]
+    found = [run / "aside", *(run / "train").glob("*-checkpoints")]
+    if stores:
+        unfinished = [name for name, folder in folders.items() if not folder.complete]
+        if unfinished or "evaluate" not in folders:
+            raise StoreError(
+                f"{run} is unfinished ({', '.join(unfinished) or 'not evaluated'}) and still needs "
+                "its stores; finish it with `fusellm run`, or give --all"
+            )
+        found += [run / "externalize", run / "fuse"]
+    return [path for path in found if path.exists()]
+
+
+def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
+    """The recipe with its local paths made absolute, so that a run's copy of it finds them too."""
+
+    def model(block: dict[str, Any]) -> dict[str, Any]:
+        local = recipe_folder / Path(block["model"]).expanduser()
+        is_zoo = block["model"].startswith("zoo/")
+        return block | ({"model": str(local.resolve())} if local.is_dir() and not is_zoo else {})
+
+    def documents(entry: dict[str, Any]) -> dict[str, Any]:
+        if "files" not in entry:
+            return entry
+        patterns = [entry["files"]] if isinstance(entry["files"], str) else entry["files"]
+        base = recipe_folder.resolve()
+        return entry | {"files": [str(base / Path(pattern).expanduser()) for pattern in patterns]}
+
+    raw = recipe.model_dump(by_alias=True)
+    raw["target"] = model(raw["target"])
+    raw["sources"] = [model(source) for source in raw["sources"]]
+    raw["corpus"]["documents"] = [documents(entry) for entry in raw["corpus"]["documents"]]
+    return Recipe.model_validate(raw)
+
+
+def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
+    """The stage folders of a run that have begun, in the order of the stages.
+
+    Raises:
+        StoreError: the folder is no run, or a manifest is damaged.
+    """
+    if not (run / RECIPE).exists():
+        raise StoreError(f"{run} is not a run: it has no {RECIPE}; give the folder of a run")
+    for stage in STAGES:
+        for path in sorted([run / stage, *(run / stage).glob("*")]):
+            if (path / MANIFEST).exists():
+                yield str(path.relative_to(run)), StageFolder(path)

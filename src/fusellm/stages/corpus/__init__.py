@@ -1,0 +1,168 @@
+"""corpus: documents to blocks, once for all models."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
+from fusellm.errors import CorpusError
+from fusellm.progress import Progress
+from fusellm.stages.corpus.documents import PARTS, Text, files_of, read_documents
+from fusellm.store.blocks import BLOCKS_SCHEMA, Block, corpus_folder
+from fusellm.store.manifest import (
+    Identity,
+    StageWriter,
+    digest,
+    file_digest,
+    software_versions,
+)
+from fusellm.store.tables import write_table
+from fusellm.tokens.blocks import cut
+
+
+def identity(recipe: Recipe, target_tokenizer: str) -> Identity:
+    """What the corpus is made from.
+
+    Args:
+        target_tokenizer: fingerprint of the target's tokenizer, which a budget in tokens reads.
+    """
+    # Files count by their content, wherever they are.
+    settings = {"corpus": recipe.corpus.model_dump(exclude={"documents": {"__all__": {"files"}}})}
+    inputs: dict[str, str] = {}
+    for n, entry in enumerate(recipe.corpus.documents):
+        if isinstance(entry, BuiltinDocuments):
+            versions = software_versions()
+            inputs[f"documents.{n}"] = digest(
+                {name: versions[name] for name in ("python", "torch", "transformers", "numpy")}
+            )
+        elif isinstance(entry, FileDocuments):
+            sums = {path.name: file_digest(path) for path in files_of(entry)}
+            inputs[f"documents.{n}"] = digest(sums)
+        elif isinstance(entry, HubDocuments):
+            inputs[f"documents.{n}"] = digest([entry.hub, entry.revision])
+    if recipe.corpus.train_tokens is not None:
+        inputs["target_tokenizer"] = target_tokenizer
+    return Identity("corpus", settings, inputs)
+
+
+def run_corpus(
+    recipe: Recipe,
+    run: Path,
+    identity_: Identity,
+    count_tokens: Callable[[str], int],
+    progress: Progress,
+) -> None:
+    """Write the corpus of a run.
+
+    Raises:
+        CorpusError: a part has no text.
+    """
+    with StageWriter.open(corpus_folder(run), identity_) as folder:
+        if folder.complete:
+            return
+        parts = {part: _PartWriter(folder, part, recipe.corpus.shard_blocks) for part in PARTS}
+        counts: Counter[str] = Counter()
+        measure = count_tokens if recipe.corpus.train_tokens is not None else _utf8_bytes
+        for entry, budget in _budgets(recipe):
+            texts = read_documents(entry, recipe.corpus, counts, progress)
+            _take(recipe, entry.domain, budget, measure, texts, parts, counts, progress)
+        for part in parts.values():
+            part.close()
+        _require_text(recipe, parts)
+        summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
+        folder.finish({"bytes": summary, **counts})
+
+
+def _budgets(recipe: Recipe) -> Iterator[tuple[Any, float]]:
+    whole = recipe.corpus.train_tokens or recipe.corpus.train_bytes or float("inf")
+    weights = sum(entry.weight for entry in recipe.corpus.documents)
+    for entry in recipe.corpus.documents:
+        yield entry, whole * entry.weight / weights
+
+
+def _take(
+    recipe: Recipe,
+    domain: str,
+    budget: float,
+    measure: Callable[[str], int],
+    texts: Iterator[Text],
+    parts: dict[str, "_PartWriter"],
+    counts: Counter[str],
+    progress: Progress,
+) -> None:
+    room = {
+        "train": budget,
+        "validation": float(recipe.corpus.validation_bytes),
+        "held_out": float(recipe.corpus.held_out_bytes),
+    }
+    unit = "tokens" if recipe.corpus.train_tokens is not None else "bytes"
+    total = 0.0 if budget == float("inf") else budget
+    with progress.start(f"cutting {domain} into blocks", total, unit) as bar:
+        for document in texts:
+            if not document.text.strip():
+                counts["empty_documents"] += 1
+                continue
+            if room[document.part] <= 0:
+                if all(left <= 0 for left in room.values()):
+                    break
+                continue
+            text = document.text.encode("utf-8", "replace").decode("utf-8")
+            size = measure(text) if document.part == "train" else _utf8_bytes(text)
+            room[document.part] -= size
+            blocks = list(cut(text, recipe.corpus.block_bytes))
+            for n, block in enumerate(blocks):
+                parts[document.part].add(document.name, domain, n == len(blocks) - 1, block)
+            counts[f"documents_{document.part}"] += 1
+            if document.part == "train":
+                bar.advance(size)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def _require_text(recipe: Recipe, parts: dict[str, "_PartWriter"]) -> None:
+    cures = {
+        "train": "check the paths and text_field of corpus.documents",
+        "validation": "raise corpus.validation_share, or name a validation_split",
+        "held_out": "raise corpus.held_out_share, or name a held_out_split",
+    }
+    for part, cure in cures.items():
+        if parts[part].blocks == 0:
+            raise CorpusError(f"the corpus {recipe.name!r} has no text in its part {part}; {cure}")
+
+
+class _PartWriter:
+    """Collects one part's blocks and writes them shard by shard."""
+
+    def __init__(self, folder: StageWriter, part: str, shard_blocks: int) -> None:
+        self._folder, self._part, self._shard_blocks = folder, part, shard_blocks
+        self._pending: list[Block] = []
+        self._shards = 0
+        self.blocks = 0
+        self.bytes_by_domain: defaultdict[str, int] = defaultdict(int)
+
+    def add(self, document: str, domain: str, last: bool, text: str) -> None:
+        self._pending.append(Block(self.blocks, document, domain, last, text))
+        self.blocks += 1
+        self.bytes_by_domain[domain] += _utf8_bytes(text)
+        if len(self._pending) == self._shard_blocks:
+            self._write()
+
+    def close(self) -> None:
+        if self._pending:
+            self._write()
+
+    def _write(self) -> None:
+        name = f"{self._part}-{self._shards:05d}.arrow"
+        if name not in self._folder.shards:
+            rows = [dataclasses.asdict(block) for block in self._pending]
+            for row in rows:
+                row["block"] = row.pop("number")
+            columns = {field.name: [row[field.name] for row in rows] for field in BLOCKS_SCHEMA}
+            most = max(_utf8_bytes(block.text) for block in self._pending)
+            write_table(self._folder, name, columns, BLOCKS_SCHEMA, {"longest_bytes": most})
+        self._shards += 1
+        self._pending = []

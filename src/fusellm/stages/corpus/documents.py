@@ -1,0 +1,175 @@
+"""Documents of a corpus: from the built-in corpus, the hub, or files.
+
+Each reader yields documents in a fixed order; what is odd about them is handled and counted.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+
+from fusellm.config import BuiltinDocuments, CorpusBlock, Documents, FileDocuments, HubDocuments
+from fusellm.errors import CorpusError
+from fusellm.progress import Progress
+from fusellm.zoo import text as zoo_text
+
+PARTS = ("train", "validation", "held_out")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document: a name that finds it again, the part it belongs to, its text."""
+
+    name: str
+    part: str
+    text: str
+
+
+def part_by_hash(text: str, corpus: CorpusBlock) -> str:
+    """The part of a document of a corpus that has none of its own, by a hash of its text.
+
+    Equal documents therefore never stand on two sides.
+    """
+    drawn = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+    share = drawn / 2**64
+    if share < corpus.held_out_share:
+        return "held_out"
+    return "validation" if share < corpus.held_out_share + corpus.validation_share else "train"
+
+
+def files_of(entry: FileDocuments) -> list[Path]:
+    """The files of an entry, in order.
+
+    Raises:
+        CorpusError: a pattern fits no file.
+    """
+    patterns = [entry.files] if isinstance(entry.files, str) else entry.files
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        base = Path(path.anchor)
+        matches = sorted(p for p in base.glob(str(path.relative_to(base))) if p.is_file())
+        if not matches:
+            raise CorpusError(
+                f"corpus.documents: no file fits {pattern!r}; check the path, which is relative to "
+                "the recipe's folder"
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def read_documents(
+    entry: Documents,
+    corpus: CorpusBlock,
+    counts: Counter[str],
+    progress: Progress,
+) -> Iterator[Text]:
+    """All documents of one entry of the corpus."""
+    if isinstance(entry, BuiltinDocuments):
+        return _builtin(entry, counts, progress)
+    if isinstance(entry, HubDocuments):
+        return _hub(entry, corpus)
+    return _files(entry, corpus, counts)
+
+
+def _builtin(entry: BuiltinDocuments, counts: Counter[str], progress: Progress) -> Iterator[Text]:
+    with progress.start(
+        f"reading {entry.builtin}", zoo_text.count_files([entry.builtin]), "files"
+    ) as bar:
+        documents = list(zoo_text.documents(PARTS, [entry.builtin], bar.advance))
+    apart = [document for document in documents if document.part != "train"]
+    training = [document for document in documents if document.part == "train"]
+    training, dropped = zoo_text.drop_near_duplicates(apart, training)
+    counts["near_duplicates_dropped"] += dropped
+    # In the order of a hash, so that a budget takes a sample of all packages.
+    for document in sorted(
+        apart + training, key=lambda d: hashlib.sha256(d.name.encode()).digest()
+    ):
+        yield Text(document.name, document.part, document.text)
+
+
+def _hub(entry: HubDocuments, corpus: CorpusBlock) -> Iterator[Text]:
+    splits = {
+        "validation": entry.validation_split,
+        "held_out": entry.held_out_split,
+        "train": entry.split,
+    }
+    for part, split in splits.items():
+        if split is None:
+            continue
+        try:
+            rows = datasets.load_dataset(
+                entry.hub,
+                entry.config,
+                split=split,
+                revision=entry.revision,
+                streaming=entry.streaming,
+            )
+        except (OSError, ValueError, ConnectionError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CorpusError(
+                f"corpus.documents: dataset {entry.hub!r}, split {split!r} cannot be read: {reason}"
+            ) from error
+        for number, row in enumerate(rows):
+            text = _field(row, entry.text_field, f"{entry.hub}:{split}:{number}")
+            own = part if part != "train" else part_by_hash(text, corpus)
+            if own != part and splits[own] is not None:
+                own = "train"  # that part has a split of its own
+            yield Text(f"{split}:{number}", own, text)
+
+
+def _files(entry: FileDocuments, corpus: CorpusBlock, counts: Counter[str]) -> Iterator[Text]:
+    for path in files_of(entry):
+        for number, text in enumerate(_file_texts(path, entry.text_field, counts)):
+            yield Text(f"{path.name}:{number}", part_by_hash(text, corpus), text)
+
+
+def _file_texts(path: Path, text_field: str, counts: Counter[str]) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        file = pyarrow.parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise CorpusError(
+                f"{path} has no column {text_field!r}; it has "
+                f"{', '.join(file.schema_arrow.names)} (set text_field)"
+            )
+        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+            yield from (value or "" for value in batch.column(0).to_pylist())
+    elif path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _field(
+                        _json_row(path, number, line, counts), text_field, f"{path}:{number}"
+                    )
+    else:
+        yield _decode(path.read_bytes(), counts)
+
+
+def _json_row(path: Path, number: int, line: bytes, counts: Counter[str]) -> object:
+    try:
+        return json.loads(_decode(line, counts))
+    except ValueError as error:
+        raise CorpusError(f"{path}:{number} is not JSON: {error}; mend or drop the line") from None
+
+
+def _field(row: object, text_field: str, place: str) -> str:
+    value = row.get(text_field) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        known = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
+        raise CorpusError(
+            f"{place} has no text in field {text_field!r} (it has: {known}); set text_field"
+        )
+    return value
+
+
+def _decode(data: bytes, counts: Counter[str]) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        counts["documents_with_invalid_utf8"] += 1
+        return data.decode("utf-8", "replace")

@@ -1,0 +1,255 @@
+"""The report's one page: what is shown of a run, and the template filled with it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fusellm.stages.report.charts import (
+    SITUATIONS,
+    Bar,
+    Line,
+    amount,
+    bar_chart,
+    colour_of_series,
+    colour_of_situation,
+    line_chart,
+    percent,
+)
+from fusellm.stages.report.reading import Curve, DomainCounts, Log, Run
+from fusellm.stages.report.results import MEAN, Results, number
+
+_NO_SOURCE = "no source"
+_EXAMPLE_CHARACTERS = 160
+
+_MEANINGS = {
+    "same": "the true next token is one token in both tokenizers.",
+    "several": "the source spells the target’s next token in several tokens, "
+    "and ends one where the target does.",
+    "beyond": "the source’s next token ends after the target’s.",
+    "crossed": "the source’s next token is shorter, and no later one ends where the target’s does.",
+    "unaligned": "no position of the source has read exactly the same text; "
+    "the source says nothing here.",
+}
+_STYLES = {"fused": ("fused", False), "clm": ("CLM", True)}
+_LOSSES = {"clm_loss": "training, L_CLM", "fusion_loss": "training, L_Fusion"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart with its caption."""
+
+    caption: str
+    svg: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend; `meaning` may be empty."""
+
+    name: str
+    colour: str
+    meaning: str = ""
+    dashed: bool = False
+
+
+def render(run: Run) -> str:
+    """The page as HTML; everything that comes from the run is escaped.
+
+    Returns:
+        A document that needs no other file, no network and no script.
+    """
+    results = Results(run.records)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sources = run.sources
+    colours = {name: colour_of_series(index) for index, name in enumerate(sources)}
+    return environment.get_template("page.html.jinja").render(
+        name=run.name,
+        verdict=_unbroken(results.verdict()),
+        tasks=[(task, results.documents(task)) for task in results.tasks],
+        rows=results.rows(),
+        notes=list(_flat(run.notes)),
+        training=_training_panels(run.logs),
+        validation=_domain_panels(run.logs),
+        trained=[Key(_STYLES[k][0], k, dashed=_STYLES[k][1]) for k in run.logs],
+        wins=_wins_chart(run.domains, colours),
+        wins_keys=[Key(source, colours[source]) for source in sources] + [Key(_NO_SOURCE, "none")],
+        wins_rows=_wins_rows(run.domains, sources),
+        sources=sources,
+        situations=_situation_panels(run.domains, sources),
+        situation_keys=[Key(s, colour_of_situation(s), _MEANINGS[s]) for s in SITUATIONS],
+        masses=_mass_rows(run.domains, sources),
+        examples=_examples(run.domains, sources),
+        seconds=[(stage, duration(seconds)) for stage, seconds in run.seconds.items()],
+        total=duration(sum(run.seconds.values())),
+        software=list(run.software.items()),
+        recipe=run.recipe,
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter.
+
+    >>> [duration(s) for s in (0.31, 12.34, 75, 3700)]
+    ['0.3 s', '12.3 s', '1 min 15 s', '1 h 2 min']
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _training_panels(logs: Mapping[str, Log]) -> list[Panel]:
+    """The mean of the validation, then the losses."""
+    means = {kind: log.validation.get(MEAN) for kind, log in logs.items()}
+    panels = _panel("validation-mean", "validation, mean", "bits per byte", means)
+    for loss, caption in _LOSSES.items():
+        curves = {kind: log.losses.get(loss) for kind, log in logs.items()}
+        panels += _panel(loss, caption, "nats per token", curves)
+    return panels
+
+
+def _domain_panels(logs: Mapping[str, Log]) -> list[Panel]:
+    """The validation of each domain; none where the mean of one domain says the same."""
+    tasks = list(dict.fromkeys(task for log in logs.values() for task in log.validation))
+    if MEAN in tasks and len(tasks) == 2:
+        return []
+    panels = []
+    for index, task in enumerate(task for task in tasks if task != MEAN):
+        curves = {kind: log.validation.get(task) for kind, log in logs.items()}
+        panels += _panel(f"validation-{index}", task, "bits per byte", curves)
+    return panels
+
+
+def _panel(ident: str, caption: str, unit: str, curves: Mapping[str, Curve | None]) -> list[Panel]:
+    lines = _lines(curves, dots=ident.startswith("validation"))
+    if not lines:
+        return []
+    return [Panel(caption, line_chart(ident, f"{caption}, {unit}", unit, lines), unit)]
+
+
+def _lines(curves: Mapping[str, Curve | None], dots: bool) -> list[Line]:
+    lines = []
+    for kind, curve in curves.items():
+        if curve is not None and curve.tokens:
+            name, dashed = _STYLES[kind]
+            lines.append(Line(name, kind, curve.tokens, curve.values, dashed, dots))
+    return lines[::-1]  # fused is drawn last, over the baseline
+
+
+def _wins_chart(domains: Mapping[str, DomainCounts], colours: Mapping[str, str]) -> str:
+    bars = [
+        Bar(
+            name,
+            f"{amount(domain.positions)} positions",
+            {**domain.wins, _NO_SOURCE: domain.without_source},
+        )
+        for name, domain in domains.items()
+    ]
+    if not bars:
+        return ""
+    label = "Share of target positions that each source won, per domain"
+    return bar_chart("wins", label, bars, {**colours, _NO_SOURCE: "none"})
+
+
+def _wins_rows(
+    domains: Mapping[str, DomainCounts], sources: Iterable[str]
+) -> list[tuple[str, list[str]]]:
+    """Domain, then blocks, positions, and positions of each source and of none."""
+    return [
+        (
+            name,
+            [
+                f"{count:,}"
+                for count in (
+                    domain.blocks,
+                    domain.positions,
+                    *(domain.wins.get(source, 0) for source in sources),
+                    domain.without_source,
+                )
+            ],
+        )
+        for name, domain in domains.items()
+    ]
+
+
+def _situation_panels(domains: Mapping[str, DomainCounts], sources: Iterable[str]) -> list[Panel]:
+    colours = {situation: colour_of_situation(situation) for situation in SITUATIONS}
+    panels = []
+    for index, source in enumerate(sources):
+        bars = []
+        for name, domain in domains.items():
+            if source in domain.sources:
+                found = domain.sources[source].situations
+                total = sum(found.values())
+                aligned = 1 - found.get("unaligned", 0) / total if total else 0.0
+                bars.append(Bar(name, f"{percent(aligned)} aligned", found))
+        if bars:
+            label = f"Situations of token alignment of {source}"
+            panels.append(Panel(source, bar_chart(f"situations-{index}", label, bars, colours)))
+    return panels
+
+
+def _mass_rows(
+    domains: Mapping[str, DomainCounts], sources: Iterable[str]
+) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Source, then per domain: mass kept, mass carried, bits per byte, blocks left out."""
+    groups = []
+    for source in sources:
+        rows = []
+        for name, domain in domains.items():
+            if source in domain.sources:
+                counts = domain.sources[source]
+                measured = (counts.mass_kept, counts.mass_carried, counts.bits_per_byte)
+                cells = ["–" if value is None else number(value) for value in measured]
+                rows.append((name, [*cells, f"{counts.blocks_left_out:,}"]))
+        if rows:
+            groups.append((source, rows))
+    return groups
+
+
+def _examples(
+    domains: Mapping[str, DomainCounts], sources: Iterable[str]
+) -> list[tuple[str, str, str]]:
+    """Source, domain, and the beginning of the one block named as left out."""
+    return [
+        (source, name, _excerpt(example))
+        for source in sources
+        for name, domain in domains.items()
+        if source in domain.sources
+        and (example := domain.sources[source].example_left_out) is not None
+    ]
+
+
+def _unbroken(text: str) -> str:
+    """The text with no line end inside `fused − CLM` or `95 %`."""
+    return text.replace(" − ", "\u00a0−\u00a0").replace(" %", "\u00a0%")
+
+
+def _excerpt(text: str) -> str:
+    flat = text.replace("\n", "⏎").replace("\t", "⇥")
+    flat = "".join(sign if sign.isprintable() else "�" for sign in flat)
+    return flat if len(flat) <= _EXAMPLE_CHARACTERS else flat[: _EXAMPLE_CHARACTERS - 1] + "…"
+
+
+def _flat(notes: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in notes.items():
+        name = f"{before}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}, ")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield name, f"{value:,}"
+        else:
+            yield name, str(value)

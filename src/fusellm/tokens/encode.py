@@ -1,0 +1,61 @@
+"""Text to token ids and boundaries, as every model of a run reads a block.
+
+T tokens of one block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
+from fusellm.tokens.walk import boundaries
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One block as a model reads it.
+
+    Attributes:
+        ids: [T] int64 token ids, with BOS where the model has one by default, and EOS where the
+            block is its document's last.
+        ends: [T] int64 boundaries, in bytes; BOS has read nothing, EOS the whole block. None
+            where the walk failed: the tokenizer changes this text.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray | None
+
+
+class Encoder:
+    """A tokenizer with its tokens as bytes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises TokenizerError where the tokens cannot be told as bytes."""
+        self.tokenizer = tokenizer
+        self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
+
+    def encode(self, texts: Sequence[str], last: Sequence[bool]) -> list[Encoded]:
+        """Encode blocks.
+
+        Special tokens spelled out in a text are text. `last` says which blocks end a document.
+        """
+        if not texts:
+            return []
+        rows = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        bos, eos = self.vocabulary.bos_id, self.vocabulary.eos_id
+        encoded = []
+        for text, ids, is_last in zip(texts, rows, last, strict=True):
+            data = text.encode()
+            ends = boundaries(data, ids, self.vocabulary)
+            before = [] if bos is None else [bos]
+            after = [eos] if is_last and eos is not None else []
+            if ends is not None:
+                ends = np.concatenate(
+                    [np.zeros(len(before), np.int64), ends, np.full(len(after), len(data))]
+                ).astype(np.int64)
+            encoded.append(Encoded(np.array([*before, *ids, *after], dtype=np.int64), ends))
+        return encoded

@@ -1,0 +1,379 @@
+"""The report: what it says, that it says it safely, and the same way twice."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusellm.errors import StoreError
+from fusellm.stages.report import results_table, verdict, write_report
+from fusellm.stages.report.charts import Line, line_chart
+
+HOSTILE = "<script>alert(1)</script>"
+EXAMPLE = f"{HOSTILE}\n\tﬁne print" + ", and more" * 40
+NAMES = ("prose", "python", "cpp", "law", "chat", "maths")
+SHARES = {"same": 0.74, "several": 0.03, "beyond": 0.08, "crossed": 0.05, "unaligned": 0.10}
+VOID = {"meta", "link", "br"}
+
+
+def make_records(
+    sources: int = 2, domains: int = 3, difference: float = -0.02, clm: bool = True
+) -> list[dict[str, Any]]:
+    tasks = [*NAMES[:domains], "mean"]
+    values = {f"source-{i}": 1.8 - 0.03 * i for i in range(sources)}
+    values |= {"target": 1.75, "fused": 1.55}
+    if clm:
+        values |= {"clm": 1.55 - difference, "fused-clm": difference}
+    records = []
+    for model, base in values.items():
+        for t, task in enumerate(tasks):
+            value = base if model == "fused-clm" else base + 0.1 * (t - domains)
+            records.append(
+                {
+                    "model": model,
+                    "task": task,
+                    "metric": "bits_per_byte",
+                    "value": value,
+                    "low": value - 0.01,
+                    "high": value + 0.01,
+                    "n": 40,
+                }
+            )
+    return records
+
+
+def make_counts(sources: int, domains: int) -> dict[str, Any]:
+    def source(i: int, d: int) -> dict[str, Any]:
+        return {
+            "situations": {name: int(share * (900 + 50 * i)) for name, share in SHARES.items()},
+            "mass_kept": 0.98 - 0.01 * d,
+            "mass_carried": 0.91 - 0.02 * i,
+            "bits_per_byte": 1.8 - 0.03 * i,
+            "blocks_left_out": 1 if i == d == 0 else 0,
+            "example_left_out": f"{HOSTILE}\n\tﬁne print" + ", and more" * 40
+            if i == d == 0
+            else None,
+        }
+
+    return {
+        "domains": {
+            name: {
+                "blocks": 120 + d,
+                "positions": 51_234 * (d + 1),
+                "without_source": 2_000 * (d + 1),
+                "wins": {f"source-{i}": (i + d) % sources * 9_000 + 5_000 for i in range(sources)},
+                "sources": {f"source-{i}": source(i, d) for i in range(sources)},
+            }
+            for d, name in enumerate(NAMES[:domains])
+        }
+    }
+
+
+def make_log(path: Path, domains: int, fused: bool, steps: int = 200) -> None:
+    lines = []
+    for step in range(0, steps + 1, 5):
+        clm_loss = 2.4 - 0.5 * step / (step + 60) + 0.04 * ((step * 7) % 5 - 2) / 2
+        if step:
+            lines.append(
+                {
+                    "step": step,
+                    "steps": steps,
+                    "tokens": step * 5_120,
+                    "loss": clm_loss,
+                    "clm_loss": clm_loss - (0.02 if fused else 0),
+                    "fusion_loss": clm_loss * 0.8 if fused else None,
+                    "lambda": 0.5,
+                    "fused_share": 0.8,
+                    "learning_rate": 0.001,
+                    "tokens_per_second": 8_000,
+                }
+            )
+        if step % 20 == 0:
+            value = 1.9 - 0.35 * step / (step + 50) - (0.0002 * step if fused else 0)
+            scores = {name: value + 0.1 * d for d, name in enumerate(NAMES[:domains])}
+            scores["mean"] = sum(scores.values()) / domains
+            lines.append({"step": step, "tokens": step * 5_120, "validation": scores})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_run(
+    run: Path, sources: int = 2, domains: int = 3, difference: float = -0.02, clm: bool = True
+) -> Path:
+    """A run's folder as the stages would leave it."""
+    records = make_records(sources, domains, difference, clm)
+    notes = {"blocks_left_out": 0, "bytes": dict.fromkeys(NAMES[:domains], 123456)}
+    write_json(run / "evaluate/results.json", {"records": records, "notes": notes})
+    write_json(run / "fuse/counts.json", make_counts(sources, domains))
+    for kind in ("fused", "clm") if clm else ("fused",):
+        make_log(run / f"train/{kind}/log.jsonl", domains, kind == "fused")
+        write_json(run / f"train/{kind}/manifest.json", {"seconds": 912.4})
+    write_json(run / "corpus/manifest.json", {"seconds": 3.2, "software": {"tokenizers": "0.22.1"}})
+    for i in range(sources):
+        write_json(
+            run / f"externalize/source-{i}/manifest.json",
+            {"seconds": 61.5 + i, "software": {"torch": "2.13.0", "transformers": "5.17.0"}},
+        )
+    write_json(run / "fuse/manifest.json", {"seconds": 20.1, "software": {"numpy": "2.3.1"}})
+    write_json(run / "evaluate/manifest.json", {"software": {"torch": "2.13.1"}})
+    (run / "recipe.yaml").write_text(
+        f"name: first-look  # {HOSTILE}\nseed: 0\nfusion:\n  lambda: 0.5\n", encoding="utf-8"
+    )
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, ids, text, and whether every element is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def headings(self) -> list[str]:
+        return [values["id"] or "" for tag, values in self.elements if tag == "h2"]
+
+
+def read_page(run: Path) -> tuple[str, Page]:
+    html = (run / "report/index.html").read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("runs") / "first")
+    write_report(run)
+    return run
+
+
+def test_results_are_the_records(run: Path) -> None:
+    records = json.loads((run / "report/results.json").read_text(encoding="utf-8"))
+    assert records == make_records()
+    with (run / "report/results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["model", "task", "metric", "value", "low", "high", "n"]
+    for row, record in zip(rows, records, strict=True):
+        assert {key: str(value) for key, value in record.items()} == row
+    assert sorted(path.name for path in (run / "report").iterdir()) == [
+        "index.html",
+        "results.csv",
+        "results.json",
+    ]
+
+
+def test_table() -> None:
+    table = results_table(make_records())
+    assert table.columns == ["bits per byte", "mean", "prose", "python", "cpp"]
+    assert [row[0] for row in table.rows] == [
+        "source-0",
+        "source-1",
+        "target before training",
+        "CLM baseline",
+        "fused",
+        "fused − CLM",
+    ]
+    assert table.rows[4][1] == "1.550 (1.540–1.560) *"
+    assert table.rows[5][1] == "−0.0200 (−0.0300 to −0.0100) better"
+    assert sum(cell.endswith("*") for row in table.rows for cell in row) == 4
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        (-0.02, ", and is better than the CLM baseline (fused − CLM: −0.0200,"),
+        (0.005, ", but no difference from the CLM baseline is shown (fused − CLM: 0.0050,"),
+        (0.02, ", but is worse than the CLM baseline (fused − CLM: 0.0200,"),
+    ],
+)
+def test_verdict_against_clm(difference: float, expected: str) -> None:
+    sentence = verdict(make_records(difference=difference))
+    assert sentence.startswith("On the mean over the domains, the fused model is better than every")
+    assert expected in sentence
+    assert sentence.endswith(").")
+
+
+def test_verdict_against_sources() -> None:
+    records = make_records(difference=-0.02)
+    assert "(1.550 bits per byte; source-1, the best of them, has 1.770)" in verdict(records)
+    for record in records:
+        if record["model"] == "source-0":
+            record["value"] = 1.55  # as good is not better
+    sentence = verdict(records)
+    assert "is not better than every source (1.550 bits per byte; source-0" in sentence
+    assert ", but is better than the CLM baseline" in sentence
+    for record in records:
+        if record["model"] == "target":
+            record["value"] = 1.4
+    assert ", nor better than the target before training (1.400)" in verdict(records)
+
+
+def test_verdict_says_what_is_missing() -> None:
+    assert verdict(make_records(clm=False)).endswith("has not been compared with a CLM baseline.")
+    assert "no result of a fused model" in verdict(
+        [record for record in make_records() if record["model"] != "fused"]
+    )
+    alone = [record for record in make_records(domains=1) if record["task"] != "mean"]
+    assert verdict(alone).startswith("On prose, the fused model is better")
+    several = [record for record in make_records() if record["task"] != "mean"]
+    assert "no mean" in verdict(several)
+
+
+def test_page_is_whole_and_escaped(run: Path) -> None:
+    html, page = read_page(run)
+    assert page.open == []
+    assert "<script" not in html
+    assert page.words.count(HOSTILE) == 2  # the example (cut short) and the recipe
+    assert verdict(make_records()) in page.words.replace("\u00a0", " ")
+    assert "2.13.0, 2.13.1" in page.words
+    assert "bytes, prose" in page.words
+    assert "15 min 12 s" in page.words
+    assert page.headings() == [
+        "results",
+        "training",
+        "wins",
+        "alignment",
+        "mass",
+        "time",
+        "recipe",
+        "software",
+    ]
+
+
+def test_page_stands_alone(run: Path) -> None:
+    html, page = read_page(run)
+    for _, values in page.elements:
+        for name, value in values.items():
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                assert (value or "").startswith(("#", "data:,"))
+    for url in re.findall(r"url\(([^)]*)\)", html):
+        assert url.startswith("#")
+    assert "@import" not in html
+    namespaces = r"http://www\.w3\.org/(?:2000/svg|1999/xlink)"
+    assert "://" not in re.sub(rf'xmlns(?::xlink)?="{namespaces}"', "", html)
+
+
+def test_charts_share_a_page(run: Path) -> None:
+    html, page = read_page(run)
+    ids = [values["id"] for _, values in page.elements if "id" in values]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"(?:href=\"#|url\(#|labelledby=\")([^)\"]+)", html)
+    assert set(used) <= set(ids)
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(drawings) == 1 + 2 + 3 + 1 + 2
+    for drawing in drawings:
+        assert not re.findall(r"(?:fill|stroke): #", drawing)
+        assert "aria-label=" in drawing
+    defined = set(re.findall(r"(--[\w-]+):", html))
+    assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= defined
+
+
+def test_tables_have_scopes(run: Path) -> None:
+    _, page = read_page(run)
+    headers = [values for tag, values in page.elements if tag == "th"]
+    assert headers
+    assert all("scope" in values for values in headers)
+
+
+@pytest.mark.parametrize(("sources", "domains"), [(1, 1), (5, 6)])
+def test_any_number_of_sources_and_domains(tmp_path: Path, sources: int, domains: int) -> None:
+    run = make_run(tmp_path / "run", sources, domains)
+    write_report(run)
+    html, page = read_page(run)
+    assert page.open == []
+    assert html.count("<svg") == 3 + (domains if domains > 1 else 0) + 1 + sources
+
+
+def test_same_bytes_twice(run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    write_report(run)
+    assert before == {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+
+
+def test_optional_parts_may_be_absent(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", clm=False)
+    (run / "train/fused/log.jsonl").write_text("", encoding="utf-8")
+    (run / "recipe.yaml").unlink()
+    for manifest in run.rglob("manifest.json"):
+        manifest.unlink()
+    write_report(run)
+    _, page = read_page(run)
+    assert page.headings() == ["results", "wins", "alignment", "mass"]
+    assert "fused − CLM:" not in page.words
+    assert "CLM baseline" in page.words  # the verdict says that there is none
+
+
+def test_nothing_measured_yet(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluate/results.json", {"records": [], "notes": {}})
+    write_json(tmp_path / "fuse/counts.json", {"domains": {}})
+    write_report(tmp_path)
+    _, page = read_page(tmp_path)
+    assert page.headings() == []
+    assert tmp_path.name in page.words
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"), [("evaluate/results.json", "evaluate"), ("fuse/counts.json", "fuse")]
+)
+def test_required_files(tmp_path: Path, file: str, stage: str) -> None:
+    run = make_run(tmp_path / "run", 1, 1)
+    (run / file).write_text('{"records": 3, "domains": {"prose": {}}}', encoding="utf-8")
+    with pytest.raises(StoreError, match=rf"{file} is not what `fusellm {stage}` writes"):
+        write_report(run)
+    (run / file).unlink()
+    with pytest.raises(StoreError, match=rf"{file}, .*`fusellm {stage} {run}` writes it"):
+        write_report(run)
+    assert not (run / "report").exists()
+
+
+def test_log_of_a_resumed_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1, 1, clm=False)
+    log = run / "train/fused/log.jsonl"
+    lines = [
+        {"step": 2, "tokens": 200, "validation": {"mean": 1.9}},
+        {"step": 4, "tokens": 400, "validation": {"mean": 1.8}},
+        {"step": 4, "tokens": 400, "validation": {"mean": 1.7}},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    log.write_text(text + '{"step": 5, "tok', encoding="utf-8")
+    write_report(run)
+    assert "fused from 1.900 to 1.700 bits per byte" in read_page(run)[0]
+    log.write_text('{"step": 5, "tok\n' + text, encoding="utf-8")
+    with pytest.raises(StoreError, match="line 1, is no log line"):
+        write_report(run)
+
+
+def test_names_are_no_mathematics_and_no_markup() -> None:
+    svg = line_chart("a", f'$x^2$ & "{HOSTILE}', "nats", [Line("$y$ <b>", "fused", [1], [2.0])])
+    assert "$y$ &lt;b&gt; 2.000" in svg
+    assert "<script" not in svg
+
+
+def test_long_curves_are_thinned() -> None:
+    tokens = [float(index) for index in range(20_000)]
+    assert len(line_chart("a", "loss", "nats", [Line("fused", "fused", tokens, tokens)])) < 20_000
