@@ -79,7 +79,11 @@ def _execute(
     as_json: bool,
 ) -> None:
     pipeline = _pipeline(place, out, changes)
-    pipeline.execute(stages, redo)
+    try:
+        pipeline.execute(stages, redo)
+    except KeyboardInterrupt:
+        _stderr.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
     if {"evaluate", "report"} & set(stages):
         _show_results(pipeline.run, as_json, "report" in stages)
     elif as_json:
@@ -304,26 +308,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         _quiet_libraries()
-        app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except FusellmError as error:
         if debug:
             raise
         print(f"fusellm: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("fusellm: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except _usage_errors() as error:
-        error.show()
-        sys.exit(error.exit_code)
-
-
-def _usage_errors() -> Any:
-    import click
-
-    return click.ClickException
 
 
 def _quiet_libraries() -> None:

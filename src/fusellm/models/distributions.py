@@ -15,6 +15,7 @@ from fusellm.objective.chunked import Head
 _CHUNK_ELEMENTS = 1 << 22  # of N x V float32 at a time
 
 
+@torch.no_grad()
 def keep(
     hidden: torch.Tensor,
     true_ids: torch.Tensor,

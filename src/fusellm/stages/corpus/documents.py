@@ -87,10 +87,9 @@ def _builtin(entry: BuiltinDocuments, counts: Counter[str], progress: Progress) 
     training, dropped = zoo_text.drop_near_duplicates(apart, training)
     counts["near_duplicates_dropped"] += dropped
     # In the order of a hash, so that a budget takes a sample of all packages.
-    for document in sorted(
-        apart + training, key=lambda d: hashlib.sha256(d.name.encode()).digest()
-    ):
-        yield Text(document.name, document.part, document.text)
+    kept = apart + training
+    kept.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    return (Text(document.name, document.part, document.text) for document in kept)
 
 
 def _hub(entry: HubDocuments, corpus: CorpusBlock) -> Iterator[Text]:

@@ -1,0 +1,146 @@
+"""A tiny world on disk, made once a session: three models of different architectures and
+tokenizers, and a corpus of two domains. No network, no GPU."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+
+from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
+
+_WORDS = (
+    "the model reads a text and every token of it is a piece that ends at some byte so two "
+    "readers agree where both have read the same return value def class import self print "
+    "naïve café Straße 数字 число"
+).split()
+
+
+def prose(seed: int, words: int = 120) -> str:
+    """Some text, the same for the same seed."""
+    rng = random.Random(seed)
+    lines = [" ".join(rng.choices(_WORDS, k=rng.randint(3, 12))) for _ in range(words // 8)]
+    return "\n".join(lines) + "\n"
+
+
+def code(seed: int, lines: int = 20) -> str:
+    """Something like Python, the same for the same seed."""
+    rng = random.Random(seed)
+    rows = [
+        "    " * rng.randint(0, 3)
+        + f"{rng.choice(_WORDS)} = {rng.choice(_WORDS)}({rng.randint(0, 99)})"
+        for _ in range(lines)
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def save_llama(folder: Path, texts: list[str], seed: int = 0) -> None:
+    """A tiny Llama with a SentencePiece-like tokenizer and a BOS."""
+    tokenizer = sentencepiece_like_bpe(iter(texts), 512)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_neox(folder: Path, texts: list[str], seed: int = 1) -> None:
+    """A tiny GPT-NeoX with byte-level BPE and a padded head."""
+    tokenizer = byte_level_bpe(iter(texts), 400)
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer) + 8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_mpt(folder: Path, texts: list[str], seed: int = 2) -> None:
+    """A tiny MPT with a byte-level Unigram."""
+    tokenizer = byte_level_unigram(iter(texts), 350)
+    torch.manual_seed(seed)
+    config = MptConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        n_layers=1,
+        n_heads=2,
+        max_seq_len=512,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    MptForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the models llama, neox, mpt, the corpus and recipe.yaml."""
+    root = tmp_path_factory.mktemp("world")
+    texts = [prose(n) + code(n) for n in range(40)]
+    save_llama(root / "llama", texts)
+    save_neox(root / "neox", texts)
+    save_mpt(root / "mpt", texts)
+    with (root / "prose.jsonl").open("w", encoding="utf-8") as file:
+        for n in range(60):
+            file.write(json.dumps({"text": prose(1000 + n)}, ensure_ascii=False) + "\n")
+    (root / "code").mkdir()
+    for n in range(40):
+        (root / "code" / f"{n:02}.py").write_text(code(2000 + n), encoding="utf-8")
+    recipe = {
+        "name": "tiny",
+        "target": {"model": "llama"},
+        "sources": [{"name": "first", "model": "llama"}, {"name": "second", "model": "neox"}],
+        "corpus": {
+            "documents": [
+                {"files": "prose.jsonl", "domain": "prose"},
+                {"files": "code/*.py", "domain": "code"},
+            ],
+            "block_bytes": 256,
+            "validation_share": 0.1,
+            "held_out_share": 0.2,
+            "shard_blocks": 32,
+        },
+        "externalize": {"scheme": "sampled", "draws": 8},
+        "fusion": {"lambda": 0.5},
+        "training": {
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "save_steps": 3,
+            "validations": 2,
+        },
+        "evaluation": {"bootstrap": 200},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return root

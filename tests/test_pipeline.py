@@ -1,0 +1,474 @@
+"""The whole path on a tiny world: what a run leaves behind, and what interrupts it."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from fusellm.config import load_recipe
+from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
+from fusellm.pipeline import STAGES, Pipeline, resolve_paths
+from fusellm.progress import Silent
+from fusellm.stages import train
+from fusellm.store.manifest import StageFolder, StageWriter
+
+
+def pipeline(world: Path, run: Path, *changes: str) -> Pipeline:
+    """The tiny world's run with some settings changed."""
+    recipe = load_recipe(world / "recipe.yaml", changes)
+    return Pipeline(resolve_paths(recipe, world), run, Silent())
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    """The results that a run ended with."""
+    found: list[dict[str, Any]] = json.loads((run / "report" / "results.json").read_text())
+    return found
+
+
+def stores(run: Path) -> dict[str, str]:
+    """Fingerprint of each stage folder of array work."""
+    names = ["corpus", "externalize/first", "externalize/second", "externalize/target", "fuse"]
+    return {name: StageFolder(run / name).fingerprint for name in names}
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    pipeline(world, run).execute()
+    return run
+
+
+def test_every_model_is_in_the_results(finished: Path) -> None:
+    found = results(finished)
+    assert {r["model"] for r in found} == {"first", "second", "target", "clm", "fused", "fused-clm"}
+    assert {r["task"] for r in found} == {"prose", "code", "mean"}
+    for record in found:
+        assert record["metric"] == "bits_per_byte"
+        assert record["low"] <= record["value"] <= record["high"]
+        assert record["n"] > 0
+
+
+def test_the_target_and_its_twin_among_the_sources_score_alike(finished: Path) -> None:
+    values = {(r["model"], r["task"]): r["value"] for r in results(finished)}
+    assert values["first", "mean"] == values["target", "mean"]
+    assert values["second", "mean"] != values["target", "mean"]
+
+
+def test_difference_is_fused_minus_clm(finished: Path) -> None:
+    values = {(r["model"], r["task"]): r["value"] for r in results(finished)}
+    for task in ("prose", "code", "mean"):
+        difference = values["fused", task] - values["clm", task]
+        assert values["fused-clm", task] == pytest.approx(difference, abs=1e-12)
+
+
+def test_training_lowers_bits_per_byte(finished: Path) -> None:
+    values = {r["model"]: r["value"] for r in results(finished) if r["task"] == "mean"}
+    assert values["clm"] < values["target"]
+    assert values["fused"] < values["target"]
+
+
+def test_the_fused_model_is_an_ordinary_one(finished: Path) -> None:
+    folder = finished / "train" / "fused"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the model", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > 3
+    suffixes = {path.suffix for path in folder.rglob("*")}
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
+    assert not (finished / "train" / "fused-checkpoints").exists()
+    card = (folder / "README.md").read_text()
+    assert "second" in card
+    assert "GPTNeoXForCausalLM" in card
+
+
+def test_a_finished_run_does_nothing_again(world: Path, finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.arrow")}
+    pipeline(world, finished).execute()
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.arrow")} == before
+
+
+def test_each_stage_can_be_run_alone_from_the_runs_own_recipe(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pipeline(world, run).execute(["corpus"])
+    own = load_recipe(run / "recipe.yaml")
+    for stage in STAGES[1:]:
+        Pipeline(resolve_paths(own, run), run, Silent()).execute([stage])
+    assert results(run) == results(finished)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package may catch it."""
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3, 5, 7, 9, 11, 13, 15])
+def test_killed_anywhere_it_goes_on_to_the_same_results(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    left = [writes]
+    original = StageWriter.write
+
+    def dying(self: StageWriter, name: str, *args: Any, **kwargs: Any) -> None:
+        if left[0] == 0:
+            (self.path / f"{name}.writing").write_bytes(b"half a shard")
+            raise Killed
+        left[0] -= 1
+        original(self, name, *args, **kwargs)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(StageWriter, "write", dying)
+        with pytest.raises(Killed):
+            pipeline(world, run).execute()
+    pipeline(world, run).execute()
+    assert stores(run) == stores(finished)
+    assert results(run) == results(finished)
+    assert not list(run.rglob("*.writing"))
+
+
+@pytest.mark.parametrize("which", [train.FUSED, train.CLM])
+def test_killed_in_training_it_ends_with_the_same_weights(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for folder in ("train/clm", "train/fused", "evaluate", "report"):
+        shutil.rmtree(run / folder)
+    original = Trainer.training_step
+    steps = [0]
+
+    def dying(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 5 and which in str(self.args.output_dir):
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", dying)
+        if which == train.CLM:  # let the fused model finish first
+            steps[0] = -1000
+            with pytest.raises(Killed):
+                _count_only_in(patch, which, original)
+                pipeline(world, run).execute(["train"])
+        else:
+            with pytest.raises(Killed):
+                pipeline(world, run).execute(["train"])
+    assert list((run / "train" / f"{which}-checkpoints").glob("checkpoint-*"))
+    pipeline(world, run).execute()
+    for model in (train.FUSED, train.CLM):
+        mine = (run / "train" / model / "model.safetensors").read_bytes()
+        assert mine == (finished / "train" / model / "model.safetensors").read_bytes()
+    assert results(run) == results(finished)
+
+
+def _count_only_in(patch: pytest.MonkeyPatch, which: str, original: Any) -> None:
+    steps = [0]
+
+    def dying(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if f"{which}-checkpoints" in str(self.args.output_dir):
+            steps[0] += 1
+            if steps[0] == 5:
+                raise Killed
+        return original(self, *args, **kwargs)
+
+    patch.setattr(Trainer, "training_step", dying)
+
+
+def test_another_identity_stops_and_redo_moves_it_aside(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = stores(run)
+    changed = ["fusion.granularity=block"]
+    with pytest.raises(IdentityError, match=r"fuse was made from something else.*granularity"):
+        pipeline(world, run, *changed).execute()
+    assert stores(run) == before
+    pipeline(world, run, *changed).execute(redo=True)
+    assert (run / "aside" / "1" / "fuse").is_dir()
+    assert (run / "aside" / "1" / "train" / "fused").is_dir()
+    assert not (run / "aside" / "1" / "train" / "clm").exists()
+    after = stores(run)
+    assert after["fuse"] != before["fuse"]
+    assert after["externalize/second"] == before["externalize/second"]
+
+
+def test_another_lambda_redoes_only_training(world: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with pytest.raises(IdentityError, match=r"train/fused was made.*lambda"):
+        pipeline(world, run, "fusion.lambda=0.7").execute()
+    pipeline(world, run, "fusion.lambda=0.7").execute(redo=True)
+    assert stores(run) == stores(finished)
+
+
+def test_a_further_source_needs_no_code_and_touches_no_other(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {p: p.stat().st_mtime_ns for p in (run / "externalize").rglob("*.arrow")}
+    third = 'sources=[{"name": "first", "model": "%s"}, {"name": "second", "model": "%s"}, ' % (
+        world / "llama",
+        world / "neox",
+    )
+    third += '{"name": "third", "model": "%s"}]' % (world / "mpt")
+    pipeline(world, run, third).execute(redo=True)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (run / "externalize" / "third" / "manifest.json").exists()
+    assert "third" in {record["model"] for record in results(run)}
+
+
+def test_lambda_one_gives_the_losses_of_trainer(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    """λ = 1 equals Trainer with the model's own loss, step by step."""
+    run = tmp_path / "run"
+    one = pipeline(world, run, "fusion.lambda=1", "training.logging_steps=1")
+    one.execute(["corpus", "externalize", "fuse", "train"])
+    log = [json.loads(line) for line in (run / "train/fused/log.jsonl").read_text().splitlines()]
+    ours = [entry["loss"] for entry in log if "loss" in entry]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(world / "llama")
+    arguments = train.training_arguments(one.recipe, tmp_path / "plain")
+    arguments.eval_strategy = "no"
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train.clm_rows(run, StageFolder(run / "corpus")),
+        data_collator=train.Collator(None, 1.0, packed=False),
+    )
+    trainer.train()
+    plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(ours) == len(plain) > 5
+    np.testing.assert_allclose(ours, plain, rtol=2e-5)
+    trained = AutoModelForCausalLM.from_pretrained(run / "train" / "fused")
+    for mine, theirs in zip(trained.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_packed_rows_equal_one_block_a_row(world: Path, finished: Path, name: str) -> None:
+    """A packed block attends only to itself."""
+    from fusellm.models.heads import last_hidden
+
+    model = AutoModelForCausalLM.from_pretrained(world / name).eval()
+    rows = train.clm_rows(finished, StageFolder(finished / "corpus"))
+    blocks = [rows[n][0] for n in range(4)]
+    limit = model.config.vocab_size
+    blocks = [block | {"ids": block["ids"] % limit} for block in blocks]
+    packed = train.Collator(None, 1.0, packed=True)([blocks[:3], blocks[3:]])
+    padded = train.Collator(None, 1.0, packed=False)([[block] for block in blocks])
+
+    def predicted(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            hidden = last_hidden(model, **inputs)
+        chosen = batch["labels"][:, 1:] != -100
+        return hidden[:, :-1][chosen], batch["labels"][:, 1:][chosen]
+
+    for mine, theirs in zip(predicted(packed), predicted(padded), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_training_runs_and_mpt_is_refused(world: Path, tmp_path: Path) -> None:
+    packed = ("training.rows=packed", "training.row_tokens=400")
+    pipeline(world, tmp_path / "run", *packed).execute()
+    with pytest.raises(ModelError, match="position ids"):
+        pipeline(world, tmp_path / "mpt", *packed, f"target.model={world / 'mpt'}").execute()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("externalize.scheme=top", "externalize.k=10", "externalize.mass=null"),
+        ("externalize.scheme=top", "fusion.rest=renormalize", "fusion.strategy=bytes"),
+        ("fusion.strategy=bytes", "fusion.granularity=block"),
+        ("training.clm_baseline=false", "corpus.train_tokens=3000"),
+    ],
+)
+def test_other_settings_run_to_the_end(world: Path, tmp_path: Path, changes: Sequence[str]) -> None:
+    pipeline(world, tmp_path / "run", *changes).execute()
+    assert results(tmp_path / "run")
+
+
+def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path: Path) -> None:
+    """A source equal to the target gives no gradient, to the store's quantization."""
+    alone = f'sources=[{{"name": "first", "model": "{world / "llama"}"}}]'
+    changes = (alone, "externalize.scheme=top", "externalize.k=3", "fusion.lambda=0")
+    run = tmp_path / "run"
+    one = pipeline(world, run, *changes)
+    one.execute(["corpus", "externalize", "fuse"])
+    corpus = StageFolder(run / "corpus")
+    rows = train.fused_rows(run, corpus)
+    model = AutoModelForCausalLM.from_pretrained(world / "llama")
+    norms = {}
+    for rest in ("bucket", "renormalize"):
+        table = train.OutcomeTable(StageFolder(run / "fuse"), ["first"], rest == "renormalize")
+        batch = train.Collator(table, 0.0, packed=False)([rows[n] for n in range(8)])
+        model.zero_grad()
+        with train.objective_forward(model):
+            model(**batch)["loss"].backward()
+        norms[rest] = sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
+    assert norms["bucket"] < 0.01 * norms["renormalize"]
+
+
+def test_nan_in_a_source_stops_with_its_name(world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(world / "neox")
+    with torch.no_grad():
+        model.base_model.final_layer_norm.weight[0] = float("nan")
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(world / "neox").save_pretrained(broken)
+    run = tmp_path / "run"
+    with pytest.raises(NumericsError, match=r"source 'second' gives NaN or infinity on block"):
+        pipeline(world, run, f"sources.1.model={broken}").execute()
+    assert StageFolder(run / "externalize" / "first").complete
+
+
+def test_a_block_longer_than_a_context_is_refused_before_weights_are_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusellm.stages import externalize
+
+    monkeypatch.setattr(externalize, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(CorpusError, match=r"tokens for 'first', whose context is 512; lower"):
+        pipeline(
+            world,
+            tmp_path / "run",
+            "corpus.block_bytes=4000",
+            "corpus.documents.1.files=prose.jsonl",
+        ).execute()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "there is no model folder"),
+        (lambda folder: folder.mkdir(), "holds no model: it has no config.json"),
+        (lambda folder: _only(folder, "config.json", "pytorch_model.bin"), "pickles only"),
+        (lambda folder: _only(folder, "config.json"), "has no weights"),
+    ],
+)
+def test_bad_model_folders(world: Path, tmp_path: Path, make: Any, message: str) -> None:
+    folder = tmp_path / "model"
+    make(folder)
+    with pytest.raises(ModelError, match=message):
+        pipeline(world, tmp_path / "run", f"sources.1.model={folder}")
+    assert not (tmp_path / "run").exists()
+
+
+def _only(folder: Path, *names: str) -> None:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+
+
+def test_odd_documents_are_handled_and_counted(world: Path, tmp_path: Path) -> None:
+    files = tmp_path / "texts"
+    files.mkdir()
+    big = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    odd = ["", " \n\t ", "x", big * 1, "a\x00b\x00", "</s><s><unk><|endoftext|> text", "é" * 5000]
+    for n, text in enumerate(odd):
+        (files / f"odd-{n}.txt").write_bytes(text.encode("utf-8"))
+    (files / "bad.txt").write_bytes(b"good \xff\xfe bad" * 10)
+    for n in range(60):
+        (files / f"plain-{n}.txt").write_text(f"{n} plain text of some words\n" * 5)
+    documents = f'corpus.documents=[{{"files": "{files}/*.txt", "domain": "odd"}}]'
+    run = tmp_path / "run"
+    shares = ("corpus.validation_share=0.2", "corpus.held_out_share=0.2")
+    limits = ("corpus.train_bytes=9000000", "training.max_steps=2")
+    pipeline(world, run, documents, *shares, *limits).execute()
+    counts = StageFolder(run / "corpus").counts
+    assert counts["empty_documents"] == 2
+    assert counts["documents_with_invalid_utf8"] == 1
+    assert results(run)
+
+
+def test_text_that_a_tokenizer_changes_is_left_out_and_counted(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lower"
+    shutil.copytree(world / "neox", folder)
+    path = folder / "tokenizer.json"
+    layout = json.loads(path.read_text())
+    layout["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(layout))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"Upper {n} case\n" if n % 2 else f"lower {n} case\n"}) + "\n"
+            for n in range(200)
+        )
+    )
+    run = tmp_path / "run"
+    documents = f'corpus.documents=[{{"files": "{tmp_path}/texts.jsonl", "domain": "mixed"}}]'
+    pipeline(world, run, documents, f"sources.1.model={folder}").execute()
+    counts = json.loads((run / "fuse" / "counts.json").read_text())["domains"]["mixed"]
+    second = counts["sources"]["second"]
+    assert second["blocks_left_out"] == pytest.approx(counts["blocks"] / 2, rel=0.3)
+    assert second["example_left_out"].startswith("Upper")
+    assert counts["sources"]["first"]["blocks_left_out"] == 0
+
+
+@pytest.mark.parametrize(
+    ("documents", "error"),
+    [
+        ('[{"files": "nothing/*.txt"}]', "no file fits"),
+        ('[{"files": "empty.txt"}]', "no text in its part train"),
+        ('[{"files": "prose.jsonl", "text_field": "body"}]', "no text in field 'body'"),
+    ],
+)
+def test_bad_corpora(world: Path, tmp_path: Path, documents: str, error: str) -> None:
+    (world / "empty.txt").write_text("")
+    with pytest.raises(FusellmError, match=error):
+        pipeline(world, tmp_path / "run", f"corpus.documents={documents}").execute()
+
+
+def test_a_full_disk_keeps_finished_shards(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from fusellm.store import manifest
+
+    original = manifest.os.fsync
+    left = [12]
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.os, "fsync", full)
+        with pytest.raises(FusellmError, match="the disk is full"):
+            pipeline(world, run).execute()
+    assert not list(run.rglob("*.writing"))
+    pipeline(world, run).execute()
+    assert results(run)
+
+
+def test_damaged_shards_and_manifests_are_refused(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "fuse")
+    shard = next((run / "externalize" / "second").glob("train-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(FusellmError, match=f"{shard.name} is damaged"):
+        pipeline(world, run).execute()
+    manifest = run / "externalize" / "second" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"blocks": ', '"blocks": 1', 1))
+    with pytest.raises(FusellmError, match=r"manifest.json is damaged"):
+        pipeline(world, run).execute()
