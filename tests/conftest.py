@@ -23,11 +23,10 @@ from transformers import (
 
 from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
 
-_WORDS = (
-    "the model reads a text and every token of it is a piece that ends at some byte so two "
-    "readers agree where both have read the same return value def class import self print "
-    "naïve café Straße 数字 число"
-).split()
+_TEXT = """the model reads a text and every token of it is a piece that ends at some byte so two
+readers agree where both have read the same return value def class import self print
+naïve café Straße 数字 число"""
+_WORDS = _TEXT.split()
 
 
 def prose(seed: int, words: int = 120) -> str:

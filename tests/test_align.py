@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import worlds
 from fusellm.align.positions import Situation, align, situations
 from fusellm.align.ragged import offsets_of, take_rows
 from fusellm.align.translation import (

@@ -6,10 +6,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
-import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import worlds
 from fusellm.align.positions import Situation, align, situations
 from fusellm.align.ragged import offsets_of
 from fusellm.align.translation import TRANSLATIONS, Translation

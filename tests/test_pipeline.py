@@ -142,25 +142,10 @@ def test_killed_in_training_it_ends_with_the_same_weights(
     shutil.copytree(finished, run)
     for folder in ("train/clm", "train/fused", "evaluate", "report"):
         shutil.rmtree(run / folder)
-    original = Trainer.training_step
-    steps = [0]
-
-    def dying(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == 5 and which in str(self.args.output_dir):
-            raise Killed
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", dying)
-        if which == train.CLM:  # let the fused model finish first
-            steps[0] = -1000
-            with pytest.raises(Killed):
-                _count_only_in(patch, which, original)
-                pipeline(world, run).execute(["train"])
-        else:
-            with pytest.raises(Killed):
-                pipeline(world, run).execute(["train"])
+        _die_at_step_5(patch, which)
+        with pytest.raises(Killed):
+            pipeline(world, run).execute(["train"])
     assert list((run / "train" / f"{which}-checkpoints").glob("checkpoint-*"))
     pipeline(world, run).execute()
     for model in (train.FUSED, train.CLM):
@@ -169,7 +154,8 @@ def test_killed_in_training_it_ends_with_the_same_weights(
     assert results(run) == results(finished)
 
 
-def _count_only_in(patch: pytest.MonkeyPatch, which: str, original: Any) -> None:
+def _die_at_step_5(patch: pytest.MonkeyPatch, which: str) -> None:
+    original = Trainer.training_step
     steps = [0]
 
     def dying(self: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -216,11 +202,9 @@ def test_a_further_source_needs_no_code_and_touches_no_other(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {p: p.stat().st_mtime_ns for p in (run / "externalize").rglob("*.arrow")}
-    third = 'sources=[{"name": "first", "model": "%s"}, {"name": "second", "model": "%s"}, ' % (
-        world / "llama",
-        world / "neox",
-    )
-    third += '{"name": "third", "model": "%s"}]' % (world / "mpt")
+    models = {"first": "llama", "second": "neox", "third": "mpt"}
+    sources = [{"name": name, "model": str(world / model)} for name, model in models.items()]
+    third = f"sources={json.dumps(sources)}"
     pipeline(world, run, third).execute(redo=True)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert (run / "externalize" / "third" / "manifest.json").exists()

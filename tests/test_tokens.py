@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import worlds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import worlds
 from fusellm.errors import TokenizerError
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
@@ -121,6 +121,21 @@ def test_the_dummy_prefix_is_the_first_tokens() -> None:
     found = boundaries(b" return", ids, encoder.vocabulary)
     assert found is not None
     assert found.tolist() == [0, 7]
+
+
+def test_a_dummy_prefix_is_read_wherever_it_stands_and_is_never_a_byte_token() -> None:
+    encoder = worlds.sentencepiece()
+
+    def walk(text: bytes, *tokens: str) -> list[int] | None:
+        ids = encoder.tokenizer.convert_tokens_to_ids(list(tokens))
+        found = boundaries(text, ids, encoder.vocabulary)
+        return None if found is None else found.tolist()
+
+    assert walk(b"ofreturn", "of", "▁return") == [2, 8]
+    assert walk(b"ofreturn", "▁of", "▁return") == [2, 8]
+    assert walk(b"of return", "▁of", "▁return") == [2, 9]
+    assert walk(b" of", "<0x20>", "of") == [1, 3]
+    assert walk(b"of", "<0x20>", "of") is None
 
 
 def test_walk_refuses_tokens_of_another_text() -> None:
@@ -280,11 +295,13 @@ PROSE = " ".join(worlds.WORDS * 3)
 SOURCES = {
     "module and function": f'"""{PROSE}"""\n\ndef f():\n    """Doc."""\n    return 1\n',
     "only a docstring": 'def f():\n    """Doc."""\n\nclass A:\n    """Doc.\n\n    More.\n    """\n',
-    "several lines": 'class A:\n    """One.\n\n    Two.\n    """\n    x = 1\n\n    async def f(self):\n'
+    "several lines": 'class A:\n    """One.\n\n    Two.\n    """\n    x = 1\n\n'
+    "    async def f(self):\n"
     '        r"""Three\n        four."""\n        return self.x\n',
-    "form feeds": '\x0c\ndef f():\n    """Doc."""\n    return 1\n\x0c\nclass A:\n    """D\x0coc."""\n'
+    "form feeds": '\x0c\ndef f():\n    """Doc."""\n    return 1\n'
+    '\x0c\nclass A:\n    """D\x0coc."""\n'
     "    x = '''a\x0cb'''\n\x0cy = 2\n",
-    "other line ends of Unicode": 'x = "\u2028"\ndef f():\n    """D\u2028oc\x85."""\n    return 1\n',
+    "line ends of Unicode": 'x = "\u2028"\ndef f():\n    """D\u2028oc\x85."""\n    return 1\n',
     "adjacent strings": "def f():\n    (\n        'one '\n        'two'\n    )\n    return 1\n",
     "nested": 'def f():\n    """One."""\n    def g():\n        """Two."""\n    return g\n',
     "a comment after it": 'def f():\n    """Doc."""  # why\n    return 1\n',
@@ -299,7 +316,8 @@ ONE_LINE = {
 }
 UNDER_A_CONDITION = {
     "if": 'if x:\n    def f():\n        """Doc."""\n        return 1\n',
-    "try": 'try:\n    import y\nexcept ImportError:\n    class A:\n        """Doc."""\n        z = 1\n',
+    "try": "try:\n    import y\nexcept ImportError:\n"
+    '    class A:\n        """Doc."""\n        z = 1\n',
 }
 
 

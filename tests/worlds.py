@@ -18,13 +18,14 @@ from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencep
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-WORDS = (
+_WORDS = (
     "the return returned returning returns turn token tokens tokenizer of and to in is value "
     "values self import from class def none true false model models train training trained text "
     "texts distribution probability mass kept source target position boundary byte bytes unite "
     "united unity interest interesting nation national international 1 2 10 100 1024 2024 naïve "
     "café über Straße año señor привет мир слово слова 中文 文字 日本 日本語 ελληνικά"
-).split()
+)
+WORDS = _WORDS.split()
 LINES = (
     "def returned(self, values):\n    return [value for value in values]\n",
     "class Token(Model):\n    def __init__(self):\n        self.mass = 1.0\n",

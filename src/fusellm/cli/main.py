@@ -8,9 +8,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -31,7 +32,8 @@ app = typer.Typer(
     help=(
         "Fuse the knowledge of several language models into one.\n\n"
         "`fusellm demo` shows it all in minutes, with no download. For models of your own: "
-        "`fusellm init`, edit the recipe, `fusellm check`, `fusellm run`."
+        "`fusellm init`, edit the recipe, `fusellm check`, `fusellm run`.\n\n"
+        "Any command takes `--debug` to show where an error came from."
     ),
 )
 zoo_app = typer.Typer(no_args_is_help=True, help="The small models that come with fusellm.")
@@ -99,9 +101,14 @@ def _show_results(run: Path, as_json: bool, with_page: bool) -> None:
         print(json.dumps(found, ensure_ascii=False))
         return
     table = results_table(found)
-    rich_table = RichTable(title="Held-out bits per byte (lower is better), 95 % intervals")
+    rich_table = RichTable(
+        title="Held-out bits per byte (lower is better), 95 % intervals",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in table.columns:
-        rich_table.add_column(column, justify="left" if column == table.columns[0] else "right")
+        justify: Literal["left", "right"] = "left" if column == table.columns[0] else "right"
+        rich_table.add_column(column, justify=justify, overflow="fold")
     for row in table.rows:
         rich_table.add_row(*row)
     _stdout.print(rich_table)

@@ -57,8 +57,7 @@ _DEFAULTS: dict[str, Any] = {
 # What a run itself decides. Setting one in a recipe would be silently without effect, or wrong.
 _OURS = {
     "output_dir": "the run's folder is set with --out",
-    "seed": "the recipe's own seed is used",
-    "data_seed": "the recipe's own seed is used",
+    "data_seed": "training.seed is used",
     "remove_unused_columns": "fused distributions are columns of their own",
     "resume_from_checkpoint": "an interrupted run goes on by itself",
     "eval_strategy": "training.validations says how often",
@@ -96,7 +95,6 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     validations = recipe.training.validations
     ours = {
         "output_dir": str(output),
-        "seed": recipe.seed,
         "remove_unused_columns": False,
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "steps" if validations else "no",
@@ -105,7 +103,8 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     if validations == 1:
         ours["eval_strategy"] = "epoch"
     try:
-        return TrainingArguments(**(_DEFAULTS | recipe.training.arguments | ours))
+        seed = {"seed": recipe.seed}
+        return TrainingArguments(**(_DEFAULTS | seed | recipe.training.arguments | ours))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
 
@@ -146,14 +145,14 @@ def run_train(
     with StageWriter.open(folder_of(run, which), identity_) as folder:
         if folder.complete:
             return
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(arguments.seed)
         model = load_model(located, arguments.device)
         corpus = open_corpus(run)
         rows = fused_rows(run, corpus) if which == FUSED else clm_rows(run, corpus)
         packed = recipe.training.rows == "packed"
         if packed:
             require_packing(model)
-            rows = rows.pack(recipe.training.row_tokens, recipe.seed)
+            rows = rows.pack(recipe.training.row_tokens, arguments.seed)
         table = _table(recipe, run) if which == FUSED else None
         validation = _Validation(encoder, read_part(corpus, "validation"), recipe)
         trainer = _ObjectiveTrainer(

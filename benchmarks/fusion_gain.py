@@ -1,0 +1,128 @@
+"""What fusion gains over plain continued training on the demo: the search, and the seeds.
+
+    python benchmarks/fusion_gain.py search --out DIR   rate, λ, granularity; validation part
+    python benchmarks/fusion_gain.py seeds --out DIR    the demo's setting by seed; held-out part
+
+Both read the distributions once and train many times. `--set` changes the demo's recipe, `--quick`
+does a fiftieth of the work, `--json` prints one flat object of figures.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from fusellm.cli.console import Terminal
+from fusellm.config import Recipe, load_recipe
+from fusellm.pipeline import Pipeline
+from fusellm.stages.evaluate import read_records
+from fusellm.stages.train import CLM, FUSED
+
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_QUICK = ["corpus.train_bytes=48000", "corpus.held_out_bytes=5000", "corpus.validation_bytes=5000"]
+_LEARNING_RATES = ("3.0e-4", "1.0e-3", "2.0e-3")
+_LAMBDAS = ("0.3", "0.5", "0.8")
+_GRANULARITIES = ("window", "block")
+
+
+def variant(base: Path, out: Path, changes: list[str]) -> Pipeline:
+    """A run that shares the base's corpus and distributions."""
+    for name in ("corpus", "externalize"):
+        if not (out / name).exists():
+            shutil.copytree(base / name, out / name, copy_function=_link)
+    return Pipeline(_recipe(changes), out, Terminal(Console(stderr=True)))
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).hardlink_to(source)
+
+
+def _recipe(changes: list[str]) -> Recipe:
+    return load_recipe(_DEMO, changes)
+
+
+def validation(run: Path, which: str) -> float:
+    """The last mean bits per byte over the validation part."""
+    lines = (run / "train" / which / "log.jsonl").read_text().splitlines()
+    return float(
+        [json.loads(line) for line in lines if "validation" in line][-1]["validation"]["mean"]
+    )
+
+
+def search(base: Path, out: Path, changes: list[str]) -> dict[str, float]:
+    """Bits per byte on the validation part: CLM by learning rate, fused by all three settings."""
+    figures: dict[str, float] = {}
+    for rate, granularity, weight in itertools.product(_LEARNING_RATES, _GRANULARITIES, _LAMBDAS):
+        name = f"fused lr={rate} {granularity} lambda={weight}"
+        first = (granularity, weight) == (_GRANULARITIES[0], _LAMBDAS[0])
+        settings = [
+            *changes,
+            f"training.learning_rate={rate}",
+            f"fusion.granularity={granularity}",
+            f"fusion.lambda={weight}",
+            f"training.clm_baseline={str(first).lower()}",
+        ]
+        run = out / name.replace(" ", "-")
+        variant(base, run, settings).execute(["fuse", "train"])
+        figures[name] = validation(run, FUSED)
+        if first:
+            figures[f"clm lr={rate}"] = validation(run, CLM)
+        print({k: round(v, 4) for k, v in figures.items()}, file=sys.stderr, flush=True)
+    return figures
+
+
+def seeds(base: Path, out: Path, changes: list[str], count: int) -> dict[str, float]:
+    """Held-out bits per byte of the demo's setting, by training seed."""
+    figures: dict[str, float] = {}
+    for seed in range(count):
+        run = out / f"seed-{seed}"
+        variant(base, run, [*changes, f"training.seed={seed}"]).execute()
+        for record in read_records(run):
+            if record.task == "mean" or record.model in ("clm", "fused", "fused-clm"):
+                figures[f"{record.model} {record.task} seed={seed}"] = record.value
+    gains = [-figures[f"fused-clm mean seed={seed}"] for seed in range(count)]
+    deviation = statistics.stdev(gains) if count > 1 else float("nan")
+    clm = [figures[f"clm mean seed={seed}"] for seed in range(count)]
+    return figures | {
+        "gain_mean": statistics.mean(gains),
+        "gain_least": min(gains),
+        "gain_deviation": deviation,
+        "clm_deviation": statistics.stdev(clm) if count > 1 else float("nan"),
+    }
+
+
+def main() -> None:
+    """Run one of the two studies."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=["search", "seeds"])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    changes = [*(_QUICK if arguments.quick else []), *arguments.set]
+    base = arguments.out / "base"
+    Pipeline(_recipe(changes), base, Terminal(Console(stderr=True))).execute(
+        ["corpus", "externalize"]
+    )
+    if arguments.study == "search":
+        figures = search(base, arguments.out, changes)
+    else:
+        figures = seeds(base, arguments.out, changes, 1 if arguments.quick else arguments.seeds)
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:<44} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

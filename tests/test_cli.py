@@ -1,0 +1,146 @@
+"""The command line as a person meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusellm.cli.main import main
+from fusellm.config import load_recipe
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["fusellm", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def real(*arguments: str) -> subprocess.Popen[str]:
+    """A command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fusellm", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_run_killed_and_run_again_gives_the_same_results(world: Path, tmp_path: Path) -> None:
+    """The real command, killed with SIGKILL once the first shard is there."""
+    command = ("run", str(world / "recipe.yaml"), "--json", "--out")
+    whole, whole_errors = real(*command, str(tmp_path / "whole")).communicate(timeout=240)
+    assert whole, whole_errors
+    broken = real(*command, str(tmp_path / "broken"))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("broken/externalize/first/train-*.arrow")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    again, errors = real(*command, str(tmp_path / "broken")).communicate(timeout=240)
+    assert json.loads(again) == json.loads(whole), errors
+    models = {record["model"] for record in json.loads(again)}
+    assert models == {"first", "second", "target", "clm", "fused", "fused-clm"}
+
+
+def test_stages_status_check_and_clean(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    recipe = str(world / "recipe.yaml")
+    assert run(monkeypatch, "check", recipe, "--json", "--out", out) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"]["second"]["architecture"] == "GPTNeoXForCausalLM"
+    assert not (tmp_path / "run").exists()
+    assert run(monkeypatch, "fuse", recipe, "--out", out) == 1
+    assert "fusellm corpus" in capsys.readouterr().err
+    for stage in ("corpus", "externalize"):
+        assert run(monkeypatch, stage, recipe, "--out", out) == 0
+    assert run(monkeypatch, "fuse", out, "--json") == 0  # the run serves as well as the recipe
+    stages = {row["stage"]: row for row in json.loads(capsys.readouterr().out)}
+    assert stages["fuse"]["complete"]
+    assert run(monkeypatch, "status", out) == 0
+    assert "externalize/second" in capsys.readouterr().out
+    assert run(monkeypatch, "clean", out, "--stores", "--yes") == 1
+    assert "still needs" in capsys.readouterr().err
+    assert run(monkeypatch, "clean", out, "--all", "--yes") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_faults_are_one_line(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(world / "recipe.yaml")
+    cases = {
+        ("run", str(tmp_path / "none.yaml")): "there is no recipe",
+        ("run", str(tmp_path)): "is not a run",
+        (
+            "run",
+            recipe,
+            "--set",
+            "fusion.lamda=1",
+        ): "unknown key fusion.lamda; did you mean lambda?",
+        ("run", recipe, "--set", "training.learning_rat=1"): "did you mean learning_rate?",
+        ("run", recipe, "--set", "training.output_dir=x"): "the run's folder is set with --out",
+        ("run", recipe, "--set", "fusion"): "must be KEY=VALUE",
+        ("check", recipe, "--set", "target.model=/no/such"): "there is no model folder /no/such",
+        ("check", recipe, "--set", "target.model=zoo/rust"): "there is no zoo/rust; the zoo has",
+        ("status", str(tmp_path)): "is not a run",
+        ("zoo", "train", "--only", "rust", "--out", str(tmp_path)): "the zoo has no 'rust'",
+    }
+    for arguments, message in cases.items():
+        assert run(monkeypatch, *arguments) == 1, arguments
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1, captured.err
+        assert "Traceback" not in captured.err
+
+
+def test_a_usage_error_names_the_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "run", "--lambda", "3") == 2
+    assert "--lambda" in capsys.readouterr().err
+
+
+def test_init_writes_a_recipe_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    assert run(monkeypatch, "init", str(path)) == 0
+    assert load_recipe(path).fusion.lambda_ == 0.5
+    assert run(monkeypatch, "check", str(path)) == 0
+    assert run(monkeypatch, "init", str(path)) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_schema_names_the_recipes_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert "lambda" in schema["$defs"]["FusionBlock"]["properties"]
+
+
+@pytest.mark.parametrize("command", ["run", "check", "clean", "zoo"])
+def test_help_teaches(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    """`fusellm --help` answers at once."""
+    code = (
+        "import sys, fusellm.cli.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
