@@ -27,7 +27,7 @@ RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Name = Annotated[str, Field(pattern=_NAME.pattern + "$")]
+Name = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -335,14 +335,15 @@ def _apply(raw: dict[str, Any], change: str) -> None:
 
 
 def _explain(fault: Any) -> str:
-    steps = list(fault["loc"])
+    steps, kind = list(fault["loc"]), None
     if steps[:2] == ["corpus", "documents"] and len(steps) > 3:
-        del steps[3]  # pydantic's tag of the union, which is not in the file
+        kind = steps.pop(3)  # pydantic's tag of the union, which is not in the file
     place = ".".join(str(step) for step in steps)
     if fault["type"] == "extra_forbidden":
         key = str(steps[-1])
-        near = difflib.get_close_matches(key, _known_keys(steps[:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {_listing(steps[:-1])}"
+        known = _known_keys(steps[:-1], kind)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"unknown key {place}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
@@ -351,7 +352,8 @@ def _explain(fault: Any) -> str:
     return f"{place}: {message}{given}" if place else message
 
 
-def _known_keys(steps: Sequence[Any]) -> list[str]:
+def _known_keys(steps: Sequence[Any], kind: str | None) -> list[str]:
+    """Keys of the block at `steps`; of a union's blocks, those of the one that has key `kind`."""
     blocks: list[type[BaseModel]] = [Recipe]
     for step in steps:
         if isinstance(step, int):
@@ -363,11 +365,12 @@ def _known_keys(steps: Sequence[Any]) -> list[str]:
             if (field.alias or name) == step
             for inner in _blocks_in(field.annotation)
         ]
-    return [field.alias or name for block in blocks for name, field in block.model_fields.items()]
-
-
-def _listing(steps: Sequence[Any]) -> str:
-    return ", ".join(_known_keys(steps)) or "none"
+    return [
+        field.alias or name
+        for block in blocks
+        if kind is None or kind in block.model_fields
+        for name, field in block.model_fields.items()
+    ]
 
 
 def _blocks_in(annotation: Any) -> list[type[BaseModel]]:

@@ -75,8 +75,9 @@ def objective(
     """
     if outcomes is None:
         outcomes = Outcomes.none(len(labels), hidden.device)
+    wants_gradient = torch.is_grad_enabled()  # inside a Function's forward it never is
     total, clm, fusion = _Objective.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, head, labels, outcomes, clm_weight
+        hidden, head.weight, head.bias, head, labels, outcomes, clm_weight, wants_gradient
     )
     return Losses(total, clm, fusion)
 
@@ -92,8 +93,9 @@ class _Objective(torch.autograd.Function):
         labels: torch.Tensor,
         outcomes: Outcomes,
         clm_weight: float,
+        wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        wants = ctx.needs_input_grad[:3]
+        wants = [wants_gradient and needed for needed in ctx.needs_input_grad[:3]]
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         d_bias = (
@@ -119,9 +121,12 @@ class _Objective(torch.autograd.Function):
                 d_logits *= head.scale
             narrow = d_logits.to(weight.dtype)
             if d_hidden is not None:
-                torch.mm(narrow, weight, out=d_hidden[rows])
+                if d_hidden.dtype == weight.dtype:
+                    torch.mm(narrow, weight, out=d_hidden[rows])
+                else:  # autocast over float32 weights
+                    d_hidden[rows] = narrow @ weight
             if d_weight is not None:
-                if d_weight.dtype == weight.dtype:
+                if d_weight.dtype == weight.dtype == hidden.dtype:
                     d_weight.addmm_(narrow.t(), hidden[rows])
                 else:
                     d_weight += narrow.t() @ hidden[rows]
@@ -140,7 +145,8 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = grad_outputs[0]
         return (
-            *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.gradients),
+            *(None if g is None else g * scale.to(g.dtype) for g in ctx.gradients),
+            None,
             None,
             None,
             None,

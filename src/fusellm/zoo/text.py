@@ -208,13 +208,16 @@ def _of_python_file(
 _Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _docstring_owners(node: _Owner, qualified_name: str) -> Iterator[tuple[str, _Owner]]:
-    if ast.get_docstring(node, clean=False) is not None:
+def _docstring_owners(node: ast.AST, qualified_name: str) -> Iterator[tuple[str, _Owner]]:
+    if isinstance(node, _Owner) and ast.get_docstring(node, clean=False) is not None:
         yield qualified_name, node
-    for child in node.body:
+    for child in ast.iter_child_nodes(node):  # a definition may stand under an `if` or a `try`
+        if not isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            continue
+        name = qualified_name
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            inner = f"{qualified_name}.{child.name}" if qualified_name else child.name
-            yield from _docstring_owners(child, inner)
+            name = f"{qualified_name}.{child.name}" if qualified_name else child.name
+        yield from _docstring_owners(child, name)
 
 
 def _docstring_of(node: _Owner) -> str:
@@ -229,7 +232,11 @@ def _without_docstrings(text: str, owners: Sequence[_Owner]) -> str:
         docstring = node.body[0]
         assert docstring.end_lineno is not None
         first, last = docstring.lineno - 1, docstring.end_lineno
-        indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
-        alone = len(node.body) == 1
-        lines[first:last] = [f"{indent}...\n" if alone else ""] + [""] * (last - first - 1)
+        before = lines[first].encode()[: docstring.col_offset].decode()
+        after = lines[last - 1].encode()[docstring.end_col_offset :].decode()
+        if before.strip() or after.lstrip().startswith(";"):  # it shares its line with code
+            left = f"{before}...{after}"
+        else:
+            left = f"{before}...\n" if len(node.body) == 1 else ""
+        lines[first:last] = [left] + [""] * (last - first - 1)
     return "".join(lines)
