@@ -8,7 +8,6 @@ does a fiftieth of the work, `--json` prints one flat object of figures.
 """
 
 import argparse
-import itertools
 import json
 import shutil
 import statistics
@@ -25,9 +24,15 @@ from fusellm.stages.train import CLM, FUSED
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 _QUICK = ["corpus.train_bytes=48000", "corpus.held_out_bytes=5000", "corpus.validation_bytes=5000"]
-_LEARNING_RATES = ("3.0e-4", "1.0e-3", "2.0e-3")
-_LAMBDAS = ("0.3", "0.5", "0.8")
-_GRANULARITIES = ("window", "block")
+_CLM_RATES = ("1.0e-4", "2.0e-4", "5.0e-4", "1.0e-3", "2.0e-3")
+# (learning rate, granularity, λ): one after another around the best, not the whole grid.
+_FUSED_SETTINGS = (
+    ("1.0e-3", "window", "0.5"),
+    ("2.0e-3", "window", "0.5"),
+    ("2.0e-3", "window", "0.3"),
+    ("2.0e-3", "block", "0.3"),
+    ("1.0e-3", "window", "0.1"),
+)
 
 
 def variant(base: Path, out: Path, changes: list[str]) -> Pipeline:
@@ -57,22 +62,21 @@ def validation(run: Path, which: str) -> float:
 def search(base: Path, out: Path, changes: list[str]) -> dict[str, float]:
     """Bits per byte on the validation part: CLM by learning rate, fused by all three settings."""
     figures: dict[str, float] = {}
-    for rate, granularity, weight in itertools.product(_LEARNING_RATES, _GRANULARITIES, _LAMBDAS):
-        name = f"fused lr={rate} {granularity} lambda={weight}"
-        first = (granularity, weight) == (_GRANULARITIES[0], _LAMBDAS[0])
+    for rate in _CLM_RATES:
+        run = out / f"clm-{rate}"
+        settings = [*changes, f"training.clm.learning_rate={rate}"]
+        variant(base, run, settings).execute(["train/clm"])
+        figures[f"clm lr={rate}"] = validation(run, CLM)
+    for rate, granularity, weight in _FUSED_SETTINGS:
+        run = out / f"fused-{rate}-{granularity}-{weight}"
         settings = [
             *changes,
             f"training.learning_rate={rate}",
             f"fusion.granularity={granularity}",
             f"fusion.lambda={weight}",
-            f"training.clm_baseline={str(first).lower()}",
         ]
-        run = out / name.replace(" ", "-")
-        variant(base, run, settings).execute(["fuse", "train"])
-        figures[name] = validation(run, FUSED)
-        if first:
-            figures[f"clm lr={rate}"] = validation(run, CLM)
-        print({k: round(v, 4) for k, v in figures.items()}, file=sys.stderr, flush=True)
+        variant(base, run, settings).execute(["fuse", "train/fused"])
+        figures[f"fused lr={rate} {granularity} lambda={weight}"] = validation(run, FUSED)
     return figures
 
 

@@ -90,6 +90,7 @@ def test_faults_are_one_line(
         ): "unknown key fusion.lamda; did you mean lambda?",
         ("run", recipe, "--set", "training.learning_rat=1"): "did you mean learning_rate?",
         ("run", recipe, "--set", "training.output_dir=x"): "the run's folder is set with --out",
+        ("run", recipe, "--set", "training.clm.learning_rat=1"): "unknown key training.clm.learn",
         ("run", recipe, "--set", "fusion"): "must be KEY=VALUE",
         ("check", recipe, "--set", "target.model=/no/such"): "there is no model folder /no/such",
         ("check", recipe, "--set", "target.model=zoo/rust"): "there is no zoo/rust; the zoo has",

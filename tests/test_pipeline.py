@@ -222,7 +222,7 @@ def test_lambda_one_gives_the_losses_of_trainer(
     ours = [entry["loss"] for entry in log if "loss" in entry]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
-    arguments = train.training_arguments(one.recipe, tmp_path / "plain")
+    arguments = train.training_arguments(one.recipe, tmp_path / "plain", train.CLM)
     arguments.eval_strategy = "no"
     trainer = Trainer(
         model=model,
@@ -277,6 +277,7 @@ def test_packed_training_runs_and_mpt_is_refused(world: Path, tmp_path: Path) ->
         ("externalize.scheme=top", "fusion.rest=renormalize", "fusion.strategy=bytes"),
         ("fusion.strategy=bytes", "fusion.granularity=block"),
         ("training.clm_baseline=false", "corpus.train_tokens=3000"),
+        ("training.clm.learning_rate=1e-4", "training.gradient_accumulation_steps=2"),
     ],
 )
 def test_other_settings_run_to_the_end(world: Path, tmp_path: Path, changes: Sequence[str]) -> None:

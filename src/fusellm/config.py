@@ -204,6 +204,8 @@ class TrainingBlock(_Block):
     """Tokens of a packed row."""
     clm_baseline: bool = True
     """Whether to train the same target with λ = 1 too, for comparison."""
+    clm: dict[str, Any] = Field(default_factory=dict)
+    """TrainingArguments that the CLM baseline has instead, found by a search of its own."""
     validations: Annotated[int, Field(ge=0)] = 10
     """How often bits per byte of the validation part are measured during training."""
 

@@ -34,8 +34,12 @@ from fusellm.tokens.encode import Encoder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
 RECIPE = "recipe.yaml"
-# What one token of one source takes on disk: measured on the demo (docs/results.md).
-_BYTES_PER_KEPT = 2.5
+# A block has no more tokens than bytes, but for BOS, EOS and a dummy prefix.
+_MORE_THAN_BYTES = 3
+# What an entry of a distribution takes on disk, and how many of 32 draws are distinct: measured on
+# the demo (docs/results.md).
+_BYTES_PER_KEPT = 2.3
+_DISTINCT_DRAWS = 0.65
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Pipeline:
             FusellmError: something is missing or cannot be used; nothing has been written.
         """
         self.recipe, self.run, self._progress = recipe, run, progress
-        train.training_arguments(recipe, run)
+        for which in (train.FUSED, train.CLM):
+            train.training_arguments(recipe, run, which)
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
                 files_of(entry)
@@ -87,6 +92,7 @@ class Pipeline:
         """Run stages, or go on with them; finished work is kept.
 
         Args:
+            stages: names of stages, or of single folders such as "train/clm".
             redo: move a stage of another identity, and what follows from it, aside.
 
         Raises:
@@ -100,7 +106,7 @@ class Pipeline:
         self.run.mkdir(parents=True, exist_ok=True)
         self._write_recipe()
         for step in steps:
-            if step.stage not in stages:
+            if step.stage not in stages and step.name not in stages:
                 continue
             self._ensure(step, steps, redo)
             if step.stage == "externalize" and not self._complete(step.name):
@@ -253,7 +259,7 @@ class Pipeline:
         folder = open_corpus(self.run)
         names = shard_names(folder)
         longest_bytes = max(folder.shards[n]["counts"]["longest_bytes"] for n in names)
-        if context is None or longest_bytes + 3 <= context:  # a token has a byte at least
+        if context is None or longest_bytes + _MORE_THAN_BYTES <= context:
             return
         with self._progress.start(f"checking lengths for {name}", len(names), "shards") as bar:
             for shard in names:
@@ -274,14 +280,25 @@ class Pipeline:
         (self.run / RECIPE).write_text(text, encoding="utf-8")
 
     def check(self) -> dict[str, Any]:
-        """What the preflight found: models, tokenizers, and the disk that the run will take."""
-        models = {
-            name: describe(reader.located) | {"tokens": len(reader.encoder.vocabulary)}
-            for name, reader in self.readers.items()
-        }
+        """What the preflight found: models, tokenizers, and the disk that the run will take.
+
+        Raises:
+            CorpusError: the corpus is cut already, and a block exceeds a model's context.
+        """
+        longest = self.recipe.corpus.block_bytes + _MORE_THAN_BYTES
+        cut = self._complete("corpus")
+        models = {}
+        for name, reader in self.readers.items():
+            if cut:
+                self._fits(name)
+            context = reader.located.context_tokens
+            sure = cut or context is None or longest <= context
+            tokens = len(reader.encoder.vocabulary)
+            models[name] = describe(reader.located) | {"tokens": tokens, "every_block_fits": sure}
         budget = self.recipe.corpus.train_tokens or (self.recipe.corpus.train_bytes or 0) / 3.5
         settings = self.recipe.externalize
-        kept = settings.draws / 2 if settings.scheme == "sampled" else settings.k
+        sampled = settings.scheme == "sampled"
+        kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
         per_token = _BYTES_PER_KEPT * kept * (len(self.recipe.sources) + 1)
         existing = next(path for path in [self.run, *self.run.absolute().parents] if path.exists())
         return {

@@ -181,12 +181,13 @@ def check(
         print(json.dumps(found, ensure_ascii=False))
         return
     table = RichTable(title=f"{recipe}: all found")
-    for column in ("name", "model", "architecture", "tokens", "context"):
+    for column in ("name", "model", "architecture", "tokens", "context", "every block fits"):
         table.add_column(column)
     for name, model in found["models"].items():
-        context = model["context_tokens"] or "any"
+        context = str(model["context_tokens"] or "any")
+        fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
         table.add_row(
-            name, model["model"], model["architecture"], str(model["tokens"]), str(context)
+            name, model["model"], model["architecture"], str(model["tokens"]), context, fits
         )
     _stdout.print(table)
     projected, free = found["projected_store_bytes"], found["free_bytes"]

@@ -77,21 +77,16 @@ def checkpoints_of(run: Path, which: str) -> Path:
     return run / FOLDER / f"{which}-checkpoints"
 
 
-def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
-    """The recipe's `training:` block as TrainingArguments.
+def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArguments:
+    """The recipe's `training:` block as TrainingArguments, for the fused model or the baseline.
 
     Raises:
         RecipeError: an unknown name, one that the run decides itself, or a bad value.
     """
-    known = {field.name for field in fields(TrainingArguments)}
-    for key in recipe.training.arguments:
-        if key in _OURS:
-            raise RecipeError(f"training.{key} cannot be set: {_OURS[key]}")
-        if key not in known:
-            own = set(type(recipe.training).model_fields)
-            near = difflib.get_close_matches(key, known | own, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"unknown key training.{key}{hint}")
+    own = set(type(recipe.training).model_fields)
+    _check_names(recipe.training.arguments, "training", own)
+    _check_names(recipe.training.clm, "training.clm", set())
+    chosen = recipe.training.arguments | (recipe.training.clm if which == CLM else {})
     validations = recipe.training.validations
     ours = {
         "output_dir": str(output),
@@ -103,10 +98,21 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     if validations == 1:
         ours["eval_strategy"] = "epoch"
     try:
-        seed = {"seed": recipe.seed}
-        return TrainingArguments(**(_DEFAULTS | seed | recipe.training.arguments | ours))
+        machine = {"seed": recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
+        return TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
+
+
+def _check_names(arguments: dict[str, Any], place: str, own: set[str]) -> None:
+    known = {field.name for field in fields(TrainingArguments)}
+    for key in arguments:
+        if key in _OURS:
+            raise RecipeError(f"{place}.{key} cannot be set: {_OURS[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known | own, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"unknown key {place}.{key}{hint}")
 
 
 def identity(recipe: Recipe, which: str, located: Located, inputs: dict[str, str]) -> Identity:
@@ -115,8 +121,9 @@ def identity(recipe: Recipe, which: str, located: Located, inputs: dict[str, str
     Args:
         inputs: fingerprints of the stages that it reads.
     """
+    training = recipe.training.model_dump(exclude={"clm_baseline", "validations", "clm"})
     settings: dict[str, Any] = {
-        "training": recipe.training.model_dump(exclude={"clm_baseline", "validations"}),
+        "training": training | (recipe.training.clm if which == CLM else {}),
         "seed": recipe.seed,
         "dtype": located.block.dtype,
     }
@@ -141,7 +148,7 @@ def run_train(
         NumericsError: the loss became NaN or infinite; the last checkpoint is kept.
     """
     checkpoints = checkpoints_of(run, which)
-    arguments = training_arguments(recipe, checkpoints)
+    arguments = training_arguments(recipe, checkpoints, which)
     with StageWriter.open(folder_of(run, which), identity_) as folder:
         if folder.complete:
             return
