@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 from rich.console import Console
