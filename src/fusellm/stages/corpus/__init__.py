@@ -1,15 +1,16 @@
 """corpus: documents to blocks, once for all models."""
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
 from fusellm.errors import CorpusError
-from fusellm.progress import Progress
-from fusellm.stages.corpus.documents import PARTS, Text, files_of, read_documents
+from fusellm.progress import Bar, Progress
+from fusellm.stages.corpus.documents import PARTS, Text, files_of, read_documents, relative_names
 from fusellm.store.blocks import BLOCKS_SCHEMA, Block, corpus_folder
 from fusellm.store.manifest import (
     Identity,
@@ -20,6 +21,9 @@ from fusellm.store.manifest import (
 )
 from fusellm.store.tables import write_table
 from fusellm.tokens.blocks import cut
+
+# Of a document in the parts validation and held_out no more than this is taken.
+_MEASURED_DOCUMENT_BYTES = 8192
 
 
 def identity(recipe: Recipe, target_tokenizer: str) -> Identity:
@@ -38,10 +42,12 @@ def identity(recipe: Recipe, target_tokenizer: str) -> Identity:
                 {name: versions[name] for name in ("python", "torch", "transformers", "numpy")}
             )
         elif isinstance(entry, FileDocuments):
-            sums = {path.name: file_digest(path) for path in files_of(entry)}
+            paths = files_of(entry)
+            names = relative_names(paths)
+            sums = [[name, file_digest(p)] for name, p in zip(names, paths, strict=True)]
             inputs[f"documents.{n}"] = digest(sums)
         elif isinstance(entry, HubDocuments):
-            inputs[f"documents.{n}"] = digest([entry.hub, entry.revision])
+            inputs[f"documents.{n}"] = digest([entry.hub, entry.config, entry.revision])
     if recipe.corpus.train_tokens is not None:
         inputs["target_tokenizer"] = target_tokenizer
     return Identity("corpus", settings, inputs)
@@ -64,10 +70,22 @@ def run_corpus(
             return
         parts = {part: _PartWriter(folder, part, recipe.corpus.shard_blocks) for part in PARTS}
         counts: Counter[str] = Counter()
-        measure = count_tokens if recipe.corpus.train_tokens is not None else _utf8_bytes
+        in_tokens = recipe.corpus.train_tokens is not None
+        measure, unit = (count_tokens, "tokens") if in_tokens else (_utf8_bytes, "bytes")
+        most_validation = float(recipe.corpus.validation_bytes)
+        most_held_out = float(recipe.corpus.held_out_bytes)
+        measured: dict[tuple[str, str], float] = {}
         for entry, budget in _budgets(recipe):
             texts = read_documents(entry, recipe.corpus, counts, progress)
-            _take(recipe, entry.domain, budget, measure, texts, parts, counts, progress)
+            room = {
+                "train": budget,
+                "validation": measured.get((entry.domain, "validation"), most_validation),
+                "held_out": measured.get((entry.domain, "held_out"), most_held_out),
+            }
+            total = 0.0 if budget == float("inf") else budget
+            with progress.start(f"cutting {entry.domain} into blocks", total, unit) as bar:
+                _take(recipe, entry.domain, room, measure, texts, parts, counts, bar)
+            measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
         for part in parts.values():
             part.close()
         _require_text(recipe, parts)
@@ -85,38 +103,42 @@ def _budgets(recipe: Recipe) -> Iterator[tuple[Any, float]]:
 def _take(
     recipe: Recipe,
     domain: str,
-    budget: float,
+    room: dict[str, float],
     measure: Callable[[str], int],
     texts: Iterator[Text],
     parts: dict[str, "_PartWriter"],
     counts: Counter[str],
-    progress: Progress,
+    bar: Bar,
 ) -> None:
-    room = {
-        "train": budget,
-        "validation": float(recipe.corpus.validation_bytes),
-        "held_out": float(recipe.corpus.held_out_bytes),
-    }
-    unit = "tokens" if recipe.corpus.train_tokens is not None else "bytes"
-    total = 0.0 if budget == float("inf") else budget
-    with progress.start(f"cutting {domain} into blocks", total, unit) as bar:
-        for document in texts:
-            if not document.text.strip():
-                counts["empty_documents"] += 1
-                continue
-            if room[document.part] <= 0:
-                if all(left <= 0 for left in room.values()):
-                    break
-                continue
-            text = document.text.encode("utf-8", "replace").decode("utf-8")
-            size = measure(text) if document.part == "train" else _utf8_bytes(text)
-            room[document.part] -= size
-            blocks = list(cut(text, recipe.corpus.block_bytes))
-            for n, block in enumerate(blocks):
-                parts[document.part].add(document.name, domain, n == len(blocks) - 1, block)
-            counts[f"documents_{document.part}"] += 1
-            if document.part == "train":
-                bar.advance(size)
+    """Cut documents into blocks until there is no room in any part; `room` goes down."""
+    for document in texts:
+        if not document.text.strip():
+            counts["empty_documents"] += 1
+            continue
+        if room[document.part] <= 0:
+            if all(left <= 0 for left in room.values()):
+                break
+            continue
+        text = document.text.encode("utf-8", "replace").decode("utf-8")
+        blocks = list(cut(text, recipe.corpus.block_bytes))
+        whole = len(blocks)
+        if document.part == "train":
+            size = measure(text)
+            bar.advance(size)
+        else:  # many beginnings say more than a few long documents
+            blocks = _leading(blocks, min(_MEASURED_DOCUMENT_BYTES, room[document.part]))
+            size = sum(map(_utf8_bytes, blocks))
+        room[document.part] -= size
+        for n, block in enumerate(blocks):
+            parts[document.part].add(document.name, domain, n == whole - 1, block)
+        counts[f"documents_{document.part}"] += 1
+
+
+def _leading(blocks: Sequence[str], most_bytes: float) -> list[str]:
+    """The first block, and the following ones that fit in `most_bytes` together with it."""
+    sizes = itertools.accumulate(map(_utf8_bytes, blocks))
+    fitting = sum(1 for size in sizes if size <= most_bytes)
+    return list(blocks[: max(1, fitting)])
 
 
 def _utf8_bytes(text: str) -> int:

@@ -5,8 +5,9 @@ Each reader yields documents in a fixed order; what is odd about them is handled
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def files_of(entry: FileDocuments) -> list[Path]:
     return list(found)
 
 
+def relative_names(paths: Sequence[Path]) -> list[str]:
+    """Paths below their common folder: names that do not change when the folder is moved.
+
+    >>> relative_names([Path("/data/a/x.txt"), Path("/data/b/x.txt")])
+    ['a/x.txt', 'b/x.txt']
+    """
+    root = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
 def read_documents(
     entry: Documents,
     corpus: CorpusBlock,
@@ -78,14 +89,15 @@ def read_documents(
 
 
 def _builtin(entry: BuiltinDocuments, counts: Counter[str], progress: Progress) -> Iterator[Text]:
-    with progress.start(
-        f"reading {entry.builtin}", zoo_text.count_files([entry.builtin]), "files"
-    ) as bar:
-        documents = list(zoo_text.documents(PARTS, [entry.builtin], bar.advance))
-    apart = [document for document in documents if document.part != "train"]
-    training = [document for document in documents if document.part == "train"]
-    training, dropped = zoo_text.drop_near_duplicates(apart, training)
-    counts["near_duplicates_dropped"] += dropped
+    files = zoo_text.count_files([entry.builtin])
+    with progress.start(f"reading {entry.builtin}", files, "files") as bar:
+        documents = list(zoo_text.documents(zoo_text.PARTS, [entry.builtin], bar.advance))
+    parts = {part: [d for d in documents if d.part == part] for part in zoo_text.PARTS}
+    apart = parts["validation"] + parts["held_out"]
+    training, dropped = zoo_text.drop_near_duplicates(apart, parts["train"])
+    # And the other way round: nothing is measured on that stands in what any model was trained on.
+    apart, dropped_apart = zoo_text.drop_near_duplicates(training + parts["zoo"], apart)
+    counts["near_duplicates_dropped"] += dropped + dropped_apart
     # In the order of a hash, so that a budget takes a sample of all packages.
     kept = apart + training
     kept.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
@@ -119,13 +131,14 @@ def _hub(entry: HubDocuments, corpus: CorpusBlock) -> Iterator[Text]:
             own = part if part != "train" else part_by_hash(text, corpus)
             if own != part and splits[own] is not None:
                 own = "train"  # that part has a split of its own
-            yield Text(f"{split}:{number}", own, text)
+            yield Text(f"{entry.hub}/{entry.config or ''}/{split}:{number}", own, text)
 
 
 def _files(entry: FileDocuments, corpus: CorpusBlock, counts: Counter[str]) -> Iterator[Text]:
-    for path in files_of(entry):
+    paths = files_of(entry)
+    for path, name in zip(paths, relative_names(paths), strict=True):
         for number, text in enumerate(_file_texts(path, entry.text_field, counts)):
-            yield Text(f"{path.name}:{number}", part_by_hash(text, corpus), text)
+            yield Text(f"{name}:{number}", part_by_hash(text, corpus), text)
 
 
 def _file_texts(path: Path, text_field: str, counts: Counter[str]) -> Iterator[str]:
