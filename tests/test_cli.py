@@ -71,8 +71,12 @@ def test_stages_status_check_and_clean(
     assert "externalize/second" in capsys.readouterr().out
     assert run(monkeypatch, "clean", out, "--stores", "--yes") == 1
     assert "still needs" in capsys.readouterr().err
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     assert run(monkeypatch, "clean", out, "--all", "--yes") == 0
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    assert run(monkeypatch, "init", str(tmp_path / "recipe.yaml")) == 0
+    assert run(monkeypatch, "clean", str(tmp_path), "--all", "--yes") == 1
+    assert "holds no stage of a run" in capsys.readouterr().err
 
 
 def test_faults_are_one_line(
@@ -128,7 +132,7 @@ def test_schema_names_the_recipes_keys(
 ) -> None:
     assert run(monkeypatch, "schema") == 0
     schema = json.loads(capsys.readouterr().out)
-    assert "lambda" in schema["$defs"]["FusionBlock"]["properties"]
+    assert "lambda" in schema["$defs"]["FusionSettings"]["properties"]
 
 
 @pytest.mark.parametrize("command", ["run", "check", "clean", "zoo"])

@@ -13,10 +13,10 @@ import worlds
 from fusellm.align.positions import Situation, align, situations
 from fusellm.align.ragged import offsets_of
 from fusellm.align.translation import TRANSLATIONS, Translation
-from fusellm.config import FusionBlock
+from fusellm.config import FusionSettings
 from fusellm.fusion.cross_entropy import nats_by_byte, sums_over
 from fusellm.fusion.functions import FUNCTIONS, NO_SOURCE, Compared, mince
-from fusellm.fusion.fuse import FusedBlock, SourceBlock, fuse_block
+from fusellm.fusion.fuse import FusedBlock, Reading, fuse_block
 from fusellm.fusion.kept import Kept
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
@@ -88,7 +88,7 @@ class World:
 
     target_ends: np.ndarray
     length: int
-    sources: list[SourceBlock | None]
+    sources: list[Reading | None]
     window: int | None
 
     def fuse(self) -> FusedBlock:
@@ -102,13 +102,13 @@ def fused_worlds(draw: st.DrawFn, sources: int = 3) -> World:
     eos = bool(chance.integers(2))
     scheme = draw(st.sampled_from(SCHEMES))
     complete = draw(st.booleans())
-    readings: list[SourceBlock | None] = []
+    readings: list[Reading | None] = []
     for _ in range(sources):
         ends = random_ends(chance, length, bool(chance.integers(2)), eos)
         readings.append(
             None
             if chance.random() < 0.15 or len(ends) < 2
-            else SourceBlock(
+            else Reading(
                 ends,
                 random_kept(chance, len(ends) - 1, scheme, 9),
                 random_translation(chance, 9, complete),
@@ -133,7 +133,7 @@ def rows_of(fused: FusedBlock) -> list[dict[int, float]]:
     return rows
 
 
-def slow_row(source: SourceBlock, position: int) -> tuple[dict[int, float], float]:
+def slow_row(source: Reading, position: int) -> tuple[dict[int, float], float]:
     """(outcomes with masses, rest) that a source's distribution becomes, id by id."""
     kept, translation = source.kept, source.translation
     entries = range(int(kept.offsets[position]), int(kept.offsets[position + 1]))
@@ -189,7 +189,7 @@ def test_a_fused_distribution_is_the_winners_at_the_position_that_has_read_the_s
 
 
 def one_position(kept: Kept, translation: Translation) -> tuple[dict[int, float], float]:
-    source = SourceBlock(np.array([0, 1]), kept, translation, True)
+    source = Reading(np.array([0, 1]), kept, translation, True)
     fused, _ = fuse_block(np.array([0, 1]), 1, [source], mince, None)
     return rows_of(fused)[0], float(fused.rest[0])
 
@@ -211,9 +211,17 @@ def test_masses_that_meet_are_added() -> None:
 )
 def test_draws_without_an_outcome(complete: bool, row: dict[int, float], rest: float) -> None:
     """Astray in a map; in a partition they are one more outcome, numbered after the others."""
-    found = one_position(sampled([{0: 5, 1: 1, 2: 1, 3: 1}]), replace(MEETING, complete=complete))
+    leftover = replace(MEETING, complete=complete, outcome_of_target=np.array([0, 1, 1, -1]))
+    found = one_position(sampled([{0: 5, 1: 1, 2: 1, 3: 1}]), leftover)
     assert found[0] == pytest.approx(row)
     assert found[1] == pytest.approx(rest)
+
+
+def test_draws_that_no_target_id_is_left_for_join_the_tail() -> None:
+    """An outcome without a target id would have probability 0 under the target."""
+    row, rest = one_position(sampled([{0: 7, 3: 1}]), replace(MEETING, complete=True))
+    assert row == pytest.approx({0: 0.875})
+    assert rest == pytest.approx(0.125)
 
 
 def test_the_tail_of_top_stays_with_what_has_no_outcome() -> None:
@@ -349,8 +357,8 @@ def test_bytes_that_one_source_did_not_score_are_not_compared() -> None:
 
 
 def test_functions_are_those_that_a_recipe_can_name() -> None:
-    assert set(FUNCTIONS) == set(get_args(FusionBlock.model_fields["function"].annotation))
-    assert set(TRANSLATIONS) == set(get_args(FusionBlock.model_fields["strategy"].annotation))
+    assert set(FUNCTIONS) == set(get_args(FusionSettings.model_fields["function"].annotation))
+    assert set(TRANSLATIONS) == set(get_args(FusionSettings.model_fields["strategy"].annotation))
 
 
 # Cross-entropy by byte
@@ -442,7 +450,7 @@ def test_counts_say_what_was_met(world: World) -> None:
         assert count.nats == pytest.approx(np.nansum(by_byte))
 
 
-def replace_complete(source: SourceBlock) -> SourceBlock:
+def replace_complete(source: Reading) -> Reading:
     return replace(source, translation=replace(source.translation, complete=False))
 
 
@@ -458,13 +466,13 @@ def test_without_a_source_that_reads_the_block_nothing_is_fused(sources: list[No
 
 @pytest.mark.parametrize("ends", [[], [0], [3]])
 def test_a_target_that_predicts_nothing(ends: list[int]) -> None:
-    source = SourceBlock(np.array([0, 3]), top([{0: 1.0}], [0.0]), MEETING, True)
+    source = Reading(np.array([0, 3]), top([{0: 1.0}], [0.0]), MEETING, True)
     fused, _ = fuse_block(np.array(ends, dtype=np.int64), 3, [source], mince, 64)
     assert len(fused.winner) == len(fused.masses) == 0
 
 
 def test_a_source_left_out_does_not_shift_the_others() -> None:
-    source = SourceBlock(np.array([0, 3]), top([{2: 1.0}], [0.0]), MEETING, True)
+    source = Reading(np.array([0, 3]), top([{2: 1.0}], [0.0]), MEETING, True)
     fused, counts = fuse_block(np.array([0, 3]), 3, [None, source], mince, None)
     assert fused.winner.tolist() == [1]
     assert fused.outcomes.tolist() == [1]
@@ -483,7 +491,7 @@ def test_the_true_next_token_of_real_readings_is_in_the_outcome_it_belongs_to() 
         assert theirs.ends is not None
         sure = sampled([{int(id_): 9} for id_ in theirs.ids[1:]])
         translation = TRANSLATIONS["partition"](source, target)
-        block = SourceBlock(theirs.ends, sure, translation, False)
+        block = Reading(theirs.ends, sure, translation, False)
         fused, _ = fuse_block(mine.ends, len(text.encode()), [block], mince, None)
         rows = rows_of(fused)
         right = [

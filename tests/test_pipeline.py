@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from fusellm.config import load_recipe
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
-from fusellm.pipeline import STAGES, Pipeline, resolve_paths
+from fusellm.pipeline import STAGES, Pipeline, removable, resolve_paths
 from fusellm.progress import Silent
 from fusellm.stages import train
+from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder, StageWriter
 
 
@@ -166,6 +167,85 @@ def _die_at_step_5(patch: pytest.MonkeyPatch, which: str) -> None:
         return original(self, *args, **kwargs)
 
     patch.setattr(Trainer, "training_step", dying)
+
+
+def test_a_checkpoint_cut_off_in_saving_is_not_resumed_from(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for folder in ("train/fused", "evaluate", "report"):
+        shutil.rmtree(run / folder)
+    saved = [0]
+    original = Trainer._save_rng_state
+
+    def dying(self: Trainer, folder: str) -> None:
+        saved[0] += 1
+        if saved[0] == 2:
+            raise Killed
+        original(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", dying)
+        with pytest.raises(Killed):
+            pipeline(world, run).execute()
+    assert len(list((run / "train" / "fused-checkpoints").glob("checkpoint-*"))) == 2
+    pipeline(world, run).execute()
+    assert results(run) == results(finished)
+
+
+def test_clean_stores_leaves_a_run_that_is_finished(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for path in removable(run, stores=True, everything=False):
+        assert path.suffix == ".arrow"
+        path.unlink()
+    page = (run / "report" / "index.html").read_bytes()
+    pipeline(world, run).execute()
+    assert (run / "report" / "index.html").read_bytes() == page
+
+
+def test_missing_weights_are_refused(world: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(world / "neox", folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["embed_out.weight" if "embed_out.weight" in weights else "lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks weights that its configuration asks for"):
+        pipeline(world, tmp_path / "run", f"sources.1.model={folder}").execute()
+
+
+def test_documents_of_one_name_in_two_folders_are_two(world: Path, tmp_path: Path) -> None:
+    for n, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text(f"text {n}\n")
+    changes = f'corpus.documents=[{{"files": "{tmp_path}/*/same.txt"}}]'
+    before = pipeline(world, tmp_path / "run", changes)._corpus_identity()
+    (tmp_path / "a" / "same.txt").write_text("another text\n")
+    after = pipeline(world, tmp_path / "run", changes)._corpus_identity()
+    assert before != after
+
+
+def test_long_documents_are_measured_by_their_beginnings(world: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{n} a line of text\n" * 4000}) for n in range(12)]
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
+    changes = (
+        f'corpus.documents=[{{"files": "{tmp_path}/long.jsonl"}}]',
+        "corpus.validation_share=0.3",
+        "corpus.held_out_share=0.4",
+        "corpus.held_out_bytes=20000",
+    )
+    run = tmp_path / "run"
+    pipeline(world, run, *changes).execute(["corpus"])
+    folder = StageFolder(run / "corpus")
+    blocks = read_part(folder, "held_out")
+    assert sum(len(block.text) for block in blocks) <= 20_000
+    assert len({block.document for block in blocks}) == 3
+    assert not any(block.last for block in blocks)
 
 
 def test_another_identity_stops_and_redo_moves_it_aside(

@@ -37,7 +37,7 @@ class _Block(BaseModel):
     )
 
 
-class ModelBlock(_Block):
+class ModelSettings(_Block):
     """Where a model is and how it is loaded."""
 
     model: str
@@ -50,7 +50,7 @@ class ModelBlock(_Block):
     """Whether code that comes with the model may run. Off unless you have read it."""
 
 
-class SourceBlock(ModelBlock):
+class SourceSettings(ModelSettings):
     """A model whose distributions are read."""
 
     name: Name
@@ -95,6 +95,11 @@ class HubDocuments(_Block):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the training budget, relative to the other entries."""
 
+    @property
+    def has_own_splits(self) -> bool:
+        """Whether validation and held-out documents come from splits of their own."""
+        return self.validation_split is not None and self.held_out_split is not None
+
 
 class FileDocuments(_Block):
     """Local files: one document a row of parquet or jsonl, one a text file."""
@@ -131,7 +136,7 @@ Documents = Annotated[
 ]
 
 
-class CorpusBlock(_Block):
+class CorpusSettings(_Block):
     """The text that all models read, cut into blocks."""
 
     documents: Annotated[list[Documents], Field(min_length=1)]
@@ -154,13 +159,13 @@ class CorpusBlock(_Block):
     """Blocks in one shard: the unit of work that is never done twice."""
 
     @model_validator(mode="after")
-    def _one_budget(self) -> "CorpusBlock":
+    def _one_budget(self) -> "CorpusSettings":
         if self.train_bytes is not None and self.train_tokens is not None:
             raise ValueError("set train_bytes or train_tokens, not both")
         return self
 
 
-class ExternalizeBlock(_Block):
+class ExternalizeSettings(_Block):
     """What is kept of a source's distribution at each position."""
 
     scheme: Literal["top", "sampled"] = "sampled"
@@ -175,7 +180,7 @@ class ExternalizeBlock(_Block):
     """Tokens in one forward pass, padding included."""
 
 
-class FusionBlock(_Block):
+class FusionSettings(_Block):
     """How aligned distributions become one."""
 
     strategy: Literal["partition", "bytes"] = "partition"
@@ -193,8 +198,12 @@ class FusionBlock(_Block):
     """What was not kept: one more outcome (`bucket`), or scaled away (`renormalize`, the paper)."""
 
 
-class TrainingBlock(_Block):
-    """Training. Besides the fields here it takes every name of transformers' TrainingArguments."""
+class TrainingSettings(_Block):
+    """Training. Besides the fields here it takes every name of transformers' TrainingArguments.
+
+    Weights are trained in float32 whatever the target's dtype is: small steps would be lost in
+    half precision. `bf16: true` computes in bfloat16 around them.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -215,7 +224,7 @@ class TrainingBlock(_Block):
         return dict(self.model_extra or {})
 
 
-class EvaluationBlock(_Block):
+class EvaluationSettings(_Block):
     """What is measured in the end."""
 
     batch_tokens: Annotated[int, Field(gt=0)] = 8192
@@ -231,15 +240,15 @@ class Recipe(_Block):
     """Name of the run; its folder is runs/<name> unless --out says another."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of draws, order and bootstrap."""
-    target: ModelBlock
+    target: ModelSettings
     """The model that is trained."""
-    sources: Annotated[list[SourceBlock], Field(min_length=1)]
+    sources: Annotated[list[SourceSettings], Field(min_length=1)]
     """The models whose distributions are read; the target may be one of them."""
-    corpus: CorpusBlock
-    externalize: ExternalizeBlock = ExternalizeBlock()
-    fusion: FusionBlock = FusionBlock()
-    training: TrainingBlock = TrainingBlock()
-    evaluation: EvaluationBlock = EvaluationBlock()
+    corpus: CorpusSettings
+    externalize: ExternalizeSettings = ExternalizeSettings()
+    fusion: FusionSettings = FusionSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -254,6 +263,8 @@ class Recipe(_Block):
                     f"sources: {name!r} is the name of a result; choose another than "
                     f"{', '.join(RESERVED_NAMES)}"
                 )
+        if any(entry.domain == "mean" for entry in self.corpus.documents):
+            raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
         if self.externalize.scheme == "sampled" and self.fusion.rest == "renormalize":
             raise ValueError(
                 "fusion.rest: renormalize has no meaning with externalize.scheme: sampled, whose "

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import FileDocuments, ModelBlock, Recipe
-from fusellm.errors import CorpusError, IdentityError, StoreError
+from fusellm.config import FileDocuments, ModelSettings, Recipe
+from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, load_tokenizer, locate
 from fusellm.progress import Progress
@@ -28,6 +28,7 @@ from fusellm.store.manifest import (
     check_identity,
     digest,
     set_aside,
+    write_text,
 )
 from fusellm.store.tables import shard_names
 from fusellm.tokens.encode import Encoder
@@ -52,7 +53,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Part:
     """One stage folder. `after` names the folders whose content it reads."""
 
     stage: str
@@ -81,9 +82,15 @@ class Pipeline:
         for source in recipe.sources:
             self.readers[source.name] = self._reader(source)
 
-    def _reader(self, block: ModelBlock) -> Reader:
-        located = locate(block)
+    def _reader(self, settings: ModelSettings) -> Reader:
+        located = locate(settings)
         encoder = Encoder(load_tokenizer(located))
+        rows = located.config.get_text_config().vocab_size
+        if rows < len(encoder.vocabulary):
+            raise ModelError(
+                f"{settings.model} has {rows} rows in its head and {len(encoder.vocabulary)} "
+                "tokens in its tokenizer; resize its embeddings, or give it its own tokenizer"
+            )
         backend = encoder.tokenizer.backend_tokenizer.to_str()
         special = [encoder.vocabulary.bos_id, encoder.vocabulary.eos_id]
         return Reader(located, encoder, digest([backend, special]))
@@ -99,30 +106,36 @@ class Pipeline:
             IdentityError: a folder was made from something else, and `redo` is not set. It is
                 found before any work is done, as far as it can be known then.
         """
-        steps = self._steps()
-        for step in steps:
-            if all(self._complete(name) for name in step.after):
-                self._ensure(step, steps, redo)
+        parts = self._parts()
+        for part in parts:
+            if all(self._complete(name) for name in part.after):
+                self._ensure(part, parts, redo)
         self.run.mkdir(parents=True, exist_ok=True)
         self._write_recipe()
-        for step in steps:
-            if step.stage not in stages and step.name not in stages:
+        for part in parts:
+            if part.stage not in stages and part.name not in stages:
                 continue
-            self._ensure(step, steps, redo)
-            if step.stage == "externalize" and not self._complete(step.name):
-                self._fits(step.name.split("/")[1])
-            step.run(step.identity())
+            for name in part.after:
+                if not self._complete(name):
+                    raise StoreError(
+                        f"{part.name} reads {self.run / name}, which is not finished; first: "
+                        f"fusellm {name.split('/')[0]} {self.run}"
+                    )
+            self._ensure(part, parts, redo)
+            if part.stage == "externalize" and not self._complete(part.name):
+                self._fits(part.name.split("/")[1])
+            part.run(part.identity())
         if "report" in stages:
             write_report(self.run)
 
-    def _steps(self) -> list[_Step]:
+    def _parts(self) -> list[_Part]:
         recipe, run = self.recipe, self.run
-        steps = [_Step("corpus", "corpus", (), self._corpus_identity, self._run_corpus)]
-        steps += [self._externalize_step(name) for name in self.readers]
+        parts = [_Part("corpus", "corpus", (), self._corpus_identity, self._run_corpus)]
+        parts += [self._externalize_part(name) for name in self.readers]
         names = tuple(f"externalize/{name}" for name in self.readers)
         encoders = {name: reader.encoder for name, reader in self.readers.items()}
-        steps.append(
-            _Step(
+        parts.append(
+            _Part(
                 "fuse",
                 "fuse",
                 ("corpus", *names),
@@ -130,12 +143,12 @@ class Pipeline:
                 lambda identity: fuse.run_fuse(recipe, run, identity, encoders, self._progress),
             )
         )
-        steps.append(self._train_step(train.FUSED, ("fuse",)))
+        parts.append(self._train_part(train.FUSED, ("fuse",)))
         if recipe.training.clm_baseline:
-            steps.append(self._train_step(train.CLM, (f"externalize/{TARGET}",)))
-        trained = tuple(step.name for step in steps if step.stage == "train")
-        steps.append(
-            _Step(
+            parts.append(self._train_part(train.CLM, (f"externalize/{TARGET}",)))
+        trained = tuple(part.name for part in parts if part.stage == "train")
+        parts.append(
+            _Part(
                 "evaluate",
                 "evaluate",
                 ("corpus", *trained),
@@ -143,7 +156,7 @@ class Pipeline:
                 self._evaluate,
             )
         )
-        return steps
+        return parts
 
     def _corpus_identity(self) -> Identity:
         return corpus.identity(self.recipe, self.readers[TARGET].tokenizer_fingerprint)
@@ -158,7 +171,7 @@ class Pipeline:
             self._progress,
         )
 
-    def _externalize_step(self, name: str) -> _Step:
+    def _externalize_part(self, name: str) -> _Part:
         reader = self.readers[name]
 
         def identity() -> Identity:
@@ -181,9 +194,9 @@ class Pipeline:
                     self._progress,
                 )
 
-        return _Step("externalize", f"externalize/{name}", ("corpus",), identity, run)
+        return _Part("externalize", f"externalize/{name}", ("corpus",), identity, run)
 
-    def _train_step(self, which: str, after: tuple[str, ...]) -> _Step:
+    def _train_part(self, which: str, after: tuple[str, ...]) -> _Part:
         target = self.readers[TARGET]
         sources = [(s.name, self.readers[s.name].located) for s in self.recipe.sources]
         card = training_card(self.recipe, which, target.located, sources)
@@ -204,7 +217,7 @@ class Pipeline:
                 self._progress,
             )
 
-        return _Step("train", f"train/{which}", ("corpus", *after), identity, run)
+        return _Part("train", f"train/{which}", ("corpus", *after), identity, run)
 
     def _evaluated(self) -> dict[str, Located]:
         """The models of the results table, in its order."""
@@ -213,7 +226,7 @@ class Pipeline:
         trained = [train.CLM, train.FUSED] if self.recipe.training.clm_baseline else [train.FUSED]
         for which in trained:
             folder = str(train.folder_of(self.run, which))
-            found[which] = locate(ModelBlock(model=folder, dtype=self.recipe.target.dtype))
+            found[which] = locate(ModelSettings(model=folder, dtype=self.recipe.target.dtype))
         return found
 
     def _evaluate_identity(self) -> Identity:
@@ -233,18 +246,16 @@ class Pipeline:
         return (folder / MANIFEST).exists() and StageFolder(folder).complete
 
     def _fingerprint(self, name: str) -> str:
-        folder = StageFolder(self.run / name)
-        stage = name.split("/")[0]
-        return folder.require_complete(f"fusellm {stage} {self.run}").fingerprint
+        return StageFolder(self.run / name).fingerprint
 
-    def _ensure(self, step: _Step, steps: Sequence[_Step], redo: bool) -> None:
+    def _ensure(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
         try:
-            check_identity(self.run / step.name, step.identity())
+            check_identity(self.run / part.name, part.identity())
         except IdentityError:
             if not redo:
                 raise
-            stale = {step.name}
-            for later in steps:
+            stale = {part.name}
+            for later in parts:
                 if stale.intersection(later.after):
                     stale.add(later.name)
             folders = [self.run / name for name in sorted(stale)]
@@ -277,7 +288,7 @@ class Pipeline:
     def _write_recipe(self) -> None:
         settings = self.recipe.model_dump(mode="json", by_alias=True)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        (self.run / RECIPE).write_text(text, encoding="utf-8")
+        write_text(self.run / RECIPE, text)
 
     def check(self) -> dict[str, Any]:
         """What the preflight found: models, tokenizers, and the disk that the run will take.
@@ -310,14 +321,19 @@ class Pipeline:
 
 
 def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
-    """Folders that `clean` removes: what was set aside, checkpoints, and more if asked.
+    """Files and folders that `clean` removes: what was set aside, checkpoints, and more if asked.
+
+    Nothing is named that a run did not make. With `stores` the manifests and counts of the stores
+    stay, so that the run is still known as finished.
 
     Raises:
         StoreError: the folder is no run, or the models that need the stores are not trained yet.
     """
     folders = dict(stage_folders(run))
+    if not folders:
+        raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        return [run]
+        return [path for name in (*STAGES, "aside", RECIPE) if (path := run / name).exists()]
     found = [run / "aside", *(run / "train").glob("*-checkpoints")]
     if stores:
         unfinished = [name for name, folder in folders.items() if not folder.complete]
@@ -326,7 +342,7 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
                 f"{run} is unfinished ({', '.join(unfinished) or 'not evaluated'}) and still needs "
                 "its stores; finish it with `fusellm run`, or give --all"
             )
-        found += [run / "externalize", run / "fuse"]
+        found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
     return [path for path in found if path.exists()]
 
 

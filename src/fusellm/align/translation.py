@@ -11,6 +11,7 @@ Vs, Vt source and target vocabulary sizes; U outcomes.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,11 @@ class Translation:
     outcome_of_target: np.ndarray
     outcomes: int
     complete: bool
+
+    @cached_property
+    def has_leftover(self) -> bool:
+        """Whether there are target ids without an outcome."""
+        return bool((self.outcome_of_target < 0).any())
 
     def members(self) -> tuple[np.ndarray, np.ndarray]:
         """(offsets [U+2], target ids): the target ids of each outcome; the last has no outcome."""
@@ -120,10 +126,18 @@ def same_tokenizer(source: Encoder, target: Encoder) -> bool:
     return bool(mine == theirs)
 
 
-def identity_translation(source_rows: int, target_rows: int) -> Translation:
-    """The map between equal tokenizers."""
-    ids = np.arange(max(source_rows, target_rows), dtype=np.int64)
-    return Translation(ids[:source_rows], ids[:target_rows], len(ids), complete=True)
+def identity_translation(source: Encoder, target: Encoder) -> Translation:
+    """The map between equal tokenizers: text tokens to themselves, EOS to EOS.
+
+    The two may still differ in which token is EOS; no other special token receives mass.
+    """
+    text = source.vocabulary.is_text
+    ids = np.where(text, np.arange(len(text)), -1)
+    outcome_of_target = ids.copy()
+    if target.vocabulary.eos_id is not None:
+        outcome_of_target[target.vocabulary.eos_id] = target.vocabulary.eos_id
+    _map_eos(source, target, ids, target.vocabulary.eos_id)
+    return Translation(ids, outcome_of_target, len(ids), complete=True)
 
 
 def first_translation(source: Encoder, target: Encoder) -> Translation:
@@ -132,7 +146,7 @@ def first_translation(source: Encoder, target: Encoder) -> Translation:
     EOS becomes EOS; no other special token receives mass.
     """
     if same_tokenizer(source, target):
-        return identity_translation(len(source.vocabulary), len(target.vocabulary))
+        return identity_translation(source, target)
     firsts = FirstTokens(target)
     firsts.look_up(token for token in source.vocabulary.token_bytes if token)
     outcome_of_source = np.full(len(source.vocabulary), -1, dtype=np.int64)
@@ -154,7 +168,7 @@ def class_translation(source: Encoder, target: Encoder) -> Translation:
     ends, at a token that both have: the class. It is the same from both sides.
     """
     if same_tokenizer(source, target):
-        return identity_translation(len(source.vocabulary), len(target.vocabulary))
+        return identity_translation(source, target)
     of_source, of_target = FirstTokens(source), FirstTokens(target)
     ends = _class_bytes(source.vocabulary.token_bytes, of_target, of_source)
     target_ends = _class_bytes(target.vocabulary.token_bytes, of_source, of_target)

@@ -236,7 +236,7 @@ def _show_status(run: Path, as_json: bool) -> None:
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("my-run.yaml"),
 ) -> None:
     """Write a commented recipe to start from."""
     if path.exists():
@@ -264,15 +264,17 @@ def clean(
     from fusellm.pipeline import removable
     from fusellm.store.tables import folder_bytes
 
-    folders = removable(run, stores, everything)
-    if not folders:
+    found = removable(run, stores, everything)
+    if not found:
         _stderr.print("nothing to remove")
         return
-    for folder in folders:
-        _stderr.print(f"{folder}  {folder_bytes(folder) / 1e6:.1f} MB", highlight=False)
+    for path in found:
+        _stderr.print(f"{path}  {folder_bytes(path) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
     if yes or typer.confirm("Remove these?"):
-        for folder in folders:
-            shutil.rmtree(folder)
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if everything and not any(run.iterdir()):
+            run.rmdir()
 
 
 @zoo_app.command("train")

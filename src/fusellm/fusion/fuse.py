@@ -17,7 +17,7 @@ from fusellm.fusion.kept import Kept
 
 
 @dataclass(frozen=True)
-class SourceBlock:
+class Reading:
     """One source's reading of a block.
 
     Attributes:
@@ -76,7 +76,7 @@ class BlockCounts:
 def fuse_block(
     target_ends: np.ndarray,
     length_bytes: int,
-    sources: Sequence[SourceBlock | None],
+    sources: Sequence[Reading | None],
     function: Callable[[Compared], np.ndarray],
     window_bytes: int | None,
 ) -> tuple[FusedBlock, list[BlockCounts | None]]:
@@ -116,7 +116,7 @@ def fuse_block(
 
 
 def _gather(
-    sources: Sequence[SourceBlock | None], source_of_target: np.ndarray, winner: np.ndarray
+    sources: Sequence[Reading | None], source_of_target: np.ndarray, winner: np.ndarray
 ) -> FusedBlock:
     positions = len(winner)
     rest = np.zeros(positions)
@@ -131,7 +131,7 @@ def _gather(
         mass = source.kept.masses()[entries]
         outcome = source.translation.outcome_of_source[source.kept.ids[entries]]
         sampled = len(source.kept.counts) > 0
-        if source.translation.complete and sampled:
+        if source.translation.complete and source.translation.has_leftover and sampled:
             outcome = np.where(outcome < 0, source.translation.outcomes, outcome)
         lost = outcome < 0
         rest[won] += source.kept.tail[source_of_target[s][won]]
@@ -157,7 +157,7 @@ def _gather(
 
 def _count(
     target_ends: np.ndarray,
-    source: SourceBlock,
+    source: Reading,
     found: np.ndarray,
     by_byte: np.ndarray,
     dropped: int,

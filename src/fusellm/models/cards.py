@@ -19,7 +19,7 @@ def training_card(
     """
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["fusellm", which]}
     if not target.place.startswith(("/", ".")):
-        front["base_model"] = target.block.model
+        front["base_model"] = target.settings.model
     rows = [("target", target), *sources] if which == "fused" else [("target", target)]
     table = "\n".join(
         f"| {name} | {_cell(row['model'])} | {_cell(row['revision'] or '')} | "

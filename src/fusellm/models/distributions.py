@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fusellm.align.ragged import offsets_of
-from fusellm.config import ExternalizeBlock
+from fusellm.config import ExternalizeSettings
 from fusellm.errors import NumericsError
 from fusellm.fusion.kept import Kept
 from fusellm.objective.chunked import Head
@@ -21,7 +21,7 @@ def keep(
     true_ids: torch.Tensor,
     head: Head,
     has_token: torch.Tensor,
-    settings: ExternalizeBlock,
+    settings: ExternalizeSettings,
     seed: int,
 ) -> Kept:
     """Read a block's distributions.

@@ -36,3 +36,21 @@ def last_hidden(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """[B, T, d] hidden states as the head takes them."""
     hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Check on a few tokens that hidden states and head give what the model itself gives.
+
+    Raises:
+        ModelError: they do not: the architecture scales or caps its logits in a way of its own.
+    """
+    ids = torch.arange(8, device=model.device)[None]
+    mine = head_of(model).logits(last_hidden(model, input_ids=ids))
+    theirs = model(input_ids=ids).logits.float()
+    apart = (mine - theirs).abs().max()
+    if bool(apart > 0.02 * theirs.abs().max() + 1e-6):
+        raise ModelError(
+            f"{type(model).__name__} makes its logits in a way that fusellm does not know (they "
+            f"differ by {float(apart):.3g}); please report the architecture"
+        )

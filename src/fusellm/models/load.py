@@ -1,9 +1,10 @@
 """Finding, checking and loading models; safetensors only."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -15,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fusellm.config import ModelBlock
+from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
+from fusellm.models.heads import check_head
 from fusellm.store.manifest import digest, file_digest
 
 ZOO = ("prose", "python", "cpp")
@@ -29,7 +31,7 @@ class Located:
     """A model that has been found, before its weights are loaded.
 
     Attributes:
-        block: where the recipe says it is.
+        settings: what the recipe says of it.
         place: folder or hub name to load from.
         config: its configuration.
         fingerprint: digest of its weights and configuration; for a hub model of its commit.
@@ -37,7 +39,7 @@ class Located:
         weight_bytes: size of its weights' files, where they are local.
     """
 
-    block: ModelBlock
+    settings: ModelSettings
     place: str
     config: PretrainedConfig
     fingerprint: str
@@ -58,32 +60,32 @@ def zoo_folder(name: str) -> Path:
     return Path(str(files("fusellm.zoo"))) / "weights" / name
 
 
-def locate(block: ModelBlock) -> Located:
+def locate(settings: ModelSettings) -> Located:
     """Find a model and check what can be checked without loading it.
 
     Raises:
         ModelError: nothing is there, its weights are pickles only, or it is no language model.
     """
-    folder = _local_folder(block.model)
-    place = str(folder) if folder is not None else block.model
+    folder = _local_folder(settings.model)
+    place = str(folder) if folder is not None else settings.model
     try:
         config = AutoConfig.from_pretrained(
-            place, revision=block.revision, trust_remote_code=block.trust_remote_code
+            place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(_why_not_found(block, error)) from error
+        raise ModelError(_why_not_found(settings, error)) from error
     text_config = config.get_text_config()
     context = next(
         (int(v) for key in _CONTEXT_KEYS if (v := getattr(text_config, key, None))), None
     )
     if folder is None:
-        commit = getattr(config, "_commit_hash", None) or block.revision or "main"
-        fingerprint = digest({"hub": block.model, "commit": commit})
-        return Located(block, place, config, fingerprint, context, None)
+        commit = getattr(config, "_commit_hash", None) or settings.revision or "main"
+        fingerprint = digest({"hub": settings.model, "commit": commit})
+        return Located(settings, place, config, fingerprint, context, None)
     weights = sorted(folder.glob("*.safetensors"))
-    sums = {path.name: file_digest(path) for path in [*weights, folder / "config.json"]}
+    sums = {path.name: _cached_digest(path) for path in [*weights, folder / "config.json"]}
     weight_bytes = sum(path.stat().st_size for path in weights)
-    return Located(block, place, config, digest(sums), context, weight_bytes)
+    return Located(settings, place, config, digest(sums), context, weight_bytes)
 
 
 def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
@@ -95,34 +97,49 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             located.place,
-            revision=located.block.revision,
-            trust_remote_code=located.block.trust_remote_code,
+            revision=located.settings.revision,
+            trust_remote_code=located.settings.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{located.block.model} has no tokenizer to load: {reason}") from error
+        raise ModelError(f"{located.settings.model} has no tokenizer to load: {reason}") from error
     return tokenizer
 
 
-def load_model(located: Located, device: torch.device) -> PreTrainedModel:
+def load_model(
+    located: Located, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A model with its weights, in evaluation mode.
 
+    Args:
+        dtype: precision, where it is not the recipe's.
+
     Raises:
-        ModelError: the weights cannot be loaded, or hold NaN or infinity.
+        ModelError: the weights cannot be loaded or some are missing, or the architecture's head
+            is not known here.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             located.place,
-            revision=located.block.revision,
-            trust_remote_code=located.block.trust_remote_code,
-            dtype=getattr(torch, located.block.dtype),
+            revision=located.settings.revision,
+            trust_remote_code=located.settings.trust_remote_code,
+            dtype=dtype or getattr(torch, located.settings.dtype),
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{located.block.model} could not be loaded: {reason}") from error
-    model.to(device).eval()  # type: ignore[arg-type]
-    return model
+        raise ModelError(f"{located.settings.model} could not be loaded: {reason}") from error
+    model, found = loaded
+    absent = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
+    if absent:
+        raise ModelError(
+            f"{located.settings.model} lacks weights that its configuration asks for "
+            f"({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''}); they would be random"
+        )
+    model.to(device).eval()
+    check_head(model)
+    return cast(PreTrainedModel, model)
 
 
 def default_device() -> torch.device:
@@ -155,19 +172,31 @@ def _local_folder(name: str) -> Path | None:
     return folder
 
 
-def _why_not_found(block: ModelBlock, error: Exception) -> str:
+def _why_not_found(settings: ModelSettings, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if len(reason) > 300:
         reason = reason[:300] + "…"
-    where = block.model if block.revision is None else f"{block.model} at {block.revision}"
+    where = (
+        settings.model if settings.revision is None else f"{settings.model} at {settings.revision}"
+    )
     return f"model {where} could not be found, neither as a folder nor on the hub: {reason}"
+
+
+def _cached_digest(path: Path) -> str:
+    stat = path.stat()
+    return _digest_at(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest_at(path: Path, size: int, changed_ns: int) -> str:
+    return file_digest(path)
 
 
 def describe(located: Located) -> dict[str, Any]:
     """What `check` and a model card say of a model."""
     return {
-        "model": located.block.model,
-        "revision": located.block.revision,
+        "model": located.settings.model,
+        "revision": located.settings.revision,
         "architecture": (located.config.architectures or ["unknown"])[0],
         "context_tokens": located.context_tokens,
         "fingerprint": located.fingerprint,

@@ -68,14 +68,24 @@ def objective_forward(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         del model.forward
 
 
+@torch.no_grad()
 def require_packing(model: PreTrainedModel) -> None:
-    """Check that documents of a packed row can be kept apart.
+    """Check that blocks of a packed row are kept apart: read packed and alone, they are the same.
 
     Raises:
-        ModelError: the architecture takes no position ids, by which transformers tells them apart.
+        ModelError: the architecture takes no position ids, by which transformers tells blocks
+            apart, or does not heed them.
     """
+    refusal = ModelError(
+        f"training.rows: packed does not work with {type(model).__name__}, which does not keep "
+        "packed blocks apart by their position ids; use rows: block"
+    )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise ModelError(
-            f"training.rows: packed does not work with {type(model).__name__}, which takes no "
-            "position ids and could not keep packed blocks apart; use rows: block"
-        )
+        raise refusal
+    length = 12
+    ids = torch.arange(2 * length, device=model.device)[None]
+    positions = torch.arange(length, device=model.device).repeat(2)[None]
+    packed = last_hidden(model, input_ids=ids, position_ids=positions)[:, length:].float()
+    alone = last_hidden(model, input_ids=ids[:, length:]).float()
+    if bool((packed - alone).abs().max() > 0.02 * alone.abs().max()):
+        raise refusal

@@ -35,11 +35,14 @@ def identity_of_source(
     Args:
         tokenizer, corpus: fingerprints.
     """
-    settings = {
-        "externalize": recipe.externalize.model_dump(exclude={"batch_tokens"}),
-        "dtype": located.block.dtype,
-        "seed": recipe.seed,
+    sampled = recipe.externalize.scheme == "sampled"
+    read = {"scheme", "draws"} if sampled else {"scheme", "k", "mass"}
+    settings: dict[str, Any] = {
+        "externalize": recipe.externalize.model_dump(include=read),
+        "dtype": located.settings.dtype,
     }
+    if sampled:
+        settings["seed"] = recipe.seed
     inputs = {"weights": located.fingerprint, "tokenizer": tokenizer, "corpus": corpus}
     return Identity(f"externalize/{name}", settings, inputs)
 

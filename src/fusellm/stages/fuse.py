@@ -16,7 +16,7 @@ from fusellm.align.ragged import offsets_of
 from fusellm.align.translation import TRANSLATIONS, Translation, same_tokenizer
 from fusellm.config import Recipe
 from fusellm.fusion.functions import FUNCTIONS
-from fusellm.fusion.fuse import BlockCounts, FusedBlock, SourceBlock, fuse_block
+from fusellm.fusion.fuse import BlockCounts, FusedBlock, Reading, fuse_block
 from fusellm.fusion.kept import Kept
 from fusellm.progress import Progress
 from fusellm.store.blocks import Block, open_corpus, read_shard
@@ -109,12 +109,12 @@ def _fuse(
     tally: "_Tally",
 ) -> tuple[np.ndarray, FusedBlock]:
     target = tokens.block(row)
-    sources: list[SourceBlock | None] = []
+    sources: list[Reading | None] = []
     for name, shard in readings.items():
         reading = shard.block(row)
         usable = reading["read"] and target["read"] and len(reading["ids"]) > 1
         sources.append(
-            SourceBlock(
+            Reading(
                 reading["ends"].astype(np.int64),
                 _kept(reading),
                 translations[name],

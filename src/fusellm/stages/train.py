@@ -34,12 +34,13 @@ from fusellm.models.training_batches import Collator, OutcomeTable, Rows, clm_ro
 from fusellm.progress import Bar, Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.fused import open_fused
-from fusellm.store.manifest import Identity, StageWriter
+from fusellm.store.manifest import Identity, StageWriter, sync_files, write_text
 from fusellm.tokens.encode import Encoded, Encoder
 
 FOLDER = "train"
 FUSED, CLM = "fused", "clm"
 LOG = "log.jsonl"
+_WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -64,6 +65,22 @@ _OURS = {
     "eval_steps": "training.validations says how often",
     "label_smoothing_factor": "the objective is λ·L_CLM + (1−λ)·L_Fusion",
     "push_to_hub": "upload the finished folder instead",
+}
+
+# Names that change what is logged and kept, and no weight.
+_ASIDE = {
+    "logging_steps",
+    "logging_first_step",
+    "logging_dir",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
 }
 
 
@@ -99,9 +116,14 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
         ours["eval_strategy"] = "epoch"
     try:
         machine = {"seed": recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
-        return TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
+        arguments = TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
+    if arguments.world_size > 1:
+        raise RecipeError("training on several processes does not work yet; start one process")
+    _ = arguments.device  # counts the GPUs; with several, Trainer would wrap the model by itself
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _check_names(arguments: dict[str, Any], place: str, own: set[str]) -> None:
@@ -121,11 +143,10 @@ def identity(recipe: Recipe, which: str, located: Located, inputs: dict[str, str
     Args:
         inputs: fingerprints of the stages that it reads.
     """
-    training = recipe.training.model_dump(exclude={"clm_baseline", "validations", "clm"})
+    training = recipe.training.model_dump(exclude={"clm_baseline", "validations", "clm"} | _ASIDE)
     settings: dict[str, Any] = {
         "training": training | (recipe.training.clm if which == CLM else {}),
         "seed": recipe.seed,
-        "dtype": located.block.dtype,
     }
     if which == FUSED:
         settings["fusion"] = {"lambda": recipe.fusion.lambda_, "rest": recipe.fusion.rest}
@@ -151,9 +172,10 @@ def run_train(
     arguments = training_arguments(recipe, checkpoints, which)
     with StageWriter.open(folder_of(run, which), identity_) as folder:
         if folder.complete:
+            shutil.rmtree(checkpoints, ignore_errors=True)
             return
         torch.manual_seed(arguments.seed)
-        model = load_model(located, arguments.device)
+        model = load_model(located, arguments.device, torch.float32)
         corpus = open_corpus(run)
         rows = fused_rows(run, corpus) if which == FUSED else clm_rows(run, corpus)
         packed = recipe.training.rows == "packed"
@@ -168,14 +190,22 @@ def run_train(
             rows,
             Collator(table, recipe.fusion.lambda_, packed),
             validation,
-            progress.start(f"training {which}", 0, "steps"),
         )
-        with objective_forward(model):
-            resumed = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-            trainer.train(resume_from_checkpoint=resumed)
+        with objective_forward(model), progress.start(f"training {which}", 0, "steps") as bar:
+            trainer.add_callback(_Watch(bar))
+            trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
         _save(folder, model, encoder.tokenizer, card, trainer.records())
         folder.finish(trainer.counts())
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    """The last checkpoint that was saved whole; what a kill left of others is removed."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / _WHOLE).exists():
+            shutil.rmtree(folder)
+    found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return None if found is None else str(found)
 
 
 def _table(recipe: Recipe, run: Path) -> OutcomeTable:
@@ -227,7 +257,6 @@ class _ObjectiveTrainer(Trainer):
         rows: Rows,
         collator: Collator,
         validation: _Validation,
-        bar: Any,
     ) -> None:
         # The signature of forward decides whether Trainer counts the predicted tokens of a batch.
         with objective_forward(model):
@@ -243,7 +272,12 @@ class _ObjectiveTrainer(Trainer):
         self._parts: dict[str, float] = {}
         self._since = (time.perf_counter(), 0)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Watch(bar))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        sync_files(folder)
+        write_text(folder / _WHOLE, "")
 
     def compute_loss(
         self,
@@ -318,22 +352,18 @@ class _ObjectiveTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Shows the bar and stops at a loss that is no number."""
 
-    def __init__(self, bar: Any) -> None:
-        self._context = bar
-        self._bar: Bar | None = None
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
         self._validated = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar = self._context.__enter__()
         self._bar.resize(state.max_steps)
         self._bar.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self._bar is not None
         self._bar.advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        assert self._bar is not None
         if "eval_mean" in logs:
             self._validated = f"validation {logs['eval_mean']:.3f} bits/byte"
         loss = logs.get("loss")
@@ -343,6 +373,3 @@ class _Watch(TrainerCallback):
                 "use dtype float32. The last checkpoint is kept"
             )
         self._bar.advance(0, self._validated)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._context.__exit__(None, None, None)

@@ -61,7 +61,7 @@ class Identity:
         """What differs, each as `key: other's value here, own value there`."""
         found = []
         for kind, mine, theirs in (
-            ("", self.settings, other.settings),
+            ("", _flat(self.settings), _flat(other.settings)),
             ("input ", self.inputs, other.inputs),
         ):
             for key in sorted(mine.keys() | theirs.keys()):
@@ -69,6 +69,20 @@ class Identity:
                     had, wanted = _short(theirs.get(key)), _short(mine.get(key))
                     found.append(f"{kind}{key} was {had} and is now {wanted}")
         return found
+
+
+def _flat(value: Any, before: str = "") -> dict[str, Any]:
+    """Nested settings under dotted keys, as --set names them."""
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = list(enumerate(value))
+    else:
+        return {before: value}
+    flat: dict[str, Any] = {}
+    for key, inner in pairs:
+        flat |= _flat(inner, f"{before}.{key}" if before else str(key))
+    return flat
 
 
 def _short(value: Any) -> str:
@@ -227,13 +241,15 @@ class StageWriter(StageFolder):
             if (path / MANIFEST).exists():
                 check_identity(path, identity)
             else:
-                _write_text(path / MANIFEST, _Manifest(identity, software_versions()).to_json())
+                manifest = path / MANIFEST
+                with _disk_full_explained(manifest, manifest.with_name(MANIFEST + ".writing")):
+                    write_text(manifest, _Manifest(identity, software_versions()).to_json())
             writer = cls(path)
             writer._began = time.monotonic()
             for leftover in path.glob("*.writing"):
                 leftover.unlink()
             yield writer
-        (path / _LOCK).unlink(missing_ok=True)
+            (path / _LOCK).unlink(missing_ok=True)
 
     _began: float = 0.0
 
@@ -272,10 +288,9 @@ class StageWriter(StageFolder):
 
     def adopt_all(self) -> None:
         """Count the files that a library wrote into the folder as finished shards."""
+        sync_files(self.path)
         for path in sorted(self.path.iterdir()):
             if path.is_file() and path.name not in (MANIFEST, _LOCK):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
                 self._manifest.shards[path.name] = {
                     "sha256": file_digest(path),
                     "bytes": path.stat().st_size,
@@ -295,7 +310,7 @@ class StageWriter(StageFolder):
         self._began = now
         path = self.path / MANIFEST
         with _disk_full_explained(path, path.with_name(MANIFEST + ".writing")):
-            _write_text(path, self._manifest.to_json())
+            write_text(path, self._manifest.to_json())
 
 
 def check_identity(path: Path, identity: Identity) -> None:
@@ -354,7 +369,8 @@ def _disk_full_explained(path: Path, temporary: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".writing")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -362,6 +378,15 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Have the files of a folder that a library wrote on disk before going on."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
 
 
 def _sync_folder(path: Path) -> None:

@@ -94,5 +94,7 @@ def shard_names(folder: StageFolder, prefix: str = "") -> list[str]:
 
 
 def folder_bytes(path: Path) -> int:
-    """Size of all files of a folder, in bytes."""
+    """Size of a file, or of all files of a folder, in bytes."""
+    if path.is_file():
+        return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -84,7 +84,8 @@ def run_corpus(
             }
             total = 0.0 if budget == float("inf") else budget
             with progress.start(f"cutting {entry.domain} into blocks", total, unit) as bar:
-                _take(recipe, entry.domain, room, measure, texts, parts, counts, bar)
+                own = isinstance(entry, HubDocuments) and entry.has_own_splits
+                _take(recipe, entry.domain, room, measure, texts, own, parts, counts, bar)
             measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
         for part in parts.values():
             part.close()
@@ -106,17 +107,22 @@ def _take(
     room: dict[str, float],
     measure: Callable[[str], int],
     texts: Iterator[Text],
+    measured_first: bool,
     parts: dict[str, "_PartWriter"],
     counts: Counter[str],
     bar: Bar,
 ) -> None:
-    """Cut documents into blocks until there is no room in any part; `room` goes down."""
+    """Cut documents into blocks until there is no room in any part; `room` goes down.
+
+    `measured_first` says that nothing to measure on comes after the first training document.
+    """
     for document in texts:
         if not document.text.strip():
             counts["empty_documents"] += 1
             continue
         if room[document.part] <= 0:
-            if all(left <= 0 for left in room.values()):
+            spent = measured_first and document.part == "train"
+            if spent or not any(left > 0 for left in room.values()):
                 break
             continue
         text = document.text.encode("utf-8", "replace").decode("utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 
-from fusellm.config import BuiltinDocuments, CorpusBlock, Documents, FileDocuments, HubDocuments
+from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, FileDocuments, HubDocuments
 from fusellm.errors import CorpusError
 from fusellm.progress import Progress
 from fusellm.zoo import text as zoo_text
@@ -31,7 +31,7 @@ class Text:
     text: str
 
 
-def part_by_hash(text: str, corpus: CorpusBlock) -> str:
+def part_by_hash(text: str, corpus: CorpusSettings) -> str:
     """The part of a document of a corpus that has none of its own, by a hash of its text.
 
     Equal documents therefore never stand on two sides.
@@ -76,7 +76,7 @@ def relative_names(paths: Sequence[Path]) -> list[str]:
 
 def read_documents(
     entry: Documents,
-    corpus: CorpusBlock,
+    corpus: CorpusSettings,
     counts: Counter[str],
     progress: Progress,
 ) -> Iterator[Text]:
@@ -104,7 +104,7 @@ def _builtin(entry: BuiltinDocuments, counts: Counter[str], progress: Progress) 
     return (Text(document.name, document.part, document.text) for document in kept)
 
 
-def _hub(entry: HubDocuments, corpus: CorpusBlock) -> Iterator[Text]:
+def _hub(entry: HubDocuments, corpus: CorpusSettings) -> Iterator[Text]:
     splits = {
         "validation": entry.validation_split,
         "held_out": entry.held_out_split,
@@ -134,7 +134,7 @@ def _hub(entry: HubDocuments, corpus: CorpusBlock) -> Iterator[Text]:
             yield Text(f"{entry.hub}/{entry.config or ''}/{split}:{number}", own, text)
 
 
-def _files(entry: FileDocuments, corpus: CorpusBlock, counts: Counter[str]) -> Iterator[Text]:
+def _files(entry: FileDocuments, corpus: CorpusSettings, counts: Counter[str]) -> Iterator[Text]:
     paths = files_of(entry)
     for path, name in zip(paths, relative_names(paths), strict=True):
         for number, text in enumerate(_file_texts(path, entry.text_field, counts)):
@@ -150,7 +150,13 @@ def _file_texts(path: Path, text_field: str, counts: Counter[str]) -> Iterator[s
                 f"{', '.join(file.schema_arrow.names)} (set text_field)"
             )
         for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            yield from (value or "" for value in batch.column(0).to_pylist())
+            for value in batch.column(0).to_pylist():
+                if not isinstance(value, str | None):
+                    raise CorpusError(
+                        f"{path}: column {text_field!r} holds {type(value).__name__}, not text; "
+                        "set text_field"
+                    )
+                yield value or ""
     elif path.suffix == ".jsonl":
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -170,7 +176,9 @@ def _json_row(path: Path, number: int, line: bytes, counts: Counter[str]) -> obj
 
 
 def _field(row: object, text_field: str, place: str) -> str:
-    value = row.get(text_field) if isinstance(row, dict) else None
+    value = row.get(text_field, 0) if isinstance(row, dict) else 0
+    if value is None:
+        return ""
     if not isinstance(value, str):
         known = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
         raise CorpusError(
