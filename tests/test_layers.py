@@ -360,3 +360,12 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no recipe .*fusellm init"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-5 as text."""
+    path = tmp_path / "recipe.yaml"
+    text = (RECIPES / "demo.yaml").read_text(encoding="utf-8")
+    path.write_text(text.replace("2.0e-3", "2e-3"), encoding="utf-8")
+    assert load_recipe(path).training.arguments["learning_rate"] == 0.002
+    assert load_recipe(path, ["fusion.lambda=1e-1"]).fusion.lambda_ == 0.1

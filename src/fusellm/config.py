@@ -148,9 +148,9 @@ class CorpusSettings(_Block):
     train_tokens: Annotated[int, Field(gt=0)] | None = None
     """The same budget in tokens of the target's tokenizer, instead of `train_bytes`."""
     validation_bytes: Annotated[int, Field(gt=0)] = 200_000
-    """Most text to validate on, in bytes per domain."""
+    """Most text to validate on, in bytes per domain, to a block."""
     held_out_bytes: Annotated[int, Field(gt=0)] = 400_000
-    """Most text to measure on, in bytes per domain."""
+    """Most text to measure on, in bytes per domain, to a block."""
     validation_share: Share = 0.01
     """Share of the documents kept for validation, by a hash of their text."""
     held_out_share: Share = 0.02
@@ -273,6 +273,17 @@ class Recipe(_Block):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-5 is one, which YAML 1.1 reads as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
@@ -284,7 +295,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
             path in the file.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise RecipeError(
             f"there is no recipe {path}; `fusellm init {path}` writes a commented one"
@@ -336,7 +347,7 @@ def _apply(raw: dict[str, Any], change: str) -> None:
         if not isinstance(node, dict | list):
             raise RecipeError(f"--set {change!r}: {parent!r} is not a block of the recipe")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise RecipeError(f"--set {change!r}: the value {text!r} is not YAML") from None
     if isinstance(node, list):

@@ -141,10 +141,9 @@ def _take(
 
 
 def _leading(blocks: Sequence[str], most_bytes: float) -> list[str]:
-    """The first block, and the following ones that fit in `most_bytes` together with it."""
+    """The first block, and those after it that fit in `most_bytes` together with it."""
     sizes = itertools.accumulate(map(_utf8_bytes, blocks))
-    fitting = sum(1 for size in sizes if size <= most_bytes)
-    return list(blocks[: max(1, fitting)])
+    return list(blocks[: max(1, sum(size <= most_bytes for size in sizes))])
 
 
 def _utf8_bytes(text: str) -> int:
