@@ -267,7 +267,7 @@ def test_two_sources_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("name", RESERVED_NAMES)
 def test_names_of_results_are_refused(name: str) -> None:
-    assert f"{name!r} is the name of a result" in fault_of(
+    assert f"{name!r} is a result's name" in fault_of(
         raw(sources=[{"name": name, "model": "x"}])
     )
 

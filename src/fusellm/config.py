@@ -24,10 +24,9 @@ from pydantic import (
 from fusellm.errors import RecipeError
 
 RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Name = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -255,14 +254,10 @@ class Recipe(_Block):
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(
-                    f"sources: two are named {name!r}; give each its own name, it is a folder's"
-                )
+                raise ValueError(f"sources: two are named {name!r}; give each a name of its own")
             if name in RESERVED_NAMES:
-                raise ValueError(
-                    f"sources: {name!r} is the name of a result; choose another than "
-                    f"{', '.join(RESERVED_NAMES)}"
-                )
+                reserved = ", ".join(RESERVED_NAMES)
+                raise ValueError(f"sources: {name!r} is a result's name; choose none of {reserved}")
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
         if self.externalize.scheme == "sampled" and self.fusion.rest == "renormalize":
