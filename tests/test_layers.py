@@ -267,9 +267,7 @@ def test_two_sources_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("name", RESERVED_NAMES)
 def test_names_of_results_are_refused(name: str) -> None:
-    assert f"{name!r} is a result's name" in fault_of(
-        raw(sources=[{"name": name, "model": "x"}])
-    )
+    assert f"{name!r} is a result's name" in fault_of(raw(sources=[{"name": name, "model": "x"}]))
 
 
 def test_draws_cannot_be_renormalized() -> None:

@@ -10,7 +10,14 @@ from typing import Any
 from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
 from fusellm.errors import CorpusError
 from fusellm.progress import Bar, Progress
-from fusellm.stages.corpus.documents import PARTS, Text, files_of, read_documents, relative_names
+from fusellm.stages.corpus.documents import (
+    PARTS,
+    BuiltinReader,
+    Text,
+    files_of,
+    read_documents,
+    relative_names,
+)
 from fusellm.store.blocks import BLOCKS_SCHEMA, Block, corpus_folder
 from fusellm.store.manifest import (
     Identity,
@@ -75,8 +82,9 @@ def run_corpus(
         most_validation = float(recipe.corpus.validation_bytes)
         most_held_out = float(recipe.corpus.held_out_bytes)
         measured: dict[tuple[str, str], float] = {}
+        builtin = BuiltinReader(recipe.corpus, progress)
         for entry, budget in _budgets(recipe):
-            texts = read_documents(entry, recipe.corpus, counts, progress)
+            texts = read_documents(entry, recipe.corpus, counts, builtin)
             room = {
                 "train": budget,
                 "validation": measured.get((entry.domain, "validation"), most_validation),

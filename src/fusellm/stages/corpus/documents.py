@@ -78,30 +78,43 @@ def read_documents(
     entry: Documents,
     corpus: CorpusSettings,
     counts: Counter[str],
-    progress: Progress,
+    builtin: "BuiltinReader",
 ) -> Iterator[Text]:
     """All documents of one entry of the corpus."""
     if isinstance(entry, BuiltinDocuments):
-        return _builtin(entry, counts, progress)
+        return builtin.texts(entry.builtin, counts)
     if isinstance(entry, HubDocuments):
         return _hub(entry, corpus)
     return _files(entry, corpus, counts)
 
 
-def _builtin(entry: BuiltinDocuments, counts: Counter[str], progress: Progress) -> Iterator[Text]:
-    files = zoo_text.count_files([entry.builtin])
-    with progress.start(f"reading {entry.builtin}", files, "files") as bar:
-        documents = list(zoo_text.documents(zoo_text.PARTS, [entry.builtin], bar.advance))
-    parts = {part: [d for d in documents if d.part == part] for part in zoo_text.PARTS}
-    apart = parts["validation"] + parts["held_out"]
-    training, dropped = zoo_text.drop_near_duplicates(apart, parts["train"])
-    # And the other way round: nothing is measured on that stands in what any model was trained on.
-    apart, dropped_apart = zoo_text.drop_near_duplicates(training + parts["zoo"], apart)
-    counts["near_duplicates_dropped"] += dropped + dropped_apart
-    # In the order of a hash, so that a budget takes a sample of all packages.
-    kept = apart + training
-    kept.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
-    return (Text(document.name, document.part, document.text) for document in kept)
+class BuiltinReader:
+    """The built-in corpus, read in one pass over the files for all domains of a recipe."""
+
+    def __init__(self, corpus: CorpusSettings, progress: Progress) -> None:
+        entries = [e for e in corpus.documents if isinstance(e, BuiltinDocuments)]
+        self._domains = list(dict.fromkeys(entry.builtin for entry in entries))
+        self._progress = progress
+        self._documents: list[zoo_text.Document] | None = None
+
+    def texts(self, domain: str, counts: Counter[str]) -> Iterator[Text]:
+        """One domain's documents, without near-duplicates across the parts."""
+        if self._documents is None:
+            files = zoo_text.count_files(self._domains)
+            with self._progress.start("reading installed text", files, "files") as bar:
+                read = zoo_text.documents(zoo_text.PARTS, self._domains, bar.advance)
+                self._documents = list(read)
+        own = [document for document in self._documents if document.domain == domain]
+        parts = {part: [d for d in own if d.part == part] for part in zoo_text.PARTS}
+        apart = parts["validation"] + parts["held_out"]
+        training, dropped = zoo_text.drop_near_duplicates(apart, parts["train"])
+        # And the other way round: nothing is measured on that stands in any model's training text.
+        apart, dropped_apart = zoo_text.drop_near_duplicates(training + parts["zoo"], apart)
+        counts["near_duplicates_dropped"] += dropped + dropped_apart
+        # In the order of a hash, so that a budget takes a sample of all packages.
+        kept = apart + training
+        kept.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+        return (Text(document.name, document.part, document.text) for document in kept)
 
 
 def _hub(entry: HubDocuments, corpus: CorpusSettings) -> Iterator[Text]:
