@@ -277,6 +277,16 @@ def test_another_lambda_redoes_only_training(world: Path, finished: Path, tmp_pa
     assert stores(run) == stores(finished)
 
 
+def test_another_precision_of_the_target_is_measured_anew(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Training is in float32 whatever the dtype, but what is measured is not."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with pytest.raises(IdentityError, match=r"evaluate was made.*target was"):
+        pipeline(world, run, "target.dtype=bfloat16").execute()
+
+
 def test_a_further_source_needs_no_code_and_touches_no_other(
     world: Path, finished: Path, tmp_path: Path
 ) -> None:

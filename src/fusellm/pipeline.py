@@ -230,7 +230,10 @@ class Pipeline:
         return found
 
     def _evaluate_identity(self) -> Identity:
-        models = {name: located.fingerprint for name, located in self._evaluated().items()}
+        models = {
+            name: digest([located.fingerprint, located.settings.dtype])
+            for name, located in self._evaluated().items()
+        }
         return evaluate.identity(self.recipe, models, self._fingerprint("corpus"))
 
     def _evaluate(self, identity: Identity) -> None:
