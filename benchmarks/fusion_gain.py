@@ -16,8 +16,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fusellm.cli.console import Terminal
-from fusellm.config import Recipe, load_recipe
+from fusellm.config import Recipe
 from fusellm.pipeline import Pipeline
+from fusellm.recipe_file import load_recipe
 from fusellm.stages.evaluate import read_records
 from fusellm.stages.train import CLM, FUSED
 

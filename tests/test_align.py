@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
-from fusellm.align.positions import Situation, align, situations
+from fusellm.align.positions import Situation, align, align_shard, situations
 from fusellm.align.ragged import offsets_of, take_rows
 from fusellm.align.translation import (
-    TRANSLATIONS,
     FirstTokens,
     Translation,
     class_translation,
@@ -21,6 +20,7 @@ from fusellm.align.translation import (
 )
 from fusellm.tokens.encode import Encoder
 
+TRANSLATIONS = {"bytes": first_translation, "partition": class_translation}
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 PAIRS = [(s, t) for s in worlds.FAMILIES for t in worlds.FAMILIES if s != t]
 REAL_PAIRS = [("gpt-neox-20b", "llama-2")]
@@ -120,6 +120,37 @@ def test_a_reading_with_itself_is_the_identity(reading: list[int]) -> None:
         is_last = i + 1 == len(found) or ends[i + 1] != ends[i]
         assert j == (i if is_last else -1)
     assert set(situations(ends, ends, found)[found >= 0]) <= {Situation.SAME}
+
+
+@pytest.mark.parametrize("last", [None, False, True])
+@given(data=st.data())
+@quick
+def test_a_shard_is_its_blocks(last: bool | None, data: st.DataObject) -> None:
+    """Blocks that were left out (no boundaries) included."""
+    block = st.one_of(readings(last), readings(last), st.just([]), st.just([len(TEXT)]))
+    blocks = data.draw(st.lists(st.tuples(block, block), max_size=6))
+    found, situation = align_shard(
+        np.array([end for target, _ in blocks for end in target], dtype=np.int64),
+        offsets_of(np.array([len(target) for target, _ in blocks], dtype=np.int64)),
+        np.array([end for _, source in blocks for end in source], dtype=np.int64),
+        offsets_of(np.array([len(source) for _, source in blocks], dtype=np.int64)),
+    )
+    assert (found.dtype, situation.dtype) == (np.int64, np.int8)
+    expected: list[int] = []
+    expected_situations: list[int] = []
+    for target, source in blocks:
+        mine, theirs = np.array(target, dtype=np.int64), np.array(source, dtype=np.int64)
+        one = align(mine[:-1], theirs[:-1])
+        expected += one.tolist()
+        expected_situations += situations(mine, theirs, one).tolist()
+    assert found.tolist() == expected
+    assert situation.tolist() == expected_situations
+
+
+def test_a_shard_with_unequal_numbers_of_blocks_is_refused() -> None:
+    nothing, none, one = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match="target has 0 blocks, source 1"):
+        align_shard(nothing, none, nothing, one)
 
 
 @pytest.mark.parametrize(("source_name", "target_name"), [*PAIRS, ("gpt2", "mistral")])

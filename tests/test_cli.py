@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusellm.cli.main import main
-from fusellm.config import load_recipe
+from fusellm.recipe_file import load_recipe
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -109,6 +110,77 @@ def test_faults_are_one_line(
         assert "Traceback" not in captured.err
 
 
+def test_tokenizers_are_compared_before_any_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("the model reads a text = the model(3)\n" * 9, encoding="utf-8")
+    pair = (str(world / "neox"), str(world / "llama"))
+    assert run(monkeypatch, "tokenizers", *pair, "--text", str(text), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["source"]["kind"], found["target"]["kind"]) == ("byte-level", "SentencePiece")
+    (domain,) = found["domains"]
+    assert domain["name"] == "mine"
+    assert sum(domain["situations"].values()) == domain["positions"] > 50
+    assert domain["shares"]["aligned"] == pytest.approx(1 - domain["shares"]["unaligned"])
+    for width in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", width)
+        assert run(monkeypatch, "tokenizers", *pair, "--text", str(text)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= int(width)
+        shown = "\n".join(lines)
+        assert "of llama's positions neox has read the same text" in " ".join(shown.split())
+        for word in ("A, source", "B, target", "unaligned", "mine", "<|endoftext|>", "classes"):
+            assert word in shown
+    assert run(monkeypatch, "tokenizers", pair[0], pair[0], "--text", str(text)) == 0
+    assert "cut every text alike" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_zoos_tokenizers_on_the_built_in_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "tokenizers", "zoo/python", "zoo/prose", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [domain["name"] for domain in found["domains"]] == ["prose", "python", "cpp"]
+    for domain in found["domains"]:
+        assert 90_000 < domain["bytes_read"] < 110_000
+        assert domain["shares"]["same"] > 0.7
+        assert domain["left_out"] == {"source": 0, "target": 0}
+
+
+def test_faults_of_tokenizers_are_one_line(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tmp_path / "words"
+    words.mkdir()
+    model = models.WordPiece({"[UNK]": 0, "the": 1, "##m": 2}, unk_token="[UNK]")
+    wordpiece = Tokenizer(model)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.save(str(words / "tokenizer.json"))
+    latin, empty, nothing = tmp_path / "latin.txt", tmp_path / "empty.txt", tmp_path / "nothing"
+    latin.write_bytes(b"caf\xe9")
+    empty.write_bytes(b"")
+    nothing.mkdir()
+    llama = str(world / "llama")
+    cases = {
+        ("/no/such", llama): "there is no folder /no/such; check the path",
+        (llama, "zoo/rust"): "there is no zoo/rust; the zoo has",
+        (str(nothing), llama): "holds no tokenizer that can be loaded (it holds: nothing)",
+        (str(world / "prose.jsonl"), llama): "is a file; give the folder",
+        ("no-such-user/no-such-model", llama): "neither as a folder nor on the hub",
+        (str(words), llama): "cannot be told as bytes; choose a model",
+        (llama, llama, "--text", str(tmp_path / "none")): "cannot be read",
+        (llama, llama, "--text", str(latin)): "is not UTF-8 (byte 3)",
+        (llama, llama, "--text", str(empty)): "is empty",
+    }
+    for arguments, message in cases.items():
+        assert run(monkeypatch, "tokenizers", *arguments) == 1, arguments
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.splitlines()[-1].startswith("fusellm: ")
+        assert "Traceback" not in captured.err
+
+
 def test_a_usage_error_names_the_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +207,7 @@ def test_schema_names_the_recipes_keys(
     assert "lambda" in schema["$defs"]["FusionSettings"]["properties"]
 
 
-@pytest.mark.parametrize("command", ["run", "check", "clean", "zoo"])
+@pytest.mark.parametrize("command", ["run", "check", "clean", "zoo", "tokenizers"])
 def test_help_teaches(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

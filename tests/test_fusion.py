@@ -1,7 +1,6 @@
 """One fused distribution per position: whose it is, and that no mass is lost or invented."""
 
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import get_args
 
 import numpy as np
@@ -12,16 +11,19 @@ from hypothesis import strategies as st
 import worlds
 from fusellm.align.positions import Situation, align, situations
 from fusellm.align.ragged import offsets_of
-from fusellm.align.translation import TRANSLATIONS, Translation
+from fusellm.align.strategies import STRATEGIES, Aligned, Tokens
+from fusellm.align.translation import Translation
 from fusellm.config import FusionSettings
-from fusellm.fusion.cross_entropy import nats_by_byte, sums_over
-from fusellm.fusion.functions import FUNCTIONS, NO_SOURCE, Compared, mince
-from fusellm.fusion.fuse import FusedBlock, Reading, fuse_block
+from fusellm.fusion.cross_entropy import nats_by_byte, span_nats
+from fusellm.fusion.functions import FUNCTIONS, Compared, avgce, avgce_paper, mince
+from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
 from fusellm.fusion.kept import Kept
+from fusellm.tokens.encode import Encoder
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 SCHEMES = ("top", "sampled")
 NOTHING = np.zeros(0)
+NONE = np.zeros(0, dtype=np.int64)
 
 
 def top(
@@ -83,54 +85,107 @@ def random_translation(chance: np.random.Generator, source: int, complete: bool)
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """One model's reading of some blocks, block by block."""
+
+    ends: list[np.ndarray]
+
+    @property
+    def tokens(self) -> Tokens:
+        flat = np.concatenate([np.zeros(0, np.int64), *self.ends])
+        offsets = offsets_of(np.array([len(ends) for ends in self.ends], dtype=np.int64))
+        return Tokens(offsets, np.arange(len(flat)) % 7, flat)
+
+    @property
+    def positions(self) -> list[int]:
+        return [max(len(ends) - 1, 0) for ends in self.ends]
+
+
+def reading_of(
+    target: Blocks, source: Blocks, kept: Kept, translation: Translation, from_start: bool = True
+) -> Reading:
+    """A reading aligned by boundaries, block by block."""
+    found, situation, first = [NONE], [NONE.astype(np.int8)], [NONE.astype(bool)]
+    for theirs, mine in zip(target.ends, source.ends, strict=True):
+        at = align(theirs[:-1], mine[:-1])
+        left_out = (theirs[:-1] == 0) & (at >= 0) & (not from_start)
+        at[left_out] = -1
+        found.append(at)
+        situation.append(situations(theirs, mine, at) if len(mine) else np.zeros(len(at), np.int8))
+        first.append(left_out)
+    aligned = Aligned(np.concatenate(found), np.concatenate(situation), np.concatenate(first))
+    return Reading(source.tokens, kept, translation, aligned)
+
+
+@dataclass(frozen=True)
 class World:
-    """One block as a target and its sources read it."""
+    """Some blocks as a target and its sources read them."""
 
-    target_ends: np.ndarray
-    length: int
-    sources: list[Reading | None]
-    window: int | None
+    target: Blocks
+    lengths: list[int]
+    sources: list[Reading]
+    rules: Rules
 
-    def fuse(self) -> FusedBlock:
-        return fuse_block(self.target_ends, self.length, self.sources, mince, self.window)[0]
+    def fuse(self) -> tuple[Fused, Counts, list[Counts]]:
+        byte_offsets = offsets_of(np.array(self.lengths))
+        return fuse_blocks(self.target.tokens, byte_offsets, self.sources, self.rules)
+
+    @property
+    def block(self) -> np.ndarray:
+        """[N] the block of each position."""
+        return np.repeat(np.arange(len(self.lengths)), self.target.positions)
 
 
 @st.composite
-def fused_worlds(draw: st.DrawFn, sources: int = 3) -> World:
+def fused_worlds(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> World:
     chance = np.random.default_rng(draw(st.integers(0, 2**32)))
-    length = int(chance.integers(1, 14))
-    eos = bool(chance.integers(2))
+    blocks = int(chance.integers(1, 4))
+    lengths = chance.integers(1, 14, blocks).tolist()
+    eos = [bool(chance.integers(2)) for _ in lengths]
     scheme = draw(st.sampled_from(SCHEMES))
     complete = draw(st.booleans())
-    readings: list[Reading | None] = []
-    for _ in range(sources):
-        ends = random_ends(chance, length, bool(chance.integers(2)), eos)
-        readings.append(
-            None
-            if chance.random() < 0.15 or len(ends) < 2
-            else Reading(
-                ends,
-                random_kept(chance, len(ends) - 1, scheme, 9),
-                random_translation(chance, 9, complete),
-                bool(chance.integers(2)),
-            )
+
+    def read(miss: float) -> Blocks:
+        bos = bool(chance.integers(2))
+        return Blocks(
+            [
+                NONE if chance.random() < miss else random_ends(chance, length, bos, e)
+                for length, e in zip(lengths, eos, strict=True)
+            ]
         )
-    window = draw(st.sampled_from([None, 1, 3, 64]))
-    return World(
-        random_ends(chance, length, bool(chance.integers(2)), eos), length, readings, window
-    )
+
+    target = read(0.1)
+    readings = []
+    for _ in range(int(chance.integers(1, 4))):
+        source = read(0.2)
+        kept = random_kept(chance, sum(source.positions), scheme, 9)
+        translation = random_translation(chance, 9, complete)
+        readings.append(reading_of(target, source, kept, translation, bool(chance.integers(2))))
+    reach = draw(st.sampled_from([None, 1, 3, 64]))
+    rules = Rules(FUNCTIONS[draw(st.sampled_from(functions))], reach, beta=2.0)
+    return World(target, lengths, readings, rules)
 
 
-def rows_of(fused: FusedBlock) -> list[dict[int, float]]:
-    """Each position's outcomes with their masses."""
+Parts = list[list[tuple[int, dict[int, float], float]]]
+"""Of each position its parts: source, outcomes with masses, rest."""
+
+
+def parts_of(fused: Fused) -> Parts:
     offsets = offsets_of(fused.lengths)
-    rows = []
-    for n in range(len(fused.winner)):
-        entries = slice(offsets[n], offsets[n + 1])
-        outcomes, masses = fused.outcomes[entries].tolist(), fused.masses[entries].tolist()
-        assert len(set(outcomes)) == len(outcomes)
-        rows.append(dict(zip(outcomes, masses, strict=True)))
-    return rows
+    assert offsets[-1] == len(fused.outcomes) == len(fused.masses)
+    assert len(fused.lengths) == len(fused.source) == len(fused.rest) == fused.parts.sum()
+    found, part = [], 0
+    for count in fused.parts.tolist():
+        position = []
+        for r in range(part, part + count):
+            entries = slice(offsets[r], offsets[r + 1])
+            outcomes, masses = fused.outcomes[entries].tolist(), fused.masses[entries].tolist()
+            assert len(set(outcomes)) == len(outcomes)
+            row = dict(zip(outcomes, masses, strict=True))
+            position.append((int(fused.source[r]), row, float(fused.rest[r])))
+        found.append(position)
+        part += count
+    return found
 
 
 def slow_row(source: Reading, position: int) -> tuple[dict[int, float], float]:
@@ -157,41 +212,47 @@ def slow_row(source: Reading, position: int) -> tuple[dict[int, float], float]:
 
 @given(world=fused_worlds())
 @quick
-def test_masses_and_rest_are_one_where_a_source_won_and_nothing_elsewhere(world: World) -> None:
-    fused = world.fuse()
-    assert fused.lengths.sum() == len(fused.outcomes) == len(fused.masses)
-    assert len(fused.lengths) == len(fused.winner) == len(fused.rest) == len(world.target_ends) - 1
-    for n, row in enumerate(rows_of(fused)):
-        if fused.winner[n] == NO_SOURCE:
-            assert (row, fused.rest[n]) == ({}, 0)
-        else:
-            assert sum(row.values()) + fused.rest[n] == pytest.approx(1, abs=1e-5)
-            assert min([fused.rest[n], *row.values()]) >= 0
+def test_masses_and_rests_are_one_where_a_source_is_aligned_and_nothing_elsewhere(
+    world: World,
+) -> None:
+    fused, _, _ = world.fuse()
+    assert len(fused.parts) == sum(world.target.positions)
+    aligned = np.array([source.aligned.source >= 0 for source in world.sources]).any(axis=0)
+    for n, parts in enumerate(parts_of(fused)):
+        masses = [m for _, row, rest in parts for m in (rest, *row.values())]
+        assert (len(parts) > 0) == aligned[n]
+        if parts:
+            assert sum(masses) == pytest.approx(1, abs=1e-5)
+            assert min(masses) >= 0
 
 
 @given(world=fused_worlds())
 @quick
-def test_a_fused_distribution_is_the_winners_at_the_position_that_has_read_the_same(
-    world: World,
-) -> None:
-    fused = world.fuse()
-    for n, row in enumerate(rows_of(fused)):
-        if fused.winner[n] == NO_SOURCE:
-            continue
-        source = world.sources[fused.winner[n]]
-        assert source is not None
-        found = align(world.target_ends[:-1], source.ends[:-1])[n]
-        assert found >= 0
-        assert source.from_start or world.target_ends[n] > 0
-        expected, rest = slow_row(source, found)
-        assert row == pytest.approx(expected, abs=1e-6)
-        assert fused.rest[n] == pytest.approx(rest, abs=1e-6)
+def test_a_part_is_its_source_where_it_has_read_the_same_times_its_weight(world: World) -> None:
+    fused, _, _ = world.fuse()
+    for n, parts in enumerate(parts_of(fused)):
+        assert len({s for s, _, _ in parts}) == len(parts)
+        for s, row, rest in parts:
+            source = world.sources[s]
+            at = int(source.aligned.source[n])
+            block = world.block[n]
+            assert at >= 0
+            here = world.target.tokens.ends[world.target.tokens.predicting[n]]
+            there = source.tokens.ends[source.tokens.offsets[block] + at]
+            assert here == there
+            weight = sum(row.values()) + rest
+            expected, expected_rest = slow_row(source, source.tokens.position_offsets[block] + at)
+            assert row == pytest.approx({k: m * weight for k, m in expected.items()}, abs=1e-6)
+            assert rest == pytest.approx(expected_rest * weight, abs=1e-6)
 
 
-def one_position(kept: Kept, translation: Translation) -> tuple[dict[int, float], float]:
-    source = Reading(np.array([0, 1]), kept, translation, True)
-    fused, _ = fuse_block(np.array([0, 1]), 1, [source], mince, None)
-    return rows_of(fused)[0], float(fused.rest[0])
+def one_position(
+    kept: Kept, translation: Translation, **rules: bool
+) -> tuple[dict[int, float], float]:
+    block = Blocks([np.array([0, 1])])
+    world = World(block, [1], [reading_of(block, block, kept, translation)], Rules(mince, **rules))
+    ((part,),) = parts_of(world.fuse()[0])
+    return part[1], part[2]
 
 
 MEETING = Translation(np.array([0, 0, 1, -1]), np.array([0, 1, 1]), 2, complete=False)
@@ -203,6 +264,25 @@ def test_masses_that_meet_are_added() -> None:
     row, rest = one_position(kept, MEETING)
     assert row == pytest.approx({0: 0.625, 1: 0.25})
     assert rest == pytest.approx(0.125)
+
+
+def test_the_authors_drop_all_but_the_first_of_masses_that_meet() -> None:
+    kept = top([{0: 0.5, 1: 0.125, 2: 0.25, 3: 0.0625}], [0.0625])
+    row, rest = one_position(kept, MEETING, as_authors=True)
+    assert row == pytest.approx({0: 0.5, 1: 0.25})
+    assert rest == pytest.approx(0.25)
+
+
+def test_the_authors_put_all_mass_on_the_token_just_read_where_nothing_is_aligned() -> None:
+    """Their fall-back; ours has no distribution there."""
+    target, source = Blocks([np.array([0, 1, 3])]), Blocks([np.array([0, 2, 3])])
+    kept = top([{0: 1.0}, {0: 1.0}], [0.0, 0.0])
+    reading = reading_of(target, source, kept, MEETING)
+    ours = World(target, [3], [reading], Rules(mince)).fuse()[0]
+    theirs = World(target, [3], [reading], Rules(mince, as_authors=True)).fuse()[0]
+    assert parts_of(ours) == [[(0, {0: 1.0}, 0.0)], []]
+    just_read = int(target.tokens.ids[1])
+    assert parts_of(theirs) == [[(0, {0: 1.0}, 0.0)], [(0, {just_read: 1.0}, 0.0)]]
 
 
 @pytest.mark.parametrize(
@@ -246,119 +326,180 @@ def test_masses_kept(scheme: str) -> None:
 # Which source wins
 
 
-def slow_mince(compared: Compared) -> list[int]:
-    """Position by position, byte by byte, in exact fractions."""
-    sources, length = compared.nats_by_byte.shape
-    found = []
-    for n in range(compared.aligned.shape[1]):
-        here, after = int(compared.ends[n]), int(compared.ends[n + 1])
-        reach = compared.window_bytes
-        span = [
-            b
-            for b in range(length)
-            if np.isfinite(compared.nats_by_byte[:, b]).all()
-            and (reach is None or here - reach <= b < max(here + reach, after))
+def slow_spans(world: World) -> tuple[np.ndarray, np.ndarray]:
+    """(nats [S, N], bytes [N]) around each position, byte by byte."""
+    nats = np.zeros((len(world.sources), len(world.block)))
+    scored = np.zeros(len(world.block))
+    ends, reach = world.target.tokens.ends, world.rules.reach
+    for n, block in enumerate(world.block.tolist()):
+        token = int(world.target.tokens.predicting[n])
+        here, after = int(ends[token]), int(ends[token + 1])
+        readers = [
+            (s, block_nats(source, block, world.lengths[block]))
+            for s, source in enumerate(world.sources)
+            if np.diff(source.tokens.offsets)[block] > 0
         ]
-        sums = {
-            s: sum((Fraction(float(compared.nats_by_byte[s, b])) for b in span), Fraction(0))
-            for s in range(sources)
-            if compared.aligned[s, n]
+        for b in range(world.lengths[block]):
+            inside = reach is None or here - reach <= b < max(here + reach, after)
+            if inside and all(np.isfinite(by_byte[b]) for _, by_byte in readers):
+                scored[n] += 1
+                for s, by_byte in readers:
+                    nats[s, n] += by_byte[b]
+    return nats, scored
+
+
+def block_nats(source: Reading, block: int, length: int) -> np.ndarray:
+    first, last = source.tokens.offsets[block : block + 2]
+    ends = source.tokens.ends[first:last]
+    log_p = source.kept.true_log_prob[slice(*source.tokens.position_offsets[block : block + 2])]
+    return nats_by_byte(ends, np.array([0, len(ends)]), log_p, np.array([0, length]))
+
+
+@given(world=fused_worlds(functions=("mince",)))
+@settings(quick, max_examples=150)
+def test_sources_are_compared_over_the_bytes_that_all_of_them_scored(world: World) -> None:
+    """The winner is of least cross-entropy, to rounding, and first of exact equals."""
+    nats, scored = slow_spans(world)
+    fused, _, _ = world.fuse()
+    for n, parts in enumerate(parts_of(fused)):
+        cost = {
+            s: nats[s, n] / max(scored[n], 1)
+            for s, source in enumerate(world.sources)
+            if source.aligned.source[n] >= 0
         }
-        found.append(min(sums, key=lambda s: (sums[s], s)) if sums else NO_SOURCE)
-    return found
+        assert len(parts) == bool(cost)
+        for s, _, _ in parts:
+            assert cost[s] == pytest.approx(min(cost.values()), abs=1e-9)
+            if scored[n] == 0:
+                assert s == min(cost)
+
+
+def compared_of(
+    cross_entropy: list[list[float]], aligned: list[list[bool]] | None = None, beta: float = 1.0
+) -> Compared:
+    cost = np.array(cross_entropy)
+    usable = np.ones(cost.shape, bool) if aligned is None else np.array(aligned)
+    return Compared(usable, cost, cost * 2, cost[:, ::-1], beta)
 
 
 @st.composite
-def comparisons(draw: st.DrawFn, values: int = 4) -> Compared:
-    """Nats that are quarters, so that sums are exact and ties are ties."""
+def comparisons(draw: st.DrawFn) -> Compared:
+    """Costs that are quarters, so that ties are many and exact."""
     chance = np.random.default_rng(draw(st.integers(0, 2**32)))
-    sources, length = int(chance.integers(1, 5)), int(chance.integers(1, 16))
-    ends = random_ends(chance, length, bool(chance.integers(2)), bool(chance.integers(2)))
-    nats = chance.integers(0, values, (sources, length)) / 4
-    unscored = chance.integers(0, min(length, 3) + 1, sources)
-    nats[np.arange(length) < unscored[:, None]] = np.nan
-    aligned = chance.random((sources, len(ends) - 1)) < 0.7
-    return Compared(aligned, nats, ends, draw(st.sampled_from([None, 1, 2, 5, 64])))
+    shape = int(chance.integers(1, 5)), int(chance.integers(1, 9))
+    costs = [chance.integers(0, 8, shape) / 4 for _ in range(3)]
+    beta = draw(st.sampled_from([0.0, 1.0, 50.0]))
+    return Compared(chance.random(shape) < 0.7, costs[0], costs[1], costs[2], beta)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@given(compared=comparisons())
+@quick
+def test_weights_are_of_aligned_sources_and_sum_to_one(name: str, compared: Compared) -> None:
+    weights = FUNCTIONS[name](compared)
+    assert (weights >= 0).all()
+    assert (weights[~compared.aligned] == 0).all()
+    assert weights.sum(0) == pytest.approx(compared.aligned.any(axis=0).astype(float))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@given(compared=comparisons(), seed=st.integers(0, 1000))
+@quick
+def test_the_order_of_the_sources_changes_nothing_but_ties(
+    name: str, compared: Compared, seed: int
+) -> None:
+    order = np.random.default_rng(seed).permutation(len(compared.aligned))
+    permuted = Compared(
+        compared.aligned[order],
+        compared.cross_entropy[order],
+        compared.nats_per_token[order],
+        compared.next_nats[order],
+        compared.beta,
+    )
+    weights, again = FUNCTIONS[name](compared), FUNCTIONS[name](permuted)
+    cost = compared.next_nats if name == "best" else compared.cross_entropy
+    for n in range(weights.shape[1]):
+        costs = cost[compared.aligned[:, n], n].tolist()
+        if name in ("mince", "best") and costs.count(min(costs, default=0)) > 1:
+            continue
+        assert weights[order, n] == pytest.approx(again[:, n])
+
+
+@pytest.mark.parametrize(("name", "cost"), [("mince", "cross_entropy"), ("best", "next_nats")])
+@given(compared=comparisons())
+@quick
+def test_the_least_wins_and_of_equals_the_one_named_first(
+    name: str, cost: str, compared: Compared
+) -> None:
+    weights = FUNCTIONS[name](compared)
+    for n in range(weights.shape[1]):
+        costs = {
+            s: getattr(compared, cost)[s, n] for s in range(len(weights)) if compared.aligned[s, n]
+        }
+        expected = min(costs, key=lambda s: (costs[s], s)) if costs else None
+        assert np.nonzero(weights[:, n])[0].tolist() == ([] if expected is None else [expected])
+
+
+def test_avgce_by_hand() -> None:
+    """Weights 1 : e⁻² of 1 and 2 bits per byte at β = 2."""
+    weights = avgce(compared_of([[1.0], [2.0]], beta=2.0))
+    assert weights[:, 0] == pytest.approx([1 / (1 + np.exp(-2)), np.exp(-2) / (1 + np.exp(-2))])
+
+
+def test_the_authors_average_is_nearly_a_plain_mean() -> None:
+    """1.8, 2.4 and 3.0 nats per token (DESIGN, section 5)."""
+    weights = avgce_paper(compared_of([[0.9], [1.2], [1.5]]))
+    assert weights[:, 0].round(3).tolist() == [0.355, 0.329, 0.316]
 
 
 @given(compared=comparisons())
-@settings(quick, max_examples=200)
-def test_mince_is_the_slow_rule(compared: Compared) -> None:
-    """Ties, which are many here, go to the source named first."""
-    assert mince(compared).tolist() == slow_mince(compared)
-
-
-@given(compared=comparisons(values=100_000), seed=st.integers(0, 1000))
 @quick
-def test_the_order_of_the_sources_changes_nothing(compared: Compared, seed: int) -> None:
-    """But for ties: where no byte is compared, or all are equal."""
-    order = np.random.default_rng(seed).permutation(len(compared.nats_by_byte))
-    permuted = replace(
-        compared, aligned=compared.aligned[order], nats_by_byte=compared.nats_by_byte[order]
-    )
-    by_name, again = mince(compared), np.append(order, NO_SOURCE)[mince(permuted)]
-    reach = compared.window_bytes
-    scored = np.isfinite(compared.nats_by_byte).all(0)
-    for n in range(len(by_name)):
-        here, after = compared.ends[n], compared.ends[n + 1]
-        first, stop = (0, None) if reach is None else (here - reach, max(here + reach, after))
-        if scored[max(first, 0) : stop].any():
-            assert by_name[n] == again[n]
-
-
-@given(world=fused_worlds(), order=st.permutations(range(3)))
-@quick
-def test_the_order_of_the_sources_changes_no_fused_distribution(
-    world: World, order: list[int]
-) -> None:
-    """Where all sources scored all bytes: unscored blocks are ties."""
-    present = [s for s in world.sources if s is not None and s.ends[0] == 0]
-    order = [n for n in order if n < len(present)]
-    if not present:
-        return
-    here = replace(world, sources=present).fuse()
-    there = replace(world, sources=[present[n] for n in order]).fuse()
-    assert here.winner.tolist() == [order[w] if w >= 0 else w for w in there.winner]
-    for mine, theirs in zip(rows_of(here), rows_of(there), strict=True):
-        assert mine == pytest.approx(theirs)
-    assert here.rest == pytest.approx(there.rest)
-
-
-def test_a_tie_goes_to_the_source_named_first() -> None:
-    twins = Compared(np.ones((3, 1), bool), np.array([[2.0], [1.0], [1.0]]), np.array([0, 1]), None)
-    assert mince(twins).tolist() == [1]
-    assert mince(replace(twins, aligned=np.array([[True], [False], [True]]))).tolist() == [2]
-    assert mince(replace(twins, aligned=np.zeros((3, 1), bool))).tolist() == [NO_SOURCE]
+def test_avgce_of_no_sharpness_is_uniform_and_of_great_sharpness_mince(compared: Compared) -> None:
+    plain = avgce(replace(compared, beta=0.0))
+    assert plain == pytest.approx(FUNCTIONS["uniform"](compared))
+    sharp, first = avgce(replace(compared, beta=1e4)), mince(compared)
+    cost = np.where(compared.aligned, compared.cross_entropy, np.inf)
+    alone = (cost == cost.min(axis=0)).sum(axis=0) == 1
+    assert sharp[:, alone] == pytest.approx(first[:, alone])
 
 
 def test_the_window_has_the_next_token_in_it_however_long() -> None:
     """Within 1 byte the first source is better, over the whole next token the second."""
-    nats = np.array([[0.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
-    compared = Compared(np.ones((2, 1), bool), nats, np.array([0, 4]), 1)
-    assert mince(compared).tolist() == [1]
-    assert mince(replace(compared, ends=np.array([0, 3]))).tolist() == [0]
+    by_byte = np.array([[0.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    where = np.array([[True], [True]]), np.array([0, 4]), np.array([0, 2]), np.array([0, 4])
+    assert span_nats(by_byte, *where, 1)[0][:, 0].tolist() == [9.0, 4.0]
+    shorter = np.array([[True], [True]]), np.array([0, 3]), np.array([0, 2]), np.array([0, 4])
+    assert span_nats(by_byte, *shorter, 1)[0][:, 0].tolist() == [0.0, 3.0]
 
 
 def test_the_window_reaches_to_both_sides_and_no_farther() -> None:
-    ends = np.arange(8)
     for byte in range(7):
-        nats = np.zeros((2, 7))
-        nats[0, byte] = 1.0
-        won = mince(Compared(np.ones((2, 7), bool), nats, ends, 2))
-        assert won.tolist() == [int(n - 2 <= byte < n + 2) for n in range(7)]
+        by_byte = np.zeros((1, 7))
+        by_byte[0, byte] = 1.0
+        where = np.ones((1, 1), bool), np.arange(8), np.array([0, 8]), np.array([0, 7])
+        nats, scored = span_nats(by_byte, *where, 2)
+        assert nats[0].tolist() == [int(n - 2 <= byte < n + 2) for n in range(7)]
+        assert scored.tolist() == [2, 3, 4, 4, 4, 4, 3]
 
 
 def test_bytes_that_one_source_did_not_score_are_not_compared() -> None:
-    nats = np.array([[np.nan, 2.0], [50.0, 1.0]])
-    compared = Compared(np.ones((2, 1), bool), nats, np.array([0, 2]), None)
-    assert mince(compared).tolist() == [1]
-    neither = np.array([[np.nan, 2.0], [1.0, np.nan]])
-    assert mince(replace(compared, nats_by_byte=neither)).tolist() == [0]
+    where = np.ones((2, 1), bool), np.array([0, 2]), np.array([0, 2]), np.array([0, 2])
+    nats, scored = span_nats(np.array([[np.nan, 2.0], [50.0, 1.0]]), *where, None)
+    assert (nats[:, 0].tolist(), scored.tolist()) == ([2.0, 1.0], [1.0])
+    nats, scored = span_nats(np.array([[np.nan, 2.0], [1.0, np.nan]]), *where, None)
+    assert (nats[:, 0].tolist(), scored.tolist()) == ([0.0, 0.0], [0.0])
 
 
-def test_functions_are_those_that_a_recipe_can_name() -> None:
+def test_a_source_that_did_not_read_the_block_is_no_part_of_the_comparison() -> None:
+    read = np.array([[True], [False]])
+    by_byte = np.array([[3.0, 2.0], [np.nan, np.nan]])
+    nats, scored = span_nats(by_byte, read, np.array([0, 2]), np.array([0, 2]), np.array([0, 2]), 0)
+    assert (nats[:, 0].tolist(), scored.tolist()) == ([5.0, 0.0], [2.0])
+
+
+def test_functions_and_strategies_are_those_that_a_recipe_can_name() -> None:
     assert set(FUNCTIONS) == set(get_args(FusionSettings.model_fields["function"].annotation))
-    assert set(TRANSLATIONS) == set(get_args(FusionSettings.model_fields["strategy"].annotation))
+    assert set(STRATEGIES) == set(get_args(FusionSettings.model_fields["strategy"].annotation))
 
 
 # Cross-entropy by byte
@@ -380,12 +521,17 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     return ends, np.array(log_p, dtype=np.float32), int(ends[-1])
 
 
+def alone(ends: np.ndarray, log_p: np.ndarray, length: int) -> np.ndarray:
+    """`nats_by_byte` of one block."""
+    return nats_by_byte(ends, np.array([0, len(ends)]), log_p, np.array([0, length]))
+
+
 @given(block=scored())
 @settings(quick, max_examples=200)
 def test_a_blocks_nats_are_spread_over_its_bytes(block: tuple[np.ndarray, np.ndarray, int]) -> None:
     """The total stays, but for what follows the last byte; each token's bytes share alike."""
     ends, log_p, length = block
-    found = nats_by_byte(ends, log_p, length)
+    found = alone(ends, log_p, length)
     assert found.shape == (length,)
     assert np.isnan(found[: ends[0]]).all()
     pending = 0.0
@@ -404,21 +550,21 @@ def test_a_blocks_nats_are_spread_over_its_bytes(block: tuple[np.ndarray, np.nda
 
 def test_a_dummy_prefix_adds_its_nats_to_the_token_after_it_and_eos_to_none() -> None:
     """BOS, an empty `▁`, two bytes, one byte, EOS."""
-    found = nats_by_byte(np.array([0, 0, 2, 3, 3]), np.array([-1.0, -2.0, -4.0, -99.0]), 3)
+    found = alone(np.array([0, 0, 2, 3, 3]), np.array([-1.0, -2.0, -4.0, -99.0]), 3)
     assert found.tolist() == [1.5, 1.5, 4.0]
 
 
-@given(
-    values=st.lists(st.one_of(st.integers(0, 9), st.just(float("nan"))), max_size=9),
-    spans=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
-)
+@given(first=scored(), second=scored())
 @quick
-def test_sums_over_spans(values: list[float], spans: list[tuple[int, int]]) -> None:
-    spans = [(min(a, b, len(values)), min(max(a, b), len(values))) for a, b in spans]
-    by_byte = np.array(values, dtype=np.float64)
-    starts, stops = np.array(spans).T
-    expected = [float(np.nansum(by_byte[a:b])) for a, b in spans]
-    assert sums_over(by_byte, starts, stops).tolist() == expected
+def test_blocks_are_scored_each_for_itself(
+    first: tuple[np.ndarray, np.ndarray, int], second: tuple[np.ndarray, np.ndarray, int]
+) -> None:
+    ends = np.concatenate([first[0], second[0]])
+    log_p = np.concatenate([first[1], second[1]])
+    tokens = offsets_of(np.array([len(first[0]), 0, len(second[0])]))
+    found = nats_by_byte(ends, tokens, log_p, offsets_of(np.array([first[2], 3, second[2]])))
+    expected = [alone(*first), np.full(3, np.nan), alone(*second)]
+    np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 # Counts, and blocks that cannot be read
@@ -427,77 +573,106 @@ def test_sums_over_spans(values: list[float], spans: list[tuple[int, int]]) -> N
 @given(world=fused_worlds())
 @quick
 def test_counts_say_what_was_met(world: World) -> None:
-    _, counts = fuse_block(world.target_ends, world.length, world.sources, mince, world.window)
-    for source, count in zip(world.sources, counts, strict=True):
-        assert (source is None) == (count is None)
-        if source is None or count is None:
-            continue
-        found = align(world.target_ends[:-1], source.ends[:-1])
-        if not source.from_start:
-            at_start = world.target_ends[:-1] == 0
-            assert count.first_positions == int((at_start & (found >= 0)).sum())
-            found[at_start] = -1
-        else:
-            assert count.first_positions == 0
-        expected = situations(world.target_ends, source.ends, found)
-        assert count.situations.tolist() == [int((expected == s).sum()) for s in Situation]
-        rows = [slow_row(replace_complete(source), j) for j in found if j >= 0]
-        tails = [float(source.kept.tail[j]) for j in found if j >= 0]
-        assert count.mass_kept == pytest.approx(len(rows) - sum(tails), abs=1e-4)
-        assert count.mass_carried == pytest.approx(sum(sum(r.values()) for r, _ in rows), abs=1e-4)
-        by_byte = nats_by_byte(source.ends, source.kept.true_log_prob, world.length)
-        assert count.scored_bytes == world.length - int(np.isnan(by_byte).sum())
-        assert count.nats == pytest.approx(np.nansum(by_byte))
+    fused, together, each = world.fuse()
+    parts = parts_of(fused)
+    assert together["positions"].tolist() == world.target.positions
+    alone_in = [sum(not parts[n] for n in here) for here in positions_by_block(world)]
+    assert together["without_source"].tolist() == alone_in
+    for s, (source, count) in enumerate(zip(world.sources, each, strict=True)):
+        for block, here in enumerate(positions_by_block(world)):
+            at = source.aligned.source[here]
+            assert count["aligned"][block] == (at >= 0).sum()
+            assert count["first_positions"][block] == source.aligned.first[here].sum()
+            for situation in Situation:
+                expected = (source.aligned.situations[here] == situation).sum()
+                assert count[situation.name.lower()][block] == expected
+            weights = [
+                sum(row.values()) + rest for n in here for w, row, rest in parts[n] if w == s
+            ]
+            assert count["wins"][block] == pytest.approx(sum(weights), abs=1e-5)
+            rows = [source.tokens.position_offsets[block] + j for j in at if j >= 0]
+            tails = sum(float(source.kept.tail[j]) for j in rows)
+            slow = [slow_row(without_leftover(source), j)[0] for j in rows]
+            assert count["mass_kept"][block] == pytest.approx(len(rows) - tails, abs=1e-4)
+            carried = sum(sum(row.values()) for row in slow)
+            assert count["mass_carried"][block] == pytest.approx(carried, abs=1e-4)
+            outcome = source.translation.outcome_of_source
+            entries = [slice(source.kept.offsets[j], source.kept.offsets[j + 1]) for j in rows]
+            with_one = sum(int((outcome[source.kept.ids[e]] >= 0).sum()) for e in entries)
+            assert count["met"][block] == with_one - sum(len(row) for row in slow)
+            by_byte = block_nats(source, block, world.lengths[block])
+            assert count["scored_bytes"][block] == np.isfinite(by_byte).sum()
+            assert count["nats"][block] == pytest.approx(np.nansum(by_byte))
 
 
-def replace_complete(source: Reading) -> Reading:
+def positions_by_block(world: World) -> list[np.ndarray]:
+    return [np.nonzero(world.block == b)[0] for b in range(len(world.lengths))]
+
+
+def without_leftover(source: Reading) -> Reading:
     return replace(source, translation=replace(source.translation, complete=False))
 
 
-@pytest.mark.parametrize("sources", [[], [None, None]])
-def test_without_a_source_that_reads_the_block_nothing_is_fused(sources: list[None]) -> None:
-    fused, counts = fuse_block(np.array([0, 2, 3]), 3, sources, mince, None)
-    assert fused.winner.tolist() == [-1, -1]
-    assert fused.lengths.tolist() == [0, 0]
-    assert fused.rest.tolist() == [0, 0]
-    assert len(fused.outcomes) == len(fused.masses) == 0
-    assert counts == sources
+def test_ties_are_counted() -> None:
+    block = Blocks([np.array([0, 1, 2])])
+    kept = top([{0: 1.0}] * 2, [0.0] * 2, [-1.0, -2.0])
+    better = replace(kept, true_log_prob=np.array([-1.0, -1.5], dtype=np.float32))
+    sources = [reading_of(block, block, k, MEETING) for k in (kept, better)]
+    _, together, _ = World(block, [2], sources, Rules(mince, 0)).fuse()
+    assert together["ties"].tolist() == [1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_a_source_that_reads_the_block_nothing_is_fused(count: int) -> None:
+    target, unread = Blocks([np.array([0, 2, 3])]), Blocks([NONE])
+    sources = [reading_of(target, unread, random_kept_none(), MEETING)] * count
+    fused, together, each = World(target, [3], sources, Rules(mince)).fuse()
+    assert parts_of(fused) == [[], []]
+    assert together["without_source"].tolist() == [2]
+    assert [counts["read"].tolist() for counts in each] == [[0.0]] * count
+
+
+def random_kept_none() -> Kept:
+    return random_kept(np.random.default_rng(0), 0, "sampled", 9)
 
 
 @pytest.mark.parametrize("ends", [[], [0], [3]])
 def test_a_target_that_predicts_nothing(ends: list[int]) -> None:
-    source = Reading(np.array([0, 3]), top([{0: 1.0}], [0.0]), MEETING, True)
-    fused, _ = fuse_block(np.array(ends, dtype=np.int64), 3, [source], mince, 64)
-    assert len(fused.winner) == len(fused.masses) == 0
+    target, source = Blocks([np.array(ends, dtype=np.int64)]), Blocks([np.array([0, 3])])
+    reading = reading_of(target, source, top([{0: 1.0}], [0.0]), MEETING)
+    assert parts_of(World(target, [3], [reading], Rules(mince, 64)).fuse()[0]) == []
 
 
-def test_a_source_left_out_does_not_shift_the_others() -> None:
-    source = Reading(np.array([0, 3]), top([{2: 1.0}], [0.0]), MEETING, True)
-    fused, counts = fuse_block(np.array([0, 3]), 3, [None, source], mince, None)
-    assert fused.winner.tolist() == [1]
-    assert fused.outcomes.tolist() == [1]
-    assert counts[0] is None
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_true_next_token_of_real_readings_is_in_the_outcome_it_belongs_to(
+    strategy: str,
+) -> None:
+    """Sources that are sure of their own next token make a target sure of its own.
 
-
-def test_the_true_next_token_of_real_readings_is_in_the_outcome_it_belongs_to() -> None:
-    """Sources that are sure of their own next token make a target sure of its own."""
+    With classes, nearly always; with a map from token to token, where both cut alike.
+    """
     target = worlds.sentencepiece()
     text = worlds.sample_text(1)
-    (mine,) = target.encode([text], [True])
-    assert mine.ends is not None
+    mine = tokens_of(target, text)
     for name in ("byte-bpe", "byte-unigram", "always-prefixed"):
         source = worlds.encoder_of(name)
-        (theirs,) = source.encode([text], [True])
-        assert theirs.ends is not None
+        theirs = tokens_of(source, text)
         sure = sampled([{int(id_): 9} for id_ in theirs.ids[1:]])
-        translation = TRANSLATIONS["partition"](source, target)
-        block = Reading(theirs.ends, sure, translation, False)
-        fused, _ = fuse_block(mine.ends, len(text.encode()), [block], mince, None)
-        rows = rows_of(fused)
+        translation = STRATEGIES[strategy].translate(source, target, None)
+        aligned = STRATEGIES[strategy].aligner(source, target, translation)(mine, theirs)
+        reading = Reading(theirs, sure, translation, aligned)
+        fused, _, _ = fuse_blocks(mine, np.array([0, len(text.encode())]), [reading], Rules(mince))
         right = [
-            rows[n] == {int(translation.outcome_of_target[mine.ids[n + 1]]): 1.0}
-            for n in range(len(rows))
-            if fused.winner[n] == 0
+            parts[0][1] == {int(translation.outcome_of_target[mine.ids[n + 1]]): 1.0}
+            for n, parts in enumerate(parts_of(fused))
+            if parts and (strategy == "partition" or aligned.situations[n] == Situation.SAME)
         ]
-        assert len(right) > 50
-        assert np.mean(right) > 0.95
+        papers = strategy in ("em", "mined")  # few words of this text are ASCII
+        assert len(right) > (5 if papers else 45)
+        assert np.mean(right) > (0.7 if papers else 0.95)
+
+
+def tokens_of(encoder: Encoder, text: str) -> Tokens:
+    (block,) = encoder.encode([text], [True])
+    assert block.ends is not None
+    return Tokens(np.array([0, len(block.ids)]), block.ids, block.ends)

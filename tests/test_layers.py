@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 import fusellm
-from fusellm.config import RESERVED_NAMES, Recipe, check_recipe, load_recipe
+from fusellm.config import RESERVED_NAMES, Recipe
 from fusellm.errors import RecipeError
+from fusellm.recipe_file import check_recipe, load_recipe
 
 ROOT = Path(fusellm.__file__).resolve().parent
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-WORDS = ("errors", "config", "progress")
+WORDS = ("errors", "config", "recipe_file", "progress")
 MATHS = ("tokens", "align", "fusion", "objective")
 EDGES = ("store", "models", "zoo", "evaluation")
 DOORS = ("pipeline", "cli", "__main__")
@@ -96,7 +97,7 @@ def test_imports_go_one_way() -> None:
     ("module", "statement", "fault"),
     [
         ("config", "from fusellm.tokens.walk import boundaries", "which stands after it"),
-        ("config", "import fusellm.progress", "which stands after it"),
+        ("config", "import fusellm.recipe_file", "which stands after it"),
         ("tokens.walk", "from fusellm.align import positions", "which stands after it"),
         ("tokens.walk", "from ..align import positions", "which stands after it"),
         ("tokens.walk", "from ..align.positions import align", "which stands after it"),
@@ -168,15 +169,7 @@ def fault_of(recipe: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes(path: Path) -> None:
-    if path.name == "paper.yaml":  # until `mined` is built
-        with pytest.raises(RecipeError) as caught:
-            load_recipe(path)
-        assert str(caught.value).startswith(f"{path}: fusion.strategy: ")
-        assert "'mined'" in str(caught.value)
-        assert ";" not in str(caught.value)
-        assert load_recipe(path, ["fusion.strategy=partition"]).fusion.lambda_ == 0.9
-    else:
-        assert load_recipe(path).name == path.stem
+    assert load_recipe(path).name == path.stem
 
 
 def test_the_least_recipe() -> None:

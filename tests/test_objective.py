@@ -15,17 +15,25 @@ from fusellm.objective.textbook import objective_textbook
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
-Row = tuple[list[tuple[float, list[int]]], float] | None
-"""One position: [(mass, target ids), …] and the rest; None where there is no distribution."""
+Part = tuple[list[tuple[float, list[int]]], float]
+"""One source's share of a position: [(mass, target ids), …] and the rest."""
+Row = Part | list[Part] | None
+"""One position: a part, several, or None where there is no distribution."""
+
+
+def parts_of(row: Row) -> list[Part]:
+    return [] if row is None else row if isinstance(row, list) else [row]
 
 
 def outcomes_of(rows: list[Row]) -> Outcomes:
     """Rows as the objective takes them."""
-    sets = [(n, m, ids) for n, row in enumerate(rows) if row is not None for m, ids in row[0]]
+    parts = [(n, part) for n, row in enumerate(rows) for part in parts_of(row)]
+    sets = [(r, m, ids) for r, (_, part) in enumerate(parts) for m, ids in part[0]]
     return Outcomes(
         torch.tensor([row is not None for row in rows], dtype=torch.bool),
-        torch.tensor([0.0 if row is None else row[1] for row in rows]),
-        torch.tensor([n for n, _, _ in sets], dtype=torch.int64),
+        torch.tensor([n for n, _ in parts], dtype=torch.int64),
+        torch.tensor([part[1] for _, part in parts], dtype=torch.float32),
+        torch.tensor([r for r, _, _ in sets], dtype=torch.int64),
         torch.tensor([m for _, m, _ in sets], dtype=torch.float32),
         torch.tensor([k for k, s in enumerate(sets) for _ in s[2]], dtype=torch.int64),
         torch.tensor([id_ for _, _, ids in sets for id_ in ids], dtype=torch.int64),
@@ -44,11 +52,19 @@ class Case:
 
 
 def random_row(chance: np.random.Generator, vocabulary: int) -> Row:
-    """Absent, empty (all mass in the rest), or sets and single ids with or without a rest."""
-    kind = chance.random()
-    if kind < 0.2:
+    """Absent, one part, or several with weights."""
+    if chance.random() < 0.2:
         return None
-    if kind < 0.3:
+    if chance.random() < 0.6:
+        return random_part(chance, vocabulary)
+    weights = chance.dirichlet(np.ones(chance.integers(1, 4)))
+    parts = [(w, random_part(chance, vocabulary)) for w in weights.tolist()]
+    return [([(w * m, ids) for m, ids in sets], w * rest) for w, (sets, rest) in parts]
+
+
+def random_part(chance: np.random.Generator, vocabulary: int) -> Part:
+    """Empty (all mass in the rest), or sets and single ids with or without a rest."""
+    if chance.random() < 0.1:
         return [], 1.0
     ids = chance.permutation(vocabulary)[: chance.integers(1, vocabulary + 1)]
     cuts = np.sort(chance.choice(len(ids), min(len(ids), int(chance.integers(1, 5))), False))

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import prose
-from fusellm.config import load_recipe
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
 from fusellm.pipeline import STAGES, Pipeline, removable, resolve_paths
 from fusellm.progress import Silent
+from fusellm.recipe_file import load_recipe
 from fusellm.stages import train
 from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder, StageWriter
@@ -307,7 +309,8 @@ def test_lambda_one_gives_the_losses_of_trainer(
 ) -> None:
     """λ = 1 equals Trainer with the model's own loss, step by step."""
     run = tmp_path / "run"
-    one = pipeline(world, run, "fusion.lambda=1", "training.logging_steps=1")
+    same_order = "training.train_sampling_strategy=random"  # group_by_length is ours
+    one = pipeline(world, run, "fusion.lambda=1", "training.logging_steps=1", same_order)
     one.execute(["corpus", "externalize", "fuse", "train"])
     log = [json.loads(line) for line in (run / "train/fused/log.jsonl").read_text().splitlines()]
     ours = [entry["loss"] for entry in log if "loss" in entry]
@@ -328,6 +331,34 @@ def test_lambda_one_gives_the_losses_of_trainer(
     trained = AutoModelForCausalLM.from_pretrained(run / "train" / "fused")
     for mine, theirs in zip(trained.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
+    rows=st.integers(1, 16),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_batches_of_like_length_are_every_row_once_in_an_order_of_the_epoch(
+    lengths: list[int], rows: int, epoch: int
+) -> None:
+    sampler = RowsOfLikeLength(lengths, rows, 5)
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths))) == list(range(len(sampler)))
+    again = RowsOfLikeLength(lengths, rows, 5)
+    list(again)
+    again.set_epoch(epoch)  # whatever was read before
+    assert list(again) == order
+
+
+def test_batches_of_like_length_pad_little() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 2000)
+    order = list(RowsOfLikeLength(lengths.tolist(), 8, 0))
+    batches = lengths[order].reshape(-1, 8)
+    assert (batches.max(1) * 8).sum() < 1.05 * lengths.sum()
+    means = batches.mean(1)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3  # not sorted by length
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])

@@ -1,6 +1,7 @@
 """Tokens as bytes, boundaries by a walk, blocks, and the built-in text that they are tried on."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import worlds
 from fusellm.errors import TokenizerError
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
-from fusellm.tokens.vocabulary import byte_alphabet, read_vocabulary
+from fusellm.tokens.spelling import Spelling
+from fusellm.tokens.text_ids import rules_of
+from fusellm.tokens.vocabulary import Kind, byte_alphabet, read_vocabulary
 from fusellm.tokens.walk import boundaries
 from fusellm.zoo import text as zoo_text
 from fusellm.zoo.text import PARTS, Document, documents, drop_near_duplicates, part_of
@@ -24,7 +27,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 every_family = pytest.mark.parametrize("name", [*worlds.FAMILIES, *worlds.REAL])
 
 
-def check_boundaries(encoder: Encoder, text: str) -> bool:
+def check_boundaries(encoder: Encoder, text: str, dummies_allowed: int = 1) -> bool:
     """Hold one text's encoding against the definition of a boundary; False where refused."""
     (block,) = encoder.encode([text], [False])
     vocabulary, data = encoder.vocabulary, text.encode()
@@ -46,7 +49,7 @@ def check_boundaries(encoder: Encoder, text: str) -> bool:
             assert token == b" " + data[start:end]
             dummies += 1
         start = end
-    assert dummies <= 1
+    assert dummies <= dummies_allowed
     return True
 
 
@@ -114,13 +117,14 @@ def test_unknown_characters_without_byte_fallback_are_refused() -> None:
     assert not check_boundaries(encoder, "plain 中 words")
 
 
-def test_the_dummy_prefix_is_the_first_tokens() -> None:
+def test_where_the_dummy_prefix_is_always_put_it_is_the_first_mark() -> None:
     """`▁` `▁return` over " return": the text's own space is the second token's."""
-    encoder = worlds.sentencepiece()
-    ids = encoder.tokenizer.convert_tokens_to_ids(["▁", "▁return"])
-    found = boundaries(b" return", ids, encoder.vocabulary)
-    assert found is not None
-    assert found.tolist() == [0, 7]
+    for name, expected in (("always-prefixed", [0, 7]), ("sentencepiece", [1, 7])):
+        encoder = worlds.encoder_of(name)
+        ids = encoder.tokenizer.convert_tokens_to_ids(["▁", "▁return"])
+        found = boundaries(b" return", ids, encoder.vocabulary)
+        assert found is not None
+        assert found.tolist() == expected
 
 
 def test_a_dummy_prefix_is_read_wherever_it_stands_and_is_never_a_byte_token() -> None:
@@ -217,6 +221,372 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     with pytest.raises(TokenizerError, match=r"neither byte-level nor SentencePiece.*BertPreTok"):
         read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+# Every family against an oracle that knows no bytes of tokens
+
+
+Ends = list[int | None]
+
+
+def ends_by_decoding(encoder: Encoder, text: str, ids: list[int]) -> Ends | None:
+    """Boundaries told by decoding every prefix of the ids, None within a character.
+
+    None altogether where the tokens do not decode to the text: the tokenizer changes it. The
+    library's decoders may drop the first space, or keep a dummy one.
+    """
+    begun = [ids[:n] for n in range(len(ids) + 1)]
+    if hasattr(encoder.tokenizer, "sp_model"):
+        *prefixes, whole = [encoder.tokenizer.sp_model.decode(some) for some in begun]
+    else:
+        decode = encoder.tokenizer.backend_tokenizer.decode_batch
+        *prefixes, whole = decode(begun, skip_special_tokens=False)
+    if set(ids) & set(encoder.tokenizer.all_special_ids):
+        return None  # unknown characters; and Unigram finds `</s>` in a text as it finds any token
+    if whole == text:
+        front, dropped = "", 0
+    elif " " + whole == text:
+        front, dropped = " ", 0
+    elif whole == " " + text:
+        front, dropped = "", 1
+    else:
+        return None
+    ends: Ends = []
+    for piece in [*prefixes[1:], *([whole] if ids else [])]:
+        read = (front + piece)[dropped:]
+        within = piece.endswith("\ufffd") or not text.startswith(read)
+        ends.append(None if within else len(read.encode()))
+    if ids:
+        ends[-1] = len(text.encode())
+    return ends
+
+
+def agree(found: list[int], expected: Ends) -> None:
+    """Boundaries are those expected; within characters they stay within, and never go back."""
+    assert len(found) == len(expected)
+    assert found == sorted(found)
+    for end, meant in zip(found, expected, strict=True):
+        assert meant is None or end == meant
+
+
+def read(encoder: Encoder, text: str) -> tuple[list[int], list[int] | None]:
+    """(ids, boundaries) of one text, without BOS."""
+    (block,) = encoder.encode([text], [False])
+    bos = 0 if encoder.vocabulary.bos_id is None else 1
+    return block.ids.tolist()[bos:], None if block.ends is None else block.ends.tolist()[bos:]
+
+
+@pytest.mark.parametrize("name", [*worlds.FAMILIES, *worlds.MORE_FAMILIES, *worlds.REAL])
+@example(text=" a")
+@example(text="  ")
+@example(text="▁▁a")
+@example(text="<unk>")
+@given(text=worlds.any_text())
+@quick
+def test_boundaries_are_where_decoding_puts_them_or_the_block_is_refused(
+    name: str, text: str
+) -> None:
+    encoder = worlds.encoder_of(name)
+    ids, found = read(encoder, text)
+    expected = ends_by_decoding(encoder, text, ids)
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        agree(found, expected)
+
+
+@pytest.mark.parametrize("name", worlds.SLOW_FAMILIES)
+@given(text=worlds.any_text())
+@quick
+def test_tokenizers_in_python_are_walked_as_their_fast_twins(name: str, text: str) -> None:
+    encoder = worlds.encoder_of(name)
+    ids, found = read(encoder, text)
+    data = text.encode()
+    if name == "raw-bytes":
+        assert [id_ - 3 for id_ in ids] == list(data)
+        assert found == list(range(1, len(data) + 1))
+    elif name == "slow-byte-level":
+        assert (ids, found) == read(worlds.byte_bpe(), text)
+    else:
+        expected = ends_by_decoding(encoder, text, ids)
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            agree(found, expected)
+
+
+@pytest.mark.parametrize("name", worlds.NORMALIZERS)
+@example(text=" a  b ")
+@example(text="ﬁ é É e\u0301")
+@given(text=worlds.any_text())
+@quick
+def test_a_normalizing_tokenizer_is_refused_whenever_it_changes_the_text(
+    name: str, text: str
+) -> None:
+    encoder = worlds.normalizing(name)
+    normalizer = encoder.tokenizer.backend_tokenizer.normalizer
+    assert (read(encoder, text)[1] is None) == (normalizer.normalize_str(text) != text)
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False, "model_type": "bpe"},
+        {"model_type": "bpe", "user_defined_symbols": ["<add>", "  "]},
+        {"add_dummy_prefix": False},
+    ],
+    ids=str,
+)
+def test_models_of_the_sentencepiece_library(settings_: dict[str, object]) -> None:
+    encoder = Encoder(worlds.slow_sentencepiece_tokenizer(**settings_))
+    assert encoder.vocabulary.kind is Kind.SPACE_MARKS
+    is_prefixed = settings_.get("add_dummy_prefix", True)
+    assert encoder.vocabulary.space_mark == is_prefixed
+    strips = "remove_extra_whitespaces" in settings_ or "normalization_rule_name" in settings_
+    assert encoder.vocabulary.doubles == (
+        is_prefixed and not settings_.get("remove_extra_whitespaces", False)
+    )
+    for text in ("the value", " the value", "the  value", "the value ", "ﬁ", "\u3000the", "ψ"):
+        ids, found = read(encoder, text)
+        pieces = [encoder.tokenizer.sp_model.IdToPiece(id_) for id_ in ids]
+        assert found is None or found[-1] == len(text.encode())
+        if not strips and text.isascii():
+            assert found is not None
+        if "ψ" in text and "byte_fallback" in settings_:
+            assert "<unk>" in pieces
+            assert found is None
+        if "ﬁ" in text and "normalization_rule_name" in settings_:
+            assert found is None
+        if settings_.get("remove_extra_whitespaces") and text in ("the  value", "the value "):
+            assert found is None
+
+
+# Added and special tokens, ids without a token
+
+
+def by_sections(encoder: Encoder, base: Encoder, text: str) -> tuple[list[int], Ends | None]:
+    """Ids and boundaries told by reading each piece between added tokens as a text of its own."""
+    ids: list[int] = []
+    ends: Ends | None = []
+    start = 0
+    for piece in re.split(f"({'|'.join(map(re.escape, worlds.ADDED))})", text):
+        if piece in worlds.ADDED:
+            ids.append(encoder.tokenizer.convert_tokens_to_ids(piece))
+            own: Ends | None = [len(piece.encode())]
+        else:
+            own_ids, _ = read(base, piece)
+            own = ends_by_decoding(base, piece, own_ids)
+            ids += own_ids
+        if ends is not None:
+            ends = None if own is None else [*ends, *((e and start + e) or e for e in own)]
+        start += len(piece.encode())
+    return ids, ends
+
+
+@st.composite
+def texts_with_added(draw: st.DrawFn) -> str:
+    """Texts with added tokens in them, spaces and marks beside these."""
+    pieces = st.one_of(
+        st.sampled_from(worlds.ADDED), worlds.any_text(), st.sampled_from([" ", "  ", "a", " a"])
+    )
+    return "".join(draw(st.lists(pieces, max_size=8)))
+
+
+# "sentencepiece" puts its dummy prefix before the first section only.
+SECTIONED = (
+    "always-prefixed",
+    "prefixed-unless-space",
+    "never-prefixed",
+    "byte-bpe",
+    "byte-prefixed",
+)
+
+
+@pytest.mark.parametrize("name", SECTIONED)
+@example(text="a<add> b<add>  <add>c 中文<")
+@given(text=texts_with_added())
+@quick
+def test_added_tokens_stand_for_their_content_and_begin_the_text_anew(name: str, text: str) -> None:
+    base = worlds.encoder_of(name)
+    encoder = worlds.added_to(name)
+    ids, found = read(encoder, text)
+    expected_ids, expected = by_sections(encoder, base, text)
+    assert ids == expected_ids
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert len(found) == len(expected)
+        start = 0
+        for end, meant in zip(found, expected, strict=True):
+            # Within a section's first character an empty mark is told from nothing by no decoding.
+            assert meant is None or meant == 0 or end == meant
+            assert end >= start
+            start = end
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized"])
+@pytest.mark.parametrize("name", ["always-prefixed", "sentencepiece", "byte-bpe"])
+@example(text="<add>")
+@example(text=" <add>  <add> a")
+@given(text=texts_with_added())
+@quick
+def test_flags_of_added_tokens_never_make_a_wrong_boundary(name: str, flag: str, text: str) -> None:
+    encoder = worlds.added_to(name, **{flag: True})
+    if not check_boundaries(encoder, text, dummies_allowed=99):
+        is_strip = flag in ("lstrip", "rstrip") and re.search(r"\s", text)
+        assert is_strip or "\u2581" in text
+
+
+def test_an_added_token_that_takes_the_space_before_it_is_told_with_it() -> None:
+    encoder = worlds.added_to("always-prefixed", normalized=True)
+    for text, expected in (("<add>a", [5, 6]), (" <add>a", [0, 6, 7]), ("a <add>a", [1, 7, 8])):
+        assert read(encoder, text)[1] == expected
+
+
+def test_a_token_listed_as_added_that_the_model_emits_too_is_the_models() -> None:
+    """Gemma's "▁▁"."""
+    encoder = worlds.gemma_like()
+    vocabulary, tokenizer = encoder.vocabulary, encoder.tokenizer
+    two, line, bold = tokenizer.convert_tokens_to_ids(["▁▁", "\n\n", "<b>"])
+    assert [vocabulary.token_bytes[n] for n in (two, line, bold)] == [b"  ", b"\n\n", b"<b>"]
+    ids, found = read(encoder, "a  <b>\n\n b")
+    assert two in ids
+    assert found is not None
+    assert read(encoder, "a▁▁b")[1] is None
+
+
+def test_special_tokens_in_a_text_are_text_for_tokenizers_in_python_too() -> None:
+    tokenizer = worlds.SlowByteLevel()
+    plain = {"normalized": False, "special": False}
+    tokenizer.add_tokens([AddedToken("<add>", rstrip=True, **plain), AddedToken("<b>", **plain)])
+    encoder = Encoder(tokenizer)
+    ids, found = read(encoder, "a<b> <|endoftext|>")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.convert_ids_to_tokens(ids)[:3] == ["a", "<b>", "Ġ<"]
+    assert found is not None
+    assert found[:3] == [1, 4, 6]
+    assert read(encoder, "a<add> b")[1] is None  # the space is gone
+    assert read(encoder, "a<add>b")[1] == [1, 6, 7]
+    assert read(encoder, "<|endoftext|>")[1] is not None
+
+
+def test_tokenizers_in_python_that_lose_spaces_are_refused_by_name() -> None:
+    with pytest.raises(TokenizerError, match=r"neither byte-level nor SentencePiece.*it spells"):
+        read_vocabulary(worlds.SlowWords())
+
+
+def test_a_token_that_looks_like_a_byte_is_text() -> None:
+    layout = worlds.layout_of("sentencepiece")
+    vocabulary = layout["model"]["vocab"]
+    for spelling in ("<0xGG>", "<0x0a>", "<0x+1>"):
+        vocabulary[spelling] = len(vocabulary)
+    read_back = worlds.fast_of(layout).vocabulary
+    for spelling in ("<0xGG>", "<0x0a>", "<0x+1>"):
+        assert read_back.token_bytes[vocabulary[spelling]] == spelling.encode()
+    assert read_back.token_bytes[vocabulary["<0x0A>"]] == b"\n"
+    layout["model"]["byte_fallback"] = False
+    assert worlds.fast_of(layout).vocabulary.token_bytes[vocabulary["<0x0A>"]] == b"<0x0A>"
+
+
+def test_halves_of_a_surrogate_pair_have_no_bytes() -> None:
+    assert Spelling(Kind.SPACE_MARKS).bytes_of("\ud800") is None
+    assert Spelling(Kind.RAW).bytes_of("\ud800") is None
+    assert Spelling(Kind.BYTE_LEVEL).bytes_of("\ud800") is None
+
+
+def test_ids_between_tokens_and_rows_of_a_padded_head_have_no_bytes() -> None:
+    layout = worlds.layout_of("byte-bpe")
+    highest = max(layout["model"]["vocab"].values())
+    layout["added_tokens"].append(
+        layout["added_tokens"][0] | {"id": highest + 9, "content": "<far>", "special": False}
+    )
+    layout["model"]["vocab"]["<far>"] = highest + 9
+    encoder = worlds.fast_of(layout)
+    assert len(encoder.tokenizer) == highest + 2
+    assert len(encoder.vocabulary) == highest + 10
+    assert encoder.vocabulary.token_bytes[highest + 1 :] == (*[None] * 8, b"<far>")
+    assert read(encoder, "a<far>")[1] == [1, 6]
+
+
+def test_another_space_mark() -> None:
+    layout = worlds.layout_of("unigram")
+    for piece in layout["model"]["vocab"]:
+        piece[0] = piece[0].replace("▁", "_")
+    layout["pre_tokenizer"]["replacement"] = "_"
+    encoder = worlds.fast_of(layout)
+    assert read(encoder, "the value")[1] is not None
+    assert read(encoder, "the_value")[1] is None
+
+
+def test_the_unknown_token_has_no_bytes_where_nobody_says_that_it_is_special() -> None:
+    for name in ("unigram-unknown", "sentencepiece"):
+        layout = worlds.layout_of(name)
+        layout["added_tokens"], layout["post_processor"] = [], None
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=worlds.tokenizer_of(layout))
+        vocabulary = read_vocabulary(tokenizer)
+        assert tokenizer.all_special_ids == []
+        assert vocabulary.token_bytes[tokenizer.convert_tokens_to_ids("<unk>")] is None
+
+
+def test_the_byte_alphabet_may_be_the_normalizers() -> None:
+    layout = worlds.layout_of("byte-bpe")
+    layout |= {"normalizer": {"type": "ByteLevel"}, "pre_tokenizer": None}
+    encoder = worlds.fast_of(layout)
+    assert encoder.vocabulary.kind is Kind.BYTE_LEVEL
+    assert check_boundaries(encoder, "the  naïve\n 日本語")
+
+
+def test_a_dummy_prefix_before_every_word_and_white_space_lost() -> None:
+    """T5's: only words with one space between them are covered."""
+    layout = worlds.layout_of("unigram")
+    words = {"type": "WhitespaceSplit"}
+    layout["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [words, layout["pre_tokenizer"]],
+    }
+    encoder = worlds.fast_of(layout)
+    for text, is_read in (("the value of", True), (" the", True), ("the\nvalue", False)):
+        assert check_boundaries(encoder, text) == is_read
+    for text in ("the  value", "the value ", "the\tvalue", " "):
+        assert not check_boundaries(encoder, text)
+
+
+def test_a_dummy_prefix_before_every_piece_is_told_from_the_texts_spaces() -> None:
+    """White space cut off first, then a mark before each piece that begins with none."""
+    layout = worlds.layout_of("unigram")
+    white = {"type": "Split", "pattern": {"Regex": " +"}, "behavior": "Isolated", "invert": False}
+    layout["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [white, layout["pre_tokenizer"]],
+    }
+    layout["model"]["vocab"] += [["▁b", -1.0]]
+    encoder = worlds.fast_of(layout)
+    ids, found = read(encoder, "  b")
+    assert encoder.tokenizer.convert_ids_to_tokens(ids) == ["▁", "▁", "▁b"]
+    assert found == [1, 2, 3]
+
+
+class SlowTiktoken(worlds.SlowByteLevel):
+    """Tokens are bytes, as in some models' own code."""
+
+    def _convert_id_to_token(self, index: int) -> bytes:  # type: ignore[override]
+        return bytes(byte_alphabet()[c] for c in super()._convert_id_to_token(index))
+
+
+def test_tokenizers_in_python_may_spell_tokens_as_bytes() -> None:
+    encoder = Encoder(SlowTiktoken())
+    text = "the  naïve\n 日本語"
+    assert read(encoder, text) == read(worlds.byte_bpe(), text)
+    assert encoder.rules
+
+
+def test_rules_are_equal_for_tokenizers_that_cut_alike() -> None:
+    fast = [worlds.byte_bpe(), Encoder(worlds.byte_bpe().tokenizer), worlds.sentencepiece()]
+    slow = [Encoder(worlds.SlowByteLevel()), Encoder(worlds.SlowByteLevel()), worlds.raw_bytes()]
+    for same, twin, other in (fast, slow):
+        assert same.rules == twin.rules != other.rules
+    more = worlds.SlowByteLevel()
+    more.add_tokens(["<add>"])
+    assert rules_of(more) != slow[0].rules
 
 
 # Blocks

@@ -1,27 +1,8 @@
-"""The recipe: one YAML file says everything about a run.
+"""What a recipe can say. Every field has a sentence with its unit."""
 
-Every field has a sentence with its unit; unknown keys are refused with the nearest known one, and
-every error gives its path in the file.
-"""
+from typing import Annotated, Any, Literal
 
-import difflib
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
-
-from fusellm.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
 
@@ -175,22 +156,33 @@ class ExternalizeSettings(_Block):
     """Most tokens kept per position (`top`)."""
     mass: Annotated[float, Field(gt=0, le=1)] | None = 0.99
     """Keep no more than reach this probability (`top`); null always keeps `k`."""
-    batch_tokens: Annotated[int, Field(gt=0)] = 8192
-    """Tokens in one forward pass, padding included."""
+    batch_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Tokens in one forward pass, padding included; null takes 16,384 on a GPU, and 2,048 on a CPU,
+    where a batch should stay in its caches."""
 
 
 class FusionSettings(_Block):
     """How aligned distributions become one."""
 
-    strategy: Literal["partition", "bytes"] = "partition"
+    strategy: Literal["partition", "bytes", "mined", "em"] = "partition"
     """`partition`: compare over the classes that both tokenizers have; `bytes`: map each source
-    token to the first target token of its bytes."""
-    function: Literal["mince"] = "mince"
-    """`mince`: the distribution of the source with the least cross-entropy against the text."""
+    token to the first target token of its bytes; `mined` and `em`: the paper's token alignment,
+    and the target token of nearest or of equal spelling (MinED, EM)."""
+    compatibility: Literal["none", "paper"] = "none"
+    """`paper`: the authors' rules where `mined` and `em` cannot align a position (all mass on the
+    token just read, off by one) and where ids meet (all but the first dropped); for comparison."""
+    function: Literal["mince", "avgce", "avgce_paper", "uniform", "best"] = "mince"
+    """`mince`: the distribution of the source with the least cross-entropy against the text;
+    `avgce`: the average, weights ∝ exp(−beta · cross-entropy); `avgce_paper`: by the authors'
+    formula; `uniform`: the plain average; `best`: an oracle that sees the true next token."""
+    cross_entropy: Literal["bits_per_byte", "nats_per_token"] = "bits_per_byte"
+    """What sources are compared by. Nats per token, the paper's, favours short tokens."""
     granularity: Literal["block", "window"] = "window"
     """Over which text sources are compared: the block (the paper), or a window around it."""
     window_bytes: Annotated[int, Field(gt=0)] = 64
     """The window's reach to each side, in bytes; the next token is part of it."""
+    beta: Annotated[float, Field(ge=0)] = 5.0
+    """Sharpness of `avgce`: 0 is the plain average, a large one `mince`."""
     lambda_: Annotated[float, Field(ge=0, le=1, alias="lambda")] = 0.9
     """Weight of L_CLM in L = λ·L_CLM + (1−λ)·L_Fusion."""
     rest: Literal["bucket", "renormalize"] = "bucket"
@@ -226,8 +218,9 @@ class TrainingSettings(_Block):
 class EvaluationSettings(_Block):
     """What is measured in the end."""
 
-    batch_tokens: Annotated[int, Field(gt=0)] = 8192
-    """Tokens in one forward pass, padding included."""
+    batch_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Tokens in one forward pass, padding included; null takes 16,384 on a GPU, and 2,048 on a CPU,
+    where a batch should stay in its caches."""
     bootstrap: Annotated[int, Field(ge=100)] = 10_000
     """Resamplings of the documents for the 95 % intervals."""
 
@@ -260,139 +253,19 @@ class Recipe(_Block):
                 raise ValueError(f"sources: {name!r} is a result's name; choose none of {reserved}")
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
+        fusion = self.fusion
+        if fusion.compatibility == "paper" and fusion.strategy not in ("mined", "em"):
+            raise ValueError(
+                f"fusion.compatibility: paper belongs to strategy mined or em, not to "
+                f"{fusion.strategy}; leave it out"
+            )
+        if fusion.cross_entropy == "nats_per_token" and fusion.granularity == "window":
+            raise ValueError(
+                "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
+            )
         if self.externalize.scheme == "sampled" and self.fusion.rest == "renormalize":
             raise ValueError(
                 "fusion.rest: renormalize has no meaning with externalize.scheme: sampled, whose "
                 "draws leave nothing out; use bucket"
             )
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-5 is one, which YAML 1.1 reads as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        changes: `a.b=value` settings that go over the file's, values in YAML.
-
-    Raises:
-        RecipeError: the file is missing, not YAML, or not a recipe; every fault is named with its
-            path in the file.
-    """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise RecipeError(
-            f"there is no recipe {path}; `fusellm init {path}` writes a commented one"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path} is not YAML: {reason}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{path} must be a mapping of keys to values, and is {type(raw).__name__}; "
-            "`fusellm init` writes an example"
-        )
-    for change in changes:
-        _apply(raw, change)
-    return check_recipe(raw, str(path))
-
-
-def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
-    """Check a recipe that is already a mapping.
-
-    Raises:
-        RecipeError: with every fault and its path.
-    """
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        faults = "; ".join(_explain(fault) for fault in error.errors())
-        raise RecipeError(f"{where}: {faults}") from None
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors."""
-    return Recipe.model_json_schema(by_alias=True)
-
-
-def _apply(raw: dict[str, Any], change: str) -> None:
-    path, equals, text = change.partition("=")
-    if not equals:
-        raise RecipeError(f"--set {change!r} must be KEY=VALUE, like fusion.lambda=0.7")
-    *parents, last = path.strip().split(".")
-    node: Any = raw
-    for parent in parents:
-        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
-            node = node[int(parent)]
-            continue
-        if isinstance(node, dict) and node.get(parent) is None:
-            node[parent] = {}
-        node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict | list):
-            raise RecipeError(f"--set {change!r}: {parent!r} is not a block of the recipe")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {change!r}: the value {text!r} is not YAML") from None
-    if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise RecipeError(f"--set {change!r}: the list has {len(node)} entries, from 0")
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _explain(fault: Any) -> str:
-    steps, kind = list(fault["loc"]), None
-    if steps[:2] == ["corpus", "documents"] and len(steps) > 3:
-        kind = steps.pop(3)  # pydantic's tag of the union, which is not in the file
-    place = ".".join(str(step) for step in steps)
-    if fault["type"] == "extra_forbidden":
-        key = str(steps[-1])
-        known = _known_keys(steps[:-1], kind)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"
-        return f"unknown key {place}{hint}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "missing":
-        return f"{place} is missing"
-    given = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
-    return f"{place}: {message}{given}" if place else message
-
-
-def _known_keys(steps: Sequence[Any], kind: str | None) -> list[str]:
-    """Keys of the block at `steps`; of a union's blocks, those of the one that has key `kind`."""
-    blocks: list[type[BaseModel]] = [Recipe]
-    for step in steps:
-        if isinstance(step, int):
-            continue
-        blocks = [
-            inner
-            for block in blocks
-            for name, field in block.model_fields.items()
-            if (field.alias or name) == step
-            for inner in _blocks_in(field.annotation)
-        ]
-    return [
-        field.alias or name
-        for block in blocks
-        if kind is None or kind in block.model_fields
-        for name, field in block.model_fields.items()
-    ]
-
-
-def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [block for part in get_args(annotation) for block in _blocks_in(part)]

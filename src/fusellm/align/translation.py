@@ -122,8 +122,7 @@ class FirstTokens:
 
 def same_tokenizer(source: Encoder, target: Encoder) -> bool:
     """Whether two tokenizers cut every text alike: equal tables and rules."""
-    mine, theirs = (e.tokenizer.backend_tokenizer.to_str() for e in (source, target))
-    return bool(mine == theirs)
+    return source.rules == target.rules
 
 
 def identity_translation(source: Encoder, target: Encoder) -> Translation:
@@ -156,8 +155,7 @@ def first_translation(source: Encoder, target: Encoder) -> Translation:
             found = firsts.beginning(token) if found is None else found
             outcome_of_source[id_] = -1 if found is None else found
     _map_eos(source, target, outcome_of_source, target.vocabulary.eos_id)
-    everything = np.arange(len(target.vocabulary), dtype=np.int64)
-    return Translation(outcome_of_source, everything, len(everything), complete=False)
+    return map_translation(outcome_of_source, target)
 
 
 def class_translation(source: Encoder, target: Encoder) -> Translation:
@@ -213,4 +211,7 @@ def _map_eos(
         outcome_of_source[source.vocabulary.eos_id] = -1 if outcome is None else outcome
 
 
-TRANSLATIONS = {"bytes": first_translation, "partition": class_translation}
+def map_translation(vocabulary_map: np.ndarray, target: Encoder) -> Translation:
+    """The translation of a map [Vs] of target ids: each target id is an outcome of its own."""
+    everything = np.arange(len(target.vocabulary), dtype=np.int64)
+    return Translation(vocabulary_map, everything, len(everything), complete=False)

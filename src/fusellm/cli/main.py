@@ -17,8 +17,9 @@ from rich.table import Table as RichTable
 
 from fusellm.cli.console import Terminal
 from fusellm.cli.template import RECIPE_TEMPLATE
-from fusellm.config import load_recipe, schema
+from fusellm.cli.tokenizers import tokenizers
 from fusellm.errors import FusellmError, RecipeError, StoreError
+from fusellm.recipe_file import load_recipe, schema
 
 if TYPE_CHECKING:
     from fusellm.pipeline import Pipeline
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 zoo_app = typer.Typer(no_args_is_help=True, help="The small models that come with fusellm.")
 app.add_typer(zoo_app, name="zoo")
+app.command()(tokenizers)
 
 _stderr = Console(stderr=True)
 _stdout = Console()

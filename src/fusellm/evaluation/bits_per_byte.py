@@ -18,7 +18,7 @@ def blocks_nats(
     model: PreTrainedModel,
     encoded: Sequence[Encoded],
     lengths_bytes: Sequence[int],
-    batch_tokens: int,
+    batch_tokens: int | None,
     on_block: Callable[[], None] | None = None,
 ) -> list[np.ndarray | None]:
     """Each block's nats by byte, read from the block's beginning.
@@ -37,7 +37,8 @@ def blocks_nats(
         ends = encoded[n].ends
         assert ends is not None
         log_probs = true_log_probs(head, hidden, true_ids).cpu().numpy()
-        found[n] = nats_by_byte(ends, log_probs, lengths_bytes[n])
+        whole = np.array([0, len(ends)]), np.array([0, lengths_bytes[n]])
+        found[n] = nats_by_byte(ends, whole[0], log_probs, whole[1])
         if on_block is not None:
             on_block()
     return found

@@ -1,51 +1,130 @@
 """Cross-entropy against the text, made comparable between tokenizers.
 
-N positions that predict, T = N + 1 tokens, L bytes of the block.
+B blocks, one after another in flat arrays with offsets; T tokens, N = T - B positions that
+predict, L bytes, in all; S sources.
 """
 
 import math
 
+import numba
 import numpy as np
 
 NATS_PER_BIT = math.log(2)
 
 
-def nats_by_byte(ends: np.ndarray, true_log_prob: np.ndarray, length_bytes: int) -> np.ndarray:
-    """A block's cross-entropy, each token's nats spread evenly over its bytes.
+@numba.njit(cache=True)
+def _nats_by_byte(
+    ends: np.ndarray,
+    token_offsets: np.ndarray,
+    true_log_prob: np.ndarray,
+    byte_offsets: np.ndarray,
+    by_byte: np.ndarray,
+) -> None:
+    position = 0
+    for b in range(len(token_offsets) - 1):
+        pending = 0.0
+        for t in range(token_offsets[b], token_offsets[b + 1] - 1):
+            pending -= true_log_prob[position]
+            position += 1
+            width = ends[t + 1] - ends[t]
+            if width > 0:
+                first = byte_offsets[b] + ends[t]
+                by_byte[first : first + width] = pending / width
+                pending = 0.0
+
+
+def nats_by_byte(
+    ends: np.ndarray, token_offsets: np.ndarray, true_log_prob: np.ndarray, byte_offsets: np.ndarray
+) -> np.ndarray:
+    """Cross-entropy of blocks, each token's nats spread evenly over its bytes.
 
     A token without bytes (a dummy prefix standing alone) adds its nats to the token after it. EOS
     has no bytes and nothing after it, and is not counted.
 
     Args:
-        ends: [T] boundaries in bytes.
-        true_log_prob: [N] nats, of tokens 1 … N.
-        length_bytes: L.
+        ends: [T] boundaries in bytes, counted from each block's beginning.
+        token_offsets: [B+1] where each block's tokens are; a block may have none.
+        true_log_prob: [N] nats, of each block's tokens but the first.
+        byte_offsets: [B+1] where each block's bytes are.
 
     Returns:
         [L] float64 nats; NaN at bytes that no prediction covers (the first token's, where the
         model has no BOS).
 
-    >>> nats_by_byte(np.array([0, 1, 3]), np.array([-1.0, -4.0]), 3).tolist()
+    >>> nats_by_byte(np.array([0, 1, 3]), np.array([0, 3]), np.array([-1.0, -4.0]),
+    ...              np.array([0, 3])).tolist()
     [1.0, 2.0, 2.0]
     """
-    by_byte = np.full(length_bytes, np.nan)
-    lengths = np.diff(ends)
-    with_bytes = np.nonzero(lengths)[0]
-    if len(with_bytes) == 0:
-        return by_byte
-    group = np.searchsorted(with_bytes, np.arange(len(lengths)))
-    counted = group < len(with_bytes)
-    nats = np.bincount(
-        group[counted],
-        weights=-true_log_prob[counted].astype(np.float64),
-        minlength=len(with_bytes),
-    )
-    widths = lengths[with_bytes]
-    by_byte[ends[0] : ends[0] + widths.sum()] = np.repeat(nats / widths, widths)
+    by_byte = np.full(byte_offsets[-1], np.nan)
+    _nats_by_byte(ends, token_offsets, true_log_prob.astype(np.float64), byte_offsets, by_byte)
     return by_byte
 
 
-def sums_over(by_byte: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """[…] sums of `by_byte` [L] over spans [start, stop), NaN counting as 0."""
-    cumulative = np.concatenate([[0.0], np.cumsum(np.nan_to_num(by_byte))])
-    return np.asarray(cumulative[stops] - cumulative[starts])
+@numba.njit(cache=True)
+def _span_nats(
+    by_byte: np.ndarray,
+    read: np.ndarray,
+    ends: np.ndarray,
+    token_offsets: np.ndarray,
+    byte_offsets: np.ndarray,
+    reach: int,
+    nats: np.ndarray,
+    scored: np.ndarray,
+) -> None:
+    sources = len(by_byte)
+    position = 0
+    for b in range(len(token_offsets) - 1):
+        first, length = byte_offsets[b], byte_offsets[b + 1] - byte_offsets[b]
+        sums = np.zeros((sources + 1, length + 1))  # the last row counts bytes
+        for n in range(length):
+            by_all = True
+            for s in range(sources):
+                if read[s, b] and np.isnan(by_byte[s, first + n]):
+                    by_all = False
+            for s in range(sources):
+                add = by_byte[s, first + n] if by_all and read[s, b] else 0.0
+                sums[s, n + 1] = sums[s, n] + add
+            sums[sources, n + 1] = sums[sources, n] + by_all
+        for t in range(token_offsets[b], token_offsets[b + 1] - 1):
+            start, stop = 0, length
+            if reach >= 0:
+                start = max(ends[t] - reach, 0)
+                stop = max(min(ends[t] + reach, length), ends[t + 1])
+            for s in range(sources):
+                nats[s, position] = sums[s, stop] - sums[s, start]
+            scored[position] = sums[sources, stop] - sums[sources, start]
+            position += 1
+
+
+def span_nats(
+    by_byte: np.ndarray,
+    read: np.ndarray,
+    ends: np.ndarray,
+    token_offsets: np.ndarray,
+    byte_offsets: np.ndarray,
+    reach: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropy of each source around each target position.
+
+    Only bytes are counted that all sources scored which read the block.
+
+    Args:
+        by_byte: [S, L] `nats_by_byte` of each source.
+        read: [S, B] bool, whether a source read a block.
+        ends, token_offsets: the target's boundaries.
+        reach: bytes to each side of the position, the next token always included; None for the
+            whole block.
+
+    Returns:
+        (nats [S, N], bytes counted [N]), float64.
+
+    >>> nats, scored = span_nats(np.array([[1.0, 2.0, 4.0]]), np.ones((1, 1), bool),
+    ...                          np.array([0, 1, 3]), np.array([0, 2]), np.array([0, 3]), 0)
+    >>> nats.tolist(), scored.tolist()
+    ([[1.0]], [1.0])
+    """
+    positions = int(np.maximum(np.diff(token_offsets) - 1, 0).sum())
+    nats, scored = np.zeros((len(by_byte), positions)), np.zeros(positions)
+    whole = -1 if reach is None else reach
+    _span_nats(by_byte, read, ends, token_offsets, byte_offsets, whole, nats, scored)
+    return nats, scored

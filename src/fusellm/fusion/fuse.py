@@ -1,6 +1,8 @@
-"""One block's fused distributions from the distributions of all sources.
+"""Fused distributions of many blocks from the distributions of all sources.
 
-S sources, N target positions that predict, M outcomes in all.
+S sources; B blocks, one after another in flat arrays with offsets; N target positions that
+predict, L bytes, in all. A part is one source's share of the fused
+distribution at one position: R parts, M outcomes in all.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,170 +10,241 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusellm.align.positions import Situation, align, situations
-from fusellm.align.ragged import take_rows
+from fusellm.align.positions import Situation
+from fusellm.align.ragged import offsets_of
+from fusellm.align.strategies import Aligned, Tokens
 from fusellm.align.translation import Translation
-from fusellm.fusion.cross_entropy import nats_by_byte
+from fusellm.fusion.carry import Carried, carry, losses
+from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import Compared
 from fusellm.fusion.kept import Kept
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One source's reading of a block.
+    """One source's reading of the blocks.
 
     Attributes:
-        ends: boundaries in bytes, BOS and EOS included.
-        kept: its distributions at all but the last position.
+        tokens: its tokens and their boundaries.
+        kept: its distributions at all but each block's last position.
         translation: its vocabulary map.
-        from_start: whether its first token may be compared with the target's: not where one of
-            two tokenizers writes a dummy space there.
+        aligned: which of its positions belongs to each target position.
     """
 
-    ends: np.ndarray
+    tokens: Tokens
     kept: Kept
     translation: Translation
-    from_start: bool
+    aligned: Aligned
 
 
 @dataclass(frozen=True)
-class FusedBlock:
-    """A block's fused distributions.
+class Rules:
+    """How distributions become one.
 
     Attributes:
-        winner: [N] int8, place of the source whose outcomes these are; -1 where there is none.
-        lengths: [N] outcomes at each position.
-        outcomes: [M] int64, numbers of the winner's translation.
-        masses: [M] float32.
-        rest: [N] float32, mass in none of them.
+        function: the fusion function.
+        reach: bytes to each side over which sources are compared; None for whole blocks.
+        per_token: compare nats per token over the block (the authors), not bits per byte.
+        beta: sharpness of `avgce`.
+        as_authors: the authors' rules for collisions (the first id keeps its place, the others
+            are dropped) and for positions that are not aligned (all mass on the token just read).
     """
 
-    winner: np.ndarray
+    function: Callable[[Compared], np.ndarray]
+    reach: int | None = None
+    per_token: bool = False
+    beta: float = 1.0
+    as_authors: bool = False
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Fused distributions.
+
+    Attributes:
+        parts: [N] uint8, sources that have a share in the distribution; 0 where there is none.
+        source: [R] int8, whose part it is, and so whose outcomes these are.
+        lengths: [R] outcomes of each part.
+        outcomes: [M] int64, numbers of that source's translation.
+        masses: [M] float32, weighted: with the rests they sum to 1 at each position.
+        rest: [R] float32, weighted mass in none of a part's outcomes.
+    """
+
+    parts: np.ndarray
+    source: np.ndarray
     lengths: np.ndarray
     outcomes: np.ndarray
     masses: np.ndarray
     rest: np.ndarray
 
 
-@dataclass(frozen=True)
-class BlockCounts:
-    """What was met while fusing a block, for one source.
+Counts = dict[str, np.ndarray]
+"""By name [B], sums over a block's positions.
 
-    Attributes:
-        situations: [5] positions per `Situation`.
-        mass_kept, mass_carried: sums over aligned positions of the mass kept by the source, and
-            of what of it has an outcome in the target.
-        nats, scored_bytes: cross-entropy against the text and the bytes it is over.
-        first_positions: aligned positions left out because of a dummy space.
-    """
-
-    situations: np.ndarray
-    mass_kept: float
-    mass_carried: float
-    nats: float
-    scored_bytes: int
-    first_positions: int
+Of each source: `read` (1 for a block that it read), positions per situation by its name,
+`aligned`, `first_positions` left out, `mass_kept` and `mass_carried` over aligned positions, `met`
+entries that met another in an outcome, `nats` against the text, the `scored_bytes` these are over,
+and `wins`, its weights. Of all sources together: `blocks`, `positions`, `without_source` and
+`ties`.
+"""
 
 
-def fuse_block(
-    target_ends: np.ndarray,
-    length_bytes: int,
-    sources: Sequence[Reading | None],
-    function: Callable[[Compared], np.ndarray],
-    window_bytes: int | None,
-) -> tuple[FusedBlock, list[BlockCounts | None]]:
-    """Align, translate and fuse one block.
+def fuse_blocks(
+    target: Tokens, byte_offsets: np.ndarray, sources: Sequence[Reading], rules: Rules
+) -> tuple[Fused, Counts, list[Counts]]:
+    """Translate and fuse blocks.
 
     Args:
-        target_ends: [N + 1] boundaries, BOS and EOS included.
-        length_bytes: of the block's text.
-        sources: in the recipe's order; None where a source could not read the block.
+        target: the blocks as the target reads them.
+        byte_offsets: [B+1] where each block's bytes are.
+        sources: one or more, in the recipe's order.
+
+    Returns:
+        (fused distributions, counts of all sources together, counts of each source)
     """
-    positions = max(len(target_ends) - 1, 0)
-    source_of_target = np.full((len(sources), positions), -1, dtype=np.int64)
-    by_byte = np.full((len(sources), length_bytes), np.nan)
-    counts: list[BlockCounts | None] = []
-    for s, source in enumerate(sources):
-        if source is None or len(source.ends) == 0:
-            counts.append(None)
-            continue
-        found = align(target_ends[:-1], source.ends[:-1])
-        dropped = 0
-        if not source.from_start:
-            at_start = (found >= 0) & (target_ends[:-1] == 0)
-            dropped = int(at_start.sum())
-            found[at_start] = -1
-        source_of_target[s] = found
-        by_byte[s] = nats_by_byte(source.ends, source.kept.true_log_prob, length_bytes)
-        counts.append(_count(target_ends, source, found, by_byte[s], dropped))
-    present = [s for s, source in enumerate(sources) if source is not None]
-    winner = np.full(positions, -1, dtype=np.int8)
-    if present and positions:
-        compared = Compared(
-            source_of_target[present] >= 0, by_byte[present], target_ends, window_bytes
-        )
-        chosen = function(compared)
-        winner = np.where(chosen < 0, -1, np.array(present, dtype=np.int8)[chosen]).astype(np.int8)
-    return _gather(sources, source_of_target, winner), counts
+    read = np.array([np.diff(s.tokens.offsets) > 0 for s in sources])
+    read &= np.diff(target.offsets) > 0
+    by_byte = np.array(
+        [
+            nats_by_byte(s.tokens.ends, s.tokens.offsets, s.kept.true_log_prob, byte_offsets)
+            for s in sources
+        ]
+    )
+    aligned = np.array([s.aligned.source >= 0 for s in sources])
+    block = np.repeat(np.arange(read.shape[1]), np.diff(target.position_offsets))
+    if rules.as_authors:
+        aligned = read[:, block]
+    compared = _compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
+    weights = rules.function(compared)
+    fused = _gather(target, sources, rules, weights, block)
+    each = [
+        _counts_of(source, read[s], by_byte[s], weights[s], byte_offsets, block)
+        for s, source in enumerate(sources)
+    ]
+    return fused, _counts_of_all(target, compared, block), each
+
+
+def _compare(
+    target: Tokens,
+    byte_offsets: np.ndarray,
+    sources: Sequence[Reading],
+    rules: Rules,
+    by_byte: np.ndarray,
+    read: np.ndarray,
+    block: np.ndarray,
+    aligned: np.ndarray,
+) -> Compared:
+    where = (by_byte, read, target.ends, target.offsets, byte_offsets)
+    per_token = np.array([_nats_per_token(source)[block] for source in sources])
+    if rules.per_token:
+        cross_entropy = per_token
+    else:
+        nats, scored = span_nats(*where, rules.reach)
+        cross_entropy = nats / (np.maximum(scored, 1) * NATS_PER_BIT)
+    return Compared(aligned, cross_entropy, per_token, span_nats(*where, 0)[0], rules.beta)
+
+
+def _nats_per_token(source: Reading) -> np.ndarray:
+    offsets = source.tokens.position_offsets
+    sums = np.concatenate([[0.0], np.cumsum(-source.kept.true_log_prob.astype(np.float64))])
+    return np.asarray((sums[offsets[1:]] - sums[offsets[:-1]]) / np.maximum(np.diff(offsets), 1))
 
 
 def _gather(
-    sources: Sequence[Reading | None], source_of_target: np.ndarray, winner: np.ndarray
-) -> FusedBlock:
-    positions = len(winner)
-    rest = np.zeros(positions)
-    where: list[np.ndarray] = []
-    outcomes: list[np.ndarray] = []
-    masses: list[np.ndarray] = []
-    for s, source in enumerate(sources):
-        won = np.nonzero(winner == s)[0]
-        if source is None or len(won) == 0:
-            continue
-        entries, row = take_rows(source.kept.offsets, source_of_target[s][won])
-        mass = source.kept.masses()[entries]
-        outcome = source.translation.outcome_of_source[source.kept.ids[entries]]
-        sampled = len(source.kept.counts) > 0
-        if source.translation.complete and source.translation.has_leftover and sampled:
-            outcome = np.where(outcome < 0, source.translation.outcomes, outcome)
-        lost = outcome < 0
-        rest[won] += source.kept.tail[source_of_target[s][won]]
-        rest[won] += np.bincount(row[lost], weights=mass[lost], minlength=len(won))
-        span = source.translation.outcomes + 1
-        keys, place = np.unique(row[~lost] * span + outcome[~lost], return_inverse=True)
-        where.append(won[keys // span])
-        outcomes.append(keys % span)
-        masses.append(np.bincount(place, weights=mass[~lost], minlength=len(keys)))
-    if not where:
-        nothing = np.zeros(0, dtype=np.int64)
-        where, outcomes, masses = [nothing], [nothing], [np.zeros(0)]
-    at = np.concatenate(where)
-    order = np.argsort(at, kind="stable")
-    return FusedBlock(
-        winner,
-        np.bincount(at, minlength=positions).astype(np.int64),
-        np.concatenate(outcomes)[order],
-        np.concatenate(masses)[order].astype(np.float32),
-        rest.astype(np.float32),
+    target: Tokens,
+    sources: Sequence[Reading],
+    rules: Rules,
+    weights: np.ndarray,
+    block: np.ndarray,
+) -> Fused:
+    position, source = np.nonzero(weights.T > 0)
+    lengths, rest = np.zeros(len(position), dtype=np.int64), np.zeros(len(position))
+    carried: list[Carried] = []
+    for s, reading in enumerate(sources):
+        mine = position[source == s]
+        place = reading.aligned.source[mine]
+        rows = np.where(place < 0, -1, reading.tokens.position_offsets[block[mine]] + place)
+        found = _carry_or_fall_back(target, reading, rules, rows, target.predicting[mine])
+        lengths[source == s], rest[source == s] = found.lengths, found.rest
+        carried.append(found)
+    weight = weights[source, position]
+    starts = offsets_of(lengths)
+    outcomes, masses = np.zeros(starts[-1], dtype=np.int64), np.zeros(starts[-1])
+    for s, found in enumerate(carried):
+        slots = _slots(starts, np.nonzero(source == s)[0], found.lengths)
+        outcomes[slots], masses[slots] = found.outcomes, found.masses
+    return Fused(
+        np.bincount(position, minlength=weights.shape[1]).astype(np.uint8),
+        source.astype(np.int8),
+        lengths,
+        outcomes,
+        (masses * np.repeat(weight, lengths)).astype(np.float32),
+        (rest * weight).astype(np.float32),
     )
 
 
-def _count(
-    target_ends: np.ndarray,
+def _carry_or_fall_back(
+    target: Tokens, reading: Reading, rules: Rules, rows: np.ndarray, token: np.ndarray
+) -> Carried:
+    """Carry `rows`; where one is -1, all mass goes to the token just read (the authors' rule)."""
+    there = rows >= 0
+    masses = reading.kept.masses()
+    found = carry(reading.kept, masses, rows[there], reading.translation, rules.as_authors)
+    if there.all():
+        return found
+    lengths, rest = np.ones(len(rows), dtype=np.int64), np.zeros(len(rows))
+    lengths[there], rest[there] = found.lengths, found.rest
+    starts = offsets_of(lengths)
+    outcomes, all_masses = np.zeros(starts[-1], dtype=np.int64), np.ones(starts[-1])
+    slots = _slots(starts, np.nonzero(there)[0], found.lengths)
+    outcomes[slots], all_masses[slots] = found.outcomes, found.masses
+    outcomes[starts[:-1][~there]] = target.ids[token[~there]]
+    return Carried(lengths, outcomes, all_masses, rest)
+
+
+def _slots(starts: np.ndarray, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Where the entries of `rows` stand, one after another."""
+    return np.asarray(np.repeat(starts[rows] - offsets_of(lengths)[:-1], lengths)) + np.arange(
+        int(lengths.sum())
+    )
+
+
+def _counts_of(
     source: Reading,
-    found: np.ndarray,
+    read: np.ndarray,
     by_byte: np.ndarray,
-    dropped: int,
-) -> BlockCounts:
-    kept_rows = found[found >= 0]
-    entries, _ = take_rows(source.kept.offsets, kept_rows)
-    mass = source.kept.masses()[entries]
-    carried = source.translation.outcome_of_source[source.kept.ids[entries]] >= 0
-    scored = np.isfinite(by_byte)
-    return BlockCounts(
-        np.bincount(situations(target_ends, source.ends, found), minlength=len(Situation)),
-        float(mass.sum()),
-        float(mass[carried].sum()),
-        float(by_byte[scored].sum()),
-        int(scored.sum()),
-        dropped,
-    )
+    weights: np.ndarray,
+    byte_offsets: np.ndarray,
+    block: np.ndarray,
+) -> Counts:
+    blocks = len(read)
+    there = source.aligned.source >= 0
+    rows = source.tokens.position_offsets[block[there]] + source.aligned.source[there]
+    found = losses(source.kept, source.kept.masses(), rows, source.translation)
+    byte_block = np.repeat(np.arange(blocks), np.diff(byte_offsets))
+    sums = {
+        "mass_kept": (block[there], found.kept),
+        "mass_carried": (block[there], found.carried),
+        "met": (block[there], found.met),
+        "aligned": (block, there),
+        "first_positions": (block, source.aligned.first),
+        "wins": (block, weights),
+        "nats": (byte_block, np.nan_to_num(by_byte)),
+        "scored_bytes": (byte_block, np.isfinite(by_byte)),
+    } | {s.name.lower(): (block, source.aligned.situations == s) for s in Situation}
+    counts = {n: np.bincount(at, weights=v, minlength=blocks) for n, (at, v) in sums.items()}
+    return counts | {"read": read.astype(np.float64)}
+
+
+def _counts_of_all(target: Tokens, compared: Compared, block: np.ndarray) -> Counts:
+    blocks = len(target.offsets) - 1
+    cost = np.where(compared.aligned, compared.cross_entropy, np.inf)
+    least = cost.min(axis=0, initial=np.inf)
+    tied = ((cost == least) & compared.aligned).sum(axis=0) > 1
+    alone = ~compared.aligned.any(axis=0)
+    return {
+        "blocks": np.ones(blocks),
+        "positions": np.diff(target.position_offsets).astype(np.float64),
+        "without_source": np.bincount(block, weights=alone, minlength=blocks),
+        "ties": np.bincount(block, weights=tied, minlength=blocks),
+    }

@@ -1,6 +1,6 @@
-"""Distributions of a block as they are kept: sparse, ragged.
+"""Distributions as they are kept: sparse, ragged.
 
-N positions that predict.
+N positions that predict, of one block or of many one after another; K entries in all.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Kept:
-    """Distributions of the N positions of a block.
+    """Distributions of N positions.
 
     Attributes:
         offsets: [N+1] int64, where each position's entries are.
-        ids: int64 token ids; in order of id (`sampled`) or of probability (`top`).
-        log_probs: float32 nats (`top`); empty for `sampled`.
-        counts: uint8 draws (`sampled`); empty for `top`.
+        ids: [K] int64 token ids; in order of id (`sampled`) or of probability (`top`).
+        log_probs: [K] float32 nats (`top`); empty for `sampled`.
+        counts: [K] uint8 draws (`sampled`); empty for `top`.
         tail: [N] float32, mass of what was not kept (`top`); zero for `sampled`.
         true_log_prob: [N] float32 nats, of the true next token.
     """
@@ -28,10 +28,14 @@ class Kept:
     tail: np.ndarray
     true_log_prob: np.ndarray
 
+    @property
+    def sampled(self) -> bool:
+        """Whether these are draws."""
+        return len(self.counts) > 0
+
     def masses(self) -> np.ndarray:
-        """float64 probability of each entry."""
-        if len(self.counts) == 0:
+        """[K] float64 probability of each entry."""
+        if not self.sampled:
             return np.exp(self.log_probs.astype(np.float64))
-        lengths = np.diff(self.offsets)
         draws = np.add.reduceat(self.counts.astype(np.int64), self.offsets[:-1])
-        return np.asarray(self.counts / np.repeat(draws, lengths))
+        return np.asarray(self.counts / np.repeat(draws, np.diff(self.offsets)))

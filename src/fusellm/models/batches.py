@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fusellm.models.heads import last_hidden
 from fusellm.objective.chunked import Head
 
+_BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
 _CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in cache on a CPU
 
 
@@ -48,14 +49,20 @@ def pad(rows: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def hidden_of_blocks(
-    model: PreTrainedModel, ids: Sequence[np.ndarray], batch_tokens: int
+    model: PreTrainedModel, ids: Sequence[np.ndarray], batch_tokens: int | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Run blocks through a model, each from its beginning.
+
+    Args:
+        ids: of each block.
+        batch_tokens: of one forward pass, padding included; None for what suits the device.
 
     Yields, once a block that has two tokens or more:
         (index of the block, [N, d] last hidden states of the positions that predict, [N] int64
         the true next tokens), N being its tokens less one.
     """
+    if batch_tokens is None:
+        batch_tokens = _BATCH_TOKENS_GPU if model.device.type == "cuda" else _BATCH_TOKENS_CPU
     for batch in plan_batches([len(row) for row in ids], batch_tokens):
         inputs, mask = pad([ids[n] for n in batch], model.device)
         hidden = last_hidden(model, input_ids=inputs, attention_mask=mask)

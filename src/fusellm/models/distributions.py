@@ -12,7 +12,8 @@ from fusellm.errors import NumericsError
 from fusellm.fusion.kept import Kept
 from fusellm.objective.chunked import Head
 
-_CHUNK_ELEMENTS = 1 << 22  # of N x V float32 at a time
+_CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in cache on a CPU
+_CHUNK_ELEMENTS_GPU = 1 << 26
 
 
 @torch.no_grad()
@@ -40,19 +41,25 @@ def keep(
     generator = torch.Generator().manual_seed(seed)
     shift = torch.rand(len(hidden), generator=generator, dtype=torch.float64).to(hidden.device)
     pieces = []
-    chunk = max(1, _CHUNK_ELEMENTS // len(has_token))
+    budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
+    chunk = max(1, budget // len(has_token))
+    missing = None if bool(has_token.all()) else ~has_token
+    last = int(torch.nonzero(has_token)[-1])
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
-        logits = head.logits(hidden[rows]).masked_fill(~has_token, -torch.inf)
-        log_p = torch.log_softmax(logits, dim=-1)
-        true = log_p.gather(1, true_ids[rows, None])[:, 0]
+        logits = head.logits(hidden[rows])
+        if missing is not None:
+            logits.masked_fill_(missing, -torch.inf)
+        highest = logits.amax(dim=-1, keepdim=True)
+        true = logits.gather(1, true_ids[rows, None]) - highest
+        if settings.scheme == "sampled":
+            weights = logits.sub_(highest).exp_()  # one pass through exp serves draws and sum
+            *chosen, whole = _draw(weights, shift[rows], settings.draws, last)
+        else:
+            *chosen, whole = _top(logits, highest, settings.k, settings.mass)
+        true = (true - torch.log(whole))[:, 0]
         if not bool(torch.isfinite(true).all()):
             raise NumericsError("NaN or infinity in a distribution")
-        chosen = (
-            _draw(log_p, shift[rows], settings.draws)
-            if settings.scheme == "sampled"
-            else _top(log_p, settings.k, settings.mass)
-        )
         pieces.append((*chosen, true.cpu().numpy()))
     lengths, ids, values, tail, true_log_prob = (
         np.concatenate(part) for part in zip(*pieces, strict=True)
@@ -69,44 +76,51 @@ def keep(
     )
 
 
-_Chosen = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_Chosen = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, torch.Tensor]
 
 
-def _draw(log_p: torch.Tensor, shift: torch.Tensor, draws: int) -> _Chosen:
+def _draw(weights: torch.Tensor, shift: torch.Tensor, draws: int, last: int) -> _Chosen:
     """Systematic draws: one uniform shift a position, then steps of 1/draws along the ids.
 
     An id of probability p is drawn floor(draws·p) or ceil(draws·p) times, draws·p on average: as
     unbiased as independent draws, with less variance.
+
+    Args:
+        weights: [C, V] probabilities times a constant of each position.
+        last: the highest id with a token, for points that rounding puts past the end.
+
+    Returns:
+        (distinct ids [C], ids, counts, tail [C], sum of the weights [C, 1])
     """
     # In place of a float64 cumsum, which costs twice: the error of the last sum is scaled away.
-    cumulative = torch.cumsum(torch.exp(log_p), dim=-1)
-    steps = torch.arange(draws, device=log_p.device, dtype=torch.float64)
+    cumulative = torch.cumsum(weights, dim=-1)
+    steps = torch.arange(draws, device=weights.device, dtype=torch.float64)
     points = ((steps + shift[:, None]) / draws * cumulative[:, -1:]).to(cumulative.dtype)
     drawn = torch.searchsorted(cumulative, points, right=True)
-    drawn = drawn.clamp_(max=_last_possible(log_p))
+    drawn = drawn.clamp_(max=last)
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     group = is_new.flatten().cumsum(0) - 1
     counts = torch.bincount(group)
-    tail = np.zeros(len(log_p), dtype=np.float32)
-    return is_new.sum(-1).cpu().numpy(), drawn[is_new].cpu().numpy(), counts.cpu().numpy(), tail
+    tail = np.zeros(len(weights), dtype=np.float32)
+    distinct = is_new.sum(-1).cpu().numpy()
+    return distinct, drawn[is_new].cpu().numpy(), counts.cpu().numpy(), tail, cumulative[:, -1:]
 
 
-def _last_possible(log_p: torch.Tensor) -> int:
-    return int(torch.nonzero(torch.isfinite(log_p[0]))[-1])
-
-
-def _top(log_p: torch.Tensor, k: int, mass: float | None) -> _Chosen:
-    best = torch.topk(log_p, min(k, log_p.shape[-1]), dim=-1)
-    cumulative = torch.cumsum(torch.exp(best.values.double()), dim=-1)
-    kept = torch.isfinite(best.values)
+def _top(logits: torch.Tensor, highest: torch.Tensor, k: int, mass: float | None) -> _Chosen:
+    """(kept [C], ids, log-probabilities, tail [C], sum of exp(logits − highest) [C, 1])."""
+    best = torch.topk(logits, min(k, logits.shape[-1]), dim=-1)
+    whole = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    log_p = best.values - highest - torch.log(whole)
+    p = torch.exp(log_p.double())
+    kept = torch.isfinite(log_p)
     if mass is not None:
-        kept[:, 1:] &= cumulative[:, :-1] < mass
-    kept_mass = torch.where(kept, torch.exp(best.values.double()), 0.0).sum(-1)
-    tail = (1.0 - kept_mass).clamp_(min=0.0).float()
+        kept[:, 1:] &= torch.cumsum(p, dim=-1)[:, :-1] < mass
+    tail = (1.0 - torch.where(kept, p, 0.0).sum(-1)).clamp_(min=0.0).float()
     return (
         kept.sum(-1).cpu().numpy(),
         best.indices[kept].cpu().numpy(),
-        best.values[kept].cpu().numpy(),
+        log_p[kept].cpu().numpy(),
         tail.cpu().numpy(),
+        whole,
     )

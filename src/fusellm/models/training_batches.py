@@ -3,13 +3,14 @@
 Both give the same blocks in the same order. B rows, T positions, N positions that predict.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fusellm.align.ragged import offsets_of, take_rows
 from fusellm.models.objective_forward import IGNORED
@@ -48,6 +49,10 @@ class Rows(Dataset[list[dict[str, Any]]]):
         self.rows = packed
         return self
 
+    def row_tokens(self) -> list[int]:
+        """Tokens of each row, without padding."""
+        return [int(self.lengths[row].sum()) for row in self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -69,6 +74,33 @@ def fused_rows(run: Path, corpus: StageFolder) -> Rows:
     return Rows(open_fused(run), shard_names(corpus, "train-"))
 
 
+class RowsOfLikeLength(Sampler[int]):
+    """Rows in a seeded order in which each batch has rows of like length, so that little is padded.
+
+    The batches themselves come in random order, not from long to short.
+    """
+
+    def __init__(self, row_tokens: Sequence[int], batch_rows: int, seed: int) -> None:
+        self._row_tokens, self._batch_rows, self._seed = row_tokens, batch_rows, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order: each epoch has its own, whichever was read before."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._row_tokens)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        size = self._batch_rows
+        order = get_length_grouped_indices(self._row_tokens, size, generator=generator)
+        whole = len(order) // size
+        for batch in torch.randperm(whole, generator=generator).tolist():
+            yield from order[batch * size : (batch + 1) * size]
+        yield from order[whole * size :]
+
+
 class OutcomeTable:
     """The outcomes of all sources as sets of target ids, in one numbering."""
 
@@ -81,20 +113,26 @@ class OutcomeTable:
 
     def outcomes(self, blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The fields of `Outcomes` over the predicted positions of the blocks, in order."""
-        winner = np.concatenate([block["winner"] for block in blocks]).astype(np.int64)
-        lengths = np.concatenate([block["lengths"] for block in blocks]).astype(np.int64)
-        outcome = np.concatenate([block["outcomes"] for block in blocks]).astype(np.int64)
-        mass = np.concatenate([block["masses"] for block in blocks]).astype(np.float64)
-        rest = np.concatenate([block["rest"] for block in blocks])
-        row = np.repeat(np.arange(len(winner)), lengths)
+
+        def column(name: str, kind: type[np.generic]) -> np.ndarray:
+            return np.concatenate([block[name] for block in blocks]).astype(kind)
+
+        parts, lengths = column("parts", np.int64), column("lengths", np.int64)
+        source, outcome = column("source", np.int64), column("outcomes", np.int64)
+        mass, rest = column("masses", np.float64), column("rest", np.float64)
+        part = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.repeat(np.arange(len(parts)), parts)
+        kept = np.bincount(part, weights=mass, minlength=len(lengths))
+        present = np.bincount(position, weights=kept, minlength=len(parts)) > 0
         if self._renormalize:
-            mass = mass / np.bincount(row, weights=mass, minlength=len(winner))[row]
+            mass = mass * ((kept + rest) / np.where(kept > 0, kept, 1.0))[part]
             rest = np.zeros_like(rest)
-        entries, place = take_rows(self._offsets, self._base[winner[row]] + outcome)
+        entries, place = take_rows(self._offsets, self._base[source[part]] + outcome)
         fields = {
-            "present": lengths > 0,
-            "rest": np.where(lengths > 0, rest, 0.0).astype(np.float32),
-            "row": row,
+            "present": present,
+            "position": position,
+            "rest": rest.astype(np.float32),
+            "part": part,
             "mass": mass.astype(np.float32),
             "member_outcome": place,
             "member_id": self._members[entries],

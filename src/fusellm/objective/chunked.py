@@ -7,7 +7,8 @@ N positions, d hidden size, V vocabulary, C positions of a chunk.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -160,28 +161,29 @@ class _Cuts:
     def __init__(self, outcomes: Outcomes, chunk: int) -> None:
         self._outcomes = outcomes
         self._chunk = chunk
-        edges = torch.arange(
-            0, len(outcomes.present) + chunk, chunk, device=outcomes.row.device, dtype=torch.int64
+        device = outcomes.position.device
+        edges = torch.arange(0, len(outcomes.present) + chunk, chunk, device=device)
+        parts = torch.searchsorted(outcomes.position, edges)
+        found = torch.searchsorted(outcomes.part, parts)
+        members = torch.searchsorted(outcomes.member_outcome, found)
+        self._parts, self._found, self._members = (
+            [slice(*pair) for pair in pairwise(cut)]
+            for cut in (parts.tolist(), found.tolist(), members.tolist())
         )
-        first_outcome = torch.searchsorted(outcomes.row, edges)
-        first_member = torch.searchsorted(outcomes.member_outcome, first_outcome)
-        self._first_outcome: list[int] = first_outcome.tolist()
-        self._first_member: list[int] = first_member.tolist()
 
     def chunk(self, start: int) -> Outcomes:
         """The outcomes of positions [start, start + chunk), counted from there."""
         n = start // self._chunk
-        rows = slice(start, start + self._chunk)
-        outcome = slice(self._first_outcome[n], self._first_outcome[n + 1])
-        member = slice(self._first_member[n], self._first_member[n + 1])
+        parts, found, members = self._parts[n], self._found[n], self._members[n]
         whole = self._outcomes
         return Outcomes(
-            whole.present[rows],
-            whole.rest[rows],
-            whole.row[outcome] - start,
-            whole.mass[outcome],
-            whole.member_outcome[member] - outcome.start,
-            whole.member_id[member],
+            whole.present[start : start + self._chunk],
+            whole.position[parts] - start,
+            whole.rest[parts],
+            whole.part[found] - parts.start,
+            whole.mass[found],
+            whole.member_outcome[members] - found.start,
+            whole.member_id[members],
         )
 
 
@@ -193,28 +195,21 @@ def _chunk_losses(
     wants_gradient: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Gradient of the chunk's loss in its logits, and (total, clm, fusion)."""
-    position = torch.arange(len(labels), device=labels.device)
+    index = torch.arange(len(labels), device=labels.device)
     fusion_weight = torch.where(outcomes.present, 1.0 - clm_weight, 0.0)
     clm_weights = torch.where(outcomes.present, clm_weight, 1.0)
     log_z = torch.logsumexp(logits, dim=-1)
-    clm = log_z - logits[position, labels]
+    clm = log_z - logits[index, labels]
     fusion = torch.zeros_like(clm)
 
-    member_row = outcomes.row[outcomes.member_outcome]
+    position = outcomes.position[outcomes.part]
+    member_row = position[outcomes.member_outcome]
     member_log_p = logits[member_row, outcomes.member_id] - log_z[member_row]
-    log_mass = _logsumexp_by(member_log_p, outcomes.member_outcome, len(outcomes.row))
-    fusion.index_add_(0, outcomes.row, -outcomes.mass * log_mass)
-
-    has_rest = outcomes.rest > 0
-    log_rest = outside = None
-    if bool(has_rest.any()):
-        outside = logits.clone()
-        outside[member_row, outcomes.member_id] = -torch.inf
-        outside = outside[has_rest]
-        log_rest = torch.logsumexp(outside, dim=-1)
-        some_left = log_rest > -torch.inf
-        rest = torch.where(some_left, outcomes.rest[has_rest], 0.0)
-        fusion[has_rest] -= rest * torch.where(some_left, log_rest - log_z[has_rest], 0.0)
+    log_mass = _logsumexp_by(member_log_p, outcomes.member_outcome, len(position))
+    fusion.index_add_(0, position, -outcomes.mass * log_mass)
+    rest = _Rest.of(logits, outcomes)
+    if rest is not None:
+        fusion.index_add_(0, rest.position, -rest.mass * (rest.log_z - log_z[rest.position]))
 
     parts = torch.stack(
         [(clm_weights * clm + fusion_weight * fusion).sum(), clm.sum(), fusion.sum()]
@@ -222,18 +217,51 @@ def _chunk_losses(
     if not wants_gradient:
         return None, parts
     gradient = torch.exp(logits - log_z[:, None])
-    mass_sum = torch.zeros_like(clm).index_add_(0, outcomes.row, outcomes.mass)
-    if log_rest is not None and outside is not None:
-        mass_sum[has_rest] += rest
+    mass_sum = torch.zeros_like(clm).index_add_(0, position, outcomes.mass)
+    if rest is not None:
+        mass_sum.index_add_(0, rest.position, rest.mass)
     gradient *= (clm_weights + fusion_weight * mass_sum)[:, None]
-    gradient[position, labels] -= clm_weights
+    gradient[index, labels] -= clm_weights
     share = torch.exp(member_log_p - log_mass[outcomes.member_outcome])
     pull = fusion_weight[member_row] * outcomes.mass[outcomes.member_outcome] * share
     gradient.index_put_((member_row, outcomes.member_id), -pull, accumulate=True)
-    if log_rest is not None and outside is not None:
-        spread = torch.exp(outside - torch.where(some_left, log_rest, 0.0)[:, None])
-        gradient[has_rest] -= (fusion_weight[has_rest] * rest)[:, None] * spread
+    if rest is not None:
+        spread = torch.exp(rest.outside - rest.log_z[:, None])
+        spread *= (fusion_weight[rest.position] * rest.mass)[:, None]
+        gradient.index_add_(0, rest.position, spread, alpha=-1)
     return gradient, parts
+
+
+class _Rest(NamedTuple):
+    """The parts with mass outside their outcomes, where the target has ids outside them.
+
+    Attributes:
+        position: [R'] of each such part.
+        mass: [R'].
+        outside: [R', V] logits, -inf at the ids of the part's outcomes.
+        log_z: [R'] log-sum-exp of these.
+    """
+
+    position: torch.Tensor
+    mass: torch.Tensor
+    outside: torch.Tensor
+    log_z: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, outcomes: Outcomes) -> "_Rest | None":
+        with_rest = outcomes.rest > 0
+        if not bool(with_rest.any()):
+            return None
+        place = torch.cumsum(with_rest, 0) - 1
+        member_part = outcomes.part[outcomes.member_outcome]
+        masked = with_rest[member_part]
+        position = outcomes.position[with_rest]
+        outside = logits[position]
+        outside[place[member_part[masked]], outcomes.member_id[masked]] = -torch.inf
+        log_z = torch.logsumexp(outside, dim=-1)
+        some_left = log_z > -torch.inf
+        mass = torch.where(some_left, outcomes.rest[with_rest], 0.0)
+        return cls(position, mass, outside, torch.where(some_left, log_z, 0.0))
 
 
 def _logsumexp_by(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:

@@ -35,13 +35,15 @@ def objective_textbook(
             total = total + clm
             continue
         fusion = logits.new_zeros(())
-        outside = torch.ones(logits.shape[1], dtype=torch.bool)
-        for m in torch.nonzero(outcomes.row == n)[:, 0].tolist():
-            members = outcomes.member_id[outcomes.member_outcome == m]
-            outside[members] = False
-            fusion = fusion - outcomes.mass[m].to(logits.dtype) * log_p[n, members].logsumexp(0)
-        rest = outcomes.rest[n].to(logits.dtype)
-        if rest > 0 and bool(outside.any()):
-            fusion = fusion - rest * log_p[n, outside].logsumexp(0)
+        for part in torch.nonzero(outcomes.position == n)[:, 0].tolist():
+            outside = torch.ones(logits.shape[1], dtype=torch.bool)
+            for m in torch.nonzero(outcomes.part == part)[:, 0].tolist():
+                members = outcomes.member_id[outcomes.member_outcome == m]
+                outside[members] = False
+                mass = outcomes.mass[m].to(logits.dtype)
+                fusion = fusion - mass * log_p[n, members].logsumexp(0)
+            rest = outcomes.rest[part].to(logits.dtype)
+            if rest > 0 and bool(outside.any()):
+                fusion = fusion - rest * log_p[n, outside].logsumexp(0)
         total = total + clm_weight * clm + (1 - clm_weight) * fusion
     return total

@@ -1,11 +1,12 @@
 """fuse: align, translate and fuse; array work over shards, no model, no GPU.
 
-Nothing aligned but unfused is ever written.
+Nothing aligned but unfused is ever written. A record batch of at most 64 blocks is in memory at a
+time.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import numpy as np
 
 from fusellm.align.positions import Situation
 from fusellm.align.ragged import offsets_of
-from fusellm.align.translation import TRANSLATIONS, Translation, same_tokenizer
-from fusellm.config import Recipe
+from fusellm.align.strategies import STRATEGIES, Aligner, Tokens
+from fusellm.align.translation import Translation
+from fusellm.config import FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
-from fusellm.fusion.fuse import BlockCounts, FusedBlock, Reading, fuse_block
+from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
 from fusellm.fusion.kept import Kept
 from fusellm.progress import Progress
-from fusellm.store.blocks import Block, open_corpus, read_shard
+from fusellm.store.blocks import open_corpus
 from fusellm.store.externalized import TARGET, open_externalized
 from fusellm.store.fused import FUSED_SCHEMA, fused_folder, write_members
 from fusellm.store.manifest import Identity, StageFolder, StageWriter
-from fusellm.store.tables import Shard, shard_names, write_table
+from fusellm.store.tables import Ragged, Shard, shard_names, write_table
 from fusellm.tokens.encode import Encoder
 
 COUNTS = "counts.json"
@@ -58,26 +60,20 @@ def run_fuse(
         if folder.complete:
             return
         translations = _translations(recipe, folder, encoders, progress)
-        from_start = {
-            name: same_tokenizer(encoders[name], encoders[TARGET])
-            or not (encoders[name].vocabulary.space_mark or encoders[TARGET].vocabulary.space_mark)
-            for name in sources
-        }
+        aligners = _aligners(recipe.fusion, encoders, translations)
         names = shard_names(corpus, "train-")
         with progress.start("fusing", len(names), "shards") as bar:
             for name in names:
                 if name not in folder.shards:
-                    blocks = read_shard(corpus, name)
-                    tokens = Shard(target, name)
-                    readings = {s: Shard(source, name) for s, source in sources.items()}
-                    rows, tally = [], _Tally(list(sources))
-                    for n, block in enumerate(blocks):
-                        ids, fused = _fuse(
-                            recipe, n, block, tokens, readings, translations, from_start, tally
-                        )
-                        rows.append((ids, fused))
-                    write_table(
-                        folder, name, _columns(blocks, rows), FUSED_SCHEMA, tally.as_counts()
+                    _fuse_shard(
+                        name,
+                        folder,
+                        Shard(corpus, name),
+                        Shard(target, name),
+                        {s: Shard(source, name) for s, source in sources.items()},
+                        translations,
+                        aligners,
+                        _rules(recipe.fusion),
                     )
                 bar.advance()
         summary = _summary(folder, list(sources))
@@ -85,80 +81,133 @@ def run_fuse(
         folder.finish({"blocks": sum(d["blocks"] for d in summary["domains"].values())})
 
 
+def _rules(settings: FusionSettings) -> Rules:
+    return Rules(
+        FUNCTIONS[settings.function],
+        settings.window_bytes if settings.granularity == "window" else None,
+        settings.cross_entropy == "nats_per_token",
+        settings.beta,
+        settings.compatibility == "paper",
+    )
+
+
+def _aligners(
+    settings: FusionSettings,
+    encoders: dict[str, Encoder],
+    translations: dict[str, Translation],
+) -> dict[str, Aligner]:
+    strategy = STRATEGIES[settings.strategy]
+    authors = strategy.as_authors if settings.compatibility == "paper" else None
+    make = authors or strategy.aligner
+    return {name: make(encoders[name], encoders[TARGET], t) for name, t in translations.items()}
+
+
 def _translations(
     recipe: Recipe, folder: StageWriter, encoders: dict[str, Encoder], progress: Progress
 ) -> dict[str, Translation]:
-    translations = {}
-    with progress.start("mapping vocabularies", len(recipe.sources), "sources") as bar:
-        for source in recipe.sources:
-            made = TRANSLATIONS[recipe.fusion.strategy](encoders[source.name], encoders[TARGET])
-            translations[source.name] = made
-            write_members(folder, source.name, *made.members())
-            bar.advance()
-    return translations
+    translate = STRATEGIES[recipe.fusion.strategy].translate
+    sizes = {s.name: len(encoders[s.name].vocabulary) for s in recipe.sources}
+    found = {}
+    with progress.start("mapping vocabularies", sum(sizes.values()), "tokens") as bar:
+        for name, size in sizes.items():
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.advance(count)
+
+            found[name] = translate(encoders[name], encoders[TARGET], advance)
+            write_members(folder, name, *found[name].members())
+            bar.advance(size - done)
+    return found
 
 
-def _fuse(
-    recipe: Recipe,
-    row: int,
-    block: Block,
-    tokens: Shard,
-    readings: dict[str, Shard],
-    translations: dict[str, Translation],
-    from_start: dict[str, bool],
-    tally: "_Tally",
-) -> tuple[np.ndarray, FusedBlock]:
-    target = tokens.block(row)
-    sources: list[Reading | None] = []
-    for name, shard in readings.items():
-        reading = shard.block(row)
-        usable = reading["read"] and target["read"] and len(reading["ids"]) > 1
-        sources.append(
-            Reading(
-                reading["ends"].astype(np.int64),
-                _kept(reading),
-                translations[name],
-                from_start[name],
-            )
-            if usable
-            else None
-        )
-        if not reading["read"]:
-            tally.left_out(block, name)
-    ends = (
-        target["ends"].astype(np.int64)
-        if target["read"]
-        else np.zeros(len(target["ids"]), np.int64)
+def _fuse_shard(
+    name: str,
+    folder: StageWriter,
+    corpus: Shard,
+    target: Shard,
+    sources: Mapping[str, Shard],
+    translations: Mapping[str, Translation],
+    aligners: Mapping[str, Aligner],
+    rules: Rules,
+) -> None:
+    written: list[tuple[np.ndarray, Ragged, Tokens, Fused]] = []
+    tally = _Tally(list(sources))
+    batches = zip(
+        corpus.batches(), target.batches(), *(s.batches() for s in sources.values()), strict=True
     )
-    window = recipe.fusion.window_bytes if recipe.fusion.granularity == "window" else None
-    function = FUNCTIONS[recipe.fusion.function]
-    fused, counts = fuse_block(ends, len(block.text.encode()), sources, function, window)
-    tally.add(block, fused, counts)
-    return target["ids"], fused
+    for blocks, mine, *theirs in batches:
+        lengths = np.array([len(text.encode()) for text in blocks["text"]], dtype=np.int64)
+        tokens = _tokens(mine)
+        readings = [
+            _reading(columns, tokens, translations[source], aligners[source])
+            for source, columns in zip(sources, theirs, strict=True)
+        ]
+        fused, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
+        written.append((blocks["block"], mine["ids"], tokens, fused))
+        tally.add(blocks, together, each)
+    write_table(folder, name, _columns(written), FUSED_SCHEMA, tally.as_counts())
 
 
-def _kept(reading: dict[str, Any]) -> Kept:
-    return Kept(
-        offsets_of(reading["kept"]),
-        reading["kept_ids"].astype(np.int64),
-        reading["log_probs"].astype(np.float32),
-        reading["counts"],
-        reading["tail"],
-        reading["true_log_prob"],
+def _tokens(columns: Mapping[str, Any]) -> Tokens:
+    """Tokens with boundaries: none of a block that could not be read."""
+    ids, ends = columns["ids"], columns["ends"]
+    there = np.repeat(columns["read"].astype(np.bool_), np.diff(ids.offsets))
+    return Tokens(ends.offsets, ids.values[there].astype(np.int64), ends.values.astype(np.int64))
+
+
+def _reading(
+    columns: Mapping[str, Any], target: Tokens, translation: Translation, aligner: Aligner
+) -> Reading:
+    tokens = _tokens(columns)
+    kept = Kept(
+        offsets_of(columns["kept"].values.astype(np.int64)),
+        columns["kept_ids"].values.astype(np.int64),
+        columns["log_probs"].values.astype(np.float32),
+        columns["counts"].values,
+        columns["tail"].values,
+        columns["true_log_prob"].values,
     )
+    return Reading(tokens, kept, translation, aligner(target, tokens))
 
 
 def _columns(
-    blocks: Sequence[Block], rows: Sequence[tuple[np.ndarray, FusedBlock]]
-) -> dict[str, list[Any]]:
+    written: list[tuple[np.ndarray, Ragged, Tokens, Fused]],
+) -> dict[str, np.ndarray | Ragged]:
+    """A shard's columns from its record batches."""
+
+    def joined(column: list[tuple[np.ndarray, np.ndarray]]) -> Ragged:
+        lengths = np.concatenate([np.diff(offsets) for offsets, _ in column])
+        return Ragged(offsets_of(lengths), np.concatenate([values for _, values in column]))
+
+    ids, parts, source, length, outcomes, masses, rest = [], [], [], [], [], [], []
+    for _, all_ids, tokens, fused in written:
+        # A block that the target could not read has positions all the same, without parts.
+        predicting = np.maximum(np.diff(all_ids.offsets) - 1, 0)
+        there = np.repeat(np.diff(tokens.offsets) > 0, predicting)
+        of_position = np.zeros(len(there), dtype=np.uint8)
+        of_position[there] = fused.parts
+        positions = tokens.position_offsets
+        of_part = offsets_of(fused.parts)[positions]
+        of_outcome = offsets_of(fused.lengths)[of_part]
+        ids.append(all_ids)
+        parts.append((offsets_of(predicting), of_position))
+        source.append((of_part, fused.source))
+        length.append((of_part, fused.lengths))
+        outcomes.append((of_outcome, fused.outcomes))
+        masses.append((of_outcome, fused.masses))
+        rest.append((of_part, fused.rest))
     return {
-        "block": [block.number for block in blocks],
-        "ids": [ids for ids, _ in rows],
-        "winner": [fused.winner for _, fused in rows],
-        "lengths": [fused.lengths for _, fused in rows],
-        "outcomes": [fused.outcomes for _, fused in rows],
-        "masses": [fused.masses for _, fused in rows],
-        "rest": [fused.rest for _, fused in rows],
+        "block": np.concatenate([block for block, *_ in written]),
+        "ids": joined([(column.offsets, column.values) for column in ids]),
+        "parts": joined(parts),
+        "source": joined(source),
+        "lengths": joined(length),
+        "outcomes": joined(outcomes),
+        "masses": joined(masses),
+        "rest": joined(rest),
     }
 
 
@@ -170,27 +219,20 @@ class _Tally:
         self._domains: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._examples: dict[str, str] = {}
 
-    def left_out(self, block: Block, source: str) -> None:
-        self._domains[block.domain][f"{source}/blocks_left_out"] += 1
-        self._examples.setdefault(f"{block.domain}/{source}", block.text[:200])
-
-    def add(self, block: Block, fused: FusedBlock, counts: Sequence[BlockCounts | None]) -> None:
-        sums = self._domains[block.domain]
-        sums["blocks"] += 1
-        sums["positions"] += len(fused.winner)
-        sums["without_source"] += int((fused.winner < 0).sum())
-        for s, name in enumerate(self._sources):
-            sums[f"{name}/wins"] += int((fused.winner == s).sum())
-            found = counts[s]
-            if found is None:
-                continue
-            for situation in Situation:
-                sums[f"{name}/{situation.name.lower()}"] += int(found.situations[situation])
-            sums[f"{name}/mass_kept"] += found.mass_kept
-            sums[f"{name}/mass_carried"] += found.mass_carried
-            sums[f"{name}/nats"] += found.nats
-            sums[f"{name}/scored_bytes"] += found.scored_bytes
-            sums[f"{name}/first_positions"] += found.first_positions
+    def add(self, blocks: Mapping[str, Any], together: Counts, each: list[Counts]) -> None:
+        """Add the counts of a record batch."""
+        for domain in np.unique(blocks["domain"]).tolist():
+            mine = blocks["domain"] == domain
+            sums = self._domains[domain]
+            for name, values in together.items():
+                sums[name] += float(values[mine].sum())
+            for source, counts in zip(self._sources, each, strict=True):
+                for name, values in counts.items():
+                    sums[f"{source}/{name}"] += float(values[mine].sum())
+                unread = np.nonzero(mine & (counts["read"] == 0))[0]
+                if len(unread):
+                    example = blocks["text"][unread[0]][:200]
+                    self._examples.setdefault(f"{domain}/{source}", example)
 
     def as_counts(self) -> dict[str, Any]:
         return {
@@ -218,15 +260,17 @@ def _domain_summary(
 ) -> dict[str, Any]:
     def of_source(name: str) -> dict[str, Any]:
         situations = {s.name.lower(): int(sums[f"{name}/{s.name.lower()}"]) for s in Situation}
-        aligned = sum(situations.values()) - situations["unaligned"]
+        aligned = sums[f"{name}/aligned"]
         scored_bits = sums[f"{name}/scored_bytes"] * np.log(2)
         return {
             "situations": situations,
+            "aligned": int(aligned),
             "first_positions": int(sums[f"{name}/first_positions"]),
+            "ids_that_met": int(sums[f"{name}/met"]),
             "mass_kept": sums[f"{name}/mass_kept"] / max(aligned, 1),
             "mass_carried": sums[f"{name}/mass_carried"] / max(aligned, 1),
             "bits_per_byte": sums[f"{name}/nats"] / scored_bits if scored_bits else None,
-            "blocks_left_out": int(sums[f"{name}/blocks_left_out"]),
+            "blocks_left_out": int(sums["blocks"] - sums[f"{name}/read"]),
             "example_left_out": examples.get(f"{domain}/{name}"),
         }
 
@@ -234,6 +278,7 @@ def _domain_summary(
         "blocks": int(sums["blocks"]),
         "positions": int(sums["positions"]),
         "without_source": int(sums["without_source"]),
-        "wins": {name: int(sums[f"{name}/wins"]) for name in sources},
+        "ties": int(sums["ties"]),
+        "wins": {name: sums[f"{name}/wins"] for name in sources},
         "sources": {name: of_source(name) for name in sources},
     }

@@ -30,7 +30,14 @@ from fusellm.errors import NumericsError, RecipeError
 from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
 from fusellm.models.load import Located, load_model
 from fusellm.models.objective_forward import objective_forward, require_packing
-from fusellm.models.training_batches import Collator, OutcomeTable, Rows, clm_rows, fused_rows
+from fusellm.models.training_batches import (
+    Collator,
+    OutcomeTable,
+    Rows,
+    RowsOfLikeLength,
+    clm_rows,
+    fused_rows,
+)
 from fusellm.progress import Bar, Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.fused import open_fused
@@ -47,6 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-5,
     "lr_scheduler_type": "cosine",
     "num_train_epochs": 1.0,
+    "train_sampling_strategy": "group_by_length",
     "max_grad_norm": 1.0,
     "logging_steps": 10,
     "save_strategy": "steps",
@@ -268,6 +276,7 @@ class _ObjectiveTrainer(Trainer):
                 data_collator=collator,
             )
         self._validation = validation
+        self._row_tokens = rows.row_tokens()
         self._clm_weight = collator.clm_weight
         self._parts: dict[str, float] = {}
         self._since = (time.perf_counter(), 0)
@@ -278,6 +287,12 @@ class _ObjectiveTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         sync_files(folder)
         write_text(folder / _WHOLE, "")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return RowsOfLikeLength(self._row_tokens, rows, self.args.seed)
 
     def compute_loss(
         self,

@@ -1,4 +1,4 @@
-"""Fused distributions on disk: one distribution a target position, with the source that won it."""
+"""Fused distributions on disk: one a target position, in parts, each with the source it is of."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ FUSED_SCHEMA = pa.schema(
     [
         ("block", pa.int64()),
         ("ids", pa.list_(pa.uint32())),
-        ("winner", pa.list_(pa.int8())),
+        ("parts", pa.list_(pa.uint8())),
+        ("source", pa.list_(pa.int8())),
         ("lengths", pa.list_(pa.uint16())),
         ("outcomes", pa.list_(pa.uint32())),
         ("masses", pa.list_(pa.float32())),

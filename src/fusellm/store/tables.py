@@ -3,10 +3,10 @@
 Arrow IPC is read by other tools (pyarrow, polars, duckdb) and lets a record batch be read alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +17,21 @@ from fusellm.store.manifest import StageFolder, StageWriter
 BATCH_BLOCKS = 64
 
 
+class Ragged(NamedTuple):
+    """A ragged column: entries of all rows one after another, and where each row's are [R+1]."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+
 def write_table(
     writer: StageWriter,
     name: str,
-    columns: Mapping[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[Any] | np.ndarray | Ragged],
     schema: pa.Schema,
     counts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a shard. `columns` holds one entry a block; ragged columns hold numpy arrays."""
+    """Write a shard. `columns` has one entry a block; lists are arrays, or all of it a `Ragged`."""
     arrays = [_column(columns[field.name], field.type) for field in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
 
@@ -36,18 +43,16 @@ def write_table(
     writer.write(name, write, {"blocks": table.num_rows} | dict(counts or {}))
 
 
-def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+def _column(values: Sequence[Any] | np.ndarray | Ragged, kind: pa.DataType) -> pa.Array:
     if not pa.types.is_list(kind):
         return pa.array(values, type=kind)
-    lengths = np.array([len(value) for value in values], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     dtype = kind.value_type.to_pandas_dtype()
-    flat = (
-        np.concatenate([np.asarray(value, dtype=dtype) for value in values])
-        if len(values)
-        else np.zeros(0, dtype=dtype)
-    )
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind.value_type))
+    if not isinstance(values, Ragged):
+        lengths = np.array([len(value) for value in values], dtype=np.int64)
+        flat = [np.zeros(0, dtype=dtype), *(np.asarray(value, dtype=dtype) for value in values)]
+        values = Ragged(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(flat))
+    offsets, flat_values = values.offsets.astype(np.int32), values.values.astype(dtype, copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat_values, type=kind.value_type))
 
 
 class Shard:
@@ -70,6 +75,12 @@ class Shard:
         ]
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The columns of each record batch: scalars as arrays, lists as `Ragged`."""
+        for n in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(n)
+            yield {field.name: _flat(batch.column(k)) for k, field in enumerate(batch.schema)}
+
     def block(self, row: int) -> dict[str, Any]:
         """The columns of one block; ragged ones as numpy arrays."""
         batch = self._batch(row // BATCH_BLOCKS)
@@ -77,6 +88,14 @@ class Shard:
             field.name: _value(batch.column(n), row % BATCH_BLOCKS)
             for n, field in enumerate(batch.schema)
         }
+
+
+def _flat(column: pa.Array) -> Any:
+    if not pa.types.is_list(column.type):
+        return column.to_numpy(zero_copy_only=False)
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+    return Ragged(offsets - offsets[0], values.to_numpy(zero_copy_only=False))
 
 
 def _value(column: pa.Array, row: int) -> Any:

@@ -5,10 +5,12 @@ T tokens of one block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fusellm.tokens.text_ids import rules_of, text_ids_of
 from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
 from fusellm.tokens.walk import boundaries
 
@@ -35,6 +37,12 @@ class Encoder:
         """Raises TokenizerError where the tokens cannot be told as bytes."""
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
+        self._text_ids = text_ids_of(tokenizer)
+
+    @cached_property
+    def rules(self) -> str:
+        """Tables and rules by which the tokenizer cuts text; equal for those that cut alike."""
+        return rules_of(self.tokenizer)
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> list[Encoded]:
         """Encode blocks.
@@ -43,9 +51,7 @@ class Encoder:
         """
         if not texts:
             return []
-        rows = self.tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
+        rows = self._text_ids(texts)
         bos, eos = self.vocabulary.bos_id, self.vocabulary.eos_id
         encoded = []
         for text, ids, is_last in zip(texts, rows, last, strict=True):

@@ -1,31 +1,36 @@
 """What bytes each token id stands for.
 
-V vocabulary size, including the rows of a padded head that no token has.
+V vocabulary size: one more than the highest id that has a token. Ids below it without a token, as
+the rows of a padded head above it, never have bytes.
 """
 
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fusellm.errors import TokenizerError
+from fusellm.tokens.spelling import (
+    SPACE_MARK,
+    Kind,
+    Spelling,
+    TextIds,
+    byte_alphabet,
+    layout_of,
+    read_spelling,
+)
+from fusellm.tokens.text_ids import text_ids_of
 
-SPACE_MARK = "\u2581"  # ▁, how SentencePiece writes a space
+__all__ = ["SPACE_MARK", "Kind", "Vocabulary", "byte_alphabet", "read_vocabulary"]
+
+# One that the tokenizer knows shows where it puts a dummy prefix.
+_PROBES = ("a", "e", "A", "1", ".", "\u4e2d")
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte, the other way round (GPT-2).
-
-    >>> byte_alphabet()["Ġ"], byte_alphabet()["A"]
-    (32, 65)
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return alphabet | {chr(256 + n): byte for n, byte in enumerate(others)}
+def _nowhere() -> np.ndarray:
+    return np.zeros(0, dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,16 @@ class Vocabulary:
 
     Attributes:
         token_bytes: [V] the bytes of each token; None for special tokens and for ids without one.
-        space_mark: whether a token's leading space may be a dummy prefix (SentencePiece).
+        space_mark: whether a token's leading space may be a dummy prefix.
         eos_id: id of the end-of-sequence token, if there is one.
         bos_id: id of the token that this tokenizer puts before every text by default, if any.
         is_fallback: [V] whether the token is a `<0xNN>` byte of SentencePiece.
+        kind: how the tokens are spelled.
+        doubles: whether the dummy prefix comes even before a space ("▁▁a" for " a").
+        restarts: [V] whether the text after this token is begun anew, with a dummy prefix of its
+            own; empty where no token does that.
+        is_added: [V] whether the token is an added one that stands for its content and never for
+            a dummy prefix; empty where there is none.
     """
 
     token_bytes: tuple[bytes | None, ...]
@@ -45,6 +56,10 @@ class Vocabulary:
     eos_id: int | None
     bos_id: int | None
     is_fallback: np.ndarray
+    kind: Kind = Kind.SPACE_MARKS
+    doubles: bool = False
+    restarts: np.ndarray = field(default_factory=_nowhere)
+    is_added: np.ndarray = field(default_factory=_nowhere)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -69,8 +84,15 @@ class Vocabulary:
     @cached_property
     def may_be_dummy(self) -> np.ndarray:
         """[V] bool, whether the token begins with a space mark that may stand for no space."""
-        begins = [(token or b"").startswith(b" ") for token in self.token_bytes]
-        return np.asarray(np.array(begins) & self.space_mark & ~self.is_fallback)
+        begins = np.array([(token or b"").startswith(b" ") for token in self.token_bytes])
+        own = ~self.is_added if len(self.is_added) else True
+        return np.asarray(begins & self.space_mark & ~self.is_fallback & own)
+
+    @cached_property
+    def restarts_after(self) -> np.ndarray:
+        """[V] bool, `restarts` at its full length."""
+        none = np.zeros(len(self.token_bytes), dtype=np.bool_)
+        return self.restarts if len(self.restarts) else none
 
     def __len__(self) -> int:
         return len(self.token_bytes)
@@ -79,66 +101,107 @@ class Vocabulary:
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Tell a tokenizer's tokens as bytes.
 
+    Fast tokenizers and those written in Python; byte-level, SentencePiece-like, or raw bytes.
+
     Raises:
-        TokenizerError: the tokenizer is neither byte-level nor SentencePiece with space marks.
+        TokenizerError: the tokenizer spells its tokens in another way, such as WordPiece.
     """
-    byte_level, space_mark = _kind(tokenizer)
-    alphabet = byte_alphabet()
+    text_ids, layout = text_ids_of(tokenizer), layout_of(tokenizer)
+    spelling = read_spelling(tokenizer, layout, text_ids)
     added = {int(id_): token for id_, token in tokenizer.added_tokens_decoder.items()}
-    special = set(tokenizer.all_special_ids)
-    token_bytes: list[bytes | None] = []
-    is_fallback = np.zeros(len(tokenizer), dtype=np.bool_)
-    spellings = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    for id_, spelling in enumerate(spellings):
-        if id_ in special or spelling is None or (id_ in added and added[id_].special):
-            token_bytes.append(None)
-        elif id_ in added:
-            token_bytes.append(added[id_].content.encode())
-        elif byte_level:
-            known = all(character in alphabet for character in spelling)
-            token_bytes.append(bytes(alphabet[c] for c in spelling) if known else None)
-        elif len(spelling) == 6 and spelling.startswith("<0x") and spelling.endswith(">"):
-            token_bytes.append(bytes([int(spelling[3:5], 16)]))
-            is_fallback[id_] = True
-        else:
-            token_bytes.append(spelling.replace(SPACE_MARK, " ").encode())
+    own = _own_ids(tokenizer, layout)
+    size = max([*own, *added], default=-1) + 1
+    special = {*tokenizer.all_special_ids, *(n for n, token in added.items() if token.special)}
+    token_bytes: list[bytes | None] = [None] * size
+    is_fallback, is_added, restarts = (np.zeros(size, dtype=np.bool_) for _ in range(3))
+    for id_ in sorted({*own, *added} - special):
+        token = _token(tokenizer, id_) if id_ in own else None
+        if id_ in added and not (token and _is_marked(spelling, added[id_].content)):
+            in_normalized = layout is not None and added[id_].normalized
+            takes_mark = in_normalized and _takes_mark(tokenizer, spelling, added[id_].content)
+            token_bytes[id_] = b" " * takes_mark + added[id_].content.encode()
+            is_added[id_] = not takes_mark
+            # Dummy prefixes are put before tokens are found in normalized text, and not again.
+            restarts[id_] = not in_normalized
+        elif token is not None:
+            token_bytes[id_] = spelling.bytes_of(token)
+            is_fallback[id_] = spelling.is_byte_token(token)
+    space_mark, doubles = _dummy_prefix(spelling, text_ids, token_bytes)
     return Vocabulary(
-        tuple(token_bytes), space_mark, tokenizer.eos_token_id, _default_bos(tokenizer), is_fallback
+        tuple(token_bytes),
+        space_mark,
+        tokenizer.eos_token_id,
+        _default_bos(tokenizer),
+        is_fallback,
+        spelling.kind,
+        doubles,
+        restarts,
+        is_added,
     )
+
+
+def _own_ids(tokenizer: PreTrainedTokenizerBase, layout: dict[str, Any] | None) -> set[int]:
+    """Ids that the model itself has; some of them may be added tokens as well."""
+    if layout is None:
+        return set(range(max(tokenizer.vocab_size, len(tokenizer))))
+    vocabulary = layout["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        return {int(id_) for id_ in vocabulary.values()}
+    return set(range(len(vocabulary)))
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, id_: int) -> str | bytes | None:
+    try:
+        token: str | bytes | None = tokenizer.convert_ids_to_tokens([id_])[0]
+    except (IndexError, KeyError, ValueError):  # tokenizers in Python, at ids between their tables
+        return None
+    return token
+
+
+def _is_marked(spelling: Spelling, content: str) -> bool:
+    """Whether an added token of these characters, as the model's own, stands for other bytes.
+
+    Gemma lists "▁▁" as added, though its model emits it for two spaces.
+    """
+    return spelling.kind is Kind.SPACE_MARKS and spelling.bytes_of(content) != content.encode()
+
+
+def _takes_mark(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, content: str) -> bool:
+    """Whether an added token is looked for with a mark before it, as what it says is normalized.
+
+    That is so where the normalizer prepends the dummy prefix: "<b>" becomes "▁<b>", which stands
+    for " <b>", or at the beginning of a text for "<b>".
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or spelling.kind is not Kind.SPACE_MARKS:
+        return False
+    marked: str = normalizer.normalize_str(content)
+    return marked == spelling.mark + content
+
+
+def _dummy_prefix(
+    spelling: Spelling, text_ids: TextIds, token_bytes: Sequence[bytes | None]
+) -> tuple[bool, bool]:
+    """(whether a text gets a dummy prefix, whether one that begins with a space gets it too)."""
+
+    def spelled(text: str) -> bytes | None:
+        found = [token_bytes[id_] for id_ in text_ids([text])[0]]
+        known = [token for token in found if token is not None]
+        return b"".join(known) if len(known) == len(found) else None
+
+    for probe in _PROBES:
+        data = probe.encode()
+        alone = spelled(probe)
+        if alone is not None and alone.endswith(data):
+            # One that puts a mark before every word also spells " a" as "▁" "▁a"; but then the
+            # first mark is the text's, and "a a" has two in its middle.
+            is_doubled = spelled(" " + probe) == b"  " + data
+            is_once = spelled(f"{probe} {probe}") == b" " + data + b" " + data
+            return alone == b" " + data, is_doubled and is_once
+    return spelling.kind is Kind.SPACE_MARKS, False
 
 
 def _default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     bos = tokenizer.bos_token_id
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     return bos if bos is not None and ids[:1] == [bos] else None
-
-
-def _kind(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise TokenizerError(
-            f"tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) has no fast "
-            "version, which fusellm needs; convert it with transformers' AutoTokenizer("
-            "use_fast=True) and save it"
-        )
-    layout: dict[str, Any] = json.loads(backend.to_str())
-    parts = _component_types(layout.get("decoder")) | _component_types(layout.get("pre_tokenizer"))
-    if "ByteLevel" in parts:
-        return True, False
-    if "Metaspace" in parts or "ByteFallback" in parts:
-        return False, True
-    raise TokenizerError(
-        f"tokenizer {tokenizer.name_or_path!r} is neither byte-level nor SentencePiece-like (its "
-        f"parts: {', '.join(sorted(parts)) or 'none'}), so its tokens cannot be told as bytes; "
-        "choose a model with a byte-level or SentencePiece tokenizer"
-    )
-
-
-def _component_types(component: dict[str, Any] | None) -> set[str]:
-    if component is None:
-        return set()
-    found = {component["type"]}
-    for name in ("decoders", "pretokenizers", "normalizers"):
-        for inner in component.get(name, ()):
-            found |= _component_types(inner)
-    return found

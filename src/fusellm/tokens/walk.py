@@ -10,7 +10,8 @@ import numpy as np
 
 from fusellm.tokens.vocabulary import Vocabulary
 
-_FAILED = -1
+_COVERED = -1
+_SPACE = 0x20
 
 
 @numba.njit(cache=True)
@@ -21,28 +22,25 @@ def _walk(
     starts: np.ndarray,
     lengths: np.ndarray,
     may_be_dummy: np.ndarray,
-    drop_first: bool,
+    doubles: bool,
+    restarts: np.ndarray,
     ends: np.ndarray,
 ) -> int:
     cursor = 0
+    begun_anew = doubles
     for t in range(len(ids)):
         start, length = starts[ids[t]], lengths[ids[t]]
-        skipped = 1 if drop_first and t == 0 else 0
-        while True:
-            matches = cursor + length - skipped <= len(text)
-            if matches:
-                for n in range(length - skipped):
-                    if text[cursor + n] != flat[start + skipped + n]:
-                        matches = False
-                        break
-            if matches:
-                break
-            if skipped == 1 or not may_be_dummy[ids[t]]:
+        if may_be_dummy[ids[t]] and (begun_anew or cursor == len(text) or text[cursor] != _SPACE):
+            start, length = start + 1, length - 1
+        if cursor + length > len(text):
+            return t
+        for n in range(length):
+            if text[cursor + n] != flat[start + n]:
                 return t
-            skipped = 1
-        cursor += length - skipped
+        cursor += length
         ends[t] = cursor
-    return _FAILED if cursor == len(text) else len(ids)
+        begun_anew = doubles and restarts[ids[t]]
+    return _COVERED if cursor == len(text) else len(ids)
 
 
 def boundaries(
@@ -51,7 +49,10 @@ def boundaries(
     """The byte offset in `text` where each token ends.
 
     Each token's bytes must equal the text at the cursor. The one licence is a leading space mark
-    whose space the text does not have there (a dummy prefix): it contributes no byte.
+    whose space the text does not have there (a dummy prefix): it contributes no byte. Most
+    tokenizers put one only where no space is, so the text tells which mark is the dummy. Those
+    that put one before a space as well (`Vocabulary.doubles`) do so where they begin: there the
+    first mark is the dummy, whatever the text has.
 
     Args:
         text: UTF-8 of one block.
@@ -67,22 +68,15 @@ def boundaries(
         return ends if not text else None
     if ids_array.max() >= len(vocabulary) or not vocabulary.is_text[ids_array].all():
         return None
-    text_array = np.frombuffer(text, dtype=np.uint8)
-    surplus = int(vocabulary.lengths[ids_array].sum()) - len(text)
-    first_may = bool(vocabulary.may_be_dummy[ids_array[0]])
-    # Where the tokens have a byte more than the text, the dummy prefix is the first token's:
-    # read greedily, `▁` `▁a` over " a" would take the dummy for the text's own space.
-    for drop_first in (True, False) if surplus > 0 and first_may else (False,):
-        stopped = _walk(
-            text_array,
-            ids_array,
-            vocabulary.flat,
-            vocabulary.starts,
-            vocabulary.lengths,
-            vocabulary.may_be_dummy,
-            drop_first,
-            ends,
-        )
-        if stopped == _FAILED:
-            return ends
-    return None
+    stopped = _walk(
+        np.frombuffer(text, dtype=np.uint8),
+        ids_array,
+        vocabulary.flat,
+        vocabulary.starts,
+        vocabulary.lengths,
+        vocabulary.may_be_dummy,
+        vocabulary.doubles,
+        vocabulary.restarts_after,
+        ends,
+    )
+    return ends if stopped == _COVERED else None

@@ -1,0 +1,299 @@
+"""How far two tokenizers agree: what could be carried from a source to a target, before any model.
+
+T target positions that predict; Vs, Vt source and target vocabulary sizes. Shares are of counts
+kept beside them, so that a reader can add domains up.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusellm.align.positions import Situation, align, situations
+from fusellm.align.translation import Translation, class_translation, same_tokenizer
+from fusellm.tokens.blocks import cut
+from fusellm.tokens.encode import Encoder
+
+_FEW_TOKENS = 3  # a class of at most so many tells the target's tokens nearly apart
+_MEMBERS_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Side:
+    """One tokenizer.
+
+    Attributes:
+        tokens: ids that have a token, special ones included.
+        text_tokens: those that stand for bytes.
+        shared_tokens: those whose bytes are some token's of the other tokenizer.
+        kind: "byte-level", "SentencePiece" or "raw bytes".
+        dummy_prefix: "none", "where no space is" or "always".
+        bos, eos: spellings; None where there is none, or for BOS where texts do not get one.
+        special: spellings of all special tokens, by id.
+        fallback_tokens: `<0xNN>` tokens.
+    """
+
+    tokens: int
+    text_tokens: int
+    shared_tokens: int
+    kind: str
+    dummy_prefix: str
+    bos: str | None
+    eos: str | None
+    special: tuple[str, ...]
+    fallback_tokens: int
+
+    @property
+    def shared_share(self) -> float:
+        """Share of this side's text tokens that the other has too."""
+        return self.shared_tokens / max(self.text_tokens, 1)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain's text, read by both tokenizers.
+
+    Attributes:
+        bytes_read: UTF-8 bytes of the blocks that both read.
+        left_out: (blocks that the source's, that the target's tokenizer changes).
+        left_out_example: the beginning of the first block left out; empty where none is.
+        source_tokens, target_tokens: tokens of the blocks that both read, without BOS and EOS.
+        positions: T, target positions that predict.
+        situations: positions by situation, by its name in lower case, "unaligned" among them.
+        in_single_classes: positions whose true next token is alone in its class.
+        in_small_classes: positions whose true next token is in a class of at most 3.
+    """
+
+    name: str
+    blocks: int
+    bytes_read: int
+    left_out: tuple[int, int]
+    left_out_example: str
+    source_tokens: int
+    target_tokens: int
+    positions: int
+    situations: dict[str, int]
+    in_single_classes: int
+    in_small_classes: int
+
+    @property
+    def aligned(self) -> int:
+        """Positions at which both have read the same text."""
+        return self.positions - self.situations["unaligned"]
+
+
+@dataclass(frozen=True)
+class LargeClass:
+    """A class of many target tokens: `root`, with which they all begin, and a few `members`."""
+
+    root: str
+    target_tokens: int
+    source_tokens: int
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The common partition of the two vocabularies.
+
+    Attributes:
+        classes: how many there are.
+        single: of one target token each.
+        target_tokens: target tokens that are in a class.
+        unclassed_tokens: target tokens that stand for text and are in none.
+        largest: those of most target tokens.
+    """
+
+    classes: int
+    single: int
+    target_tokens: int
+    unclassed_tokens: int
+    largest: tuple[LargeClass, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `same` says whether the two cut every text alike."""
+
+    source: Side
+    target: Side
+    same: bool
+    shared_bytes: int
+    eos_becomes_eos: bool
+    domains: tuple[Domain, ...]
+    classes: Classes
+
+
+def compare(
+    source: Encoder,
+    target: Encoder,
+    texts: Mapping[str, Sequence[str]],
+    block_bytes: int = 1024,
+    largest: int = 5,
+    on_part: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Compare two tokenizers on some documents.
+
+    Args:
+        texts: documents by domain.
+        block_bytes: documents are cut into blocks of at most so many bytes, as a run cuts them.
+        largest: how many of the largest classes to describe.
+        on_part: called after each of `parts_of(texts)` parts of the work.
+    """
+    translation = class_translation(source, target)
+    on_part()
+    sizes = _class_sizes(translation)
+    domains = []
+    for name, documents in texts.items():
+        domains.append(_domain(name, documents, block_bytes, source, target, translation, sizes))
+        on_part()
+    mine, theirs = _distinct(source), _distinct(target)
+    return Comparison(
+        _side(source, theirs),
+        _side(target, mine),
+        same_tokenizer(source, target),
+        len(mine & theirs),
+        source.vocabulary.eos_id is not None and target.vocabulary.eos_id is not None,
+        tuple(domains),
+        _classes(source, target, translation, sizes, largest),
+    )
+
+
+def parts_of(texts: Mapping[str, Sequence[str]]) -> int:
+    """How many parts the work of `compare` has.
+
+    >>> parts_of({"prose": ["a"], "code": ["b"]})
+    3
+    """
+    return 1 + len(texts)
+
+
+def _distinct(encoder: Encoder) -> set[bytes]:
+    return {token for token in encoder.vocabulary.token_bytes if token}
+
+
+def _side(encoder: Encoder, others: set[bytes]) -> Side:
+    vocabulary, tokenizer = encoder.vocabulary, encoder.tokenizer
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(n for n, token in added.items() if token.special)}
+    text = [token for token in vocabulary.token_bytes if token]
+    dummy = "always" if vocabulary.doubles else "where no space is"
+    return Side(
+        tokens=len(text) + len(special),
+        text_tokens=len(text),
+        shared_tokens=sum(token in others for token in text),
+        kind=str(vocabulary.kind),
+        dummy_prefix=dummy if vocabulary.space_mark else "none",
+        bos=_spelling(encoder, vocabulary.bos_id),
+        eos=_spelling(encoder, vocabulary.eos_id),
+        special=tuple(_spelling(encoder, id_) or "" for id_ in sorted(special)),
+        fallback_tokens=int(vocabulary.is_fallback.sum()),
+    )
+
+
+def _spelling(encoder: Encoder, id_: int | None) -> str | None:
+    return None if id_ is None else str(encoder.tokenizer.convert_ids_to_tokens([id_])[0])
+
+
+def _class_sizes(translation: Translation) -> np.ndarray:
+    """[outcomes] int64, target ids of each class."""
+    classed = translation.outcome_of_target[translation.outcome_of_target >= 0]
+    return np.bincount(classed, minlength=translation.outcomes)
+
+
+def _domain(
+    name: str,
+    documents: Sequence[str],
+    block_bytes: int,
+    source: Encoder,
+    target: Encoder,
+    translation: Translation,
+    sizes: np.ndarray,
+) -> Domain:
+    blocks: list[str] = []
+    last: list[bool] = []
+    for document in documents:
+        pieces = list(cut(document, block_bytes))
+        blocks += pieces
+        last += [n + 1 == len(pieces) for n in range(len(pieces))]
+    by_situation = np.zeros(len(Situation), dtype=np.int64)
+    size_of_token = np.where(
+        translation.outcome_of_target >= 0, sizes[translation.outcome_of_target], 0
+    )
+    example = ""
+    left_out, tokens = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
+    read = bytes_read = single = small = 0
+    for text, theirs, mine in zip(
+        blocks, source.encode(blocks, last), target.encode(blocks, last), strict=True
+    ):
+        if theirs.ends is None or mine.ends is None:
+            left_out += (theirs.ends is None, mine.ends is None)
+            example = example or text[:60]
+            continue
+        found = align(mine.ends[:-1], theirs.ends[:-1])
+        cases = situations(mine.ends, theirs.ends, found)
+        by_situation += np.bincount(cases, minlength=len(Situation))
+        next_size = size_of_token[mine.ids[1:]]
+        single += int((next_size == 1).sum())
+        small += int(((next_size > 0) & (next_size <= _FEW_TOKENS)).sum())
+        tokens += (_text_tokens(source, theirs.ids), _text_tokens(target, mine.ids))
+        read, bytes_read = read + 1, bytes_read + len(text.encode())
+    counts = {case.name.lower(): int(by_situation[case]) for case in Situation}
+    return Domain(
+        name,
+        read,
+        bytes_read,
+        (int(left_out[0]), int(left_out[1])),
+        example,
+        int(tokens[0]),
+        int(tokens[1]),
+        int(by_situation.sum()),
+        counts,
+        single,
+        small,
+    )
+
+
+def _text_tokens(encoder: Encoder, ids: np.ndarray) -> int:
+    return int(encoder.vocabulary.is_text[ids].sum())
+
+
+def _classes(
+    source: Encoder, target: Encoder, translation: Translation, sizes: np.ndarray, largest: int
+) -> Classes:
+    of_text = target.vocabulary.is_text & (translation.outcome_of_target < 0)
+    sent = translation.outcome_of_source[translation.outcome_of_source >= 0]
+    source_sizes = np.bincount(sent, minlength=translation.outcomes)
+    described = []
+    for outcome in np.argsort(-sizes, kind="stable")[:largest]:
+        if sizes[outcome] < 2:
+            break
+        ids = np.nonzero(translation.outcome_of_target == outcome)[0]
+        spelled = [target.vocabulary.token_bytes[id_] or b"" for id_ in ids]
+        root = min(spelled, key=len)
+        members = [token for token in spelled if token != root][:_MEMBERS_SHOWN]
+        described.append(
+            LargeClass(
+                _shown(root),
+                int(sizes[outcome]),
+                int(source_sizes[outcome]),
+                tuple(_shown(token) for token in members),
+            )
+        )
+    return Classes(
+        int((sizes > 0).sum()),
+        int((sizes == 1).sum()),
+        int(sizes.sum()),
+        int(of_text.sum()),
+        tuple(described),
+    )
+
+
+def _shown(token: bytes) -> str:
+    """A token's bytes for people: spaces as `·`, and no character that moves the cursor.
+
+    >>> _shown(b" return"), _shown(b"\\n\\t"), _shown(b"\\xc3")
+    ('·return', '\\\\n\\\\t', '\\\\xc3')
+    """
+    text = token.decode("utf-8", "backslashreplace").replace(" ", "·")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,147 @@
+"""Strategies: a token alignment and a vocabulary map that go together, by the names a user picks.
+
+B blocks, one after another in flat arrays with offsets; N target positions that predict, in all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusellm.align.authors import AuthorsAligner
+from fusellm.align.dynamic import DynamicAligner
+from fusellm.align.positions import Situation, align_shard
+from fusellm.align.ragged import offsets_of
+from fusellm.align.translation import (
+    Translation,
+    class_translation,
+    first_translation,
+    map_translation,
+    same_tokenizer,
+)
+from fusellm.align.vocabulary_maps import mined_map, string_map
+from fusellm.tokens.encode import Encoder
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Blocks as one model reads them.
+
+    Attributes:
+        offsets: [B+1] where each block's tokens are; a block that could not be read has none.
+        ids: token ids, BOS and EOS included.
+        ends: their boundaries, in bytes from the block's beginning.
+    """
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def position_offsets(self) -> np.ndarray:
+        """[B+1] where each block's predicting positions are: all but each block's last."""
+        return offsets_of(np.maximum(np.diff(self.offsets) - 1, 0))
+
+    @property
+    def predicting(self) -> np.ndarray:
+        """[N] the token last read at each position: all but each block's last."""
+        last = self.offsets[1:][np.diff(self.offsets) > 0] - 1
+        return np.delete(np.arange(self.offsets[-1]), last)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Which source position belongs to each target position.
+
+    Attributes:
+        source: [N] its place within the block, -1 for none.
+        situations: [N] int8 of `Situation`, by boundaries, whatever the alignment.
+        first: [N] bool, positions left unaligned because only one of two tokenizers writes a
+            dummy space before the block.
+    """
+
+    source: np.ndarray
+    situations: np.ndarray
+    first: np.ndarray
+
+
+Advance = Callable[[int], None]
+"""Called with the number of source ids done since its last call."""
+
+Aligner = Callable[[Tokens, Tokens], Aligned]
+"""From the target's and the source's reading of the same blocks."""
+
+MakeAligner = Callable[[Encoder, Encoder, Translation], Aligner]
+"""From source, target and the map between them."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A token alignment and a vocabulary map; `as_authors` is the alignment of their own code."""
+
+    translate: Callable[[Encoder, Encoder, Advance | None], Translation]
+    aligner: MakeAligner
+    as_authors: MakeAligner | None = None
+
+
+def boundary_aligner(source: Encoder, target: Encoder, translation: Translation) -> Aligner:
+    """Positions that have read the same bytes (DESIGN: token alignment)."""
+    marks = source.vocabulary.space_mark or target.vocabulary.space_mark
+    from_start = same_tokenizer(source, target) or not marks
+
+    def align(theirs: Tokens, mine: Tokens) -> Aligned:
+        found, situations = align_shard(theirs.ends, theirs.offsets, mine.ends, mine.offsets)
+        first = np.zeros(len(found), dtype=np.bool_)
+        if not from_start:
+            first = (theirs.ends[theirs.predicting] == 0) & (found >= 0)
+            found[first], situations[first] = -1, Situation.UNALIGNED
+        return Aligned(found, situations, first)
+
+    return align
+
+
+def _dynamic(make: type[DynamicAligner]) -> MakeAligner:
+    """Tokens that the paper's dynamic programme pairs, and that are one under the map."""
+
+    def aligner(source: Encoder, target: Encoder, translation: Translation) -> Aligner:
+        programme = make(source, target, translation.outcome_of_source)
+
+        def align(theirs: Tokens, mine: Tokens) -> Aligned:
+            _, situations = align_shard(theirs.ends, theirs.offsets, mine.ends, mine.offsets)
+            found = [np.zeros(0, dtype=np.int64)]
+            for b in range(len(theirs.offsets) - 1):
+                target_ids = theirs.ids[theirs.offsets[b] : theirs.offsets[b + 1]]
+                source_ids = mine.ids[mine.offsets[b] : mine.offsets[b + 1]]
+                paired = programme.align(source_ids, target_ids)[:-1]
+                found.append(np.where(paired < len(source_ids) - 1, paired, -1))
+            whole = np.concatenate(found)
+            return Aligned(whole, situations, np.zeros(len(whole), dtype=np.bool_))
+
+        return align
+
+    return aligner
+
+
+def _classes(source: Encoder, target: Encoder, _: Advance | None) -> Translation:
+    return class_translation(source, target)
+
+
+def _first(source: Encoder, target: Encoder, _: Advance | None) -> Translation:
+    return first_translation(source, target)
+
+
+def _string(source: Encoder, target: Encoder, _: Advance | None) -> Translation:
+    return map_translation(string_map(source, target), target)
+
+
+def _mined(source: Encoder, target: Encoder, advance: Advance | None) -> Translation:
+    return map_translation(mined_map(source, target, advance), target)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "partition": Strategy(_classes, boundary_aligner),
+    "bytes": Strategy(_first, boundary_aligner),
+    # FuseLLM, section 3.3: minimum edit distance and exact match
+    "mined": Strategy(_mined, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
+    "em": Strategy(_string, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
+}

@@ -1,0 +1,160 @@
+"""Kept distributions carried through a vocabulary map: sparse in, sparse out.
+
+N source positions; R parts, each one source's distribution at one target position; M outcomes in
+all; U outcomes of a translation.
+"""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from fusellm.align.translation import Translation
+from fusellm.fusion.kept import Kept
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Distributions over outcomes.
+
+    Attributes:
+        lengths: [R] outcomes of each part.
+        outcomes: [M] int64.
+        masses: [M] float64.
+        rest: [R] float64, mass in none of them.
+    """
+
+    lengths: np.ndarray
+    outcomes: np.ndarray
+    masses: np.ndarray
+    rest: np.ndarray
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the map does to the distributions at some positions.
+
+    Attributes:
+        kept: [N] mass that the source kept.
+        carried: [N] mass of what of it has an outcome.
+        met: [N] entries whose outcome another entry of the position has too.
+    """
+
+    kept: np.ndarray
+    carried: np.ndarray
+    met: np.ndarray
+
+
+@numba.njit(cache=True)
+def _carry(
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    mass: np.ndarray,
+    tail: np.ndarray,
+    outcome_of_source: np.ndarray,
+    leftover: int,
+    first_only: bool,
+    seen_by: np.ndarray,
+    place_of: np.ndarray,
+    lengths: np.ndarray,
+    outcomes: np.ndarray,
+    masses: np.ndarray,
+    rest: np.ndarray,
+) -> int:
+    used = 0
+    for r in range(len(rows)):
+        row, begin = rows[r], used
+        rest[r] = tail[row]
+        for entry in range(offsets[row], offsets[row + 1]):
+            outcome = outcome_of_source[ids[entry]]
+            if outcome < 0:
+                outcome = leftover
+            if outcome < 0:
+                rest[r] += mass[entry]
+            elif seen_by[outcome] != r:
+                seen_by[outcome], place_of[outcome] = r, used
+                outcomes[used], masses[used] = outcome, mass[entry]
+                used += 1
+            elif first_only:
+                rest[r] += mass[entry]
+            else:
+                masses[place_of[outcome]] += mass[entry]
+        lengths[r] = used - begin
+    return used
+
+
+def carry(
+    kept: Kept, masses: np.ndarray, rows: np.ndarray, translation: Translation, first_only: bool
+) -> Carried:
+    """The distributions at `rows`, over the translation's outcomes.
+
+    Mass of ids that meet in an outcome is added. Mass without an outcome joins the rest, but for
+    draws where the outcomes have the same probability under both models: what no outcome takes is
+    then one more outcome, numbered U.
+
+    Args:
+        masses: [K] `kept.masses()`.
+        rows: [R] positions of `kept`, as often as wanted.
+        first_only: of ids that meet only the first keeps its mass (the authors' rule).
+    """
+    bound = int((kept.offsets[rows + 1] - kept.offsets[rows]).sum())
+    lengths, rest = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+    outcomes, found = np.zeros(bound, dtype=np.int64), np.zeros(bound)
+    whole = kept.sampled and translation.complete and translation.has_leftover
+    used = _carry(
+        rows,
+        kept.offsets,
+        kept.ids,
+        masses,
+        kept.tail,
+        translation.outcome_of_source,
+        translation.outcomes if whole else -1,
+        first_only,
+        np.full(translation.outcomes + 1, -1, dtype=np.int64),
+        np.zeros(translation.outcomes + 1, dtype=np.int64),
+        lengths,
+        outcomes,
+        found,
+        rest,
+    )
+    return Carried(lengths, outcomes[:used], found[:used], rest)
+
+
+@numba.njit(cache=True)
+def _losses(
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    mass: np.ndarray,
+    outcome_of_source: np.ndarray,
+    seen_by: np.ndarray,
+    kept: np.ndarray,
+    carried: np.ndarray,
+    met: np.ndarray,
+) -> None:
+    for r in range(len(rows)):
+        for entry in range(offsets[rows[r]], offsets[rows[r] + 1]):
+            outcome = outcome_of_source[ids[entry]]
+            kept[r] += mass[entry]
+            if outcome >= 0:
+                carried[r] += mass[entry]
+                met[r] += seen_by[outcome] == r
+                seen_by[outcome] = r
+
+
+def losses(kept: Kept, masses: np.ndarray, rows: np.ndarray, translation: Translation) -> Losses:
+    """What of the distributions at `rows` has an outcome, and how many ids meet in one."""
+    found = Losses(np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64))
+    _losses(
+        rows,
+        kept.offsets,
+        kept.ids,
+        masses,
+        translation.outcome_of_source,
+        np.full(translation.outcomes + 1, -1, dtype=np.int64),
+        found.kept,
+        found.carried,
+        found.met,
+    )
+    return found

@@ -1,0 +1,146 @@
+"""The recipe: one YAML file says everything about a run.
+
+Unknown keys are refused with the nearest known one, and every error gives its path in the file.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fusellm.config import Recipe
+from fusellm.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-5 is one, which YAML 1.1 reads as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        changes: `a.b=value` settings that go over the file's, values in YAML.
+
+    Raises:
+        RecipeError: the file is missing, not YAML, or not a recipe; every fault is named with its
+            path in the file.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise RecipeError(
+            f"there is no recipe {path}; `fusellm init {path}` writes a commented one"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path} is not YAML: {reason}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path} must be a mapping of keys to values, and is {type(raw).__name__}; "
+            "`fusellm init` writes an example"
+        )
+    for change in changes:
+        _apply(raw, change)
+    return check_recipe(raw, str(path))
+
+
+def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe that is already a mapping.
+
+    Raises:
+        RecipeError: with every fault and its path.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(_explain(fault) for fault in error.errors())
+        raise RecipeError(f"{where}: {faults}") from None
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return Recipe.model_json_schema(by_alias=True)
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    path, equals, text = change.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {change!r} must be KEY=VALUE, like fusion.lambda=0.7")
+    *parents, last = path.strip().split(".")
+    node: Any = raw
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+            continue
+        if isinstance(node, dict) and node.get(parent) is None:
+            node[parent] = {}
+        node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"--set {change!r}: {parent!r} is not a block of the recipe")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {change!r}: the value {text!r} is not YAML") from None
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise RecipeError(f"--set {change!r}: the list has {len(node)} entries, from 0")
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _explain(fault: Any) -> str:
+    steps, kind = list(fault["loc"]), None
+    if steps[:2] == ["corpus", "documents"] and len(steps) > 3:
+        kind = steps.pop(3)  # pydantic's tag of the union, which is not in the file
+    place = ".".join(str(step) for step in steps)
+    if fault["type"] == "extra_forbidden":
+        key = str(steps[-1])
+        known = _known_keys(steps[:-1], kind)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"
+        return f"unknown key {place}{hint}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    given = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
+    return f"{place}: {message}{given}" if place else message
+
+
+def _known_keys(steps: Sequence[Any], kind: str | None) -> list[str]:
+    """Keys of the block at `steps`; of a union's blocks, those of the one that has key `kind`."""
+    blocks: list[type[BaseModel]] = [Recipe]
+    for step in steps:
+        if isinstance(step, int):
+            continue
+        blocks = [
+            inner
+            for block in blocks
+            for name, field in block.model_fields.items()
+            if (field.alias or name) == step
+            for inner in _blocks_in(field.annotation)
+        ]
+    return [
+        field.alias or name
+        for block in blocks
+        if kind is None or kind in block.model_fields
+        for name, field in block.model_fields.items()
+    ]
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [block for part in get_args(annotation) for block in _blocks_in(part)]
