@@ -4,6 +4,7 @@ tokenizers, and a corpus of two domains. No network, no GPU."""
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -100,6 +101,15 @@ def save_mpt(folder: Path, texts: list[str], seed: int = 2) -> None:
     )
     MptForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSELLM_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import prose
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
+from fusellm.models.training_batches import RowsOfLikeLength
 from fusellm.pipeline import STAGES, Pipeline, removable, resolve_paths
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe

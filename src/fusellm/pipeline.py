@@ -21,6 +21,7 @@ from fusellm.stages.corpus.documents import files_of
 from fusellm.stages.report import write_report
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
+from fusellm.store.files import write_text
 from fusellm.store.manifest import (
     MANIFEST,
     Identity,
@@ -28,7 +29,6 @@ from fusellm.store.manifest import (
     check_identity,
     digest,
     set_aside,
-    write_text,
 )
 from fusellm.store.tables import shard_names
 from fusellm.tokens.encode import Encoder
@@ -91,9 +91,8 @@ class Pipeline:
                 f"{settings.model} has {rows} rows in its head and {len(encoder.vocabulary)} "
                 "tokens in its tokenizer; resize its embeddings, or give it its own tokenizer"
             )
-        backend = encoder.tokenizer.backend_tokenizer.to_str()
         special = [encoder.vocabulary.bos_id, encoder.vocabulary.eos_id]
-        return Reader(located, encoder, digest([backend, special]))
+        return Reader(located, encoder, digest([encoder.rules, special]))
 
     def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
         """Run stages, or go on with them; finished work is kept.
@@ -129,18 +128,17 @@ class Pipeline:
             write_report(self.run)
 
     def _parts(self) -> list[_Part]:
-        recipe, run = self.recipe, self.run
+        recipe = self.recipe
         parts = [_Part("corpus", "corpus", (), self._corpus_identity, self._run_corpus)]
         parts += [self._externalize_part(name) for name in self.readers]
         names = tuple(f"externalize/{name}" for name in self.readers)
-        encoders = {name: reader.encoder for name, reader in self.readers.items()}
         parts.append(
             _Part(
                 "fuse",
                 "fuse",
                 ("corpus", *names),
                 lambda: fuse.identity(recipe, {n: self._fingerprint(n) for n in names}),
-                lambda identity: fuse.run_fuse(recipe, run, identity, encoders, self._progress),
+                self._run_fuse,
             )
         )
         parts.append(self._train_part(train.FUSED, ("fuse",)))
@@ -195,6 +193,17 @@ class Pipeline:
                 )
 
         return _Part("externalize", f"externalize/{name}", ("corpus",), identity, run)
+
+    def _run_fuse(self, identity: Identity) -> None:
+        readers = self.readers.items()
+        fuse.run_fuse(
+            self.recipe,
+            self.run,
+            identity,
+            {name: reader.encoder for name, reader in readers},
+            {name: reader.tokenizer_fingerprint for name, reader in readers},
+            self._progress,
+        )
 
     def _train_part(self, which: str, after: tuple[str, ...]) -> _Part:
         target = self.readers[TARGET]

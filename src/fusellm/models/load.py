@@ -19,7 +19,8 @@ from transformers import (
 from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
 from fusellm.models.heads import check_head
-from fusellm.store.manifest import digest, file_digest
+from fusellm.store.files import file_digest
+from fusellm.store.manifest import digest
 
 ZOO = ("prose", "python", "cpp")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")

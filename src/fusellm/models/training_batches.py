@@ -3,6 +3,7 @@
 Both give the same blocks in the same order. B rows, T positions, N positions that predict.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fusellm.store.fused import open_fused, read_members
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
 
+_OPEN_ROWS = 256  # rows that packing may still add to
 _CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
 
 
@@ -36,16 +38,26 @@ class Rows(Dataset[list[dict[str, Any]]]):
         self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(self.lengths > 1)[0]]
 
     def pack(self, row_tokens: int, seed: int) -> "Rows":
-        """Put several blocks, in a seeded order, into rows of at most `row_tokens`."""
+        """Put several blocks, in a seeded order, into rows of at most `row_tokens`.
+
+        Each goes into the row, of those last begun, that it fills best. A longer block has a row
+        of its own.
+        """
         order = np.random.default_rng(seed).permutation([row[0] for row in self.rows])
         packed: list[list[int]] = []
-        room = 0
+        rooms: list[tuple[int, int]] = []  # (tokens of room, row), ascending
         for n in order.tolist():
-            if room < self.lengths[n]:
+            length = int(self.lengths[n])
+            place = bisect_left(rooms, (length, 0))
+            if place < len(rooms):
+                room, row = rooms.pop(place)
+            else:
+                room, row = row_tokens, len(packed)
                 packed.append([])
-                room = row_tokens
-            packed[-1].append(n)
-            room -= int(self.lengths[n])
+            packed[row].append(n)
+            insort(rooms, (room - length, row))
+            if len(rooms) > _OPEN_ROWS:
+                rooms.pop(0)
         self.rows = packed
         return self
 

@@ -78,7 +78,7 @@ def run_evaluate(
 
 def _twin(located: Located, encoder: Encoder) -> str:
     """Equal for models that must give equal results."""
-    rules = [encoder.tokenizer.backend_tokenizer.to_str(), encoder.vocabulary.bos_id]
+    rules = [encoder.rules, encoder.vocabulary.bos_id]
     return digest([located.fingerprint, located.settings.dtype, rules, encoder.vocabulary.eos_id])
 
 

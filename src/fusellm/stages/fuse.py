@@ -7,6 +7,7 @@ time.
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from fusellm.align.translation import Translation
 from fusellm.config import FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
 from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
-from fusellm.fusion.kept import Kept
 from fusellm.progress import Progress
 from fusellm.store.blocks import open_corpus
-from fusellm.store.externalized import TARGET, open_externalized
+from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
 from fusellm.store.fused import FUSED_SCHEMA, fused_folder, write_members
 from fusellm.store.manifest import Identity, StageFolder, StageWriter
 from fusellm.store.tables import Ragged, Shard, shard_names, write_table
+from fusellm.store.translations import cached_translation
 from fusellm.tokens.encode import Encoder
 
 COUNTS = "counts.json"
@@ -47,20 +48,24 @@ def run_fuse(
     run: Path,
     identity_: Identity,
     encoders: dict[str, Encoder],
+    fingerprints: dict[str, str],
     progress: Progress,
 ) -> None:
     """Write the fused distributions of a run.
 
     Args:
-        encoders: of the sources by name, and of the target as "target".
+        encoders, fingerprints: of the tokenizers of the sources by name, and of the target as
+            "target".
     """
     corpus, target = open_corpus(run), open_externalized(run, TARGET)
     sources = {source.name: open_externalized(run, source.name) for source in recipe.sources}
     with StageWriter.open(fused_folder(run), identity_) as folder:
         if folder.complete:
             return
-        translations = _translations(recipe, folder, encoders, progress)
-        aligners = _aligners(recipe.fusion, encoders, translations)
+        translations = translations_of(recipe, encoders, fingerprints, progress)
+        for name, translation in translations.items():
+            write_members(folder, name, *translation.members())
+        aligners = aligners_of(recipe.fusion, encoders, translations)
         names = shard_names(corpus, "train-")
         with progress.start("fusing", len(names), "shards") as bar:
             for name in names:
@@ -73,7 +78,7 @@ def run_fuse(
                         {s: Shard(source, name) for s, source in sources.items()},
                         translations,
                         aligners,
-                        _rules(recipe.fusion),
+                        rules_of(recipe.fusion),
                     )
                 bar.advance()
         summary = _summary(folder, list(sources))
@@ -81,7 +86,8 @@ def run_fuse(
         folder.finish({"blocks": sum(d["blocks"] for d in summary["domains"].values())})
 
 
-def _rules(settings: FusionSettings) -> Rules:
+def rules_of(settings: FusionSettings) -> Rules:
+    """How a recipe's distributions become one."""
     return Rules(
         FUNCTIONS[settings.function],
         settings.window_bytes if settings.granularity == "window" else None,
@@ -91,21 +97,31 @@ def _rules(settings: FusionSettings) -> Rules:
     )
 
 
-def _aligners(
+def aligners_of(
     settings: FusionSettings,
     encoders: dict[str, Encoder],
     translations: dict[str, Translation],
 ) -> dict[str, Aligner]:
+    """The token alignment of each source with the target, by the recipe's strategy."""
     strategy = STRATEGIES[settings.strategy]
     authors = strategy.as_authors if settings.compatibility == "paper" else None
     make = authors or strategy.aligner
     return {name: make(encoders[name], encoders[TARGET], t) for name, t in translations.items()}
 
 
-def _translations(
-    recipe: Recipe, folder: StageWriter, encoders: dict[str, Encoder], progress: Progress
+def translations_of(
+    recipe: Recipe,
+    encoders: dict[str, Encoder],
+    fingerprints: dict[str, str],
+    progress: Progress,
 ) -> dict[str, Translation]:
-    translate = STRATEGIES[recipe.fusion.strategy].translate
+    """The vocabulary map of each source, by the recipe's strategy.
+
+    Args:
+        encoders, fingerprints: as `run_fuse` takes them.
+    """
+    strategy = recipe.fusion.strategy
+    translate = STRATEGIES[strategy].translate
     sizes = {s.name: len(encoders[s.name].vocabulary) for s in recipe.sources}
     found = {}
     with progress.start("mapping vocabularies", sum(sizes.values()), "tokens") as bar:
@@ -117,8 +133,9 @@ def _translations(
                 done += count
                 bar.advance(count)
 
-            found[name] = translate(encoders[name], encoders[TARGET], advance)
-            write_members(folder, name, *found[name].members())
+            pair = fingerprints[name], fingerprints[TARGET]
+            make = partial(translate, encoders[name], encoders[TARGET], advance)
+            found[name] = cached_translation(strategy, *pair, make)
             bar.advance(size - done)
     return found
 
@@ -140,7 +157,7 @@ def _fuse_shard(
     )
     for blocks, mine, *theirs in batches:
         lengths = np.array([len(text.encode()) for text in blocks["text"]], dtype=np.int64)
-        tokens = _tokens(mine)
+        tokens = tokens_of(mine)
         readings = [
             _reading(columns, tokens, translations[source], aligners[source])
             for source, columns in zip(sources, theirs, strict=True)
@@ -151,26 +168,11 @@ def _fuse_shard(
     write_table(folder, name, _columns(written), FUSED_SCHEMA, tally.as_counts())
 
 
-def _tokens(columns: Mapping[str, Any]) -> Tokens:
-    """Tokens with boundaries: none of a block that could not be read."""
-    ids, ends = columns["ids"], columns["ends"]
-    there = np.repeat(columns["read"].astype(np.bool_), np.diff(ids.offsets))
-    return Tokens(ends.offsets, ids.values[there].astype(np.int64), ends.values.astype(np.int64))
-
-
 def _reading(
     columns: Mapping[str, Any], target: Tokens, translation: Translation, aligner: Aligner
 ) -> Reading:
-    tokens = _tokens(columns)
-    kept = Kept(
-        offsets_of(columns["kept"].values.astype(np.int64)),
-        columns["kept_ids"].values.astype(np.int64),
-        columns["log_probs"].values.astype(np.float32),
-        columns["counts"].values,
-        columns["tail"].values,
-        columns["true_log_prob"].values,
-    )
-    return Reading(tokens, kept, translation, aligner(target, tokens))
+    tokens = tokens_of(columns)
+    return Reading(tokens, kept_of(columns), translation, aligner(target, tokens))
 
 
 def _columns(

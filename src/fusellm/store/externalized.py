@@ -1,9 +1,15 @@
 """Distributions of the sources on disk, and the target's tokens, shard by shard of the corpus."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from fusellm.align.ragged import offsets_of
+from fusellm.align.strategies import Tokens
+from fusellm.fusion.kept import Kept
 from fusellm.store.manifest import StageFolder
 
 TARGET = "target"
@@ -41,4 +47,29 @@ def open_externalized(run: Path, name: str) -> StageFolder:
     """
     return StageFolder(externalized_folder(run, name)).require_complete(
         f"fusellm externalize {run}"
+    )
+
+
+def tokens_of(columns: Mapping[str, Any]) -> Tokens:
+    """Tokens with boundaries, of the blocks of a record batch.
+
+    A block that could not be read has none.
+
+    Args:
+        columns: as `Shard.batches` gives them.
+    """
+    ids, ends = columns["ids"], columns["ends"]
+    there = np.repeat(columns["read"].astype(np.bool_), np.diff(ids.offsets))
+    return Tokens(ends.offsets, ids.values[there].astype(np.int64), ends.values.astype(np.int64))
+
+
+def kept_of(columns: Mapping[str, Any]) -> Kept:
+    """A source's distributions at all positions that predict, of the blocks of a record batch."""
+    return Kept(
+        offsets_of(columns["kept"].values.astype(np.int64)),
+        columns["kept_ids"].values.astype(np.int64),
+        columns["log_probs"].values.astype(np.float32),
+        columns["counts"].values,
+        columns["tail"].values,
+        columns["true_log_prob"].values,
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fusellm.errors import IdentityError, StoreError
+from fusellm.store.files import file_digest, sync_files, sync_folder, write_text
 
 FORMAT = 0
 MANIFEST = "manifest.json"
@@ -35,12 +36,6 @@ def digest(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -274,7 +269,7 @@ class StageWriter(StageFolder):
                 "counts": dict(counts or {}),
             }
             temporary.replace(path)
-            _sync_folder(self.path)
+            sync_folder(self.path)
         self._manifest.shards[name] = record
         self._save()
 
@@ -367,31 +362,3 @@ def _disk_full_explained(path: Path, temporary: Path) -> Iterator[None]:
             f"the disk is full: {path} could not be written. Finished shards are kept; free some "
             "space and run the same command again"
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def sync_files(folder: Path) -> None:
-    """Have the files of a folder that a library wrote on disk before going on."""
-    for path in folder.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,11 +19,11 @@ from fusellm.stages.corpus.documents import (
     relative_names,
 )
 from fusellm.store.blocks import BLOCKS_SCHEMA, Block, corpus_folder
+from fusellm.store.files import file_digest
 from fusellm.store.manifest import (
     Identity,
     StageWriter,
     digest,
-    file_digest,
     software_versions,
 )
 from fusellm.store.tables import write_table

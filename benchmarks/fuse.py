@@ -1,0 +1,197 @@
+"""How fast the fuse stage is, and what bounds it.
+
+    python benchmarks/fuse.py [--quick] [--json] [--profile]
+
+The stage as a run calls it (read, align, carry, fuse, write) on a made store: the zoo's three
+tokenizers over the built-in corpus, two further sources, 10 kept a position with their tails
+(random masses on ids of which the true next one is one). No model is run.
+
+    tokens_per_second_per_core   the target's tokens over the stage's CPU seconds
+    memory_growth                peak memory of 4 times the corpus over that of it, above the start
+    share_…                      of the CPU seconds: read, align, carry, compare, write
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from fusellm.cli.console import Terminal
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Silent
+from fusellm.recipe_file import load_recipe
+from fusellm.stages import externalize, fuse
+from fusellm.store.blocks import open_corpus, read_shard
+from fusellm.store.externalized import SOURCE_SCHEMA, TARGET, externalized_folder
+from fusellm.store.manifest import Identity, StageWriter
+from fusellm.store.tables import Ragged, shard_names, write_table
+
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_KEPT = 10
+_PARTS = {
+    "read": ("batches", "_flat", "_tokens", "_kept"),
+    "align": ("align_shard", "align"),
+    "carry": ("_gather", "_counts_of"),
+    "compare": ("_compare",),
+    "write": ("write_table", "_columns"),
+}
+
+
+def _pipeline(run: Path, train_bytes: int) -> Pipeline:
+    changes = [
+        f"corpus.train_bytes={train_bytes}",
+        "corpus.validation_bytes=4000",
+        "corpus.held_out_bytes=4000",
+        "externalize.scheme=top",
+        f"externalize.k={_KEPT}",
+        "sources.0={name: python, model: zoo/python}",
+        "sources.1={name: cpp, model: zoo/cpp}",
+        "sources.2={name: spare, model: zoo/prose}",
+    ]
+    recipe = load_recipe(_DEMO, changes)
+    recipe = recipe.model_copy(update={"sources": recipe.sources[:2]})
+    return Pipeline(recipe, run, Terminal(Console(stderr=True)))
+
+
+def _made(pipeline: Pipeline, name: str) -> None:
+    """A store of random distributions in place of a model's."""
+    encoder, corpus = pipeline.readers[name].encoder, open_corpus(pipeline.run)
+    chance = np.random.default_rng(0)
+    with StageWriter.open(externalized_folder(pipeline.run, name), Identity("made", {}, {})) as out:
+        for shard in shard_names(corpus, "train-"):
+            blocks = read_shard(corpus, shard)
+            encoded = encoder.encode([b.text for b in blocks], [b.last for b in blocks])
+            tokens = externalize._token_columns(blocks, encoded)
+            lengths = np.array([max(len(block.ids) - 1, 0) for block in encoded])
+            positions = np.concatenate([[0], np.cumsum(lengths)])
+            count = int(positions[-1])
+            p = np.sort(chance.dirichlet(np.full(_KEPT + 1, 0.3), count), axis=1)[:, ::-1]
+            ids = chance.integers(3, len(encoder.vocabulary), (count, _KEPT))
+            ids[:, 0] = np.concatenate([block.ids[1:] for block in encoded])
+            kept = {
+                "kept": Ragged(positions, np.full(count, _KEPT)),
+                "kept_ids": Ragged(positions * _KEPT, ids.ravel()),
+                "log_probs": Ragged(positions * _KEPT, np.log(p[:, :_KEPT] + 1e-6).ravel()),
+                "counts": Ragged(positions * 0, np.zeros(0)),
+                "tail": Ragged(positions, p[:, _KEPT]),
+                "true_log_prob": Ragged(positions, np.log(p[:, 0] + 1e-6)),
+            }
+            write_table(out, shard, tokens | kept, SOURCE_SCHEMA)
+        out.finish({})
+
+
+def _fuse(pipeline: Pipeline) -> None:
+    readers = pipeline.readers.items()
+    fuse.run_fuse(
+        pipeline.recipe,
+        pipeline.run,
+        Identity("fuse", {}, {}),
+        {name: reader.encoder for name, reader in readers},
+        {name: reader.tokenizer_fingerprint for name, reader in readers},
+        Silent(),
+    )
+
+
+def measure(run: Path, train_bytes: int, profile: bool) -> dict[str, float]:
+    """Figures of one run of the stage; peak memory is this process'."""
+    pipeline = _pipeline(run, train_bytes)
+    pipeline.execute(["corpus", f"externalize/{TARGET}"])
+    for source in pipeline.recipe.sources:
+        _made(pipeline, source.name)
+    target = StageWriter(externalized_folder(run, TARGET))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _fuse_warm(run)
+    profiler = cProfile.Profile()
+    began = time.process_time()
+    if profile:
+        profiler.runcall(_fuse, pipeline)
+    else:
+        _fuse(pipeline)
+    seconds = time.process_time() - began
+    figures = {
+        "tokens": float(target.counts["tokens"]),
+        "seconds": seconds,
+        "tokens_per_second_per_core": target.counts["tokens"] / seconds,
+        "bytes_per_token": _size(run / "fuse") / target.counts["tokens"],
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "start_mb": before / 1024,
+    }
+    return figures | (_shares(profiler) if profile else {})
+
+
+def _fuse_warm(run: Path) -> None:
+    """Compile and map first: neither grows with the corpus."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = _pipeline(Path(folder), 4000)
+        small.execute(["corpus", f"externalize/{TARGET}"])
+        for source in small.recipe.sources:
+            _made(small, source.name)
+        _fuse(small)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("train-*.arrow"))
+
+
+def _shares(profiler: cProfile.Profile) -> dict[str, float]:
+    found = pstats.Stats(profiler)
+    rows = found.stats.items()  # type: ignore[attr-defined]
+    whole = found.total_tt  # type: ignore[attr-defined]
+    return {
+        f"share_{part}": sum(
+            row[3] for (file, _, name), row in rows if name in names and "fusellm" in file
+        )
+        / whole
+        for part, names in _PARTS.items()
+    }
+
+
+def _child(train_bytes: int, *flags: str) -> dict[str, float]:
+    """Measured in a process of its own, so that peaks do not mix."""
+    command = [sys.executable, __file__, "--bytes", str(train_bytes), "--json", *flags]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bytes", type=int, help="measure one corpus of so many bytes")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure(Path(folder), arguments.bytes, arguments.profile)
+    else:
+        size = 300_000 if arguments.quick else 1_500_000
+        small, large = _child(size), _child(4 * size)
+        profiled = _child(size, "--profile")
+        figures = {
+            "tokens_per_second_per_core": large["tokens_per_second_per_core"],
+            "memory_growth": large["peak_mb"] / small["peak_mb"],
+            "peak_mb": large["peak_mb"],
+            "bytes_per_token": large["bytes_per_token"],
+        } | {name: value for name, value in profiled.items() if name.startswith("share_")}
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:<30} {value:,.3f}")
+
+
+if __name__ == "__main__":
+    main()

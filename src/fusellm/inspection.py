@@ -1,0 +1,135 @@
+"""One block of a run, gathered from every store for people to look at: `fusellm inspect`.
+
+Nothing is written, and no model is loaded: tokenizers only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusellm.config import Recipe
+from fusellm.errors import StoreError
+from fusellm.fusion.fuse import Fused, Reading
+from fusellm.fusion.view import BlockView, Material, view_block
+from fusellm.progress import Progress
+from fusellm.stages.fuse import aligners_of, rules_of, translations_of
+from fusellm.store.blocks import Block, open_corpus
+from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
+from fusellm.store.fused import open_fused
+from fusellm.store.manifest import StageFolder
+from fusellm.store.tables import Ragged, Shard, shard_names
+from fusellm.tokens.encode import Encoder
+
+PART = "train"
+"""The part that sources read; validation and held_out are kept from them."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_block` found; `blocks` is how many the part has."""
+
+    block: Block
+    blocks: int
+    view: BlockView
+
+
+def inspect_block(
+    recipe: Recipe,
+    run: Path,
+    encoders: dict[str, Encoder],
+    fingerprints: dict[str, str],
+    number: int,
+    position: int | None,
+    progress: Progress,
+) -> Inspection:
+    """Gather one block of the part that sources read.
+
+    Args:
+        encoders, fingerprints: of the tokenizers of the sources by name, and of the target as
+            "target".
+        number: of the block, from 0.
+        position: as `view_block` takes it.
+
+    Raises:
+        StoreError: a stage is not finished, a tokenizer is not the one it was, or there is no
+            such block or position.
+    """
+    names = [source.name for source in recipe.sources]
+    corpus = open_corpus(run)  # of stages that are missing the first is the one to name
+    folders = {name: open_externalized(run, name) for name in (TARGET, *names)}
+    fused = open_fused(run)
+    for name, folder in folders.items():
+        if folder.identity.inputs["tokenizer"] != fingerprints[name]:
+            raise StoreError(
+                f"the tokenizer of {name!r} is not the one that {folder.path} was made with; put "
+                f"it back, or make the run anew: fusellm run {run} --redo"
+            )
+    shard, row, blocks = _place(corpus, number)
+    block = Block(*Shard(corpus, shard).block(row).values())
+    target = tokens_of(_one(folders[TARGET], shard, row))
+    positions = len(target.predicting)
+    if position is not None and not 0 <= position < positions:
+        numbers = f", from 0 to {positions - 1}" if positions else ""
+        raise StoreError(
+            f"there is no position {position}: block {number} has {positions:,}{numbers}"
+        )
+    translations = translations_of(recipe, encoders, fingerprints, progress)
+    aligners = aligners_of(recipe.fusion, encoders, translations)
+    readings = []
+    for name in names:
+        columns = _one(folders[name], shard, row)
+        tokens = tokens_of(columns)
+        aligned = aligners[name](target, tokens)
+        readings.append(Reading(tokens, kept_of(columns), translations[name], aligned))
+    material = Material(
+        len(block.text.encode()),
+        target,
+        encoders[TARGET],
+        names,
+        readings,
+        [encoders[name] for name in names],
+        _fused(Shard(fused, shard).block(row), positions),
+        rules_of(recipe.fusion),
+    )
+    return Inspection(block, blocks, view_block(material, position))
+
+
+def _place(corpus: StageFolder, number: int) -> tuple[str, int, int]:
+    """(shard, row, blocks of the part) of a block."""
+    sizes = {n: int(corpus.shards[n]["counts"]["blocks"]) for n in shard_names(corpus, f"{PART}-")}
+    blocks = sum(sizes.values())
+    if not 0 <= number < blocks:
+        raise StoreError(
+            f"there is no block {number}: the run's part {PART} has {blocks:,}, from 0 to "
+            f"{blocks - 1}"
+        )
+    row = number
+    for shard, size in sizes.items():
+        if row < size:
+            return shard, row, blocks
+        row -= size
+    raise AssertionError("a block within the part is in one of its shards")
+
+
+def _one(folder: StageFolder, shard: str, row: int) -> dict[str, Any]:
+    """One block's columns as a record batch has them."""
+    return {
+        name: Ragged(np.array([0, len(value)]), value)
+        if isinstance(value, np.ndarray)
+        else np.array([value])
+        for name, value in Shard(folder, shard).block(row).items()
+    }
+
+
+def _fused(columns: Mapping[str, Any], positions: int) -> Fused:
+    return Fused(
+        columns["parts"][:positions],  # a block that the target could not read has zeros
+        columns["source"],
+        columns["lengths"].astype(np.int64),
+        columns["outcomes"].astype(np.int64),
+        columns["masses"],
+        columns["rest"],
+    )

@@ -1,0 +1,74 @@
+"""Vocabulary maps kept between runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import worlds
+from fusellm.align.strategies import STRATEGIES
+from fusellm.align.translation import Translation
+from fusellm.store.translations import cache_folder, cached_translation
+
+
+def made_once(calls: list[str]) -> Translation:
+    calls.append("made")
+    pair = worlds.byte_bpe(), worlds.sentencepiece()
+    return STRATEGIES["partition"].translate(*pair, None)
+
+
+def equal(mine: Translation, theirs: Translation) -> bool:
+    return (
+        np.array_equal(mine.outcome_of_source, theirs.outcome_of_source)
+        and np.array_equal(mine.outcome_of_target, theirs.outcome_of_target)
+        and (mine.outcomes, mine.complete) == (theirs.outcomes, theirs.complete)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FUSELLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_map_is_made_once_for_a_pair_of_tokenizers(folder: Path) -> None:
+    calls: list[str] = []
+    first = cached_translation("partition", "a" * 64, "b" * 64, lambda: made_once(calls))
+    again = cached_translation("partition", "a" * 64, "b" * 64, lambda: made_once(calls))
+    assert equal(first, again)
+    assert calls == ["made"]
+    for other in [("bytes", "a", "b"), ("partition", "c", "b"), ("partition", "a", "c")]:
+        cached_translation(other[0], other[1] * 64, other[2] * 64, lambda: made_once(calls))
+    assert len(calls) == 4
+    assert len(list(folder.rglob("*"))) == 1 + 4  # the folder, and nothing half written
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_damaged_file_is_made_anew(folder: Path, damage: str) -> None:
+    calls: list[str] = []
+    first = cached_translation("partition", "a", "b", lambda: made_once(calls))
+    (path,) = (folder / "maps").iterdir()
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"no map"}[damage])
+    assert equal(cached_translation("partition", "a", "b", lambda: made_once(calls)), first)
+    assert equal(cached_translation("partition", "a", "b", lambda: made_once(calls)), first)
+    assert calls == ["made", "made"]
+
+
+def test_without_a_place_to_keep_it_a_map_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FUSELLM_CACHE", str(tmp_path / "file"))
+    calls: list[str] = []
+    for _ in range(2):
+        cached_translation("partition", "a", "b", lambda: made_once(calls))
+    assert calls == ["made", "made"]
+
+
+def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSELLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/fusellm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "fusellm"
