@@ -16,7 +16,7 @@ from fusellm.fusion.fuse import Fused, Reading
 from fusellm.fusion.view import BlockView, Material, view_block
 from fusellm.progress import Progress
 from fusellm.stages.fuse import aligners_of, rules_of, translations_of
-from fusellm.store.blocks import Block, open_corpus
+from fusellm.store.blocks import Block, open_corpus, read_shard
 from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
 from fusellm.store.fused import open_fused
 from fusellm.store.manifest import StageFolder
@@ -68,7 +68,7 @@ def inspect_block(
                 f"it back, or make the run anew: fusellm run {run} --redo"
             )
     shard, row, blocks = _place(corpus, number)
-    block = Block(*Shard(corpus, shard).block(row).values())
+    block = read_shard(corpus, shard)[row]
     target = tokens_of(_one(folders[TARGET], shard, row))
     positions = len(target.predicting)
     if position is not None and not 0 <= position < positions:

@@ -236,6 +236,47 @@ def _show_status(run: Path, as_json: bool) -> None:
     _stdout.print(table)
 
 
+@app.command("inspect")
+def inspect_command(
+    run: RunFolder,
+    block: Annotated[int, typer.Option("--block", metavar="N", help="Which block, from 0.")] = 0,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            "--position",
+            metavar="P",
+            help="Look closely at what comes after the target's token P, from 0; an instructive "
+            "one if not given.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show one block of a fused run: every model's tokens, and what became of a distribution.
+
+    The target's tokens stand over each source's, so that equal boundaries are in one column. Marks
+    say which source won at each of the target's positions and how it cuts what comes next. Below,
+    one position closely: what each source says, what that becomes in the target's tokens, and the
+    fused distribution. Blocks are those that sources read, the part train.
+
+    Example: `fusellm inspect runs/demo --block 40`, then `--position 12` for the one numbered 12.
+    """
+    from fusellm.cli.inspect import show
+    from fusellm.inspection import inspect_block
+
+    pipeline = _pipeline(run, None, _NO_CHANGES)
+    readers = pipeline.readers.items()
+    found = inspect_block(
+        pipeline.recipe,
+        pipeline.run,
+        {name: reader.encoder for name, reader in readers},
+        {name: reader.tokenizer_fingerprint for name, reader in readers},
+        block,
+        position,
+        Terminal(_stderr),
+    )
+    show(str(pipeline.run), pipeline.recipe, found, as_json, _stdout)
+
+
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("my-run.yaml"),
