@@ -194,16 +194,16 @@ def _rows(
 @torch.no_grad()
 def continuations(source: Model, ids: np.ndarray, count: int, steps: int) -> list[list[int]]:
     """Sampled token ids after a prefix."""
-    prefix = torch.from_numpy(ids)[None]
-    rows = prefix.expand(count, -1)
-    for _ in range(steps):
-        window = rows[:, -256:]
-        hidden = last_hidden(source.network, input_ids=window)[:, -1]
-        rows = torch.cat(
-            [rows, torch.multinomial(torch.softmax(head_of(source.network).logits(hidden), -1), 1)],
-            dim=1,
-        )
-    return rows[:, len(ids) :].tolist()
+    found = source.network(torch.from_numpy(ids)[None], use_cache=True)
+    cache, logits = found.past_key_values, found.logits[:, -1].expand(count, -1)
+    cache.batch_repeat_interleave(count)
+    drawn = []
+    for step in range(steps):
+        drawn.append(torch.multinomial(torch.softmax(logits, -1), 1))
+        if step < steps - 1:
+            found = source.network(drawn[-1], past_key_values=cache, use_cache=True)
+            logits = found.logits[:, -1]
+    return torch.cat(drawn, dim=1).tolist()
 
 
 def truth(

@@ -253,6 +253,13 @@ def test_every_fault_is_named() -> None:
     assert "unknown key fuson; did you mean fusion?" in fault
 
 
+def test_an_empty_block_is_its_defaults() -> None:
+    assert check_recipe(raw() | {"fusion": None, "training": None}, "here") == check_recipe(
+        raw(), "here"
+    )
+    assert fault_of(raw() | {"corpus": None}) == "corpus is missing"
+
+
 def test_two_sources_of_one_name_are_refused() -> None:
     same = [{"name": "twin", "model": model} for model in ("zoo/prose", "zoo/cpp")]
     assert "two are named 'twin'" in fault_of(raw(sources=same))

@@ -18,8 +18,8 @@ from fusellm.progress import Progress
 from fusellm.stages.fuse import aligners_of, rules_of, translations_of
 from fusellm.store.blocks import Block, open_corpus, read_shard
 from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
-from fusellm.store.fused import open_fused
-from fusellm.store.manifest import StageFolder
+from fusellm.store.fused import fused_folder, open_fused
+from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Ragged, Shard, shard_names
 from fusellm.tokens.encode import Encoder
 
@@ -58,9 +58,10 @@ def inspect_block(
             such block or position.
     """
     names = [source.name for source in recipe.sources]
-    corpus = open_corpus(run)  # of stages that are missing the first is the one to name
+    if not (fused_folder(run) / MANIFEST).exists():
+        raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
+    fused, corpus = open_fused(run), open_corpus(run)
     folders = {name: open_externalized(run, name) for name in (TARGET, *names)}
-    fused = open_fused(run)
     for name, folder in folders.items():
         if folder.identity.inputs["tokenizer"] != fingerprints[name]:
             raise StoreError(

@@ -62,8 +62,9 @@ def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     Raises:
         RecipeError: with every fault and its path.
     """
+    given = {key: value for key, value in raw.items() if value is not None}  # `fusion:` and no more
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(given)
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors())
         raise RecipeError(f"{where}: {faults}") from None

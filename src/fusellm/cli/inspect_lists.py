@@ -68,9 +68,9 @@ def outcome_label(tokens: Sequence[str], room: int, first: str | None = None) ->
         first: the one to show next, where it is among them.
 
     >>> outcome_label([" re", " rep", " red"], 40), outcome_label(["x"], 9)
-    ('{·re, ·rep, ·red}', 'x')
-    >>> outcome_label([" re", " rep", " repl", " reply"], 20, " reply")
-    '{·re, ·reply, … +2}'
+    ('{·re ·rep ·red}', 'x')
+    >>> outcome_label([" re", " rep", " repl", " reply"], 17, " reply")
+    '{·re ·reply … +2}'
     """
     ordered = list(tokens[:1])
     ordered += [first] if first in tokens[1:] and first is not None else []
@@ -79,9 +79,9 @@ def outcome_label(tokens: Sequence[str], room: int, first: str | None = None) ->
         return _fit(visible(ordered[0]) if ordered else "nothing", room)
     label = ""
     for count in range(1, len(ordered) + 1):
-        inside = ", ".join(visible(token) for token in ordered[:count])
+        inside = " ".join(visible(token) for token in ordered[:count])  # tokens' own are shown ·
         more = len(ordered) - count
-        longer = "{" + inside + (f", … +{more:,}" if more else "") + "}"
+        longer = "{" + inside + (f" … +{more:,}" if more else "") + "}"
         if label and cell_len(longer) > room:
             break
         label = longer
@@ -109,11 +109,21 @@ class _Label:
         return Measurement(6, options.max_width)
 
 
-class _Rows:
-    """A table of one distribution, row by row."""
+class _List:
+    """Distributions row by row, under heads."""
 
-    def __init__(self, table: Table, style: str) -> None:
-        self._table, self._style = table, style
+    def __init__(self) -> None:
+        self._parts: list[Text | Table] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
+        yield from self._parts
+
+    def head(self, said: str, style: str) -> None:
+        """Begin a distribution, with bars of this style."""
+        self._style = style
+        self._table = _table()
+        gap = "\n" if self._parts else ""
+        self._parts += [Text(gap + said, "bold italic"), self._table]
 
     def entry(self, mark: str, label: Text | _Label, probability: float, style: str = "") -> None:
         true = mark.startswith(_TRUE)
@@ -128,11 +138,9 @@ class _Rows:
         """Mass that belongs to no single row."""
         self.entry("", Text(said, "dim italic"), probability, "dim")
 
-    def head(self, said: str) -> None:
-        self._table.add_row("", Text(said, "bold italic"), "", "")
-
-    def gap(self) -> None:
-        self._table.add_row("", "", "", "")
+    def absent(self, said: str) -> None:
+        """Where the true next token would stand."""
+        self._table.add_row(Text(_TRUE, "bold"), Text(said, "italic"), "", "")
 
 
 def _table() -> Table:
@@ -144,12 +152,11 @@ def _table() -> Table:
     return table
 
 
-def kept_list(before: "Before", at: "At", sampled: bool, sign: str, style: str) -> Table:
+def kept_list(before: "Before", at: "At", sampled: bool, style: str) -> _List:
     """A source's distribution: what it kept, and what that becomes, told by numbers."""
-    table = _table()
-    rows = _Rows(table, style)
+    rows = _List()
     rank = {outcome.number: n for n, outcome in enumerate(before.becomes, start=1)}
-    rows.head(f"kept: {_count(len(before.kept), 'token')} of its own")
+    rows.head(f"kept: {_count(len(before.kept), 'token')} of its own", style)
     for entry in before.kept[:_KEPT_ROWS]:
         true = entry.outcome is not None and entry.outcome == before.true_outcome
         place = "–" if entry.outcome is None else str(rank.get(entry.outcome, ""))
@@ -159,37 +166,36 @@ def kept_list(before: "Before", at: "At", sampled: bool, sign: str, style: str) 
         rows.aside(f"{len(rest):,} more", sum(entry.probability for entry in rest))
     if not sampled:
         rows.aside("not kept", before.tail)
-    rows.gap()
-    rows.head(f"becomes: {_count(len(before.becomes), 'outcome')}")
-    _outcomes(rows, before.becomes, at.next_spelled, _OUTCOME_ROWS)
+    if [entry.spelled for entry in before.kept] == ["".join(o.spelled) for o in before.becomes]:
+        rows.head("becomes: the same tokens", style)
+    else:
+        rows.head(f"becomes: {_count(len(before.becomes), 'outcome')}", style)
+        _outcomes(rows, before.becomes, at.next_spelled, _OUTCOME_ROWS)
     if before.nowhere > 0.0005:
         rows.aside("– becomes nothing", before.nowhere)
     if not any(outcome.true for outcome in before.becomes):
         why = "not drawn" if sampled else "not kept"
         why = "no outcome" if before.true_outcome is None else why
-        rows.entry(_TRUE, Text(f"{visible(at.next_spelled)}: {why}", "dim italic"), 0.0, "dim")
-    return table
+        rows.absent(f"{visible(at.next_spelled)}: {why}")
+    return rows
 
 
-def fused_list(at: "At", names: Sequence[str]) -> Table:
+def fused_list(at: "At", names: Sequence[str]) -> _List:
     """The fused distribution, a source's part after another's."""
-    table = _table()
+    rows = _List()
     shown = _KEPT_ROWS if len(at.fused) == 1 else _SHARE_ROWS
-    for n, share in enumerate(at.fused):
-        rows = _Rows(table, source_style(share.source))
-        if n:
-            rows.gap()
+    for share in at.fused:
         who = f"{source_letter(share.source)} {names[share.source]}"
-        rows.head(f"of {who}, weight {share.weight:.2f}")
+        rows.head(f"of {who}, weight {share.weight:.2f}", source_style(share.source))
         _outcomes(rows, share.outcomes, at.next_spelled, shown)
         if share.rest > 0.0005:
             rows.aside("in no outcome", share.rest)
     if not any(outcome.true for share in at.fused for outcome in share.outcomes):
-        _Rows(table, "").entry(_TRUE, Text("none has the true token", "dim italic"), 0.0, "dim")
-    return table
+        rows.absent(f"{visible(at.next_spelled)}: in none of these")
+    return rows
 
 
-def _outcomes(rows: _Rows, outcomes: Sequence["Outcome"], true: str, most: int) -> None:
+def _outcomes(rows: _List, outcomes: Sequence["Outcome"], true: str, most: int) -> None:
     """The first of them, and the true next token's wherever it stands."""
     shown = [n for n, outcome in enumerate(outcomes) if n < most or outcome.true]
     for n in shown:

@@ -4,6 +4,7 @@ Colour says nothing here that a letter, a sign or a frame does not say too.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -32,7 +33,8 @@ _NOBODY = "–"
 _CHOSEN = "▼"
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LABEL_WIDTH = 14
-_PANEL_WIDTH = 36
+_DIM = (SEPARATOR, GOES_ON, *visible(" \n\t"))
+_PANEL_WIDTH = 35
 _TAIL_BYTES = 40
 
 
@@ -49,42 +51,50 @@ def screen(run: str, recipe: "Recipe", found: "Inspection") -> Iterator[Renderab
         return
     yield _read_so_far(found)
     yield _Panels(recipe, view)
+    elsewhere = f"Look elsewhere: --position 0 to {view.positions - 1}"
+    yield Text(f"{elsewhere}, --block 0 to {found.blocks - 1}", "dim")
 
 
-def _head(run: str, recipe: "Recipe", found: "Inspection") -> Text:
+def _head(run: str, recipe: "Recipe", found: "Inspection") -> Table:
     block, fusion, kept = found.block, recipe.fusion, recipe.externalize
     over = f"a window of {fusion.window_bytes} bytes to each side"
     over = over if fusion.granularity == "window" else "the whole block"
     scheme = f"{kept.draws} draws" if kept.scheme == "sampled" else f"top {kept.k}"
     paper = ", as the authors" if fusion.compatibility == "paper" else ""
-    return Text.assemble(
-        "\n",
-        (f"Block {block.number}", "bold"),
-        f" of {found.blocks:,}, from 0, in {run}\n",
-        ("document  ", "dim"),
-        f"{visible(block.document)}  ",
-        (f"{block.domain}, {len(block.text.encode()):,} bytes\n", "dim"),
-        ("recipe    ", "dim"),
-        f"strategy {fusion.strategy}{paper}; function {fusion.function} over {over}; ",
-        f"{scheme} kept at each position\n",
-    )
+    said = {
+        "block": Text.assemble((str(block.number), "bold"), f" of {found.blocks:,}, from 0"),
+        "run": Text(run),
+        "document": Text(visible(block.document)),
+        "domain": Text(f"{visible(block.domain)}, {len(block.text.encode()):,} bytes"),
+        "strategy": Text(f"{fusion.strategy}{paper}"),
+        "function": Text(f"{fusion.function}, sources compared over {over}"),
+        "kept": Text(f"{scheme} at each position"),
+    }
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="dim", no_wrap=True)
+    head.add_column(overflow="fold")
+    head.add_row()
+    for name, value in said.items():
+        head.add_row(name, value)
+    return head
 
 
 def _sources(view: "BlockView") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("source", no_wrap=True, max_width=_LABEL_WIDTH)
     for name in ("tokens", *SITUATIONS):
         sign, style, _ = SITUATIONS.get(name, ("", "", ""))
-        table.add_column(f"{name} {sign}".strip(), justify="right", header_style=style)
-    table.add_column("wins", justify="right")
-    table.add_column("bits a byte", justify="right")
+        table.add_column(f"{name}\n{sign}", justify="right", header_style=style, no_wrap=True)
+    table.add_column("wins", justify="right", no_wrap=True)
+    table.add_column("bits\na byte", justify="right", no_wrap=True)
     for s, source in enumerate(view.sources):
-        counts = [0] * len(SITUATIONS) if source.tokens.read else []
-        for situation in source.situations if counts else ():
-            counts[list(SITUATIONS).index(situation.name.lower())] += 1
+        named = [situation.name.lower() for situation in source.situations]
+        counts = [str(named.count(name)) for name in SITUATIONS]
+        row = [str(len(source.tokens.ids)), *counts]
+        if not source.tokens.read:
+            row = ["left out", *["–"] * len(SITUATIONS)]
         share = sum(source.weights)
         bits = "–" if source.bits_per_byte is None else f"{source.bits_per_byte:.3f}"
-        row = [str(len(source.tokens.ids)), *map(str, counts or ["–"] * len(SITUATIONS))]
         table.add_row(_label(s, source), *row, f"{share:.4g}", bits)
     table.add_row(Text("target", "bold"), str(len(view.target.ids)), *[""] * 7)
     return table
@@ -136,8 +146,8 @@ class _Bands:
                 yield self._line(Text("position", "dim"), self._ruler(inside, width))
             yield self._line(self._labels[0], _cells(drawn, drawn.rows[0], first, after, "bold"))
             if inside:
-                for label, marks in self._marks(inside, width):
-                    yield self._line(Text(label, "dim"), marks)
+                for said, marks in self._marks(inside):
+                    yield self._line(Text(said, "dim"), marks)
             for label, row in zip(self._labels[1:], drawn.rows[1:], strict=True):
                 yield self._line(label, _cells(drawn, row, first, after, ""))
             yield Text()
@@ -158,12 +168,15 @@ class _Bands:
         shown = {}
         for n in sorted(inside, key=lambda n: (n != chosen, n)):
             first, after = inside[n], inside[n] + len(numbers[n])
+            if n == chosen and after > width:  # at a line's end it points from the other side
+                first, after = inside[n] + 1 - len(numbers[n]), inside[n] + 1
+                numbers[n] = f"{n}{_CHOSEN}"
             if after <= width and not any(taken[max(first - 1, 0) : after + 1]):
                 taken[first:after] = [True] * (after - first)
                 shown[first] = (numbers[n], "bold reverse" if n == chosen else "dim")
         return _placed(shown)
 
-    def _marks(self, inside: dict[int, int], width: int) -> Iterator[tuple[str, Text]]:
+    def _marks(self, inside: dict[int, int]) -> Iterator[tuple[str, Text]]:
         view = self._view
         wins, cuts = {}, {}
         for n, column in inside.items():
@@ -184,7 +197,7 @@ class _Bands:
                 for n, column in inside.items()
                 if source.weights[n] > 0
             }
-            yield f"share of {source_letter(s)}", _placed(levels)
+            yield f"share {source_letter(s)}", _placed(levels)
 
 
 def shares_are_split(view: "BlockView") -> bool:
@@ -211,15 +224,16 @@ def _placed(marks: dict[int, tuple[str, str]]) -> Text:
 
 def _cells(drawn: Grid, row: GridRow, first: int, after: int, style: str) -> Text:
     columns = set(drawn.boundaries.values())
+    edges = {first} if first > 0 else set()
+    edges |= {after - 1} if after < drawn.width else set()
+    # A gap at the edge of a line says that the token goes on in the next.
+    shown = [
+        GOES_ON if row.cells[column] == " " and column in edges & columns else row.cells[column]
+        for column in range(first, after)
+    ]
     text = Text()
-    for column in range(first, after):
-        cell, own = row.cells[column], style
-        at_edge = (column == first and first > 0) or (column + 1 == after and after < drawn.width)
-        if cell == " " and at_edge and column in columns:
-            cell = GOES_ON
-        if cell in (SEPARATOR, GOES_ON, "·", "⏎", "→"):
-            own = "dim"
-        text.append(cell, own)
+    for is_dim, run in groupby(shown, key=lambda cell: cell in _DIM):
+        text.append("".join(run), "dim" if is_dim else style)
     return text
 
 
@@ -234,7 +248,7 @@ def _legend(view: "BlockView") -> Table:
     legend.add_row(Text("position", "dim"), Text(numbers))
     legend.add_row(Text("wins", "dim"), who)
     if shares_are_split(view):
-        legend.add_row(Text("share of", "dim"), Text("the taller, the larger its weight"))
+        legend.add_row(Text("share", "dim"), Text("the taller, the larger its weight"))
     for n, (name, (sign, style, meaning)) in enumerate(SITUATIONS.items()):
         row = Text.assemble((f"{sign} {name}", style), f"  {meaning}")
         legend.add_row(Text("cut" if n == 0 else "", "dim"), row)
@@ -259,7 +273,7 @@ def _read_so_far(found: "Inspection") -> Text:
         f"{before}{visible(tail)}" if tail else "nothing yet",
         ("\ncomes next ", "dim"),
         (f"{SEPARATOR}{visible(at.next_spelled)}{SEPARATOR}", "bold"),
-        ("  marked ✓ below\n", "dim"),
+        ("  marked ✓ below; equal numbers tie a token to what it becomes\n", "dim"),
     )
     read.overflow = "fold"
     return read
@@ -298,13 +312,14 @@ class _Panels:
         if not source.tokens.read:
             body = Text("could not read this block", "yellow")
         elif before is None:
-            why = "has not read exactly this text: its boundary here is another"
+            why = "not aligned: no position of it has read exactly this text"
+            if at.read_bytes in source.tokens.ends[:-1]:
+                why = "not aligned, though it has read this text"
             if weight > 0:
                 why = "not aligned: by the authors' rule all mass is on the token just read"
-            body = Text(why, "dim")
+            body = Text(why)
         else:
-            situation = source.situations[at.position].name.lower()
-            body = Group(self._why(s), kept_list(before, at, sampled, *SITUATIONS[situation][:2]))
+            body = Group(self._why(s), kept_list(before, at, sampled, source_style(s)))
         return Panel(
             body,
             title=title,
@@ -329,7 +344,7 @@ class _Panels:
             (f"{sign} {situation}", style),
             ": next it reads ",
             (f"{SEPARATOR}{following}{SEPARATOR}\n", "bold"),
-            (f"{source.cross_entropy[at.position]:.3f} {unit} {where}", ""),
+            f"{source.cross_entropy[at.position]:.3f} {unit} {where}\n",
         )
 
     def _fused(self) -> Panel:
@@ -340,5 +355,5 @@ class _Panels:
             body = fused_list(at, [source.name for source in self._view.sources])
         else:
             body = Text("no source is aligned: the target learns from the text alone here", "dim")
-        title = Text(" fused: what the target trains on ", "bold")
+        title = Text(" fused: to be learned ", "bold")
         return Panel(body, title=title, title_align="left", box=box.DOUBLE)

@@ -239,7 +239,7 @@ def _show_status(run: Path, as_json: bool) -> None:
 @app.command("inspect")
 def inspect_command(
     run: RunFolder,
-    block: Annotated[int, typer.Option("--block", metavar="N", help="Which block, from 0.")] = 0,
+    block: Annotated[int, typer.Option("--block", metavar="N", help="Which block, from 0.")],
     position: Annotated[
         int | None,
         typer.Option(
@@ -249,6 +249,7 @@ def inspect_command(
             "one if not given.",
         ),
     ] = None,
+    part: Annotated[str, typer.Option("--part", help="Sources read train only.")] = "train",
     as_json: Json = False,
 ) -> None:
     """Show one block of a fused run: every model's tokens, and what became of a distribution.
@@ -256,13 +257,21 @@ def inspect_command(
     The target's tokens stand over each source's, so that equal boundaries are in one column. Marks
     say which source won at each of the target's positions and how it cuts what comes next. Below,
     one position closely: what each source says, what that becomes in the target's tokens, and the
-    fused distribution. Blocks are those that sources read, the part train.
+    fused distribution.
 
-    Example: `fusellm inspect runs/demo --block 40`, then `--position 12` for the one numbered 12.
+    Example: `fusellm inspect runs/demo --block 40`, then with `--position 12` for the position
+    that is numbered 12.
     """
     from fusellm.cli.inspect import show
-    from fusellm.inspection import inspect_block
+    from fusellm.inspection import PART, inspect_block
 
+    if not run.is_dir():
+        raise StoreError(f"{run} is not a run: there is no such folder; give the folder of a run")
+    if part != PART:
+        raise StoreError(
+            f"--part {part} has no distributions: sources read the part {PART} only; leave --part "
+            "away"
+        )
     pipeline = _pipeline(run, None, _NO_CHANGES)
     readers = pipeline.readers.items()
     found = inspect_block(

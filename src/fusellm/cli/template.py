@@ -43,15 +43,15 @@ externalize:
 
 # How aligned distributions become one.
 fusion:
-  strategy: partition         # or bytes
-  function: mince
+  strategy: partition         # or bytes; or mined, em: the paper's
+  function: mince             # or avgce with beta, avgce_paper, uniform
   granularity: window         # or block, as in the paper
   lambda: 0.5                 # weight of the plain language-model loss
 
 # Any name of transformers' TrainingArguments may stand here.
 training:
   learning_rate: 1.0e-3
-  per_device_train_batch_size: 16
+  per_device_train_batch_size: 16   # rows; rows: packed puts several blocks in one
   clm_baseline: true          # train with lambda 1 too, for comparison
 
 evaluation:

@@ -12,6 +12,7 @@ import numpy as np
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 
 MEAN = "mean"
+_WEIGHTS_AT_ONCE = 1 << 22
 _PERCENTILES = (2.5, 97.5)
 
 
@@ -67,11 +68,13 @@ def records(
         chosen = np.nonzero((labels == domain) & (scores.scored_bytes > 0))[0]
         sizes[domain] = len(chosen)
         rng = np.random.default_rng([seed, place])
-        weights = rng.multinomial(len(chosen), np.full(len(chosen), 1 / len(chosen)), resamplings)
         scored = scores.scored_bytes[chosen].astype(np.float64)
-        for model, nats in scores.nats.items():
-            point[model][domain] = float(nats[chosen].sum() / scored.sum() / NATS_PER_BIT)
-            drawn[model][domain] = (weights @ nats[chosen]) / (weights @ scored) / NATS_PER_BIT
+        columns = np.stack([scored, *(nats[chosen] for nats in scores.nats.values())], axis=1)
+        sums = _resampled_sums(columns, resamplings, rng)
+        for n, model in enumerate(scores.nats, start=1):
+            whole = columns[:, n].sum() / columns[:, 0].sum() / NATS_PER_BIT
+            point[model][domain] = float(whole)
+            drawn[model][domain] = sums[:, n] / sums[:, 0] / NATS_PER_BIT
     sizes[MEAN] = sum(sizes.values())
     for model in scores.nats:
         point[model][MEAN] = float(np.mean([point[model][domain] for domain in names]))
@@ -93,3 +96,16 @@ def records(
         for model, tasks in point.items()
         for task, value in tasks.items()
     ]
+
+
+def _resampled_sums(columns: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
+    """[resamplings, C] sums of the rows of `columns` [D, C], D drawn with replacement each time."""
+    documents = len(columns)
+    chances = np.full(documents, 1 / documents)
+    at_once = max(1, _WEIGHTS_AT_ONCE // documents)
+    return np.concatenate(
+        [
+            rng.multinomial(documents, chances, min(at_once, resamplings - start)) @ columns
+            for start in range(0, resamplings, at_once)
+        ]
+    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fusellm.align.positions import Situation
+from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import Tokens
 from fusellm.align.translation import Translation
 from fusellm.fusion.carry import carry
@@ -190,9 +191,9 @@ def view_block(material: Material, position: int | None) -> BlockView:
     """See a block from every side.
 
     Args:
-        position: to look at closely, from 0 to N - 1; None takes an instructive one: the first
-            where the winner cuts what follows otherwise, else the first with a fused
-            distribution, else the first.
+        position: to look at closely, from 0 to N - 1; None takes an instructive one with a fused
+            distribution: where the winner cuts what follows otherwise, then where the true next
+            token is among its outcomes, then where most sources are aligned; the first of these.
     """
     weights = _weights(material)
     cross_entropy, bits_per_byte = _cross_entropies(material)
@@ -211,7 +212,7 @@ def view_block(material: Material, position: int | None) -> BlockView:
         )
     )
     view = BlockView(_read(material.target, material.encoder), sources, None)
-    chosen = _instructive(view) if position is None else position
+    chosen = _instructive(material, view) if position is None else position
     if chosen is None:
         return view
     at = At(
@@ -224,12 +225,29 @@ def view_block(material: Material, position: int | None) -> BlockView:
     return replace(view, at=at)
 
 
-def _instructive(found: BlockView) -> int | None:
-    won = [(n, w) for n in range(found.positions) if (w := found.winner(n)) is not None]
-    plain = (Situation.SAME, Situation.UNALIGNED)
-    cut_otherwise = [n for n, w in won if found.sources[w].situations[n] not in plain]
-    every = range(found.positions)
-    return next(iter([*cut_otherwise, *(n for n, _ in won), *every]), None)
+def _instructive(material: Material, view: BlockView) -> int | None:
+    def worth(n: int) -> tuple[bool, bool, int]:
+        winner = view.winner(n)
+        assert winner is not None
+        situation = view.sources[winner].situations[n]
+        otherwise = situation not in (Situation.SAME, Situation.UNALIGNED)
+        aligned = sum(source.positions[n] >= 0 for source in view.sources)
+        return otherwise, _has_true(material, n), aligned
+
+    won = [n for n in range(view.positions) if view.winner(n) is not None]
+    return max(won, key=worth) if won else (0 if view.positions else None)
+
+
+def _has_true(material: Material, position: int) -> bool:
+    """Whether the true next token is in an outcome of the fused distribution."""
+    fused, true_id = material.fused, int(material.target.ids[position + 1])
+    first = int(fused.parts[:position].sum())
+    starts = offsets_of(fused.lengths)
+    for part in range(first, first + int(fused.parts[position])):
+        true = _outcome_of(material.readings[int(fused.source[part])].translation, true_id)
+        if true in fused.outcomes[starts[part] : starts[part + 1]]:
+            return True
+    return False
 
 
 def _read(tokens: Tokens, encoder: Encoder) -> Read:
@@ -239,10 +257,10 @@ def _read(tokens: Tokens, encoder: Encoder) -> Read:
 
 
 def _spelled(encoder: Encoder, id_: int) -> str:
-    """A token as text: its bytes, or for a special token what its tokenizer writes for it."""
+    """A token as text: its bytes, or for a special or byte token what its tokenizer writes."""
     known = encoder.vocabulary.token_bytes
     token = known[id_] if id_ < len(known) else None
-    if token is not None:
+    if token is not None and not encoder.vocabulary.is_fallback[id_]:
         return token.decode("utf-8", "backslashreplace")
     written = encoder.tokenizer.convert_ids_to_tokens([id_])[0] if id_ < len(known) else None
     return str(written) if written is not None else f"<id {id_}>"
@@ -317,11 +335,11 @@ def _before(material: Material, s: int, position: int) -> Before | None:
 def _shares(material: Material, weights: np.ndarray, position: int) -> tuple[Share, ...]:
     fused = material.fused
     first = int(fused.parts[:position].sum())
+    starts = offsets_of(fused.lengths)
     true_id = int(material.target.ids[position + 1])
     found = []
     for part in range(first, first + int(fused.parts[position])):
-        start = int(fused.lengths[:part].sum())
-        rows = slice(start, start + int(fused.lengths[part]))
+        rows = slice(starts[part], starts[part + 1])
         source = int(fused.source[part])
         translation = material.readings[source].translation
         outcomes = _outcomes(
