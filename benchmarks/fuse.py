@@ -38,7 +38,7 @@ from fusellm.store.tables import Ragged, shard_names, write_table
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 _KEPT = 10
 _PARTS = {
-    "read": ("batches", "_flat", "_tokens", "_kept"),
+    "read": ("batches", "_flat", "tokens_of", "kept_of"),
     "align": ("align_shard", "align"),
     "carry": ("_gather", "_counts_of"),
     "compare": ("_compare",),

@@ -62,12 +62,16 @@ class SourceView:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept token: `outcome` is the number of what it becomes, None for nothing."""
+    """A kept token: `outcome` is the number of what it becomes, None for nothing.
+
+    A `glued` one becomes several: it is carried over with each token that may follow it.
+    """
 
     id: int
     spelled: str
     probability: float
     outcome: int | None
+    glued: bool
 
 
 @dataclass(frozen=True)
@@ -244,8 +248,9 @@ def _has_true(material: Material, position: int) -> bool:
     first = int(fused.parts[:position].sum())
     starts = offsets_of(fused.lengths)
     for part in range(first, first + int(fused.parts[position])):
-        true = _outcome_of(material.readings[int(fused.source[part])].translation, true_id)
-        if true in fused.outcomes[starts[part] : starts[part + 1]]:
+        translation = material.readings[int(fused.source[part])].translation
+        true = [translation.number_of(true_id, finer) for finer in (False, True)]
+        if any(number in true for number in fused.outcomes[starts[part] : starts[part + 1]]):
             return True
     return False
 
@@ -309,13 +314,27 @@ def _before(material: Material, s: int, position: int) -> Before | None:
         return None
     translation, kept, ends = reading.translation, reading.kept, reading.tokens.ends
     masses = kept.masses()
-    carried = carry(kept, masses, np.array([place]), translation, material.rules.as_authors)
+    true_next = reading.true_next[place : place + 1]
+    carried = carry(
+        kept, masses, np.array([place]), true_next, translation, material.rules.as_authors
+    )
     rows = slice(kept.offsets[place], kept.offsets[place + 1])
     ids, own = kept.ids[rows], masses[rows]
-    becomes = translation.outcome_of_source[ids]
+    becomes, glued = translation.outcome_of_source[ids], np.zeros(len(ids), dtype=np.bool_)
+    is_finer = bool((carried.outcomes > translation.outcomes).any())
+    if translation.glued is not None and is_finer:
+        becomes = translation.glued.outcome_of_source[ids]
+        glued = translation.glued.row_of_source[ids] >= 0
+        becomes = np.where((becomes < 0) | glued, -1, becomes + translation.outcomes + 1)
     entries = tuple(
-        Entry(int(i), _spelled(encoder, int(i)), float(p), None if outcome < 0 else int(outcome))
-        for i, p, outcome in ((ids[n], own[n], becomes[n]) for n in np.lexsort((ids, -own)))
+        Entry(
+            int(ids[n]),
+            _spelled(encoder, int(ids[n])),
+            float(own[n]),
+            None if becomes[n] < 0 else int(becomes[n]),
+            bool(glued[n]),
+        )
+        for n in np.lexsort((ids, -own))
     )
     true_id = int(material.target.ids[position + 1])
     until = material.target.ends[position + 1]
@@ -328,7 +347,7 @@ def _before(material: Material, s: int, position: int) -> Before | None:
         float(kept.tail[place]),
         _outcomes(material, translation, carried.outcomes, carried.masses, true_id),
         max(float(carried.rest[0] - kept.tail[place]), 0.0),
-        _outcome_of(translation, true_id),
+        translation.number_of(true_id, is_finer),
     )
 
 
@@ -350,13 +369,6 @@ def _shares(material: Material, weights: np.ndarray, position: int) -> tuple[Sha
     return tuple(found)
 
 
-def _outcome_of(translation: Translation, target_id: int) -> int | None:
-    found = int(translation.outcome_of_target[target_id])
-    if found < 0:  # tokens that no outcome takes are together one, where outcomes are complete
-        return translation.outcomes if translation.complete else None
-    return found
-
-
 def _outcomes(
     material: Material,
     translation: Translation,
@@ -365,7 +377,7 @@ def _outcomes(
     true_id: int,
 ) -> tuple[Outcome, ...]:
     offsets, members = translation.members()
-    true = _outcome_of(translation, true_id)
+    true = [translation.number_of(true_id, finer) for finer in (False, True)]
 
     def spelled(number: int) -> tuple[str, ...]:
         ids = members[offsets[number] : offsets[number + 1]]
@@ -377,8 +389,8 @@ def _outcomes(
             int(numbers[n]),
             spelled(int(numbers[n])),
             float(masses[n]),
-            int(numbers[n]) == true,
-            int(numbers[n]) == translation.outcomes,
+            int(numbers[n]) in true,
+            int(numbers[n]) in (translation.outcomes, len(offsets) - 2),
         )
         for n in np.lexsort((numbers, -masses))
     )
