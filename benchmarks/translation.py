@@ -13,9 +13,6 @@ next target token, at the positions that the strategy aligns:
     lost      what then still says which token of the outcome it is, by the target's unigram
               frequencies on the same text: a coarse partition carries few bits and loses many
 
-`glued` are the finer classes where the source's next token is one that is taken together with what
-follows it (align/translation.py); with other glued tokens' mass left out, so that it is a bound.
-
 Mass that a map sends nowhere counts as spread evenly over the target ids that got none.
 
 `truth` continues the text from the source many times, cuts each continuation with the target's
@@ -156,55 +153,18 @@ def measure(source: Model, target: Model, most_bytes: int) -> Iterator[dict[str,
                 true_ids = theirs.ids[1:][at]
                 carried = true_bits(log_p[aligned.source[at]], translation, true_ids)
                 own = own_bits(log_p, mine, spans[at])
-                lost = _bits_within(translation.outcome_of_target, frequency, true_ids)
+                lost = _bits_within(translation, frequency, true_ids)
                 sizes = spans[at, 1] - spans[at, 0]
-                figures = [aligned.situations[at], sizes, own, carried, lost]
-                if translation.glued is not None:
-                    there = mine.ids[aligned.source[at] + 1]
-                    fine = translation.glued.row_of_source[there] >= 0
-                    rows = aligned.source[at][fine]
-                    finer = carried.copy(), lost.copy()
-                    finer[0][fine] = glued_bits(log_p, mine, rows, translation, true_ids[fine])
-                    within = translation.glued.outcome_of_target
-                    finer[1][fine] = _bits_within(within, frequency, true_ids[fine])
-                    figures += finer
-                found.append(np.stack(figures))
+                found.append(np.stack([aligned.situations[at], sizes, own, carried, lost]))
             positions = sum(len(theirs.ids) - 1 for _, theirs in read)
-            whole = np.concatenate(found, axis=1)
-            yield from _rows(domain, name, whole[:5], positions)
-            if len(whole) > 5:
-                glued = np.concatenate([whole[:3], whole[5:]])
-                yield from _rows(domain, f"{name}, glued", glued, positions)
+            yield from _rows(domain, name, np.concatenate(found, axis=1), positions)
 
 
-def glued_bits(
-    log_p: torch.Tensor,
-    tokens: Tokens,
-    rows: np.ndarray,
-    translation: Translation,
-    true_ids: np.ndarray,
-) -> np.ndarray:
-    """[R] bits of each true next target token where the source's next token is a glued one."""
-    glued = translation.glued
-    assert glued is not None
-    found = []
-    for row, true_id in zip(rows.tolist(), true_ids.tolist(), strict=True):
-        outcome = glued.outcome_of_target[true_id]
-        here, after = (torch.exp(log_p[n]).double().numpy() for n in (row, row + 1))
-        here, after = (p[: len(glued.row_of_source)] for p in (here, after))
-        pair = int(glued.row_of_source[tokens.ids[row + 1]])
-        with_it = glued.outcome_of_pair[pair] == outcome
-        alone = (glued.outcome_of_source == outcome) & (glued.row_of_source < 0)
-        mass = here[alone].sum() + here[tokens.ids[row + 1]] * after[with_it].sum()
-        found.append(-math.log2(max(mass, 1e-12)))
-    return np.array(found)
-
-
-def _bits_within(
-    outcome_of_target: np.ndarray, frequency: np.ndarray, ids: np.ndarray
-) -> np.ndarray:
+def _bits_within(translation: Translation, frequency: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """[N] bits that say which member of its outcome a target token is."""
-    outcome = np.where(outcome_of_target < 0, outcome_of_target.max() + 1, outcome_of_target)
+    outcome = np.where(
+        translation.outcome_of_target < 0, translation.outcomes, translation.outcome_of_target
+    )
     whole = np.bincount(outcome, weights=frequency[: len(outcome)])
     return np.asarray(np.log2(whole[outcome[ids]] / frequency[ids]))
 

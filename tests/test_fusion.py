@@ -12,7 +12,7 @@ import worlds
 from fusellm.align.positions import Situation, align, situations
 from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import STRATEGIES, Aligned, Tokens
-from fusellm.align.translation import Glued, Translation
+from fusellm.align.translation import Translation
 from fusellm.config import FusionSettings
 from fusellm.fusion.cross_entropy import nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared, avgce, avgce_paper, mince
@@ -74,29 +74,13 @@ def random_ends(chance: np.random.Generator, length: int, bos: bool, eos: bool) 
     return np.array([*([0] if bos else []), *inner, length, *([length] if eos else [])])
 
 
-def random_translation(
-    chance: np.random.Generator, source: int, complete: bool, glue: bool = False
-) -> Translation:
+def random_translation(chance: np.random.Generator, source: int, complete: bool) -> Translation:
     outcomes = 4
     return Translation(
         chance.integers(-1, outcomes, source),
         np.array([0, 0, 1, 2, 3, 3, -1]),
         outcomes,
         complete,
-        random_glued(chance, source) if glue else None,
-    )
-
-
-def random_glued(chance: np.random.Generator, source: int) -> Glued:
-    """Two tokens glued to the next one."""
-    row_of_source = np.full(source, -1)
-    row_of_source[chance.permutation(source)[:2]] = [0, 1]
-    return Glued(
-        row_of_source,
-        chance.integers(-1, 6, (2, source)),
-        chance.integers(-1, 6, source),
-        np.array([0, 1, 2, 3, 4, 5, -1]),
-        6,
     )
 
 
@@ -159,7 +143,7 @@ def fused_worlds(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS))
     lengths = chance.integers(1, 14, blocks).tolist()
     eos = [bool(chance.integers(2)) for _ in lengths]
     scheme = draw(st.sampled_from(SCHEMES))
-    complete, glue = draw(st.booleans()), draw(st.booleans())
+    complete = draw(st.booleans())
 
     def read(miss: float) -> Blocks:
         bos = bool(chance.integers(2))
@@ -175,7 +159,7 @@ def fused_worlds(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS))
     for _ in range(int(chance.integers(1, 4))):
         source = read(0.2)
         kept = random_kept(chance, sum(source.positions), scheme, 9)
-        translation = random_translation(chance, 9, complete, complete and glue)
+        translation = random_translation(chance, 9, complete)
         readings.append(reading_of(target, source, kept, translation, bool(chance.integers(2))))
     reach = draw(st.sampled_from([None, 1, 3, 64]))
     rules = Rules(FUNCTIONS[draw(st.sampled_from(functions))], reach, beta=2.0)
@@ -207,41 +191,20 @@ def parts_of(fused: Fused) -> Parts:
 def slow_row(source: Reading, position: int) -> tuple[dict[int, float], float]:
     """(outcomes with masses, rest) that a source's distribution becomes, id by id."""
     kept, translation = source.kept, source.translation
-    glued, base = translation.glued, translation.outcomes + 1
-    row: dict[int, float] = {}
-    rest = float(kept.tail[position])
-
-    def put(outcome: int, mass: float, first: int, leftover: int) -> float:
-        """Add to an outcome, or give the mass back."""
-        if outcome < 0 and not (translation.complete and len(kept.counts)):
-            return mass
-        number = first + (leftover if outcome < 0 else outcome)
-        row[number] = row.get(number, 0.0) + mass
-        return 0.0
-
-    entries = masses_at(kept, position)
-    true_next = int(source.true_next[position])
-    if glued is None or any(glued.row_of_source[i] >= 0 and i != true_next for i, _ in entries):
-        for id_, mass in entries:
-            rest += put(int(translation.outcome_of_source[id_]), mass, 0, translation.outcomes)
-        return row, rest
-    for id_, mass in entries:
-        pair = int(glued.row_of_source[id_])
-        if pair < 0:
-            rest += put(int(glued.outcome_of_source[id_]), mass, base, glued.outcomes)
-            continue
-        rest += mass * float(kept.tail[position + 1])
-        for after, share in masses_at(kept, position + 1):
-            outcome = int(glued.outcome_of_pair[pair, after])
-            rest += put(outcome, mass * share, base, glued.outcomes)
-    return row, rest
-
-
-def masses_at(kept: Kept, position: int) -> list[tuple[int, float]]:
     entries = range(int(kept.offsets[position]), int(kept.offsets[position + 1]))
     draws = sum(int(kept.counts[e]) for e in entries) if len(kept.counts) else 0
-    masses = [int(kept.counts[e]) / draws if draws else np.exp(kept.log_probs[e]) for e in entries]
-    return [(int(kept.ids[e]), float(m)) for e, m in zip(entries, masses, strict=True)]
+    row: dict[int, float] = {}
+    rest = float(kept.tail[position])
+    for e in entries:
+        mass = int(kept.counts[e]) / draws if draws else float(np.exp(kept.log_probs[e]))
+        outcome = int(translation.outcome_of_source[kept.ids[e]])
+        if outcome < 0 and translation.complete and draws:
+            outcome = translation.outcomes  # drawn ids without a class are themselves an outcome
+        if outcome < 0:
+            rest += mass
+        else:
+            row[outcome] = row.get(outcome, 0.0) + mass
+    return row, rest
 
 
 # Masses
@@ -647,7 +610,7 @@ def positions_by_block(world: World) -> list[np.ndarray]:
 
 
 def without_leftover(source: Reading) -> Reading:
-    return replace(source, translation=replace(source.translation, complete=False, glued=None))
+    return replace(source, translation=replace(source.translation, complete=False))
 
 
 def test_ties_are_counted() -> None:
@@ -699,10 +662,8 @@ def test_the_true_next_token_of_real_readings_is_in_the_outcome_it_belongs_to(
         aligned = STRATEGIES[strategy].aligner(source, target, translation)(mine, theirs)
         reading = Reading(theirs, sure, translation, aligned)
         fused, _, _ = fuse_blocks(mine, np.array([0, len(text.encode())]), [reading], Rules(mince))
-        offsets, members = translation.members()
         right = [
-            list(parts[0][1].values()) == [1.0]
-            and mine.ids[n + 1] in members[slice(*offsets[next(iter(parts[0][1])) :][:2])]
+            parts[0][1] == {int(translation.outcome_of_target[mine.ids[n + 1]]): 1.0}
             for n, parts in enumerate(parts_of(fused))
             if parts and (strategy == "partition" or aligned.situations[n] == Situation.SAME)
         ]

@@ -160,7 +160,6 @@ def kept_list(before: "Before", at: "At", sampled: bool, style: str) -> _List:
     for entry in before.kept[:_KEPT_ROWS]:
         true = entry.outcome is not None and entry.outcome == before.true_outcome
         place = "–" if entry.outcome is None else str(rank.get(entry.outcome, ""))
-        place = "+" if entry.glued else place
         rows.entry((_TRUE if true else "") + place, Text(visible(entry.spelled)), entry.probability)
     rest = before.kept[_KEPT_ROWS:]
     if rest:
@@ -172,9 +171,6 @@ def kept_list(before: "Before", at: "At", sampled: bool, style: str) -> _List:
     else:
         rows.head(f"becomes: {_count(len(before.becomes), 'outcome')}", style)
         _outcomes(rows, before.becomes, at.next_spelled, _OUTCOME_ROWS)
-    glued = sum(entry.probability for entry in before.kept if entry.glued)
-    if glued:
-        rows.aside("+ with what follows it", glued)
     if before.nowhere > 0.0005:
         rows.aside("– becomes nothing", before.nowhere)
     if not any(outcome.true for outcome in before.becomes):

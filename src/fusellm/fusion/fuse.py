@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusellm.align.positions import Situation
+from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import Aligned, Tokens
 from fusellm.align.translation import Translation
-from fusellm.fusion.carry import Carried, carry, interleave, losses
+from fusellm.fusion.carry import Carried, carry, losses
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import Compared
 from fusellm.fusion.kept import Kept
@@ -34,14 +35,6 @@ class Reading:
     kept: Kept
     translation: Translation
     aligned: Aligned
-
-    @property
-    def true_next(self) -> np.ndarray:
-        """[positions] the token after each; -1 at a block's last, which no distribution follows."""
-        following: np.ndarray = self.tokens.ids[self.tokens.predicting + 1]
-        last = self.tokens.position_offsets[1:] - 1
-        following[last[np.diff(self.tokens.offsets) > 1]] = -1
-        return following
 
 
 @dataclass(frozen=True)
@@ -165,46 +158,55 @@ def _gather(
     block: np.ndarray,
 ) -> Fused:
     position, source = np.nonzero(weights.T > 0)
-    pieces = []
+    lengths, rest = np.zeros(len(position), dtype=np.int64), np.zeros(len(position))
+    carried: list[Carried] = []
     for s, reading in enumerate(sources):
-        at = np.nonzero(source == s)[0]
-        mine = position[at]
+        mine = position[source == s]
         place = reading.aligned.source[mine]
         rows = np.where(place < 0, -1, reading.tokens.position_offsets[block[mine]] + place)
-        token = target.ids[target.predicting[mine]]
-        pieces.append((at, _carry_or_fall_back(reading, rules, rows, token)))
-    found = interleave(len(position), pieces)
+        found = _carry_or_fall_back(target, reading, rules, rows, target.predicting[mine])
+        lengths[source == s], rest[source == s] = found.lengths, found.rest
+        carried.append(found)
     weight = weights[source, position]
+    starts = offsets_of(lengths)
+    outcomes, masses = np.zeros(starts[-1], dtype=np.int64), np.zeros(starts[-1])
+    for s, found in enumerate(carried):
+        slots = _slots(starts, np.nonzero(source == s)[0], found.lengths)
+        outcomes[slots], masses[slots] = found.outcomes, found.masses
     return Fused(
         np.bincount(position, minlength=weights.shape[1]).astype(np.uint8),
         source.astype(np.int8),
-        found.lengths,
-        found.outcomes,
-        (found.masses * np.repeat(weight, found.lengths)).astype(np.float32),
-        (found.rest * weight).astype(np.float32),
+        lengths,
+        outcomes,
+        (masses * np.repeat(weight, lengths)).astype(np.float32),
+        (rest * weight).astype(np.float32),
     )
 
 
 def _carry_or_fall_back(
-    reading: Reading, rules: Rules, rows: np.ndarray, token: np.ndarray
+    target: Tokens, reading: Reading, rules: Rules, rows: np.ndarray, token: np.ndarray
 ) -> Carried:
     """Carry `rows`; where one is -1, all mass goes to the token just read (the authors' rule)."""
     there = rows >= 0
-    true_next = reading.true_next[rows[there]]
-    found = carry(
-        reading.kept,
-        reading.kept.masses(),
-        rows[there],
-        true_next,
-        reading.translation,
-        rules.as_authors,
-    )
+    masses = reading.kept.masses()
+    found = carry(reading.kept, masses, rows[there], reading.translation, rules.as_authors)
     if there.all():
         return found
-    alone = np.nonzero(~there)[0]
-    ones = np.ones(len(alone))
-    fallen = Carried(ones.astype(np.int64), token[alone], ones, np.zeros(len(alone)))
-    return interleave(len(rows), [(np.nonzero(there)[0], found), (alone, fallen)])
+    lengths, rest = np.ones(len(rows), dtype=np.int64), np.zeros(len(rows))
+    lengths[there], rest[there] = found.lengths, found.rest
+    starts = offsets_of(lengths)
+    outcomes, all_masses = np.zeros(starts[-1], dtype=np.int64), np.ones(starts[-1])
+    slots = _slots(starts, np.nonzero(there)[0], found.lengths)
+    outcomes[slots], all_masses[slots] = found.outcomes, found.masses
+    outcomes[starts[:-1][~there]] = target.ids[token[~there]]
+    return Carried(lengths, outcomes, all_masses, rest)
+
+
+def _slots(starts: np.ndarray, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Where the entries of `rows` stand, one after another."""
+    return np.asarray(np.repeat(starts[rows] - offsets_of(lengths)[:-1], lengths)) + np.arange(
+        int(lengths.sum())
+    )
 
 
 def _counts_of(

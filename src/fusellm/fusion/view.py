@@ -62,16 +62,12 @@ class SourceView:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept token: `outcome` is the number of what it becomes, None for nothing.
-
-    A `glued` one becomes several: it is carried over with each token that may follow it.
-    """
+    """A kept token: `outcome` is the number of what it becomes, None for nothing."""
 
     id: int
     spelled: str
     probability: float
     outcome: int | None
-    glued: bool
 
 
 @dataclass(frozen=True)
@@ -249,8 +245,8 @@ def _has_true(material: Material, position: int) -> bool:
     starts = offsets_of(fused.lengths)
     for part in range(first, first + int(fused.parts[position])):
         translation = material.readings[int(fused.source[part])].translation
-        true = [translation.number_of(true_id, finer) for finer in (False, True)]
-        if any(number in true for number in fused.outcomes[starts[part] : starts[part + 1]]):
+        true = _outcome_of(translation, true_id)
+        if true in fused.outcomes[starts[part] : starts[part + 1]]:
             return True
     return False
 
@@ -314,25 +310,16 @@ def _before(material: Material, s: int, position: int) -> Before | None:
         return None
     translation, kept, ends = reading.translation, reading.kept, reading.tokens.ends
     masses = kept.masses()
-    true_next = reading.true_next[place : place + 1]
-    carried = carry(
-        kept, masses, np.array([place]), true_next, translation, material.rules.as_authors
-    )
+    carried = carry(kept, masses, np.array([place]), translation, material.rules.as_authors)
     rows = slice(kept.offsets[place], kept.offsets[place + 1])
     ids, own = kept.ids[rows], masses[rows]
-    becomes, glued = translation.outcome_of_source[ids], np.zeros(len(ids), dtype=np.bool_)
-    is_finer = bool((carried.outcomes > translation.outcomes).any())
-    if translation.glued is not None and is_finer:
-        becomes = translation.glued.outcome_of_source[ids]
-        glued = translation.glued.row_of_source[ids] >= 0
-        becomes = np.where((becomes < 0) | glued, -1, becomes + translation.outcomes + 1)
+    becomes = translation.outcome_of_source[ids]
     entries = tuple(
         Entry(
             int(ids[n]),
             _spelled(encoder, int(ids[n])),
             float(own[n]),
             None if becomes[n] < 0 else int(becomes[n]),
-            bool(glued[n]),
         )
         for n in np.lexsort((ids, -own))
     )
@@ -347,7 +334,7 @@ def _before(material: Material, s: int, position: int) -> Before | None:
         float(kept.tail[place]),
         _outcomes(material, translation, carried.outcomes, carried.masses, true_id),
         max(float(carried.rest[0] - kept.tail[place]), 0.0),
-        translation.number_of(true_id, is_finer),
+        _outcome_of(translation, true_id),
     )
 
 
@@ -369,6 +356,13 @@ def _shares(material: Material, weights: np.ndarray, position: int) -> tuple[Sha
     return tuple(found)
 
 
+def _outcome_of(translation: Translation, target_id: int) -> int | None:
+    found = int(translation.outcome_of_target[target_id])
+    if found < 0:  # tokens that no outcome takes are together one, where outcomes are complete
+        return translation.outcomes if translation.complete else None
+    return found
+
+
 def _outcomes(
     material: Material,
     translation: Translation,
@@ -377,7 +371,7 @@ def _outcomes(
     true_id: int,
 ) -> tuple[Outcome, ...]:
     offsets, members = translation.members()
-    true = [translation.number_of(true_id, finer) for finer in (False, True)]
+    true = _outcome_of(translation, true_id)
 
     def spelled(number: int) -> tuple[str, ...]:
         ids = members[offsets[number] : offsets[number + 1]]
@@ -389,8 +383,8 @@ def _outcomes(
             int(numbers[n]),
             spelled(int(numbers[n])),
             float(masses[n]),
-            int(numbers[n]) in true,
-            int(numbers[n]) in (translation.outcomes, len(offsets) - 2),
+            int(numbers[n]) == true,
+            int(numbers[n]) == translation.outcomes,
         )
         for n in np.lexsort((numbers, -masses))
     )

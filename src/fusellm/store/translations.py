@@ -9,16 +9,14 @@ import os
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-from fusellm.align.translation import Glued, Translation
+from fusellm.align.translation import Translation
 from fusellm.store.files import write_whole
 
-_GLUED = tuple(field.name for field in fields(Glued))
-_VERSION = 2  # of how maps are made: another one makes all anew
+_VERSION = 1  # of how maps are made: another one makes all anew
 
 
 def cache_folder() -> Path:
@@ -51,15 +49,13 @@ def cached_translation(
 def _read(path: Path) -> Translation | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            glued = {name: arrays[f"glued_{name}"] for name in _GLUED if f"glued_{name}" in arrays}
             return Translation(
                 arrays["outcome_of_source"],
                 arrays["outcome_of_target"],
                 int(arrays["outcomes"]),
                 bool(arrays["complete"]),
-                Glued(**glued | {"outcomes": int(glued["outcomes"])}) if glued else None,
             )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
@@ -70,8 +66,6 @@ def _keep(path: Path, made: Translation) -> None:
         "outcomes": np.array(made.outcomes),
         "complete": np.array(made.complete),
     }
-    if made.glued is not None:
-        arrays |= {f"glued_{name}": np.asarray(getattr(made.glued, name)) for name in _GLUED}
     own = path.with_name(f"{os.getpid()}-{path.name}")  # another process may be writing it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
