@@ -55,7 +55,6 @@ _DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-5,
     "lr_scheduler_type": "cosine",
     "num_train_epochs": 1.0,
-    "train_sampling_strategy": "group_by_length",
     "max_grad_norm": 1.0,
     "logging_steps": 10,
     "save_strategy": "steps",
@@ -124,7 +123,12 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
     if validations == 1:
         ours["eval_strategy"] = "epoch"
     try:
-        machine = {"seed": recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
+        machine: dict[str, Any] = {
+            "seed": recipe.seed,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        if recipe.training.rows == "block":  # packed rows are of like length as they are
+            machine["train_sampling_strategy"] = "group_by_length"
         arguments = TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
