@@ -53,13 +53,9 @@ def _pipeline(run: Path, train_bytes: int) -> Pipeline:
         "corpus.held_out_bytes=4000",
         "externalize.scheme=top",
         f"externalize.k={_KEPT}",
-        "sources.0={name: python, model: zoo/python}",
-        "sources.1={name: cpp, model: zoo/cpp}",
-        "sources.2={name: spare, model: zoo/prose}",
+        "sources=[{name: python, model: zoo/python}, {name: cpp, model: zoo/cpp}]",
     ]
-    recipe = load_recipe(_DEMO, changes)
-    recipe = recipe.model_copy(update={"sources": recipe.sources[:2]})
-    return Pipeline(recipe, run, Terminal(Console(stderr=True)))
+    return Pipeline(load_recipe(_DEMO, changes), run, Terminal(Console(stderr=True)))
 
 
 def _made(pipeline: Pipeline, name: str) -> None:

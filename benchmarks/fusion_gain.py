@@ -32,14 +32,14 @@ def variant(base: Path, out: Path, changes: list[str]) -> Pipeline:
     for name in ("corpus", "externalize"):
         if not (out / name).exists():
             shutil.copytree(base / name, out / name, copy_function=_link)
-    return Pipeline(_recipe(changes), out, Terminal(Console(stderr=True)))
+    return Pipeline(demo_recipe(changes), out, Terminal(Console(stderr=True)))
 
 
 def _link(source: str, target: str) -> None:
     Path(target).hardlink_to(source)
 
 
-def _recipe(changes: list[str]) -> Recipe:
+def demo_recipe(changes: list[str]) -> Recipe:
     return load_recipe(_DEMO, changes)
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     changes = [*(_QUICK if arguments.quick else []), *arguments.set]
     base = arguments.out / "base"
-    Pipeline(_recipe(changes), base, Terminal(Console(stderr=True))).execute(
+    Pipeline(demo_recipe(changes), base, Terminal(Console(stderr=True))).execute(
         ["corpus", "externalize"]
     )
     if arguments.study == "search":

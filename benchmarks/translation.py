@@ -48,11 +48,11 @@ from fusellm.pipeline import Pipeline
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
 from fusellm.zoo.text import documents
-from fusion_gain import validation, variant
+from fusion_gain import demo_recipe, validation, variant
 
 _DOMAINS = ("prose", "python", "cpp")
 _PAIRS = (("python", "prose"), ("cpp", "prose"), ("prose", "python"))
-_RATES = ("5.0e-4", "2.0e-3")
+_RATES = ("1.0e-4", "5.0e-4", "2.0e-3")
 
 
 @dataclass(frozen=True)
@@ -274,23 +274,26 @@ def _next_ids(
 # training
 
 
-def training(out: Path, quick: bool, seeds: int, changes: Sequence[str]) -> dict[str, float]:
+def training(
+    out: Path, quick: bool, seeds: int, changes: Sequence[str], names: Sequence[str]
+) -> dict[str, float]:
     """Validation bits per byte of the Python domain, by strategy, rate and seed."""
     common = [
-        "sources.0={name: python, model: zoo/python}",
-        "corpus.documents.0={builtin: python}",
+        "sources=[{name: python, model: zoo/python}]",
+        "corpus.documents=[{builtin: python}]",
         f"corpus.train_bytes={24_000 if quick else 800_000}",
         "corpus.held_out_bytes=5000",
         f"corpus.validation_bytes={5000 if quick else 100_000}",
         "fusion.lambda=0.5",
         "training.clm={}",
+        "training.num_train_epochs=1",
         "training.validations=1",
         *changes,
     ]
     base = out / "base"
-    _one(variant_of(base, base, common)).execute(["corpus", "externalize"])
+    whole = Pipeline(demo_recipe(common), base, Terminal(Console(stderr=True)))
+    whole.execute(["corpus", "externalize"])
     figures: dict[str, float] = {}
-    names = ["clm", *STRATEGIES]
     best = {}
     for name in names:
         for rate in _RATES[:1] if quick else _RATES:
@@ -308,24 +311,11 @@ def training(out: Path, quick: bool, seeds: int, changes: Sequence[str]) -> dict
     return figures
 
 
-def variant_of(base: Path, run: Path, changes: list[str]) -> Pipeline:
-    """A run that shares the base's corpus and distributions, if it is not the base itself."""
-    return variant(base, run, changes)
-
-
-def _one(pipeline: Pipeline) -> Pipeline:
-    """The same with the first source and the first documents only."""
-    recipe = pipeline.recipe
-    corpus = recipe.corpus.model_copy(update={"documents": recipe.corpus.documents[:1]})
-    changed = recipe.model_copy(update={"sources": recipe.sources[:1], "corpus": corpus})
-    return Pipeline(changed, pipeline.run, Terminal(Console(stderr=True)))
-
-
 def _train(out: Path, base: Path, common: list[str], name: str, rate: str, seed: int) -> float:
     run = out / f"{name}-{rate}-{seed}"
     chosen = [] if name == "clm" else [f"fusion.strategy={name}"]
     settings = [*common, *chosen, f"training.learning_rate={rate}", f"training.seed={seed}"]
-    pipeline = _one(variant_of(base, run, settings))
+    pipeline = variant(base, run, settings)
     which = "clm" if name == "clm" else "fused"
     pipeline.execute([f"train/{which}"] if name == "clm" else ["fuse", f"train/{which}"])
     return validation(run, which)
@@ -340,6 +330,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the runs (training)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=["clm", *STRATEGIES], help="training: these")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -348,7 +339,8 @@ def main() -> None:
     if arguments.study == "training":
         if arguments.out is None:
             parser.error("training needs --out")
-        figures = training(arguments.out, quick, arguments.seeds, arguments.set)
+        names = arguments.only or ["clm", *STRATEGIES]
+        figures = training(arguments.out, quick, arguments.seeds, arguments.set, names)
     for name, target_name in [] if arguments.study == "training" else _PAIRS[: 1 if quick else 3]:
         source, target = Model.load(name), Model.load(target_name)
         pair = f"{target_name}<-{name}"
