@@ -12,6 +12,7 @@ import numpy as np
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 
 MEAN = "mean"
+BITS_PER_BYTE = "bits_per_byte"
 _WEIGHTS_AT_ONCE = 1 << 22
 _PERCENTILES = (2.5, 97.5)
 
@@ -33,15 +34,22 @@ class Scores:
 
 @dataclass(frozen=True)
 class Record:
-    """One number of the results, with its 95 % interval over n documents."""
+    """One number of the results, with its 95 % interval over n documents, where it has one."""
 
     model: str
     task: str
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
+
+    @property
+    def sign(self) -> int | None:
+        """Of a difference: -1 if its interval lies below 0, 1 if above, 0 if it includes 0."""
+        if self.low is None or self.high is None:
+            return None
+        return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -87,7 +95,7 @@ def records(
         Record(
             model,
             task,
-            "bits_per_byte",
+            BITS_PER_BYTE,
             value,
             float(np.percentile(drawn[model][task], _PERCENTILES[0])),
             float(np.percentile(drawn[model][task], _PERCENTILES[1])),

@@ -1,7 +1,7 @@
 """fuse: align, translate and fuse; array work over shards, no model, no GPU.
 
-Nothing aligned but unfused is ever written. A record batch of at most 64 blocks is in memory at a
-time.
+Nothing aligned but unfused is ever written. A shard is in memory at a time, and of what is read and
+aligned a record batch of at most 64 blocks.
 """
 
 import json

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fusellm.evaluation.intervals import MEAN
 from fusellm.stages.report.charts import (
     SITUATIONS,
     Bar,
@@ -19,7 +20,7 @@ from fusellm.stages.report.charts import (
     percent,
 )
 from fusellm.stages.report.reading import Curve, DomainCounts, Log, Run
-from fusellm.stages.report.results import MEAN, Results, number
+from fusellm.stages.report.results import Results, number
 
 _NO_SOURCE = "no source"
 _EXAMPLE_CHARACTERS = 160

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fusellm.config import RESERVED_NAMES
 from fusellm.errors import StoreError
+from fusellm.evaluation.intervals import BITS_PER_BYTE, MEAN, Record
 
-COLUMNS = ("model", "task", "metric", "value", "low", "high", "n")
-METRIC = "bits_per_byte"
+COLUMNS = tuple(field.name for field in fields(Record))
 DIFFERENCE = "fused-clm"
-MEAN = "mean"
 
 _TITLES = {
     "target": "target before training",
@@ -49,32 +48,12 @@ class Row:
     cells: list[Cell | None]
 
 
-@dataclass(frozen=True)
-class Record:
-    """A model's result on a task, with its 95 % interval over `n` documents."""
-
-    model: str
-    task: str
-    metric: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-    @property
-    def sign(self) -> int | None:
-        """Of a difference: -1 if its interval lies below 0, 1 if above, 0 if it includes 0."""
-        if self.low is None or self.high is None:
-            return None
-        return -1 if self.high < 0 else 1 if self.low > 0 else 0
-
-
 class Results:
     """The records in bits per byte (lower is better), by model and task."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         parsed = [_parse(record) for record in records]
-        self._by_place = {(r.model, r.task): r for r in parsed if r.metric == METRIC}
+        self._by_place = {(r.model, r.task): r for r in parsed if r.metric == BITS_PER_BYTE}
         models = dict.fromkeys(model for model, _ in self._by_place)
         tasks = dict.fromkeys(task for _, task in self._by_place)
         self.sources = [model for model in models if model not in RESERVED_NAMES]
