@@ -31,7 +31,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Losses:
+class MapCounts:
     """What the map does to the distributions at some positions.
 
     Attributes:
@@ -122,7 +122,7 @@ def carry(
 
 
 @numba.njit(cache=True)
-def _losses(
+def _count(
     rows: np.ndarray,
     offsets: np.ndarray,
     ids: np.ndarray,
@@ -143,10 +143,12 @@ def _losses(
                 seen_by[outcome] = r
 
 
-def losses(kept: Kept, masses: np.ndarray, rows: np.ndarray, translation: Translation) -> Losses:
+def map_counts(
+    kept: Kept, masses: np.ndarray, rows: np.ndarray, translation: Translation
+) -> MapCounts:
     """What of the distributions at `rows` has an outcome, and how many ids meet in one."""
-    found = Losses(np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64))
-    _losses(
+    found = MapCounts(np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64))
+    _count(
         rows,
         kept.offsets,
         kept.ids,

@@ -14,7 +14,7 @@ from fusellm.align.positions import Situation
 from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import Aligned, Tokens
 from fusellm.align.translation import Translation
-from fusellm.fusion.carry import Carried, carry, losses
+from fusellm.fusion.carry import Carried, carry, map_counts
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import Compared
 from fusellm.fusion.kept import Kept
@@ -220,7 +220,7 @@ def _counts_of(
     blocks = len(read)
     there = source.aligned.source >= 0
     rows = source.tokens.position_offsets[block[there]] + source.aligned.source[there]
-    found = losses(source.kept, source.kept.masses(), rows, source.translation)
+    found = map_counts(source.kept, source.kept.masses(), rows, source.translation)
     byte_block = np.repeat(np.arange(blocks), np.diff(byte_offsets))
     sums = {
         "mass_kept": (block[there], found.kept),
