@@ -3,7 +3,7 @@
     python benchmarks/fuse.py [--quick] [--json] [--profile]
 
 The stage as a run calls it (read, align, carry, fuse, write) on a made store: the zoo's three
-tokenizers over the built-in corpus, two further sources, 10 kept a position with their tails
+tokenizers over Python's standard library, two further sources, 10 kept a position with their tails
 (random masses on ids of which the true next one is one). No model is run.
 
     tokens_per_second_per_core   the target's tokens over the stage's CPU seconds
@@ -18,6 +18,7 @@ import pstats
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ from fusellm.store.manifest import Identity, StageWriter
 from fusellm.store.tables import Ragged, shard_names, write_table
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
 _KEPT = 10
 _PARTS = {
     "read": ("batches", "_flat", "tokens_of", "kept_of"),
@@ -48,6 +50,7 @@ _PARTS = {
 
 def _pipeline(run: Path, train_bytes: int) -> Pipeline:
     changes = [
+        f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]",
         f"corpus.train_bytes={train_bytes}",
         "corpus.validation_bytes=4000",
         "corpus.held_out_bytes=4000",

@@ -11,6 +11,8 @@ import argparse
 import json
 import shutil
 import statistics
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +25,14 @@ from fusellm.stages.evaluate import read_records
 from fusellm.stages.train import CLM, FUSED
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
-_QUICK = ["corpus.train_bytes=48000", "corpus.held_out_bytes=5000", "corpus.validation_bytes=5000"]
+_TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
+QUICK = [
+    f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]",
+    "corpus.train_bytes=24000",
+    "corpus.held_out_bytes=5000",
+    "corpus.validation_bytes=5000",
+    "training.num_train_epochs=1",
+]
 _RATES = ("1.0e-4", "5.0e-4", "1.0e-3", "2.0e-3")
 
 
@@ -51,11 +60,13 @@ def validation(run: Path, which: str) -> float:
     )
 
 
-def search(base: Path, out: Path, changes: list[str]) -> dict[str, float]:
+def search(
+    base: Path, out: Path, changes: list[str], rates: Sequence[str] = _RATES
+) -> dict[str, float]:
     """Bits per byte on the validation part: CLM and fused over the same rates and schedules."""
     figures: dict[str, float] = {}
     for which in (CLM, FUSED):
-        by_rate = {rate: _searched(base, out, changes, which, rate, "cosine") for rate in _RATES}
+        by_rate = {rate: _searched(base, out, changes, which, rate, "cosine") for rate in rates}
         figures |= {f"{which} lr={rate} cosine": found for rate, found in by_rate.items()}
         best = min(by_rate, key=by_rate.__getitem__)
         linear = _searched(base, out, changes, which, best, "linear")
@@ -110,13 +121,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    changes = [*(_QUICK if arguments.quick else []), *arguments.set]
+    changes = [*(QUICK if arguments.quick else []), *arguments.set]
     base = arguments.out / "base"
     Pipeline(demo_recipe(changes), base, Terminal(Console(stderr=True))).execute(
         ["corpus", "externalize"]
     )
     if arguments.study == "search":
-        figures = search(base, arguments.out, changes)
+        rates = _RATES[:1] if arguments.quick else _RATES
+        figures = search(base, arguments.out, changes, rates)
     else:
         figures = seeds(base, arguments.out, changes, 1 if arguments.quick else arguments.seeds)
     if arguments.json:

@@ -48,7 +48,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
 from fusellm.zoo.text import documents
-from fusion_gain import demo_recipe, validation, variant
+from fusion_gain import QUICK, demo_recipe, validation, variant
 
 _DOMAINS = ("prose", "python", "cpp")
 _PAIRS = (("python", "prose"), ("cpp", "prose"), ("prose", "python"))
@@ -280,10 +280,16 @@ def training(
     """Validation bits per byte of the Python domain, by strategy, rate and seed."""
     common = [
         "sources=[{name: python, model: zoo/python}]",
-        "corpus.documents=[{builtin: python}]",
-        f"corpus.train_bytes={24_000 if quick else 800_000}",
-        "corpus.held_out_bytes=5000",
-        f"corpus.validation_bytes={5000 if quick else 100_000}",
+        *(
+            QUICK
+            if quick
+            else [
+                "corpus.documents=[{builtin: python}]",
+                "corpus.train_bytes=800000",
+                "corpus.held_out_bytes=5000",
+                "corpus.validation_bytes=100000",
+            ]
+        ),
         "fusion.lambda=0.5",
         "training.clm={}",
         "training.num_train_epochs=1",
