@@ -1,6 +1,6 @@
 """Which positions have read the same text, and what a source's ids become in the target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
-from fusellm.align.positions import Situation, align, align_shard, situations
+from fusellm.align.positions import Situation, align_shard
 from fusellm.align.ragged import offsets_of, take_rows
 from fusellm.align.translation import (
     FirstTokens,
@@ -40,9 +40,17 @@ def has_read(ends: list[int], i: int) -> str:
     return TEXT[: ends[i]]
 
 
+def one_block(
+    target: Sequence[int] | np.ndarray, source: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`align_shard` of a shard of one block."""
+    ends = [np.array(side, dtype=np.int64) for side in (target, source)]
+    return align_shard(ends[0], np.array([0, len(target)]), ends[1], np.array([0, len(source)]))
+
+
 def slow_align(target: list[int], source: list[int]) -> list[int]:
-    """By what was read: the last position of each that has read exactly this."""
-    found = []
+    """By what was read: the last position that predicts of each that has read exactly this."""
+    target, source, found = target[:-1], source[:-1], []
     for i in range(len(target)):
         later = [k for k in range(i + 1, len(target)) if has_read(target, k) == has_read(target, i)]
         same = [j for j in range(len(source)) if has_read(source, j) == has_read(target, i)]
@@ -73,9 +81,7 @@ def slow_situations(target: list[int], source: list[int], found: list[int]) -> l
 @given(target=readings(), source=readings())
 @quick
 def test_aligned_positions_have_read_the_same_text(target: list[int], source: list[int]) -> None:
-    found = align(np.array(target), np.array(source))
-    assert found.dtype == np.int64
-    assert found.tolist() == slow_align(target, source)
+    assert one_block(target, source)[0].tolist() == slow_align(target, source)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -83,17 +89,15 @@ def test_aligned_positions_have_read_the_same_text(target: list[int], source: li
 @quick
 def test_situations_are_the_four_of_the_design(last: bool, data: st.DataObject) -> None:
     target, source = data.draw(readings(last)), data.draw(readings(last))
-    found = align(np.array(target[:-1]), np.array(source[:-1]))
-    assert found.tolist() == slow_align(target[:-1], source[:-1])
-    got = situations(np.array(target), np.array(source), found)
-    assert got.tolist() == slow_situations(target, source, found.tolist())
+    found, situation = one_block(target, source)
+    assert found.tolist() == slow_align(target, source)
+    assert situation.tolist() == slow_situations(target, source, found.tolist())
 
 
 def test_all_five_situations_by_hand() -> None:
-    target, source = np.array([0, 3, 7, 9, 12, 13, 16]), np.array([0, 3, 5, 7, 12, 14, 16])
-    found = align(target[:-1], source[:-1])
+    found, situation = one_block([0, 3, 7, 9, 12, 13, 16], [0, 3, 5, 7, 12, 14, 16])
     assert found.tolist() == [0, 1, 3, -1, 4, -1]
-    assert situations(target, source, found).tolist() == [
+    assert situation.tolist() == [
         Situation.SAME,
         Situation.SEVERAL,
         Situation.BEYOND,
@@ -101,25 +105,26 @@ def test_all_five_situations_by_hand() -> None:
         Situation.BEYOND,
         Situation.UNALIGNED,
     ]
-    crossed = situations(np.array([0, 4, 5]), np.array([0, 2, 5]), np.array([0, -1]))
-    assert crossed.tolist() == [Situation.CROSSED, Situation.UNALIGNED]
+    found, situation = one_block([0, 4, 5], [0, 2, 5])
+    assert found.tolist() == [0, -1]
+    assert situation.tolist() == [Situation.CROSSED, Situation.UNALIGNED]
 
 
 def test_nothing_and_one_side_empty() -> None:
-    nothing = np.zeros(0, dtype=np.int64)
-    assert align(nothing, np.array([1, 2])).tolist() == []
-    assert align(np.array([1, 2]), nothing).tolist() == [-1, -1]
+    for target, source, expected in (([], [1, 2], []), ([1, 2], [], [-1]), ([1, 2], [1], [-1])):
+        found, situation = one_block(target, source)
+        assert found.tolist() == expected
+        assert situation.tolist() == [Situation.UNALIGNED] * len(expected)
 
 
 @given(reading=readings())
 @quick
 def test_a_reading_with_itself_is_the_identity(reading: list[int]) -> None:
-    ends = np.array(reading)
-    found = align(ends[:-1], ends[:-1])
+    found, situation = one_block(reading, reading)
     for i, j in enumerate(found.tolist()):
-        is_last = i + 1 == len(found) or ends[i + 1] != ends[i]
+        is_last = i + 1 == len(found) or reading[i + 1] != reading[i]
         assert j == (i if is_last else -1)
-    assert set(situations(ends, ends, found)[found >= 0]) <= {Situation.SAME}
+    assert set(situation[found >= 0]) <= {Situation.SAME}
 
 
 @pytest.mark.parametrize("last", [None, False, True])
@@ -139,10 +144,9 @@ def test_a_shard_is_its_blocks(last: bool | None, data: st.DataObject) -> None:
     expected: list[int] = []
     expected_situations: list[int] = []
     for target, source in blocks:
-        mine, theirs = np.array(target, dtype=np.int64), np.array(source, dtype=np.int64)
-        one = align(mine[:-1], theirs[:-1])
-        expected += one.tolist()
-        expected_situations += situations(mine, theirs, one).tolist()
+        one = slow_align(target, source)
+        expected += one
+        expected_situations += slow_situations(target, source, one)
     assert found.tolist() == expected
     assert situation.tolist() == expected_situations
 
@@ -164,7 +168,7 @@ def test_real_readings_are_aligned_where_the_prefixes_are_equal(
         (mine,), (theirs,) = target.encode([text], [True]), source.encode([text], [True])
         assert mine.ends is not None
         assert theirs.ends is not None
-        found = align(mine.ends[:-1], theirs.ends[:-1])
+        found, _ = one_block(mine.ends, theirs.ends)
         assert (found >= 0).mean() > 0.2
         for i in range(len(found)):
             read = data[: mine.ends[i]]
@@ -366,12 +370,12 @@ def test_next_tokens_of_aligned_positions_are_nearly_always_of_one_class(
         (mine,), (theirs,) = target.encode([text], [True]), source.encode([text], [True])
         assert mine.ends is not None
         assert theirs.ends is not None
-        found = align(mine.ends[:-1], theirs.ends[:-1])
+        found, situation = one_block(mine.ends, theirs.ends)
         at = np.nonzero(found >= 0)[0]
         expected = translation.outcome_of_target[mine.ids[at + 1]]
         got = translation.outcome_of_source[theirs.ids[found[at] + 1]]
         agree += (expected == got).tolist()
-        not_same += int((situations(mine.ends, theirs.ends, found) > Situation.SAME).sum())
+        not_same += int((situation > Situation.SAME).sum())
     assert np.mean(agree) > 0.97
     assert not_same > 10
 

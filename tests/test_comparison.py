@@ -15,6 +15,7 @@ PAIRS = [
     ("sentencepiece", "byte-unigram"),
     ("always-prefixed", "prefixed-unless-space"),
     ("byte-bpe", "byte-bpe"),
+    ("always-prefixed", "always-prefixed"),
 ]
 TEXTS = {
     "one": [worlds.sample_text(1), " begins with a space\n"],
@@ -44,9 +45,14 @@ def read_bytes(encoder: Encoder, text: str, is_last: bool) -> tuple[list[int], l
     return block.ids.tolist(), [text.encode()[:end] for end in block.ends.tolist()]
 
 
-def situation(mine: list[bytes], theirs: list[bytes], i: int) -> str:
-    """By what was read, of the target's position i; both ends of the block are no positions."""
+def situation(mine: list[bytes], theirs: list[bytes], i: int, from_start: bool) -> str:
+    """By what was read, of the target's position i; both ends of the block are no positions.
+
+    Where nothing was read the two can be compared only if `from_start`.
+    """
     if i + 2 < len(mine) and mine[i] == mine[i + 1]:
+        return "unaligned"
+    if not (mine[i] or from_start):
         return "unaligned"
     places = [j for j in range(len(theirs) - 1) if theirs[j] == mine[i]]
     if not places:
@@ -59,10 +65,20 @@ def situation(mine: list[bytes], theirs: list[bytes], i: int) -> str:
     return "several" if mine_next in theirs else "crossed"
 
 
+def writes_a_dummy_space(*encoders: Encoder) -> bool:
+    """Whether one of the tokenizers puts a space before a text that has none."""
+    for encoder in encoders:
+        ids = encoder.tokenizer("a", add_special_tokens=False)["input_ids"]
+        if "".join(encoder.tokenizer.convert_ids_to_tokens(ids)) != "a":
+            return True
+    return False
+
+
 def count(source: Encoder, target: Encoder, documents: list[str]) -> Counter[str]:
     """Everything that a `Domain` counts."""
     counts: Counter[str] = Counter()
     of_target = class_translation(source, target).outcome_of_target.tolist()
+    from_start = source is target or not writes_a_dummy_space(source, target)
     special = {n for n, token in enumerate(target.vocabulary.token_bytes) if token is None}
     for document in documents:
         blocks = blocks_of(document)
@@ -78,7 +94,7 @@ def count(source: Encoder, target: Encoder, documents: list[str]) -> Counter[str
             )
             for i, (_, following) in enumerate(pairwise(ids)):
                 counts["positions"] += 1
-                counts[situation(mine, theirs, i)] += 1
+                counts[situation(mine, theirs, i, from_start)] += 1
                 outcome = of_target[following]
                 alike = of_target.count(outcome) if outcome >= 0 else 0
                 counts["in_single_classes"] += alike == 1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
-from fusellm.align.positions import Situation, align, situations
+from fusellm.align.positions import Situation, align_shard
 from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import STRATEGIES, Aligned, Tokens
 from fusellm.align.translation import Translation
@@ -104,17 +104,13 @@ class Blocks:
 def reading_of(
     target: Blocks, source: Blocks, kept: Kept, translation: Translation, from_start: bool = True
 ) -> Reading:
-    """A reading aligned by boundaries, block by block."""
-    found, situation, first = [NONE], [NONE.astype(np.int8)], [NONE.astype(bool)]
-    for theirs, mine in zip(target.ends, source.ends, strict=True):
-        at = align(theirs[:-1], mine[:-1])
-        left_out = (theirs[:-1] == 0) & (at >= 0) & (not from_start)
-        at[left_out] = -1
-        found.append(at)
-        situation.append(situations(theirs, mine, at) if len(mine) else np.zeros(len(at), np.int8))
-        first.append(left_out)
-    aligned = Aligned(np.concatenate(found), np.concatenate(situation), np.concatenate(first))
-    return Reading(source.tokens, kept, translation, aligned)
+    """A reading aligned by boundaries."""
+    theirs, mine = target.tokens, source.tokens
+    found, situations = align_shard(theirs.ends, theirs.offsets, mine.ends, mine.offsets)
+    read = np.concatenate([NONE, *(ends[:-1] for ends in target.ends)])
+    first = (read == 0) & (found >= 0) & (not from_start)
+    found[first], situations[first] = -1, Situation.UNALIGNED
+    return Reading(mine, kept, translation, Aligned(found, situations, first))
 
 
 @dataclass(frozen=True)

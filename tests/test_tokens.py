@@ -568,7 +568,7 @@ def test_a_dummy_prefix_before_every_piece_is_told_from_the_texts_spaces() -> No
 class SlowTiktoken(worlds.SlowByteLevel):
     """Tokens are bytes, as in some models' own code."""
 
-    def _convert_id_to_token(self, index: int) -> bytes:  # type: ignore[override]
+    def _convert_id_to_token(self, index: int) -> bytes:
         return bytes(byte_alphabet()[c] for c in super()._convert_id_to_token(index))
 
 

@@ -229,7 +229,7 @@ def with_added(base: Encoder, normalized: bool = False, **flags: bool) -> Encode
     return Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
 
 
-class SlowByteLevel(PreTrainedTokenizer):  # type: ignore[misc]
+class SlowByteLevel(PreTrainedTokenizer):
     """A tokenizer in Python that spells bytes by GPT-2's alphabet."""
 
     def __init__(self, **kwargs: Any) -> None:

@@ -6,13 +6,16 @@ kept beside them, so that a reader can add domains up.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
-from fusellm.align.positions import Situation, align, situations
+from fusellm.align.positions import Situation
+from fusellm.align.ragged import offsets_of
+from fusellm.align.strategies import Aligner, Tokens, boundary_aligner
 from fusellm.align.translation import Translation, class_translation, same_tokenizer
 from fusellm.tokens.blocks import cut
-from fusellm.tokens.encode import Encoder
+from fusellm.tokens.encode import Encoded, Encoder
 
 _FEW_TOKENS = 3  # a class of at most so many tells the target's tokens nearly apart
 _MEMBERS_SHOWN = 12
@@ -59,7 +62,8 @@ class Domain:
         left_out_example: the beginning of the first block left out; empty where none is.
         source_tokens, target_tokens: tokens of the blocks that both read, without BOS and EOS.
         positions: T, target positions that predict.
-        situations: positions by situation, by its name in lower case, "unaligned" among them.
+        situations: positions by situation, by its name in lower case, "unaligned" among them, as
+            a run with a strategy that aligns by boundaries counts them.
         in_single_classes: positions whose true next token is alone in its class.
         in_small_classes: positions whose true next token is in a class of at most 3.
     """
@@ -142,10 +146,12 @@ def compare(
     """
     translation = class_translation(source, target)
     on_part()
-    sizes = _class_sizes(translation)
+    sizes, of_target = _class_sizes(translation), translation.outcome_of_target
+    size_of_token = np.where(of_target >= 0, sizes[of_target], 0)
+    align = boundary_aligner(source, target, translation)
     domains = []
     for name, documents in texts.items():
-        domains.append(_domain(name, documents, block_bytes, source, target, translation, sizes))
+        domains.append(_domain(name, documents, block_bytes, source, target, align, size_of_token))
         on_part()
     mine, theirs = _distinct(source), _distinct(target)
     return Comparison(
@@ -207,8 +213,8 @@ def _domain(
     block_bytes: int,
     source: Encoder,
     target: Encoder,
-    translation: Translation,
-    sizes: np.ndarray,
+    align: Aligner,
+    size_of_token: np.ndarray,
 ) -> Domain:
     blocks: list[str] = []
     last: list[bool] = []
@@ -216,41 +222,34 @@ def _domain(
         pieces = list(cut(document, block_bytes))
         blocks += pieces
         last += [n + 1 == len(pieces) for n in range(len(pieces))]
-    by_situation = np.zeros(len(Situation), dtype=np.int64)
-    size_of_token = np.where(
-        translation.outcome_of_target >= 0, sizes[translation.outcome_of_target], 0
-    )
-    example = ""
-    left_out, tokens = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    read = bytes_read = single = small = 0
-    for text, theirs, mine in zip(
-        blocks, source.encode(blocks, last), target.encode(blocks, last), strict=True
-    ):
-        if theirs.ends is None or mine.ends is None:
-            left_out += (theirs.ends is None, mine.ends is None)
-            example = example or text[:60]
-            continue
-        found = align(mine.ends[:-1], theirs.ends[:-1])
-        cases = situations(mine.ends, theirs.ends, found)
-        by_situation += np.bincount(cases, minlength=len(Situation))
-        next_size = size_of_token[mine.ids[1:]]
-        single += int((next_size == 1).sum())
-        small += int(((next_size > 0) & (next_size <= _FEW_TOKENS)).sum())
-        tokens += (_text_tokens(source, theirs.ids), _text_tokens(target, mine.ids))
-        read, bytes_read = read + 1, bytes_read + len(text.encode())
-    counts = {case.name.lower(): int(by_situation[case]) for case in Situation}
+    encoded = source.encode(blocks, last), target.encode(blocks, last)
+    changed = [[block.ends is None for block in side] for side in encoded]
+    read = [not any(either) for either in zip(*changed, strict=True)]
+    mine, theirs = (_tokens(list(compress(side, read))) for side in encoded)
+    situations = np.bincount(align(theirs, mine).situations, minlength=len(Situation))
+    next_size = size_of_token[theirs.ids[theirs.predicting + 1]]
     return Domain(
         name,
-        read,
-        bytes_read,
-        (int(left_out[0]), int(left_out[1])),
-        example,
-        int(tokens[0]),
-        int(tokens[1]),
-        int(by_situation.sum()),
-        counts,
-        single,
-        small,
+        sum(read),
+        sum(len(text.encode()) for text in compress(blocks, read)),
+        (sum(changed[0]), sum(changed[1])),
+        next((text[:60] for text, both in zip(blocks, read, strict=True) if not both), ""),
+        _text_tokens(source, mine.ids),
+        _text_tokens(target, theirs.ids),
+        len(next_size),
+        {case.name.lower(): int(situations[case]) for case in Situation},
+        int((next_size == 1).sum()),
+        int(((next_size > 0) & (next_size <= _FEW_TOKENS)).sum()),
+    )
+
+
+def _tokens(encoded: Sequence[Encoded]) -> Tokens:
+    """Blocks that were read, one after another."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return Tokens(
+        offsets_of(np.array([len(block.ids) for block in encoded], dtype=np.int64)),
+        np.concatenate([nothing, *(block.ids for block in encoded)]),
+        np.concatenate([nothing, *(block.ends for block in encoded if block.ends is not None)]),
     )
 
 
