@@ -14,37 +14,47 @@ tokenizers over Python's standard library, two further sources, 10 kept a positi
 import argparse
 import cProfile
 import json
-import pstats
 import resource
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 from rich.console import Console
 
+from fusellm.align.ragged import offsets_of
 from fusellm.cli.console import Terminal
+from fusellm.fusion.kept import Kept
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe
-from fusellm.stages import externalize, fuse
+from fusellm.stages import fuse
+from fusellm.stages.externalize.work import columns_of_tokens
 from fusellm.store.blocks import open_corpus, read_shard
-from fusellm.store.externalized import SOURCE_SCHEMA, TARGET, externalized_folder
-from fusellm.store.manifest import Identity, StageWriter
-from fusellm.store.tables import Ragged, shard_names, write_table
+from fusellm.store.externalized import TARGET, externalized_folder, kept_columns, source_schema
+from fusellm.store.identity import Identity
+from fusellm.store.tables import shard_names, write_table
+from fusellm.store.writer import StageWriter
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
 _KEPT = 10
+# Functions of fusellm, none of which calls another: their times, with all they call, are added up.
 _PARTS = {
-    "read": ("batches", "_flat", "tokens_of", "kept_of"),
-    "align": ("align_shard", "align"),
-    "carry": ("_gather", "_counts_of"),
-    "compare": ("_compare",),
-    "write": ("write_table", "_columns"),
+    "read": (
+        "store.tables.Shard.batches",
+        "store.externalized.tokens_of",
+        "store.externalized.kept_of",
+    ),
+    "align": ("align.strategies.boundary_aligner.<locals>.align",),
+    "carry": ("fusion.fuse._gather", "fusion.fuse._counts_of"),
+    "compare": ("fusion.fuse._compare",),
+    "write": ("store.tables.write_table", "stages.fuse._columns"),
 }
 
 
@@ -65,26 +75,28 @@ def _made(pipeline: Pipeline, name: str) -> None:
     """A store of random distributions in place of a model's."""
     encoder, corpus = pipeline.readers[name].encoder, open_corpus(pipeline.run)
     chance = np.random.default_rng(0)
+    schema = source_schema(len(encoder.vocabulary), "top", _KEPT)
     with StageWriter.open(externalized_folder(pipeline.run, name), Identity("made", {}, {})) as out:
         for shard in shard_names(corpus, "train-"):
             blocks = read_shard(corpus, shard)
             encoded = encoder.encode([b.text for b in blocks], [b.last for b in blocks])
-            tokens = externalize._token_columns(blocks, encoded)
+            tokens = columns_of_tokens(blocks, encoded)
             lengths = np.array([max(len(block.ids) - 1, 0) for block in encoded])
-            positions = np.concatenate([[0], np.cumsum(lengths)])
+            positions = offsets_of(lengths)
             count = int(positions[-1])
             p = np.sort(chance.dirichlet(np.full(_KEPT + 1, 0.3), count), axis=1)[:, ::-1]
             ids = chance.integers(3, len(encoder.vocabulary), (count, _KEPT))
             ids[:, 0] = np.concatenate([block.ids[1:] for block in encoded])
-            kept = {
-                "kept": Ragged(positions, np.full(count, _KEPT)),
-                "kept_ids": Ragged(positions * _KEPT, ids.ravel()),
-                "log_probs": Ragged(positions * _KEPT, np.log(p[:, :_KEPT] + 1e-6).ravel()),
-                "counts": Ragged(positions * 0, np.zeros(0)),
-                "tail": Ragged(positions, p[:, _KEPT]),
-                "true_log_prob": Ragged(positions, np.log(p[:, 0] + 1e-6)),
-            }
-            write_table(out, shard, tokens | kept, SOURCE_SCHEMA)
+            log_p = np.log(p + 1e-6)
+            kept = Kept(
+                np.arange(count + 1) * _KEPT,
+                ids.ravel(),
+                log_p[:, :_KEPT].ravel(),
+                np.zeros(0, dtype=np.uint8),
+                p[:, _KEPT],
+                log_p[:, 0],
+            )
+            write_table(out, shard, tokens | kept_columns(kept, positions, False), schema)
         out.finish({})
 
 
@@ -142,14 +154,24 @@ def _size(folder: Path) -> int:
 
 
 def _shares(profiler: cProfile.Profile) -> dict[str, float]:
-    found = pstats.Stats(profiler)
-    rows = found.stats.items()  # type: ignore[attr-defined]
-    whole = found.total_tt  # type: ignore[attr-defined]
+    """Share of each part in the profiled time.
+
+    Raises:
+        ValueError: a function of a part was not called, as when it has been renamed.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    whole = 0.0
+    for entry in profiler.getstats():
+        whole += entry.inlinetime
+        if isinstance(entry.code, CodeType):
+            module = Path(entry.code.co_filename).with_suffix("").parts[-2:]
+            seconds[".".join((*module, entry.code.co_qualname))] += entry.totaltime
+    for part, names in _PARTS.items():
+        missing = [name for name in names if name not in seconds]
+        if missing:
+            raise ValueError(f"part {part!r} of _PARTS: {', '.join(missing)} was never called")
     return {
-        f"share_{part}": sum(
-            row[3] for (file, _, name), row in rows if name in names and "fusellm" in file
-        )
-        / whole
+        f"share_{part}": sum(seconds[name] for name in names) / whole
         for part, names in _PARTS.items()
     }
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ def fused(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a stage's blocks of the part train, as plain Python values."""
+    """Rows of a stage's blocks of the part train, as plain Python values, tokens with their ends."""
     for path in sorted(folder.glob("train-*.arrow")):
-        yield from pyarrow.ipc.open_file(str(path)).read_all().to_pylist()
+        for row in pyarrow.ipc.open_file(str(path)).read_all().to_pylist():
+            yield row | {"ends": list(accumulate(row.get("bytes", [])))}
 
 
 # The grid

@@ -100,7 +100,7 @@ def test_imports_go_one_way() -> None:
         ("config", "import fusellm.recipe_file", "which stands after it"),
         ("tokens.walk", "from fusellm.align import positions", "which stands after it"),
         ("tokens.walk", "from ..align import positions", "which stands after it"),
-        ("tokens.walk", "from ..align.positions import align", "which stands after it"),
+        ("tokens.walk", "from ..align.positions import align_shard", "which stands after it"),
         ("align.positions", "import fusellm.store.tables", "which stands after it"),
         ("models.load", "from fusellm.zoo import text", "which stands after it"),
         ("stages.fuse", "from fusellm.stages.train import run", "a stage imports a stage"),
@@ -202,7 +202,8 @@ UNKNOWN = [
     ),
     (
         raw(externalize={"zzzzzz": 1}),
-        "unknown key externalize.zzzzzz; known: scheme, draws, k, mass, batch_tokens",
+        "unknown key externalize.zzzzzz; known: scheme, draws, k, mass, batch_tokens, "
+        "not_finite_share",
     ),
 ]
 

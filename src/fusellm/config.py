@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Spread = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,8 +28,32 @@ class ModelSettings(_Block):
     """Branch, tag or commit on the hub."""
     dtype: Dtype = "float32"
     """Precision of the weights while the model runs."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Quantize the weights while loading, with bitsandbytes (`fusellm[quantized]`); what is not
+    quantized, the head among it, has `dtype`. For models that are only read."""
+    device_map: Spread | Annotated[dict[str, int | str], Field(min_length=1)] | None = None
+    """How a model larger than one device is spread, as transformers' from_pretrained takes it:
+    `auto`, `balanced`, `balanced_low_0`, `sequential`, or modules with their places, which are
+    numbers of GPUs, `cpu` or `disk`. null keeps it on one device."""
+    attention: Attention = "auto"
+    """Attention implementation; `auto` takes the fastest that the architecture and the machine
+    have. `flash_attention_2` and `_3` need a GPU and half precision."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run. Off unless you have read it."""
+
+    @property
+    def precision(self) -> str:
+        """What of these settings changes a model's numbers: `dtype`, and any quantization."""
+        return self.dtype if self.quantization is None else f"{self.dtype}, {self.quantization}"
+
+    @model_validator(mode="after")
+    def _flash_is_half(self) -> "ModelSettings":
+        if self.attention.startswith("flash") and self.dtype == "float32":
+            raise ValueError(
+                f"attention: {self.attention} needs dtype bfloat16 or float16, not float32; set "
+                "one of them, or attention: auto"
+            )
+        return self
 
 
 class SourceSettings(ModelSettings):
@@ -159,6 +185,8 @@ class ExternalizeSettings(_Block):
     batch_tokens: Annotated[int, Field(gt=0)] | None = None
     """Tokens in one forward pass, padding included; null takes 16,384 on a GPU, and 2,048 on a CPU,
     where a batch should stay in its caches."""
+    not_finite_share: Share = 0.01
+    """Most blocks that may give NaN or infinity, as a share of all; they are put aside."""
 
 
 class FusionSettings(_Block):
@@ -244,6 +272,11 @@ class Recipe(_Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if self.target.quantization is not None:
+            raise ValueError(
+                f"target.quantization: {self.target.quantization} is for sources; quantized "
+                "weights cannot be trained. Leave it out"
+            )
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:

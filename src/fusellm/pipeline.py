@@ -22,15 +22,10 @@ from fusellm.stages.report import write_report
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import write_text
-from fusellm.store.manifest import (
-    MANIFEST,
-    Identity,
-    StageFolder,
-    check_identity,
-    digest,
-    set_aside,
-)
+from fusellm.store.identity import Identity, digest
+from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.tables import shard_names
+from fusellm.store.writer import set_aside
 from fusellm.tokens.encode import Encoder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")

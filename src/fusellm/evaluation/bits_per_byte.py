@@ -6,10 +6,11 @@ L bytes of a block.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte
-from fusellm.models.batches import hidden_of_blocks, true_log_probs
+from fusellm.models.batches import cut_rows, read_blocks, true_log_probs
 from fusellm.models.heads import head_of
 from fusellm.tokens.encode import Encoded
 
@@ -33,14 +34,20 @@ def blocks_nats(
         for block, length in zip(encoded, lengths_bytes, strict=True)
     ]
     readable = [block.ids if block.ends is not None else block.ids[:0] for block in encoded]
-    for n, hidden, true_ids in hidden_of_blocks(model, readable, batch_tokens):
-        ends = encoded[n].ends
-        assert ends is not None
-        log_probs = true_log_probs(head, hidden, true_ids).cpu().numpy()
-        whole = np.array([0, len(ends)]), np.array([0, lengths_bytes[n]])
-        found[n] = nats_by_byte(ends, whole[0], log_probs, whole[1])
-        if on_block is not None:
-            on_block()
+
+    def use(_: list[int], hidden: torch.Tensor, true_ids: torch.Tensor) -> np.ndarray:
+        log_probs: np.ndarray = true_log_probs(head, hidden, true_ids).cpu().numpy()
+        return log_probs
+
+    for batch, log_probs in read_blocks(model, readable, batch_tokens, use):
+        rows = cut_rows(log_probs, [len(readable[n]) - 1 for n in batch])
+        for n, row in zip(batch, rows, strict=True):
+            ends = encoded[n].ends
+            assert ends is not None
+            whole = np.array([0, len(ends)]), np.array([0, lengths_bytes[n]])
+            found[n] = nats_by_byte(ends, whole[0], row, whole[1])
+            if on_block is not None:
+                on_block()
     return found
 
 

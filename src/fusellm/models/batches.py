@@ -3,36 +3,51 @@
 B blocks, T positions, N positions that predict, d hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fusellm.errors import ModelError
 from fusellm.models.heads import last_hidden
 from fusellm.objective.chunked import Head
 
 _BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
 _CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in cache on a CPU
+PADDING = 0.045
+"""Most padding, as a share of the positions of all batches of a shard."""
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+Result = TypeVar("Result")
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group blocks of like length, padding included, up to a number of tokens.
+    """Group blocks of like length, the longest first, up to a number of tokens.
 
-    The plan depends on the lengths alone. A block longer than the budget is a batch of its own;
-    blocks without tokens are in none.
+    The plan depends on the lengths alone. Padding counts as tokens and is at most PADDING of all
+    positions. A block longer than `batch_tokens` is a batch of its own; blocks without tokens are
+    in none.
 
-    >>> plan_batches([3, 9, 4, 0], 9)
-    [[0, 2], [1]]
+    >>> plan_batches([39, 40, 7, 0, 38], 120)
+    [[1, 0, 4], [2]]
     """
     batches: list[list[int]] = []
-    for n in sorted(range(len(lengths)), key=lambda n: (lengths[n], n)):
+    real = padded = 0  # tokens and positions of all batches so far
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
         if lengths[n] == 0:
             continue
-        if batches and (len(batches[-1]) + 1) * lengths[n] <= batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = batches and (len(batches[-1]) + 1) * longest <= batch_tokens
+        real += lengths[n]
+        if fits and padded + longest - real <= PADDING * (padded + longest):
             batches[-1].append(n)
+            padded += longest
         else:
             batches.append([n])
+            padded += lengths[n]
     return batches
 
 
@@ -48,28 +63,86 @@ def pad(rows: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor,
 
 
 @torch.no_grad()
-def hidden_of_blocks(
-    model: PreTrainedModel, ids: Sequence[np.ndarray], batch_tokens: int | None
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Run blocks through a model, each from its beginning.
+def read_blocks(
+    model: PreTrainedModel,
+    ids: Sequence[np.ndarray],
+    batch_tokens: int | None,
+    use: Callable[[list[int], torch.Tensor, torch.Tensor], Result],
+) -> Iterator[tuple[list[int], Result]]:
+    """Run blocks through a model, each from its beginning, and hand on what `use` makes of it.
+
+    Where memory runs out, in the model or in `use`, a batch is halved, and later ones of its size
+    are halved beforehand.
 
     Args:
-        ids: of each block.
+        ids: of each block; blocks of fewer than two tokens predict nothing and are left out.
         batch_tokens: of one forward pass, padding included; None for what suits the device.
+        use: is given the indices of a batch's blocks, [N, d] last hidden states of the positions
+            that predict, block by block, and [N] int64 the true next tokens.
 
-    Yields, once a block that has two tokens or more:
-        (index of the block, [N, d] last hidden states of the positions that predict, [N] int64
-        the true next tokens), N being its tokens less one.
+    Yields:
+        (indices of a batch's blocks, what `use` gave)
+
+    Raises:
+        ModelError: memory does not suffice for one block.
     """
     if batch_tokens is None:
         batch_tokens = _BATCH_TOKENS_GPU if model.device.type == "cuda" else _BATCH_TOKENS_CPU
-    for batch in plan_batches([len(row) for row in ids], batch_tokens):
-        inputs, mask = pad([ids[n] for n in batch], model.device)
-        hidden = last_hidden(model, input_ids=inputs, attention_mask=mask)
-        for place, n in enumerate(batch):
-            length = len(ids[n])
-            if length > 1:
-                yield n, hidden[place, : length - 1], inputs[place, 1:length]
+    waiting = plan_batches([len(row) if len(row) > 1 else 0 for row in ids], batch_tokens)[::-1]
+    too_large: float = np.inf
+    while waiting:
+        batch = waiting.pop()
+        positions = len(batch) * len(ids[batch[0]])
+        if positions < too_large or len(batch) == 1:
+            try:
+                result = use(batch, *_hidden(model, [ids[n] for n in batch]))
+            except (MemoryError, RuntimeError) as error:
+                _require_halving(error, batch, positions)
+            else:
+                yield batch, result
+                continue
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            too_large = positions
+        half = (len(batch) + 1) // 2
+        waiting += [batch[half:], batch[:half]]
+
+
+def _require_halving(error: Exception, batch: list[int], positions: int) -> None:
+    """Raise the error on, unless it says that memory is out and the batch can be halved."""
+    text = str(error).lower()
+    if not isinstance(error, MemoryError) and not any(part in text for part in _OUT_OF_MEMORY):
+        raise error
+    if len(batch) == 1:
+        raise ModelError(
+            f"memory does not suffice for one block of {positions} tokens; set a smaller "
+            "corpus.block_bytes, or for this model dtype: bfloat16, quantization, or "
+            "device_map: auto"
+        ) from error
+
+
+def _hidden(
+    model: PreTrainedModel, rows: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([N, d] hidden states of the positions that predict, [N] true next tokens) of a batch."""
+    inputs, mask = pad(rows, model.device)
+    hidden = last_hidden(model, input_ids=inputs, attention_mask=mask)
+    longest = inputs.shape[1]
+    # From the lengths, which the host knows: a mask would have the host wait for the device.
+    places = [np.arange(r * longest, r * longest + len(row) - 1) for r, row in enumerate(rows)]
+    place = torch.from_numpy(np.concatenate(places))
+    true_ids = inputs.flatten()[(place + 1).to(inputs.device)]
+    return hidden.flatten(0, 1)[place.to(hidden.device)], true_ids.to(hidden.device)
+
+
+def cut_rows(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """A flat array as rows of these lengths.
+
+    >>> [row.tolist() for row in cut_rows(np.array([1, 2, 3]), [1, 2])]
+    [[1], [2, 3]]
+    """
+    ends = np.cumsum([0, *lengths]).tolist()
+    return [values[start:end] for start, end in pairwise(ends)]
 
 
 @torch.no_grad()

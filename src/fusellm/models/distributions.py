@@ -1,14 +1,19 @@
 """What is kept of a model's distribution at each position.
 
-N positions, K kept at a position, V vocabulary.
+Two halves: `select` on the model's device, which waits for nothing, and `kept_of_host` in numpy,
+once the result has been copied, so that both can run at a time.
+
+N positions, C positions of a chunk, K kept at a position, V vocabulary.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from fusellm.align.ragged import offsets_of
 from fusellm.config import ExternalizeSettings
-from fusellm.errors import NumericsError
 from fusellm.fusion.kept import Kept
 from fusellm.objective.chunked import Head
 
@@ -16,70 +21,102 @@ _CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in
 _CHUNK_ELEMENTS_GPU = 1 << 26
 
 
-@torch.no_grad()
-def keep(
-    hidden: torch.Tensor,
-    true_ids: torch.Tensor,
-    head: Head,
-    has_token: torch.Tensor,
-    settings: ExternalizeSettings,
-    seed: int,
-) -> Kept:
-    """Read a block's distributions.
+@dataclass(frozen=True)
+class Selected:
+    """What `select` leaves on the device.
 
-    Log-probabilities come from a float32 log-softmax over the rows that have a token.
-
-    Args:
-        hidden: [N, d] last hidden states.
-        true_ids: [N] int64.
-        has_token: [V] bool.
-        seed: of the draws, the block's own, so that the same block gives the same draws.
-
-    Raises:
-        NumericsError: a distribution has NaN or infinity.
+    Attributes:
+        ids: [N, K] int32: the most probable, from the first on (`top`); draws, ascending
+            (`sampled`).
+        log_probs: [N, K] float32 nats (`top`); [N, 0] for `sampled`.
+        kept: [N] int32, how many of them count; all for `sampled`.
+        tail: [N] float32, mass of the others; zero for `sampled`.
+        true_log_prob: [N] float32 nats of the true next token; not finite where the distribution
+            is not.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shift = torch.rand(len(hidden), generator=generator, dtype=torch.float64).to(hidden.device)
-    pieces = []
-    budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
-    chunk = max(1, budget // len(has_token))
-    missing = None if bool(has_token.all()) else ~has_token
-    last = int(torch.nonzero(has_token)[-1])
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, start + chunk)
-        logits = head.logits(hidden[rows])
-        if missing is not None:
-            logits.masked_fill_(missing, -torch.inf)
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    kept: torch.Tensor
+    tail: torch.Tensor
+    true_log_prob: torch.Tensor
+
+    def to_host(self) -> "Selected":
+        """Begin to copy it to the host; on a GPU it is there when the stream has come so far."""
+        if not self.ids.is_cuda:
+            return self
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+
+        return Selected(*(copied(getattr(self, field.name)) for field in fields(self)))
+
+
+class Selector:
+    """A head, and what is to be kept of its distributions.
+
+    Log-probabilities come from a float32 log-softmax over the rows that have a token; logits are
+    never half precision, whatever the weights are.
+    """
+
+    def __init__(self, head: Head, vocabulary: int, settings: ExternalizeSettings) -> None:
+        """`vocabulary`: the head's first rows that have a token."""
+        self._settings = settings
+        self._rows, self._vocabulary = head.weight.shape[0], min(vocabulary, head.weight.shape[0])
+        half = head.weight.dtype != torch.float32
+        self._mixed = half and head.weight.is_cuda  # bf16 in, float32 out, in one product
+        if half and not self._mixed:
+            bias = None if head.bias is None else head.bias.float()
+            head = Head(head.weight.float(), bias, head.scale, head.softcap)
+        self._head = head
+
+    @torch.no_grad()
+    def select(self, hidden: torch.Tensor, true_ids: torch.Tensor, shift: torch.Tensor) -> Selected:
+        """Choose what is kept, chunk by chunk.
+
+        Args:
+            hidden: [N, d] last hidden states.
+            true_ids: [N] int64.
+            shift: [N] float64 in [0, 1), of the draws.
+        """
+        budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
+        chunk = max(1, budget // self._rows)
+        pieces = [
+            self._chunk(hidden[start : start + chunk], true_ids[start : start + chunk], s)
+            for start, s in zip(range(0, len(hidden), chunk), shift.split(chunk), strict=True)
+        ]
+        return Selected(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+
+    def _chunk(
+        self, hidden: torch.Tensor, true_ids: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        logits = self._logits(hidden)[:, : self._vocabulary]
         highest = logits.amax(dim=-1, keepdim=True)
-        true = logits.gather(1, true_ids[rows, None]) - highest
-        if settings.scheme == "sampled":
+        true = logits.gather(1, true_ids[:, None]) - highest
+        if self._settings.scheme == "sampled":
             weights = logits.sub_(highest).exp_()  # one pass through exp serves draws and sum
-            *chosen, whole = _draw(weights, shift[rows], settings.draws, last)
+            ids, whole = _draw(weights, shift, self._settings.draws)
+            log_probs, tail = logits[:, :0], torch.zeros_like(true[:, 0])
+            kept = torch.full_like(true_ids, ids.shape[1])
         else:
-            *chosen, whole = _top(logits, highest, settings.k, settings.mass)
+            ids, log_probs, kept, tail, whole = _top(
+                logits, highest, self._settings.k, self._settings.mass
+            )
         true = (true - torch.log(whole))[:, 0]
-        if not bool(torch.isfinite(true).all()):
-            raise NumericsError("NaN or infinity in a distribution")
-        pieces.append((*chosen, true.cpu().numpy()))
-    lengths, ids, values, tail, true_log_prob = (
-        np.concatenate(part) for part in zip(*pieces, strict=True)
-    )
-    sampled = settings.scheme == "sampled"
-    nothing = np.zeros(0, dtype=np.float32)
-    return Kept(
-        offsets_of(lengths),
-        ids,
-        nothing if sampled else values,
-        values.astype(np.uint8) if sampled else nothing.astype(np.uint8),
-        tail,
-        true_log_prob,
-    )
+        return ids.int(), log_probs, kept.int(), tail, true
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._mixed:
+            return self._head.logits(hidden.float())
+        weight, bias = self._head.weight, self._head.bias
+        z = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+        return self._head.scaled(z if bias is None else z + bias.float())
 
 
-_Chosen = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, torch.Tensor]
-
-
-def _draw(weights: torch.Tensor, shift: torch.Tensor, draws: int, last: int) -> _Chosen:
+def _draw(
+    weights: torch.Tensor, shift: torch.Tensor, draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Systematic draws: one uniform shift a position, then steps of 1/draws along the ids.
 
     An id of probability p is drawn floor(draws·p) or ceil(draws·p) times, draws·p on average: as
@@ -87,28 +124,22 @@ def _draw(weights: torch.Tensor, shift: torch.Tensor, draws: int, last: int) -> 
 
     Args:
         weights: [C, V] probabilities times a constant of each position.
-        last: the highest id with a token, for points that rounding puts past the end.
 
     Returns:
-        (distinct ids [C], ids, counts, tail [C], sum of the weights [C, 1])
+        ([C, draws] ids, ascending; [C, 1] sum of the weights)
     """
     # In place of a float64 cumsum, which costs twice: the error of the last sum is scaled away.
     cumulative = torch.cumsum(weights, dim=-1)
     steps = torch.arange(draws, device=weights.device, dtype=torch.float64)
     points = ((steps + shift[:, None]) / draws * cumulative[:, -1:]).to(cumulative.dtype)
     drawn = torch.searchsorted(cumulative, points, right=True)
-    drawn = drawn.clamp_(max=last)
-    is_new = torch.ones_like(drawn, dtype=torch.bool)
-    is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    group = is_new.flatten().cumsum(0) - 1
-    counts = torch.bincount(group)
-    tail = np.zeros(len(weights), dtype=np.float32)
-    distinct = is_new.sum(-1).cpu().numpy()
-    return distinct, drawn[is_new].cpu().numpy(), counts.cpu().numpy(), tail, cumulative[:, -1:]
+    return drawn.clamp_(max=weights.shape[1] - 1), cumulative[:, -1:]
 
 
-def _top(logits: torch.Tensor, highest: torch.Tensor, k: int, mass: float | None) -> _Chosen:
-    """(kept [C], ids, log-probabilities, tail [C], sum of exp(logits − highest) [C, 1])."""
+def _top(
+    logits: torch.Tensor, highest: torch.Tensor, k: int, mass: float | None
+) -> tuple[torch.Tensor, ...]:
+    """(ids [C, K], log-probabilities [C, K], kept [C], tail [C], sum of exp(logits − highest))."""
     best = torch.topk(logits, min(k, logits.shape[-1]), dim=-1)
     whole = logits.sub_(highest).exp_().sum(-1, keepdim=True)
     log_p = best.values - highest - torch.log(whole)
@@ -117,10 +148,39 @@ def _top(logits: torch.Tensor, highest: torch.Tensor, k: int, mass: float | None
     if mass is not None:
         kept[:, 1:] &= torch.cumsum(p, dim=-1)[:, :-1] < mass
     tail = (1.0 - torch.where(kept, p, 0.0).sum(-1)).clamp_(min=0.0).float()
-    return (
-        kept.sum(-1).cpu().numpy(),
-        best.indices[kept].cpu().numpy(),
-        log_p[kept].cpu().numpy(),
-        tail.cpu().numpy(),
-        whole,
+    return best.indices, log_p, kept.sum(-1), tail, whole
+
+
+def kept_of_host(selected: Selected, settings: ExternalizeSettings) -> Kept:
+    """What was selected, once it is on the host, without what does not count."""
+    ids, true = selected.ids.numpy(), selected.true_log_prob.numpy()
+    nothing = np.zeros(0, dtype=np.float32)
+    if settings.scheme == "sampled":
+        is_new = np.ones(ids.shape, dtype=np.bool_)
+        is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        starts = np.append(np.nonzero(is_new.ravel())[0], ids.size)
+        counts = np.diff(starts).astype(np.uint8)
+        offsets = offsets_of(is_new.sum(axis=1))
+        return Kept(offsets, ids[is_new], nothing, counts, selected.tail.numpy(), true)
+    counted = np.arange(ids.shape[1]) < selected.kept.numpy()[:, None]
+    return Kept(
+        offsets_of(counted.sum(axis=1)),
+        ids[counted],
+        selected.log_probs.numpy()[counted],
+        nothing.astype(np.uint8),
+        selected.tail.numpy(),
+        true,
     )
+
+
+def shifts(seeds: Iterator[int], lengths: list[int]) -> torch.Tensor:
+    """[N] float64 in [0, 1): each block's own, so that it is drawn alike in whatever batch.
+
+    Args:
+        seeds, lengths: seed and number of positions of each block.
+    """
+    parts = [
+        torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed, length in zip(seeds, lengths, strict=True)
+    ]
+    return torch.cat(parts)

@@ -1,41 +1,85 @@
-"""How each architecture gets from its last hidden states to logits.
+"""How each architecture gets from its last hidden states to logits, wherever its layers lie.
+
+A model that is spread over devices has accelerate's hooks on its modules: a hook knows the device
+that its module runs on, and brings offloaded weights there for as long as the module runs.
 
 B blocks, T positions, d hidden size, V vocabulary.
 """
 
 import torch
-from transformers import PreTrainedModel
+from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ModelError
 from fusellm.objective.chunked import Head
+
+# The setting that multiplies logits, by model_type; elsewhere `logits_scaling` divides (Granite).
+_MULTIPLIERS = {
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
+    "cohere2_moe": "logit_scale",
+    "falcon_h1": "lm_head_multiplier",
+    "hyperclovax": "logits_scaling",
+}
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_PROBE_TOKENS = 8
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model, with the scaling and capping of its architecture.
 
+    Weights that are offloaded are brought to the device that the head runs on; hold on to the
+    result rather than ask for each batch anew.
+
     Raises:
-        ModelError: the model has no linear output embedding.
+        ModelError: the model has no linear output embedding, or a quantized one.
     """
     layer = model.get_output_embeddings()
+    name = type(model).__name__
     if not isinstance(layer, torch.nn.Linear):
         raise ModelError(
-            f"{type(model).__name__} has no linear head over its vocabulary (found "
-            f"{type(layer).__name__}); fusellm needs a causal language model"
+            f"{name} has no linear head over its vocabulary (found {type(layer).__name__}); "
+            "fusellm needs a causal language model"
+        )
+    weight, bias = _tensors(layer)
+    if weight.is_meta:
+        raise ModelError(
+            f"the weights of {name}'s head are on no device; name a place for it in device_map"
+        )
+    if not weight.is_floating_point():
+        raise ModelError(
+            f"the head of {name} is quantized ({type(layer).__name__}, {weight.dtype}); fusellm "
+            "needs it whole: quantize the model without its head"
         )
     config = model.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale /= config.logits_scaling
-    if model.config.model_type in ("cohere", "cohere2") and getattr(config, "logit_scale", None):
-        scale *= config.logit_scale
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
-    return Head(layer.weight, layer.bias, scale, softcap)
+    cap = next((float(v) for key in _CAPS if (v := getattr(config, key, None))), None)
+    return Head(weight, bias, _scale(config), cap)
 
 
 def last_hidden(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """[B, T, d] hidden states as the head takes them."""
+    """[B, T, d] hidden states as the head takes them: on its device, in its precision.
+
+    Inputs may be on any device if the model is spread over several.
+    """
+    place = _runs_on(model.get_input_embeddings())
+    if place is not None:
+        inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
     hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden
+    head = model.get_output_embeddings()
+    hidden = hidden.to(_runs_on(head) or hidden.device)
+    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
+        return hidden
+    if torch.is_autocast_enabled(hidden.device.type):  # which casts by itself
+        return hidden
+    return hidden.to(head.weight.dtype)  # Mamba's are float32 whatever its weights are
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device that a model takes its tokens on.
+
+    `model.device` is "meta" where the first weights are offloaded.
+    """
+    return _runs_on(model.get_input_embeddings()) or model.device
 
 
 @torch.no_grad()
@@ -45,12 +89,45 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ModelError: they do not: the architecture scales or caps its logits in a way of its own.
     """
-    ids = torch.arange(8, device=model.device)[None]
-    mine = head_of(model).logits(last_hidden(model, input_ids=ids))
-    theirs = model(input_ids=ids).logits.float()
-    apart = (mine - theirs).abs().max()
-    if bool(apart > 0.02 * theirs.abs().max() + 1e-6):
+    head = head_of(model)
+    ids = torch.arange(min(_PROBE_TOKENS, len(head.weight)), device=input_device(model))[None]
+    mine = head.logits(last_hidden(model, input_ids=ids))
+    theirs = model(input_ids=ids, use_cache=False).logits.float().to(mine.device)
+    name = type(model).__name__
+    if mine.shape != theirs.shape:
         raise ModelError(
-            f"{type(model).__name__} makes its logits in a way that fusellm does not know (they "
-            f"differ by {float(apart):.3g}); please report the architecture"
+            f"{name} gives {theirs.shape[-1]} logits from a head of {mine.shape[-1]} rows, in a "
+            "way that fusellm does not know; please report the architecture"
         )
+    apart = (mine - theirs).abs().max()
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.02
+    if bool(apart > tolerance * theirs.abs().max() + 1e-6):
+        raise ModelError(
+            f"{name} makes its logits in a way that fusellm does not know (they differ by "
+            f"{float(apart):.3g}); please report the architecture"
+        )
+
+
+def _scale(config: PretrainedConfig) -> float:
+    multiplier = _MULTIPLIERS.get(config.model_type)
+    if multiplier is not None:
+        return float(getattr(config, multiplier, None) or 1.0)
+    return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _runs_on(module: torch.nn.Module | None) -> torch.device | None:
+    """The device that accelerate's hooks run a module on; None where it has none."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
+
+
+def _tensors(layer: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight [V, d], bias [V] or None), brought from CPU or disk where they are offloaded."""
+    if not layer.weight.is_meta:
+        return layer.weight, layer.bias
+    with align_module_device(layer):
+        return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()

@@ -1,16 +1,23 @@
 """Finding, checking and loading models; safetensors only."""
 
+import json
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,12 +25,16 @@ from transformers import (
 
 from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
+from fusellm.models.attention import choose_attention
 from fusellm.models.heads import check_head
 from fusellm.store.files import file_digest
-from fusellm.store.manifest import digest
+from fusellm.store.identity import digest
 
 ZOO = ("prose", "python", "cpp")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
+_INDEX = ".index.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors" + _INDEX)
+_LOADING_ERRORS = (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -34,6 +45,7 @@ class Located:
     Attributes:
         settings: what the recipe says of it.
         place: folder or hub name to load from.
+        commit: of a hub model; all that is read of it is read at this commit. None for a folder.
         config: its configuration.
         fingerprint: digest of its weights and configuration; for a hub model of its commit.
         context_tokens: longest input, or None where the architecture has no limit.
@@ -42,6 +54,7 @@ class Located:
 
     settings: ModelSettings
     place: str
+    commit: str | None
     config: PretrainedConfig
     fingerprint: str
     context_tokens: int | None
@@ -65,7 +78,8 @@ def locate(settings: ModelSettings) -> Located:
     """Find a model and check what can be checked without loading it.
 
     Raises:
-        ModelError: nothing is there, its weights are pickles only, or it is no language model.
+        ModelError: nothing is there, its weights are pickles only, it is no language model, it
+            comes with code that is not trusted, or it is to be quantized a second time.
     """
     folder = _local_folder(settings.model)
     place = str(folder) if folder is not None else settings.model
@@ -75,18 +89,36 @@ def locate(settings: ModelSettings) -> Located:
         )
     except (OSError, ValueError) as error:
         raise ModelError(_why_not_found(settings, error)) from error
+    stored = _stored_quantization(config)
+    if settings.quantization is not None and stored is not None:
+        raise ModelError(
+            f"{settings.model} is stored quantized ({stored}), so it cannot be loaded with "
+            f"quantization: {settings.quantization}; leave that out"
+        )
     text_config = config.get_text_config()
     context = next(
         (int(v) for key in _CONTEXT_KEYS if (v := getattr(text_config, key, None))), None
     )
     if folder is None:
-        commit = getattr(config, "_commit_hash", None) or settings.revision or "main"
+        commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
-        return Located(settings, place, config, fingerprint, context, None)
+        return Located(settings, place, commit, config, fingerprint, context, None)
     weights = sorted(folder.glob("*.safetensors"))
     sums = {path.name: _cached_digest(path) for path in [*weights, folder / "config.json"]}
     weight_bytes = sum(path.stat().st_size for path in weights)
-    return Located(settings, place, config, digest(sums), context, weight_bytes)
+    return Located(settings, place, None, config, digest(sums), context, weight_bytes)
+
+
+def weights_digest(located: Located) -> str:
+    """SHA-256 over the names and digests of the files that a model's weights are loaded from.
+
+    A folder and a hub model with the same files have the same digest. A hub model's files are
+    looked up in the local cache, so it must have been loaded before.
+
+    Raises:
+        ModelError: the files are not there.
+    """
+    return digest({name: _cached_digest(path) for name, path in _weight_files(located).items()})
 
 
 def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
@@ -98,13 +130,30 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             located.place,
-            revision=located.settings.revision,
+            revision=located.commit,
             trust_remote_code=located.settings.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{located.settings.model} has no tokenizer to load: {reason}") from error
     return tokenizer
+
+
+def require_packages(located: Located) -> None:
+    """Check that the packages a model is loaded with are installed; reads no weights.
+
+    Raises:
+        ModelError: one is missing; the message has the command that installs it.
+    """
+    stored = _stored_quantization(located.config)
+    if located.settings.quantization is None and "bitsandbytes" not in (stored or ""):
+        return
+    if find_spec("bitsandbytes") is None:
+        why = f"quantization: {located.settings.quantization}" if stored is None else "it is stored"
+        raise ModelError(
+            f"{located.settings.model} needs the package bitsandbytes ({why}): "
+            "pip install 'fusellm[quantized]'"
+        )
 
 
 def load_model(
@@ -113,39 +162,156 @@ def load_model(
     """A model with its weights, in evaluation mode.
 
     Args:
+        device: to run on; a `device_map` of its settings goes before it.
         dtype: precision, where it is not the recipe's.
 
     Raises:
-        ModelError: the weights cannot be loaded or some are missing, or the architecture's head
-            is not known here.
+        ModelError: a package is missing, the weights cannot be loaded or some are missing, the
+            attention implementation that is wanted is not there, or the architecture's head is
+            not known here.
     """
+    require_packages(located)
+    arguments = _loading_arguments(located, device, dtype)
+    offload = TemporaryDirectory(prefix="fusellm-offload-")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            located.place,
-            revision=located.settings.revision,
-            trust_remote_code=located.settings.trust_remote_code,
-            dtype=dtype or getattr(torch, located.settings.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
+            located.place, **arguments, offload_folder=offload.name, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{located.settings.model} could not be loaded: {reason}") from error
+    except _LOADING_ERRORS as error:
+        offload.cleanup()
+        raise ModelError(_why_not_loaded(located, error)) from error
     model, found = loaded
+    weakref.finalize(model, offload.cleanup)
     absent = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
     if absent:
         raise ModelError(
             f"{located.settings.model} lacks weights that its configuration asks for "
             f"({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''}); they would be random"
         )
-    model.to(device).eval()
-    check_head(model)
+    if "device_map" not in arguments:  # else it is where it belongs, and must not be moved
+        model.to(device)
+    model.eval()
+    _try(model, located)
     return cast(PreTrainedModel, model)
 
 
 def default_device() -> torch.device:
     """The first CUDA device, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _loading_arguments(
+    located: Located, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Arguments of from_pretrained; with a `device_map` where the model must not be moved later."""
+    settings, config = located.settings, located.config
+    recipe_dtype: torch.dtype = getattr(torch, settings.dtype)
+    dtype = dtype or recipe_dtype
+    wanted = settings.attention
+    if wanted.startswith("flash") and dtype != recipe_dtype:  # training, in float32
+        wanted = "auto"
+    places = settings.device_map
+    if isinstance(places, dict) and set(places.values()) <= {"cpu", "disk"}:
+        device = torch.device("cpu")
+    arguments: dict[str, Any] = {
+        "revision": located.commit,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "attn_implementation": choose_attention(wanted, config, device, dtype),
+    }
+    if settings.quantization is not None:
+        arguments["quantization_config"] = _bitsandbytes(settings.quantization, dtype)
+    if places is not None:
+        arguments["device_map"] = places
+    elif settings.quantization is not None or _stored_quantization(config) is not None:
+        arguments["device_map"] = {"": str(device)}
+    return arguments
+
+
+def _bitsandbytes(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _stored_quantization(config: PretrainedConfig) -> str | None:
+    """The method that a model's weights are stored quantized with, or None."""
+    for part in (config, config.get_text_config()):
+        stored = getattr(part, "quantization_config", None)
+        if stored is not None:
+            stored = stored if isinstance(stored, dict) else stored.to_dict()
+            return str(stored.get("quant_method", "unknown"))
+    return None
+
+
+def _try(model: PreTrainedModel, located: Located) -> None:
+    """Run a few tokens through a model that was just loaded, and check its head."""
+    try:
+        check_head(model)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever an architecture's own code raises
+        raise ModelError(_why_not_loaded(located, error, "cannot run as it is loaded")) from error
+
+
+def _why_not_loaded(located: Located, error: Exception, what: str = "could not be loaded") -> str:
+    settings = located.settings
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    cure = ""
+    if "cannot be loaded with `safetensors`" in reason:
+        return (
+            f"{settings.model} has no safetensors weights, and fusellm reads no pickles, which can "
+            "run code when loaded; convert them with save_pretrained() where you trust them"
+        )
+    if isinstance(settings.device_map, dict):
+        cure = ". Every module needs its place in device_map"
+        if located.config.get_text_config().tie_word_embeddings:
+            cure += "; the head and the input embedding, which are tied, need the same"
+    elif settings.attention != "auto":
+        cure = f". Or is it attention: {settings.attention}? Try auto"
+    return f"{settings.model} {what}: {reason}{cure}"
+
+
+def _hub_commit(settings: ModelSettings) -> str:
+    """The commit that a hub model's configuration, just read, is of."""
+    found = try_to_load_from_cache(settings.model, "config.json", revision=settings.revision)
+    if not isinstance(found, str):
+        raise ModelError(
+            f"the commit of {settings.model} is not to be told from the local hub cache "
+            f"({hub_constants.HF_HUB_CACHE}); name one as its revision, or download the model and "
+            "name its folder"
+        )
+    return Path(found).parent.name
+
+
+def _weight_files(located: Located) -> dict[str, Path]:
+    """Name and path of the files that transformers reads a model's weights from."""
+
+    def find(name: str) -> Path | None:
+        if located.commit is None:
+            path = Path(located.place, name)
+            return path if path.is_file() else None
+        found = try_to_load_from_cache(located.place, name, revision=located.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    named = getattr(located.config, "transformers_weights", None)
+    first = next((n for n in ([named] if named else _WEIGHTS) if find(n) is not None), None)
+    names = [first]
+    if first is not None and first.endswith(_INDEX):
+        index = json.loads(cast(Path, find(first)).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    files = {name: find(name) for name in names if name is not None}
+    absent = [name for name, path in files.items() if path is None]
+    if absent or not files:
+        where = located.place
+        if located.commit is not None:
+            where = f"the local hub cache ({hub_constants.HF_HUB_CACHE}); load the model first"
+        missing = ", ".join(absent[:3]) or " nor ".join(_WEIGHTS)
+        raise ModelError(f"weights of {located.settings.model}: no {missing} in {where}")
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def _local_folder(name: str) -> Path | None:
@@ -175,6 +341,11 @@ def _local_folder(name: str) -> Path | None:
 
 def _why_not_found(settings: ModelSettings, error: Exception) -> str:
     reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return (
+            f"model {settings.model} comes with code of its own, which does not run unless you "
+            "trust it; set trust_remote_code: true once you have read it"
+        )
     if len(reason) > 300:
         reason = reason[:300] + "…"
     where = (

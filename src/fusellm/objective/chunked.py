@@ -32,7 +32,10 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[C, V] float32 logits of [C, d] hidden states."""
-        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        return self.scaled(torch.nn.functional.linear(hidden, self.weight, self.bias).float())
+
+    def scaled(self, z: torch.Tensor) -> torch.Tensor:
+        """[C, V] what the architecture makes of its head's product."""
         if self.scale != 1.0:
             z = z * self.scale
         if self.softcap is not None:

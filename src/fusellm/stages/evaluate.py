@@ -15,8 +15,10 @@ from fusellm.evaluation.intervals import Record, Scores, records
 from fusellm.models.load import Located, default_device, load_model
 from fusellm.progress import Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
-from fusellm.store.manifest import Identity, StageFolder, StageWriter, digest
+from fusellm.store.identity import Identity, digest
+from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, write_table
+from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
 
 FOLDER = "evaluate"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fusellm.align.positions import Situation
 from fusellm.align.ragged import offsets_of
@@ -23,10 +24,12 @@ from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
 from fusellm.progress import Progress
 from fusellm.store.blocks import open_corpus
 from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
-from fusellm.store.fused import FUSED_SCHEMA, fused_folder, write_members
-from fusellm.store.manifest import Identity, StageFolder, StageWriter
+from fusellm.store.fused import fused_folder, fused_schema, write_members
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Ragged, Shard, shard_names, write_table
 from fusellm.store.translations import cached_translation
+from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
 
 COUNTS = "counts.json"
@@ -66,6 +69,8 @@ def run_fuse(
         for name, translation in translations.items():
             write_members(folder, name, *translation.members())
         aligners = aligners_of(recipe.fusion, encoders, translations)
+        outcomes = max(t.outcomes for t in translations.values()) + 1
+        schema = fused_schema(len(encoders[TARGET].vocabulary), outcomes)
         names = shard_names(corpus, "train-")
         with progress.start("fusing", len(names), "shards") as bar:
             for name in names:
@@ -79,6 +84,7 @@ def run_fuse(
                         translations,
                         aligners,
                         rules_of(recipe.fusion),
+                        schema,
                     )
                 bar.advance()
         summary = _summary(folder, list(sources))
@@ -149,6 +155,7 @@ def _fuse_shard(
     translations: Mapping[str, Translation],
     aligners: Mapping[str, Aligner],
     rules: Rules,
+    schema: pa.Schema,
 ) -> None:
     written: list[tuple[np.ndarray, Ragged, Tokens, Fused]] = []
     tally = _Tally(list(sources))
@@ -165,7 +172,7 @@ def _fuse_shard(
         fused, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
         written.append((blocks["block"], mine["ids"], tokens, fused))
         tally.add(blocks, together, each)
-    write_table(folder, name, _columns(written), FUSED_SCHEMA, tally.as_counts())
+    write_table(folder, name, _columns(written), schema, tally.as_counts())
 
 
 def _reading(

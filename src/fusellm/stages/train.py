@@ -42,7 +42,8 @@ from fusellm.progress import Bar, Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.files import sync_files, write_text
 from fusellm.store.fused import open_fused
-from fusellm.store.manifest import Identity, StageWriter
+from fusellm.store.identity import Identity
+from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoded, Encoder
 
 FOLDER = "train"

@@ -1,5 +1,7 @@
 """The corpus of a run on disk: blocks, in shards, in the parts train, validation and held_out."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,15 @@ def read_shard(folder: StageFolder, name: str) -> list[Block]:
         Block(row["block"], row["document"], row["domain"], row["last"], row["text"])
         for row in rows
     ]
+
+
+def digest_of_blocks(blocks: Sequence[Block]) -> str:
+    """SHA-256 over the texts of blocks and where documents end: what a model reads of them."""
+    found = hashlib.sha256()
+    for block in blocks:
+        data = block.text.encode()
+        found.update(f"{len(data)} {block.last}\n".encode() + data)
+    return found.hexdigest()
 
 
 def read_part(folder: StageFolder, part: str) -> list[Block]:

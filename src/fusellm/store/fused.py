@@ -5,22 +5,32 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fusellm.store.manifest import StageFolder, StageWriter
-from fusellm.store.tables import Shard, write_table
+from fusellm.store.manifest import StageFolder
+from fusellm.store.tables import Shard, id_type, list_field, write_table
+from fusellm.store.writer import StageWriter
 
-FUSED_SCHEMA = pa.schema(
-    [
-        ("block", pa.int64()),
-        ("ids", pa.list_(pa.uint32())),
-        ("parts", pa.list_(pa.uint8())),
-        ("source", pa.list_(pa.int8())),
-        ("lengths", pa.list_(pa.uint16())),
-        ("outcomes", pa.list_(pa.uint32())),
-        ("masses", pa.list_(pa.float32())),
-        ("rest", pa.list_(pa.float32())),
-    ]
-)
 _MEMBERS_SCHEMA = pa.schema([("offsets", pa.list_(pa.int64())), ("members", pa.list_(pa.int64()))])
+
+
+def fused_schema(vocabulary: int, outcomes: int) -> pa.Schema:
+    """Columns of fused distributions.
+
+    Args:
+        vocabulary: of the target.
+        outcomes: most that a source has.
+    """
+    return pa.schema(
+        [
+            pa.field("block", pa.int64(), nullable=False),
+            list_field("ids", id_type(vocabulary)),
+            list_field("parts", pa.uint8()),
+            list_field("source", pa.int8()),
+            list_field("lengths", pa.uint16()),
+            list_field("outcomes", id_type(outcomes)),
+            list_field("masses", pa.float32()),
+            list_field("rest", pa.float32()),
+        ]
+    )
 
 
 def fused_folder(run: Path) -> Path:

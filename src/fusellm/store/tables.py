@@ -1,20 +1,27 @@
 """Shards as Arrow files: one row a block, ragged lists, zstd, record batches of at most 64 blocks.
 
 Arrow IPC is read by other tools (pyarrow, polars, duckdb) and lets a record batch be read alone.
+Each record batch is verified when it is first read, what frames them when the shard is opened.
+docs/store-format.md says why Arrow and not Parquet.
 """
 
+import io
+import mmap
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from fusellm.store.manifest import StageFolder, StageWriter
+from fusellm.store.manifest import Segment, StageFolder, segments_of
+from fusellm.store.writer import StageWriter
 
 BATCH_BLOCKS = 64
+_ZSTD_LEVEL = 3  # docs/store-format.md has what the others cost
 
 
 class Ragged(NamedTuple):
@@ -24,23 +31,61 @@ class Ragged(NamedTuple):
     values: np.ndarray
 
 
+Columns = Mapping[str, Sequence[Any] | np.ndarray | Ragged]
+
+
+def id_type(count: int) -> pa.DataType:
+    """The narrowest type for ids below `count`."""
+    return pa.uint16() if count <= 1 << 16 else pa.uint32()
+
+
+def list_field(name: str, kind: pa.DataType) -> pa.Field:
+    """A ragged column without nulls."""
+    return pa.field(name, pa.list_(pa.field("item", kind, nullable=False)), nullable=False)
+
+
+class EncodedShard(NamedTuple):
+    """A shard's file before it is written, with the checksums of its record batches and frame."""
+
+    data: bytes
+    segments: list[Segment]
+    blocks: int
+
+
 def write_table(
     writer: StageWriter,
     name: str,
-    columns: Mapping[str, Sequence[Any] | np.ndarray | Ragged],
+    columns: Columns,
     schema: pa.Schema,
     counts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a shard. `columns` has one entry a block; lists are arrays, or all of it a `Ragged`."""
+    write_encoded(writer, name, encode_table(columns, schema), counts)
+
+
+def encode_table(columns: Columns, schema: pa.Schema) -> EncodedShard:
+    """A shard's file, in memory."""
     arrays = [_column(columns[field.name], field.type) for field in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
+    codec = pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
+    file = io.BytesIO()
+    cuts = []
+    with pyarrow.ipc.new_file(
+        file, schema, options=pyarrow.ipc.IpcWriteOptions(compression=codec)
+    ) as out:
+        for batch in table.to_batches(max_chunksize=BATCH_BLOCKS):
+            cuts.append(file.tell())
+            out.write_batch(batch)
+        cuts.append(file.tell())
+    data = file.getvalue()
+    return EncodedShard(data, segments_of(data, cuts), table.num_rows)
 
-    def write(file: BinaryIO) -> None:
-        options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
-        with pyarrow.ipc.new_file(file, schema, options=options) as out:
-            out.write_table(table, max_chunksize=BATCH_BLOCKS)
 
-    writer.write(name, write, {"blocks": table.num_rows} | dict(counts or {}))
+def write_encoded(
+    writer: StageWriter, name: str, shard: EncodedShard, counts: Mapping[str, Any] | None = None
+) -> None:
+    """Write a shard that has been encoded."""
+    writer.write(name, shard.data, {"blocks": shard.blocks} | dict(counts or {}), shard.segments)
 
 
 def _column(values: Sequence[Any] | np.ndarray | Ragged, kind: pa.DataType) -> pa.Array:
@@ -52,33 +97,91 @@ def _column(values: Sequence[Any] | np.ndarray | Ragged, kind: pa.DataType) -> p
         flat = [np.zeros(0, dtype=dtype), *(np.asarray(value, dtype=dtype) for value in values)]
         values = Ragged(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(flat))
     offsets, flat_values = values.offsets.astype(np.int32), values.values.astype(dtype, copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat_values, type=kind.value_type))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(flat_values, type=kind.value_type), type=kind
+    )
 
 
 class Shard:
-    """A finished shard, verified when opened; record batches are read as they are asked for."""
+    """A finished shard; record batches are read as they are asked for."""
 
     def __init__(self, folder: StageFolder, name: str, cached_batches: int | None = 4) -> None:
-        """`cached_batches` record batches are kept once read; None keeps all."""
-        self._reader = pyarrow.ipc.open_file(pa.memory_map(str(folder.file(name))))
-        self._sizes: int = folder.shards[name]["counts"]["blocks"]
-        self._batch = lru_cache(maxsize=cached_batches)(self._reader.get_batch)
+        """Open a shard and verify all but its record batches.
+
+        Args:
+            cached_batches: record batches that are kept once read; None keeps all.
+
+        Raises:
+            StoreError: it is missing, truncated or damaged.
+        """
+        self._folder, self._name = folder, name
+        path = folder.sized_file(name)
+        self._map = _mapped(path)
+        segments = folder.segments(name)
+        starts = np.cumsum([0, *(segment.length for segment in segments)]).tolist()
+        self._segments = list(zip(starts, segments, strict=False))
+        self._verified = [False] * len(segments)
+        self._verify(0)
+        self._verify(len(segments) - 1)
+        self._reader = pyarrow.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
+        if self._reader.num_record_batches != len(segments) - 2:
+            raise folder.damaged(name, "its record batches are not those of the manifest")
+        self._blocks: int = folder.shards[name]["counts"]["blocks"]
+        self._batch = lru_cache(maxsize=cached_batches)(self._read)
 
     def __len__(self) -> int:
-        return self._sizes
+        return self._blocks
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns and their types."""
+        return self._reader.schema
+
+    @property
+    def record_batches(self) -> int:
+        """How many there are."""
+        return len(self._segments) - 2
+
+    def verify(self) -> None:
+        """Verify all of it.
+
+        Raises:
+            StoreError: a record batch is damaged.
+        """
+        for n in range(len(self._segments)):
+            self._verify(n)
+
+    def _verify(self, segment: int) -> None:
+        if self._verified[segment]:
+            return
+        start, (length, crc32) = self._segments[segment]
+        if zlib.crc32(memoryview(self._map)[start : start + length]) != crc32:
+            framing = segment in (0, len(self._segments) - 1)
+            part = "its frame" if framing else f"record batch {segment - 1}"
+            raise self._folder.damaged(self._name, f"the checksum of {part} differs")
+        self._verified[segment] = True
+
+    def _read(self, n: int) -> pa.RecordBatch:
+        self._verify(n + 1)
+        return self._reader.get_batch(n)
 
     def lengths(self, column: str) -> np.ndarray:
-        """[blocks] entries of a ragged column."""
+        """[blocks] entries of a ragged column; no other column is decompressed."""
+        self.verify()
+        options = pyarrow.ipc.IpcReadOptions(
+            included_fields=[self._reader.schema.get_field_index(column)]
+        )
+        reader = pyarrow.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)), options=options)
         found = [
-            np.diff(self._reader.get_batch(n).column(column).offsets.to_numpy())
-            for n in range(self._reader.num_record_batches)
+            np.diff(reader.get_batch(n).column(0).offsets.to_numpy())
+            for n in range(self.record_batches)
         ]
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The columns of each record batch: scalars as arrays, lists as `Ragged`."""
-        for n in range(self._reader.num_record_batches):
-            batch = self._reader.get_batch(n)
+        for n in range(self.record_batches):
+            batch = self._read(n)
             yield {field.name: _flat(batch.column(k)) for k, field in enumerate(batch.schema)}
 
     def block(self, row: int) -> dict[str, Any]:
@@ -88,6 +191,11 @@ class Shard:
             field.name: _value(batch.column(n), row % BATCH_BLOCKS)
             for n, field in enumerate(batch.schema)
         }
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _flat(column: pa.Array) -> Any:

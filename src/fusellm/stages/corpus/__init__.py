@@ -20,13 +20,9 @@ from fusellm.stages.corpus.documents import (
 )
 from fusellm.store.blocks import BLOCKS_SCHEMA, Block, corpus_folder
 from fusellm.store.files import file_digest
-from fusellm.store.manifest import (
-    Identity,
-    StageWriter,
-    digest,
-    software_versions,
-)
+from fusellm.store.identity import Identity, digest
 from fusellm.store.tables import write_table
+from fusellm.store.writer import StageWriter, software_versions
 from fusellm.tokens.blocks import cut
 
 # Of a document in the parts validation and held_out no more than this is taken.

@@ -1,0 +1,254 @@
+"""How fast distributions are read: over the model's own forward, and over the authors' loop.
+
+    python benchmarks/externalize.py [--quick] [--json] [--memory]
+
+Ours is what the stage does with a loaded model, from a finished corpus to shards on disk: it
+tokenizes, runs the model, selects, encodes, writes and syncs. All read the same blocks of the
+built-in corpus: documents of its three domains, cut at 2,048 bytes, most of them shorter. With
+--quick they are files of Python's standard library.
+
+    over_forward     speed of ours over the bare forward `model(ids, mask)`, logits and all, on the
+                     same batches; tokenized beforehand; least of the models
+    over_textbook    speed of ours over the authors' loop: blocks padded to the model's context,
+                     whole logits in half precision to the host, cross-entropy and top 10 of these;
+                     least of the models
+    padding          share of padded positions in our batches; most of the models
+    memory_growth    peak memory of the stage over 50 shards over that over 1, above the start
+
+Speeds are in real tokens per second. Rounds are interleaved, and the median of their ratios is
+taken.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fusellm.config import Recipe
+from fusellm.models.batches import pad, plan_batches
+from fusellm.models.load import ZOO, default_device, load_model
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Silent
+from fusellm.recipe_file import load_recipe
+from fusellm.stages.externalize.local import read_here
+from fusellm.stages.externalize.work import Done, Worker
+from fusellm.store.blocks import Block, open_corpus, read_shard
+from fusellm.store.identity import Identity
+from fusellm.store.tables import shard_names, write_encoded
+from fusellm.store.writer import StageWriter
+
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
+_LITTLE = f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]"
+_TOP = 10
+_AUTHORS_BATCH = 4
+
+
+class _Nothing:
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        pass
+
+    def resize(self, total: float) -> None:
+        pass
+
+
+def corpus(run: Path, train_bytes: int, shard_blocks: int, changes: list[str]) -> Pipeline:
+    """A run with its corpus made."""
+    recipe = load_recipe(
+        _DEMO,
+        [
+            f"corpus.train_bytes={train_bytes}",
+            "corpus.block_bytes=2048",
+            f"corpus.shard_blocks={shard_blocks}",
+            *changes,
+        ],
+    )
+    pipeline = Pipeline(recipe, run, Silent())
+    pipeline.execute(["corpus"])
+    return pipeline
+
+
+class Contest:
+    """One model, and the same blocks read in three ways."""
+
+    def __init__(self, pipeline: Pipeline, name: str) -> None:
+        """Load it."""
+        self.recipe: Recipe = pipeline.recipe
+        reader = pipeline.readers[name]
+        self.device = default_device()
+        self.worker = Worker(self.recipe, reader.located, reader.encoder, self.device)
+        self.model = load_model(reader.located, self.device)
+        self.context = int(reader.located.context_tokens or 2048)
+        folder = open_corpus(pipeline.run)
+        self.blocks: dict[str, list[Block]] = {
+            shard: read_shard(folder, shard) for shard in shard_names(folder, "train-")
+        }
+        self.prepared = {shard: self.worker.prepare(b) for shard, b in self.blocks.items()}
+        self.ids = {
+            shard: [block.ids for block in prepared.encoded if block.ends is not None]
+            for shard, prepared in self.prepared.items()
+        }
+        self.tokens = sum(len(row) for rows in self.ids.values() for row in rows)
+        budget = self.recipe.externalize.batch_tokens
+        budget = budget or (16_384 if self.device.type == "cuda" else 2048)
+        self.plan = {
+            shard: plan_batches([len(row) for row in rows], budget)
+            for shard, rows in self.ids.items()
+        }
+
+    def padding(self) -> float:
+        """Share of padded positions in our batches."""
+        positions = sum(
+            len(batch) * max(len(self.ids[shard][n]) for n in batch)
+            for shard, plan in self.plan.items()
+            for batch in plan
+        )
+        return 1 - self.tokens / positions
+
+    def ours(self) -> None:
+        """The stage's work."""
+        with (
+            tempfile.TemporaryDirectory() as place,
+            StageWriter.open(Path(place), Identity("externalize", {}, {})) as folder,
+        ):
+
+            def write(shard: str, done: Done) -> None:
+                write_encoded(folder, shard, done.shard, done.counts)
+
+            read_here(self.worker, list(self.blocks), self.blocks.__getitem__, write, _Nothing())
+            folder.finish({})
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """The model alone, on the same batches."""
+        for shard, plan in self.plan.items():
+            for batch in plan:
+                ids, mask = pad([self.ids[shard][n] for n in batch], self.device)
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        self._wait()
+
+    @torch.no_grad()
+    def textbook(self) -> None:
+        """The authors' loop, after their description: everything padded, everything to the host."""
+        rows = [row for rows in self.ids.values() for row in rows]
+        for start in range(0, len(rows), _AUTHORS_BATCH):
+            batch = rows[start : start + _AUTHORS_BATCH]
+            ids = torch.zeros(len(batch), self.context, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for n, row in enumerate(batch):
+                ids[n, : len(row)] = torch.from_numpy(row)
+                mask[n, : len(row)] = 1
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = logits.to(torch.float16)
+            labels = torch.where(mask.bool(), ids, -100)[:, 1:].reshape(-1)
+            losses = torch.nn.functional.cross_entropy(
+                logits[:, :-1].reshape(-1, logits.shape[-1]), labels, reduction="none"
+            )
+            on_host = logits.cpu()
+            values, indices = on_host.to(self.device).topk(_TOP, dim=-1)
+            [values.cpu().numpy(), indices.cpu().numpy(), losses.cpu().numpy()]
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(name: str, train_bytes: int, rounds: int, changes: list[str]) -> dict[str, float]:
+    """Figures of one model."""
+    with tempfile.TemporaryDirectory() as place:
+        contest = Contest(corpus(Path(place), train_bytes, 256, changes), name)
+        contest.forward(), contest.ours()
+        times = [
+            (_seconds(contest.ours), _seconds(contest.forward), _seconds(contest.textbook))
+            for _ in range(rounds)
+        ]
+    ours = statistics.median(row[0] for row in times)
+    return {
+        "tokens_per_second": contest.tokens / ours,
+        "over_forward": statistics.median(row[1] / row[0] for row in times),
+        "over_textbook": statistics.median(row[2] / row[0] for row in times),
+        "padding": contest.padding(),
+        "mean_tokens": float(np.mean([len(r) for rows in contest.ids.values() for r in rows])),
+    }
+
+
+def memory(train_bytes: int, shards: int, changes: list[str]) -> dict[str, float]:
+    """Peak memory of the stage on the first so many shards, above what was used before."""
+    with tempfile.TemporaryDirectory() as place:
+        pipeline = corpus(Path(place), train_bytes, 32, [_LITTLE, *changes])
+        contest = Contest(pipeline, "python")
+        names = list(contest.blocks)
+        first = {shard: contest.blocks[shard] for shard in names[:1]}
+        everything, contest.blocks = contest.blocks, first
+        contest.ours()  # what it needs once
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        contest.blocks = {shard: everything[shard] for shard in names[:shards]}
+        contest.ours()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"shards": len(contest.blocks), "before_mb": before / 1024, "peak_mb": after / 1024}
+
+
+def _child(train_bytes: int, shards: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--json", f"--bytes={train_bytes}", f"--shards={shards}"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--set", action="append", default=[], help="as in fusellm")
+    parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--shards", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.shards:
+        figures = memory(arguments.bytes, arguments.shards, arguments.set)
+    else:
+        names = ("python",) if arguments.quick else ZOO
+        size, rounds = (60_000, 3) if arguments.quick else (600_000, 5)
+        changes = [_LITTLE, *arguments.set] if arguments.quick else arguments.set
+        found = {name: measure(name, size, rounds, changes) for name in names}
+        figures = {
+            "over_forward": min(row["over_forward"] for row in found.values()),
+            "over_textbook": min(row["over_textbook"] for row in found.values()),
+            "padding": max(row["padding"] for row in found.values()),
+        } | {f"{name}_{key}": value for name, row in found.items() for key, value in row.items()}
+        if not arguments.quick:
+            one, many = _child(4_000_000, 1), _child(4_000_000, 50)
+            figures |= {
+                "memory_growth": many["peak_mb"] / one["peak_mb"],
+                "memory_shards": many["shards"],
+                "memory_peak_mb": many["peak_mb"],
+            }
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        for key, value in figures.items():
+            print(f"{key:<30} {value:,.3f}")
+
+
+if __name__ == "__main__":
+    main()

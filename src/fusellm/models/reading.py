@@ -1,0 +1,155 @@
+"""A source's model reading blocks: tokens and distributions of a shard.
+
+On a GPU the host finishes a batch while the device computes the next one.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fusellm.align.ragged import offsets_of, take_rows
+from fusellm.config import ExternalizeSettings
+from fusellm.fusion.kept import Kept
+from fusellm.models.batches import read_blocks
+from fusellm.models.distributions import Selected, Selector, kept_of_host, shifts
+from fusellm.models.heads import head_of
+from fusellm.tokens.encode import Encoded
+
+_IN_FLIGHT = 2  # batches whose copies the host has not taken yet
+
+
+@dataclass(frozen=True)
+class Read:
+    """Blocks as a source has read them.
+
+    Attributes:
+        usable: [blocks] bool, whether the block was read and all its distributions are finite.
+        kept: of all positions of the usable blocks, in the order of the blocks.
+        position_offsets: [blocks+1] where each block's positions are.
+        not_finite: indices of blocks with NaN or infinity.
+    """
+
+    usable: np.ndarray
+    kept: Kept
+    position_offsets: np.ndarray
+    not_finite: list[int]
+
+
+class SourceReader:
+    """A loaded model, and what is kept of its distributions."""
+
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: int, settings: ExternalizeSettings, seed: int
+    ) -> None:
+        """`vocabulary`: tokens of its tokenizer; `seed`: of the draws."""
+        self._model, self._settings, self._seed = model, settings, seed
+        self._selector = Selector(head_of(model), vocabulary, settings)
+
+    def read(
+        self,
+        texts: Sequence[str],
+        encoded: Sequence[Encoded],
+        advance: Callable[[int], object] = lambda blocks: None,
+    ) -> Read:
+        """Read the blocks of a shard.
+
+        Args:
+            texts: of each block; its draws are seeded by it.
+            advance: is told how many blocks more have been read.
+        """
+        readable = [block.ids if block.ends is not None else block.ids[:0] for block in encoded]
+
+        def select(batch: list[int], hidden: torch.Tensor, true_ids: torch.Tensor) -> _Copy:
+            seeds = (_seed(self._seed, texts[n]) for n in batch)
+            shift = shifts(seeds, [len(readable[n]) - 1 for n in batch]).to(hidden.device)
+            return _Copy(self._selector.select(hidden, true_ids, shift))
+
+        waiting: deque[tuple[list[int], _Copy]] = deque()
+        found: list[tuple[list[int], Kept]] = []
+
+        def finish() -> None:
+            batch, copy = waiting.popleft()
+            found.append((batch, kept_of_host(copy.take(), self._settings)))
+            advance(len(batch))
+
+        for item in read_blocks(self._model, readable, self._settings.batch_tokens, select):
+            waiting.append(item)
+            if len(waiting) >= _IN_FLIGHT or not item[1].on_its_way:
+                finish()
+        while waiting:
+            finish()
+        advance(len(texts) - sum(len(batch) for batch, _ in found))
+        return _in_order(found, encoded)
+
+
+def _seed(seed: int, text: str) -> int:
+    """A block's own seed, from its text: the same block gives the same draws anywhere."""
+    data = f"{seed}\n{text}".encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+
+
+class _Copy:
+    """A selection on its way to the host."""
+
+    def __init__(self, selected: Selected) -> None:
+        self.on_its_way = selected.ids.is_cuda
+        self._host = selected.to_host()
+        self._event = torch.cuda.Event() if self.on_its_way else None
+        if self._event is not None:
+            self._event.record()
+
+    def take(self) -> Selected:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+def _in_order(found: list[tuple[list[int], Kept]], encoded: Sequence[Encoded]) -> Read:
+    """Batches joined, in the order of the blocks, without those that are not finite."""
+    lengths = np.array([max(len(b.ids) - 1, 0) if b.ends is not None else 0 for b in encoded])
+    usable = np.array([block.ends is not None for block in encoded], dtype=np.bool_)
+    read = [n for batch, _ in found for n in batch]
+    joined = _joined([kept for _, kept in found])
+    offsets = offsets_of(lengths[read]) if read else np.zeros(1, dtype=np.int64)
+    true = np.append(joined.true_log_prob, 0.0)
+    finite = np.logical_and.reduceat(np.isfinite(true), offsets)[:-1]
+    not_finite = sorted(n for n, good in zip(read, finite, strict=True) if not good)
+    usable[not_finite] = False
+    lengths[~usable] = 0
+    place = {n: row for row, n in enumerate(read)}
+    rows = np.array([place[n] for n in np.nonzero(lengths)[0].tolist()], dtype=np.int64)
+    positions, _ = take_rows(offsets, rows)
+    return Read(usable, _take(joined, positions), offsets_of(lengths), not_finite)
+
+
+def _joined(parts: Sequence[Kept]) -> Kept:
+    nothing = np.zeros(0, dtype=np.float32)
+    counts = np.zeros(0, dtype=np.uint8)
+    ids, offsets = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    empty = Kept(offsets, ids, nothing, counts, nothing, nothing)
+    parts = [empty, *parts]
+    return Kept(
+        offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.log_probs for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate([part.tail for part in parts]),
+        np.concatenate([part.true_log_prob for part in parts]),
+    )
+
+
+def _take(kept: Kept, positions: np.ndarray) -> Kept:
+    entries, _ = take_rows(kept.offsets, positions)
+    return Kept(
+        offsets_of(np.diff(kept.offsets)[positions]),
+        kept.ids[entries],
+        kept.log_probs[entries] if len(kept.log_probs) else kept.log_probs,
+        kept.counts[entries] if len(kept.counts) else kept.counts,
+        kept.tail[positions],
+        kept.true_log_prob[positions],
+    )

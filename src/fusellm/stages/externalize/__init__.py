@@ -1,0 +1,168 @@
+"""externalize: each source's next-token distributions over the corpus, once per source.
+
+One shard of the corpus gives one shard here. The target is tokenized too, without distributions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusellm.config import Recipe
+from fusellm.errors import NumericsError
+from fusellm.models.load import Located, default_device, describe, weights_digest
+from fusellm.progress import Progress
+from fusellm.stages.externalize.local import read_here
+from fusellm.stages.externalize.work import (
+    NOT_FINITE,
+    Done,
+    Worker,
+    columns_of_tokens,
+    encode_blocks,
+    token_counts,
+)
+from fusellm.store.blocks import digest_of_blocks, open_corpus, read_shard
+from fusellm.store.externalized import TARGET, externalized_folder, tokens_schema
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import StageFolder
+from fusellm.store.quantized import ERROR_NATS, STEP_NATS
+from fusellm.store.tables import shard_names, write_encoded, write_table
+from fusellm.store.writer import StageWriter
+from fusellm.tokens.encode import Encoder
+
+
+def identity_of_source(
+    recipe: Recipe, name: str, located: Located, tokenizer: str, corpus: str
+) -> Identity:
+    """What one source's distributions are made from.
+
+    Args:
+        tokenizer, corpus: fingerprints.
+    """
+    sampled = recipe.externalize.scheme == "sampled"
+    read = {"scheme", "draws"} if sampled else {"scheme", "k", "mass"}
+    settings: dict[str, Any] = {
+        "externalize": recipe.externalize.model_dump(include=read),
+        "dtype": located.settings.dtype,
+        "quantization": located.settings.quantization,
+    }
+    if sampled:
+        settings["seed"] = recipe.seed
+    inputs = {"weights": located.fingerprint, "tokenizer": tokenizer, "corpus": corpus}
+    return Identity(f"externalize/{name}", settings, inputs)
+
+
+def identity_of_target(tokenizer: str, corpus: str) -> Identity:
+    """What the target's tokens are made from."""
+    return Identity(f"externalize/{TARGET}", {}, {"tokenizer": tokenizer, "corpus": corpus})
+
+
+def run_target(run: Path, identity: Identity, encoder: Encoder, progress: Progress) -> None:
+    """Tokenize the corpus for the target."""
+    corpus = open_corpus(run)
+    schema = tokens_schema(len(encoder.vocabulary))
+    with StageWriter.open(externalized_folder(run, TARGET), identity) as folder:
+        if folder.complete:
+            return
+        names = shard_names(corpus, "train-")
+        with progress.start("tokenizing for the target", len(names), "shards") as bar:
+            for name in names:
+                if name not in folder.shards:
+                    blocks = read_shard(corpus, name)
+                    encoded = encode_blocks(encoder, blocks)
+                    counts = token_counts(encoded) | {"texts": digest_of_blocks(blocks)}
+                    write_table(folder, name, columns_of_tokens(blocks, encoded), schema, counts)
+                bar.advance()
+        folder.finish(_sum_counts(folder))
+
+
+def run_source(
+    recipe: Recipe,
+    run: Path,
+    name: str,
+    located: Located,
+    identity: Identity,
+    encoder: Encoder,
+    progress: Progress,
+) -> None:
+    """Read one source's distributions.
+
+    A block with NaN or infinity is put aside with its reason.
+
+    Raises:
+        NumericsError: more blocks than the recipe allows have NaN or infinity; finished shards
+            are kept.
+    """
+    corpus = open_corpus(run)
+    with StageWriter.open(externalized_folder(run, name), identity) as folder:
+        if folder.complete:
+            return
+        names = shard_names(corpus, "train-")
+        left = [shard for shard in names if shard not in folder.shards]
+        blocks_of = {shard: int(corpus.shards[shard]["counts"]["blocks"]) for shard in names}
+        tally = _Aside(recipe, name, folder, sum(blocks_of.values()))
+
+        def write(shard: str, done: Done) -> None:
+            write_encoded(folder, shard, done.shard, done.counts)
+            tally.check()
+
+        with progress.start(f"reading {name}", tally.blocks, "blocks") as bar:
+            bar.advance(sum(blocks_of[shard] for shard in names if shard not in left))
+            device = default_device()
+            worker = Worker(recipe, located, encoder, device)
+            folder.describe(_about(recipe, located, encoder, device))
+            read_here(worker, left, lambda shard: read_shard(corpus, shard), write, bar)
+        tally.check()
+        folder.finish(_sum_counts(folder))
+
+
+def _about(
+    recipe: Recipe, located: Located, encoder: Encoder, device: torch.device
+) -> dict[str, Any]:
+    """What a reader without the recipe needs to know."""
+    model = describe(located)
+    del model["fingerprint"]
+    return {
+        "kind": "distributions",
+        **model,
+        "commit": located.commit,
+        "weights_sha256": weights_digest(located),
+        "dtype": located.settings.dtype,
+        "vocabulary": len(encoder.vocabulary),
+        "externalize": recipe.externalize.model_dump(exclude={"batch_tokens"}),
+        "step_nats": STEP_NATS,
+        "error_nats": ERROR_NATS,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+class _Aside:
+    """Blocks with NaN or infinity, over all shards of a source."""
+
+    def __init__(self, recipe: Recipe, name: str, folder: StageFolder, blocks: int) -> None:
+        self._recipe, self._name, self._folder, self.blocks = recipe, name, folder, blocks
+
+    def check(self) -> None:
+        """Raises NumericsError where there are more than the recipe allows."""
+        found = [
+            entry
+            for shard in self._folder.shards.values()
+            for entry in shard["counts"].get("aside", [])
+            if entry[2] == NOT_FINITE
+        ]
+        share = self._recipe.externalize.not_finite_share
+        if len(found) <= share * self.blocks:
+            return
+        number, document, _ = found[0]
+        raise NumericsError(
+            f"source {self._name!r} gives NaN or infinity on {len(found)} of {self.blocks} blocks, "
+            f"more than externalize.not_finite_share: {share:g} allows; the first is block "
+            f"{number} (document {document!r}). Try another dtype for it, or check its weights. "
+            "Finished shards are kept; to read them anew: --redo"
+        )
+
+
+def _sum_counts(folder: StageFolder) -> dict[str, int]:
+    rows = [shard["counts"] for shard in folder.shards.values()]
+    keys = {key for row in rows for key, value in row.items() if isinstance(value, int)}
+    return {key: sum(row.get(key, 0) for row in rows) for key in sorted(keys)}

@@ -1,0 +1,130 @@
+"""One shard's work: from the corpus' blocks to the bytes of a shard, wherever it is done.
+
+Three parts that can run at a time on three shards: `prepare`, `read` and `finish`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusellm.align.ragged import offsets_of
+from fusellm.config import Recipe
+from fusellm.models.load import Located, load_model
+from fusellm.models.reading import Read, SourceReader
+from fusellm.store.blocks import Block, digest_of_blocks
+from fusellm.store.externalized import kept_columns, source_schema, token_columns
+from fusellm.store.tables import EncodedShard, Ragged, encode_table
+from fusellm.tokens.encode import Encoded, Encoder
+
+NOT_FINITE = "NaN or infinity in its distributions"
+WALK_FAILED = "its tokenizer changes the text"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A shard's blocks as the source's tokenizer cuts them."""
+
+    blocks: list[Block]
+    encoded: list[Encoded]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard before it is written, and what was counted.
+
+    `counts["aside"]` has [number, document, reason] of each block that could not be read.
+    """
+
+    shard: EncodedShard
+    counts: dict[str, Any]
+
+
+class Worker:
+    """A source with its model loaded."""
+
+    def __init__(
+        self, recipe: Recipe, located: Located, encoder: Encoder, device: torch.device
+    ) -> None:
+        """Load the model.
+
+        Raises:
+            ModelError: it cannot be loaded as asked.
+        """
+        self._encoder = encoder
+        vocabulary, settings = len(encoder.vocabulary), recipe.externalize
+        model = load_model(located, device)
+        self._reader = SourceReader(model, vocabulary, settings, recipe.seed)
+        self._sampled = settings.scheme == "sampled"
+        most = settings.draws if self._sampled else settings.k
+        self._schema = source_schema(vocabulary, settings.scheme, most)
+
+    def prepare(self, blocks: list[Block]) -> Prepared:
+        """Tokenize a shard's blocks."""
+        return Prepared(blocks, encode_blocks(self._encoder, blocks))
+
+    def read(self, prepared: Prepared, advance: Callable[[int], object]) -> Read:
+        """Run the model; `advance` is told how many blocks more have been read."""
+        texts = [block.text for block in prepared.blocks]
+        return self._reader.read(texts, prepared.encoded, advance)
+
+    def finish(self, prepared: Prepared, read: Read) -> Done:
+        """Encode the shard."""
+        columns = columns_of_tokens(prepared.blocks, prepared.encoded, read.usable)
+        kept = kept_columns(read.kept, read.position_offsets, self._sampled)
+        aside = [
+            [block.number, block.document, NOT_FINITE if n in read.not_finite else WALK_FAILED]
+            for n, block in enumerate(prepared.blocks)
+            if not read.usable[n]
+        ]
+        counts = token_counts(prepared.encoded) | {
+            "kept": len(read.kept.ids),
+            "positions": len(read.kept.tail),
+            "not_finite": len(read.not_finite),
+            "texts": digest_of_blocks(prepared.blocks),
+            "aside": aside,
+        }
+        return Done(encode_table(columns | kept, self._schema), counts)
+
+
+def encode_blocks(encoder: Encoder, blocks: Sequence[Block]) -> list[Encoded]:
+    """Blocks as a tokenizer cuts them."""
+    return encoder.encode([block.text for block in blocks], [block.last for block in blocks])
+
+
+def columns_of_tokens(
+    blocks: Sequence[Block], encoded: Sequence[Encoded], usable: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Columns of `tokens_schema`.
+
+    Args:
+        usable: [blocks] bool, which have been read; by default all that the walk covered.
+    """
+    covered = np.array([block.ends is not None for block in encoded], dtype=np.bool_)
+    usable = covered if usable is None else usable
+    nothing = np.zeros(0, dtype=np.int64)
+    ends = [
+        nothing if block.ends is None or not ok else block.ends
+        for block, ok in zip(encoded, usable, strict=True)
+    ]
+    return token_columns(
+        np.array([block.number for block in blocks], dtype=np.int64),
+        usable,
+        _ragged([block.ids for block in encoded]),
+        _ragged(ends),
+    )
+
+
+def _ragged(rows: Sequence[np.ndarray]) -> Ragged:
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    return Ragged(offsets_of(lengths), np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
+
+
+def token_counts(encoded: Sequence[Encoded]) -> dict[str, int]:
+    """What is counted of a shard's tokens."""
+    return {
+        "tokens": sum(len(block.ids) for block in encoded),
+        "walk_failed": sum(block.ends is None for block in encoded),
+    }

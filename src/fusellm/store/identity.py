@@ -1,0 +1,66 @@
+"""What a stage's folder was made from, and how two of them differ."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON.
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a stage's folder was made from. Two runs of equal identity give equal folders.
+
+    Attributes:
+        stage: name of the stage, with the source's where it has one.
+        settings: the recipe's keys that the stage reads.
+        inputs: fingerprints of everything that it read: weights, tokenizers, earlier stages.
+    """
+
+    stage: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    def differences(self, other: "Identity") -> list[str]:
+        """What differs, each as `key: other's value here, own value there`."""
+        found = []
+        for kind, mine, theirs in (
+            ("", _flat(self.settings), _flat(other.settings)),
+            ("input ", self.inputs, other.inputs),
+        ):
+            for key in sorted(mine.keys() | theirs.keys()):
+                if mine.get(key) != theirs.get(key):
+                    had, wanted = _short(theirs.get(key)), _short(mine.get(key))
+                    found.append(f"{kind}{key} was {had} and is now {wanted}")
+        return found
+
+
+def _flat(value: Any, before: str = "") -> dict[str, Any]:
+    """Nested settings under dotted keys, as --set names them."""
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = list(enumerate(value))
+    else:
+        return {before: value}
+    flat: dict[str, Any] = {}
+    for key, inner in pairs:
+        flat |= _flat(inner, f"{before}.{key}" if before else str(key))
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12] + "…"
+    return text if len(text) <= 80 else text[:77] + "…"

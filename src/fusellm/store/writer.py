@@ -1,0 +1,208 @@
+"""A stage's folder for writing: by one process, each file whole or not at all, resumable."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fusellm.errors import StoreError
+from fusellm.store.files import file_digest, sync_files, write_whole
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import (
+    MANIFEST,
+    Manifest,
+    Segment,
+    StageFolder,
+    check_identity,
+    segments_of,
+)
+
+_LOCK = ".lock"
+_SOFTWARE = ("fusellm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+
+
+class StageWriter(StageFolder):
+    """A stage's folder opened for writing, by one process at a time."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, identity: Identity) -> Iterator["StageWriter"]:
+        """Begin a stage, or go on with it.
+
+        Raises:
+            IdentityError: the folder was made from something else.
+            StoreError: another process is writing in it, or it is damaged.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if (path / MANIFEST).exists():
+                check_identity(path, identity)
+            else:
+                _save(path, Manifest(identity, software_versions()))
+            writer = cls(path)
+            writer._began = time.monotonic()
+            for leftover in path.glob("*.writing"):
+                leftover.unlink()
+            if not writer.complete:
+                writer.forget([name for name in writer.shards if not writer._has_its_size(name)])
+            yield writer
+
+    _began: float = 0.0
+
+    def _has_its_size(self, name: str) -> bool:
+        try:
+            self.sized_file(name)
+        except StoreError:
+            return False
+        return True
+
+    def write(
+        self,
+        name: str,
+        data: bytes,
+        counts: Mapping[str, Any] | None = None,
+        segments: Sequence[Segment] | None = None,
+    ) -> None:
+        """Write one shard so that it is there whole or not at all.
+
+        Args:
+            segments: runs of its bytes that are verified one by one; by default it is one.
+
+        Raises:
+            StoreError: the disk is full.
+        """
+        path = self.path / name
+        with _disk_full_explained(path):
+            write_whole(path, lambda file: file.write(data))
+        self._manifest.shards[name] = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "segments": [list(segment) for segment in segments or segments_of(data)],
+            "counts": dict(counts or {}),
+        }
+        self._save()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file as a shard."""
+        self.write(name, text.encode())
+
+    def adopt_all(self) -> None:
+        """Count the files that a library wrote into the folder as finished shards."""
+        sync_files(self.path)
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and path.name not in (MANIFEST, _LOCK):
+                self._manifest.shards[path.name] = {
+                    "sha256": file_digest(path),
+                    "bytes": path.stat().st_size,
+                    "segments": [],
+                    "counts": {},
+                }
+        self._save()
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Take shards out of the manifest and off the disk, so that they are made anew."""
+        if not names:
+            return
+        for name in names:
+            self._manifest.shards.pop(name, None)
+        self._manifest.complete = False
+        self._save()
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Say what is in the folder, for who reads it without its recipe."""
+        self._manifest.about = dict(about)
+        self._save()
+
+    def finish(self, counts: Mapping[str, Any]) -> None:
+        """Mark the stage as complete."""
+        self._manifest.counts = dict(counts)
+        self._manifest.complete = True
+        # Their order is that of their names, whatever order they were finished in.
+        self._manifest.shards = dict(sorted(self._manifest.shards.items()))
+        self._save()
+
+    def _save(self) -> None:
+        now = time.monotonic()
+        self._manifest.seconds += now - self._began
+        self._began = now
+        _save(self.path, self._manifest)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep every other process from writing in a folder.
+
+    Raises:
+        StoreError: another one does.
+    """
+    path = folder / _LOCK
+    while True:
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(
+                    f"another process is writing in {folder}; wait for it or stop it"
+                ) from None
+            # The one before may have removed the file between our opening and locking it.
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+def _save(folder: Path, manifest: Manifest) -> None:
+    with _disk_full_explained(folder / MANIFEST):
+        write_whole(folder / MANIFEST, lambda file: file.write(manifest.to_bytes()))
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a stage's result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _SOFTWARE:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def set_aside(run: Path, folders: list[Path]) -> Path | None:
+    """Move folders of a run into `run/aside/<n>/`. Returns that folder, or None if none exists."""
+    existing = [folder for folder in folders if folder.exists()]
+    if not existing:
+        return None
+    parent = run / "aside"
+    parent.mkdir(exist_ok=True)
+    number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+    for folder in existing:
+        place = parent / str(number) / folder.relative_to(run)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, place)
+    return parent / str(number)
+
+
+@contextmanager
+def _disk_full_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        path.with_name(path.name + ".writing").unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"the disk is full: {path} could not be written. Finished shards are kept; free some "
+            "space and run the same command again"
+        ) from error
