@@ -46,7 +46,7 @@ def fused(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a stage's blocks of the part train, as plain Python values, tokens with their ends."""
+    """A stage's blocks of the part train, as plain Python values, tokens with their ends."""
     for path in sorted(folder.glob("train-*.arrow")):
         for row in pyarrow.ipc.open_file(str(path)).read_all().to_pylist():
             yield row | {"ends": list(accumulate(row.get("bytes", [])))}

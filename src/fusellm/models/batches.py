@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.models.heads import last_hidden
+from fusellm.models.heads import input_device, last_hidden
 from fusellm.objective.chunked import Head
 
 _BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
@@ -87,7 +87,8 @@ def read_blocks(
         ModelError: memory does not suffice for one block.
     """
     if batch_tokens is None:
-        batch_tokens = _BATCH_TOKENS_GPU if model.device.type == "cuda" else _BATCH_TOKENS_CPU
+        on_gpu = input_device(model).type == "cuda"
+        batch_tokens = _BATCH_TOKENS_GPU if on_gpu else _BATCH_TOKENS_CPU
     waiting = plan_batches([len(row) if len(row) > 1 else 0 for row in ids], batch_tokens)[::-1]
     too_large: float = np.inf
     while waiting:
@@ -125,7 +126,7 @@ def _hidden(
     model: PreTrainedModel, rows: Sequence[np.ndarray]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([N, d] hidden states of the positions that predict, [N] true next tokens) of a batch."""
-    inputs, mask = pad(rows, model.device)
+    inputs, mask = pad(rows, input_device(model))
     hidden = last_hidden(model, input_ids=inputs, attention_mask=mask)
     longest = inputs.shape[1]
     # From the lengths, which the host knows: a mask would have the host wait for the device.

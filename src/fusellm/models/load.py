@@ -369,6 +369,7 @@ def describe(located: Located) -> dict[str, Any]:
     return {
         "model": located.settings.model,
         "revision": located.settings.revision,
+        "commit": located.commit,
         "architecture": (located.config.architectures or ["unknown"])[0],
         "context_tokens": located.context_tokens,
         "fingerprint": located.fingerprint,

@@ -80,8 +80,8 @@ def run_evaluate(
 
 def _twin(located: Located, encoder: Encoder) -> str:
     """Equal for models that must give equal results."""
-    rules = [encoder.rules, encoder.vocabulary.bos_id]
-    return digest([located.fingerprint, located.settings.dtype, rules, encoder.vocabulary.eos_id])
+    specials = encoder.vocabulary.bos_id, encoder.vocabulary.eos_id
+    return digest([located.fingerprint, located.settings.precision, encoder.rules, *specials])
 
 
 def _shard(name: str) -> str:

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ def run_train(
             shutil.rmtree(checkpoints, ignore_errors=True)
             return
         torch.manual_seed(arguments.seed)
-        model = load_model(located, arguments.device, torch.float32)
+        spread = located.settings.model_copy(update={"device_map": None})  # accelerate places it
+        model = load_model(replace(located, settings=spread), arguments.device, torch.float32)
         corpus = open_corpus(run)
         rows = fused_rows(run, corpus) if which == FUSED else clm_rows(run, corpus)
         packed = recipe.training.rows == "packed"

@@ -17,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from fusellm.errors import StoreError
 from fusellm.store.manifest import Segment, StageFolder, segments_of
 from fusellm.store.writer import StageWriter
 
 BATCH_BLOCKS = 64
-_ZSTD_LEVEL = 3  # docs/store-format.md has what the others cost
+_MOST_ENTRIES = 2**31 - 1
+_ZSTD_LEVEL = 6  # docs/store-format.md has what the others cost
 
 
 class Ragged(NamedTuple):
@@ -45,11 +47,15 @@ def list_field(name: str, kind: pa.DataType) -> pa.Field:
 
 
 class EncodedShard(NamedTuple):
-    """A shard's file before it is written, with the checksums of its record batches and frame."""
+    """A shard's file before it is written, with the checksums of its record batches and frame.
+
+    `numbers` are its first block's and one more than its last one's; None where it has no blocks.
+    """
 
     data: bytes
     segments: list[Segment]
     blocks: int
+    numbers: tuple[int, int] | None = None
 
 
 def write_table(
@@ -67,25 +73,38 @@ def encode_table(columns: Columns, schema: pa.Schema) -> EncodedShard:
     """A shard's file, in memory."""
     arrays = [_column(columns[field.name], field.type) for field in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
-    codec = pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
     file = io.BytesIO()
     cuts = []
     with pyarrow.ipc.new_file(
-        file, schema, options=pyarrow.ipc.IpcWriteOptions(compression=codec)
+        file, schema, options=pyarrow.ipc.IpcWriteOptions(compression=_codec())
     ) as out:
         for batch in table.to_batches(max_chunksize=BATCH_BLOCKS):
             cuts.append(file.tell())
             out.write_batch(batch)
         cuts.append(file.tell())
     data = file.getvalue()
-    return EncodedShard(data, segments_of(data, cuts), table.num_rows)
+    return EncodedShard(data, segments_of(data, cuts), table.num_rows, _numbers(table))
+
+
+def _codec() -> pa.Codec:
+    return pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
+
+
+def _numbers(table: pa.Table) -> tuple[int, int] | None:
+    if "block" not in table.schema.names or table.num_rows == 0:
+        return None
+    numbers = table.column("block")
+    return numbers[0].as_py(), numbers[-1].as_py() + 1
 
 
 def write_encoded(
     writer: StageWriter, name: str, shard: EncodedShard, counts: Mapping[str, Any] | None = None
 ) -> None:
     """Write a shard that has been encoded."""
-    writer.write(name, shard.data, {"blocks": shard.blocks} | dict(counts or {}), shard.segments)
+    own: dict[str, Any] = {"blocks": shard.blocks}
+    if shard.numbers is not None:
+        own["numbers"] = list(shard.numbers)
+    writer.write(name, shard.data, own | dict(counts or {}), shard.segments)
 
 
 def _column(values: Sequence[Any] | np.ndarray | Ragged, kind: pa.DataType) -> pa.Array:
@@ -96,6 +115,11 @@ def _column(values: Sequence[Any] | np.ndarray | Ragged, kind: pa.DataType) -> p
         lengths = np.array([len(value) for value in values], dtype=np.int64)
         flat = [np.zeros(0, dtype=dtype), *(np.asarray(value, dtype=dtype) for value in values)]
         values = Ragged(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(flat))
+    if values.offsets[-1] > _MOST_ENTRIES:
+        raise StoreError(
+            f"a shard would have {values.offsets[-1]:,} entries in one column, and Arrow's lists "
+            f"hold {_MOST_ENTRIES:,}; lower corpus.shard_blocks"
+        )
     offsets, flat_values = values.offsets.astype(np.int32), values.values.astype(dtype, copy=False)
     return pa.ListArray.from_arrays(
         pa.array(offsets), pa.array(flat_values, type=kind.value_type), type=kind
@@ -165,6 +189,14 @@ class Shard:
         self._verify(n + 1)
         return self._reader.get_batch(n)
 
+    def column_bytes(self, n: int) -> dict[str, int]:
+        """What each column of a record batch takes on disk."""
+        batch, codec = self._read(n), _codec()
+        return {
+            field.name: sum(len(codec.compress(b)) for b in batch.column(k).buffers() if b)
+            for k, field in enumerate(batch.schema)
+        }
+
     def lengths(self, column: str) -> np.ndarray:
         """[blocks] entries of a ragged column; no other column is decompressed."""
         self.verify()
@@ -181,16 +213,23 @@ class Shard:
     def batches(self) -> Iterator[dict[str, Any]]:
         """The columns of each record batch: scalars as arrays, lists as `Ragged`."""
         for n in range(self.record_batches):
-            batch = self._read(n)
-            yield {field.name: _flat(batch.column(k)) for k, field in enumerate(batch.schema)}
+            yield self.columns(n)
+
+    def columns(self, n: int) -> dict[str, Any]:
+        """The columns of a record batch: scalars as arrays, lists as `Ragged`."""
+        batch = self._read(n)
+        return {field.name: _flat(batch.column(k)) for k, field in enumerate(batch.schema)}
+
+    @staticmethod
+    def place(row: int) -> tuple[int, int]:
+        """(record batch, row in it) of a row."""
+        return divmod(row, BATCH_BLOCKS)
 
     def block(self, row: int) -> dict[str, Any]:
         """The columns of one block; ragged ones as numpy arrays."""
-        batch = self._batch(row // BATCH_BLOCKS)
-        return {
-            field.name: _value(batch.column(n), row % BATCH_BLOCKS)
-            for n, field in enumerate(batch.schema)
-        }
+        n, within = self.place(row)
+        batch = self._batch(n)
+        return {field.name: _value(batch.column(k), within) for k, field in enumerate(batch.schema)}
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -1,0 +1,492 @@
+"""What a stored distribution costs, what it loses, and what it teaches.
+
+    python benchmarks/store.py sizes       bytes a token and source, and error, of each scheme
+    python benchmarks/store.py frontier    bytes against what the kept part teaches
+
+sizes: small models are trained for minutes, or taken from --models where they were kept, with the
+tokenizers beside the project (Llama-2's, V = 32,000; GPT-NeoX's, 50,277), and read Python, prose
+and C++ that they have not seen; so do the models of the zoo. A shard is encoded as the stage does
+it, token ids, boundaries, tail and true token included, and read back.
+
+    bytes_over_authors   top 10 over the authors' columns (float16 logits and int64 ids as lists of
+                         lists, float16 cross-entropy) written with `datasets`, real tokens only and
+                         without their token ids; most of the vocabularies of 32,000 to 50,277
+    error_nats           largest |read − written| of a log-probability, of kept tokens, true tokens
+                         and tails, over all models and schemes
+    MODEL_SCHEME_bytes, …_kept, …_parquet    bytes a token, kept ids a token, bytes of the same as
+                         Parquet with lists of int32 and float32
+
+frontier: the same tokenizer, one source (zoo/python), a target that knows prose, λ = 0.5, Python
+for a fixed budget; validation bits per byte of Python for each scheme, written and read back, and
+for the whole distribution, which is never stored.
+
+`--quick` takes under 40 seconds (a zoo model, a little text, no training for sizes), `--json`
+prints one flat object of figures.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import GPTNeoXForCausalLM, PreTrainedModel
+
+from align import _TOKENIZERS as TOKENIZERS
+from align import load as load_encoder
+from fusellm.config import ExternalizeSettings, ModelSettings
+from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
+from fusellm.fusion.kept import Kept
+from fusellm.models.batches import pad, plan_batches
+from fusellm.models.heads import head_of, last_hidden
+from fusellm.models.load import load_model, load_tokenizer, locate
+from fusellm.models.reading import Read, SourceReader
+from fusellm.objective.chunked import objective
+from fusellm.objective.outcomes import Outcomes
+from fusellm.stages.externalize.work import columns_of_tokens
+from fusellm.store.blocks import Block
+from fusellm.store.externalized import kept_columns, kept_of, source_schema
+from fusellm.store.identity import Identity
+from fusellm.store.tables import EncodedShard, Shard, encode_table, write_encoded
+from fusellm.store.writer import StageWriter
+from fusellm.tokens.blocks import cut
+from fusellm.tokens.encode import Encoded, Encoder
+from fusellm.zoo.specialists import BLOCK_BYTES, Specialist, train
+from fusellm.zoo.text import Document, documents
+
+_STDLIB = Path(sysconfig.get_paths()["stdlib"])
+_CPU = torch.device("cpu")
+_SCREEN = Console(stderr=True)
+SCHEMES = {
+    "top10": ExternalizeSettings(scheme="top", k=10, mass=None),
+    "top32": ExternalizeSettings(scheme="top", k=32, mass=None),
+    "mass99": ExternalizeSettings(scheme="top", k=32, mass=0.99),
+    "draws16": ExternalizeSettings(scheme="sampled", draws=16),
+    "draws32": ExternalizeSettings(scheme="sampled", draws=32),
+    "draws64": ExternalizeSettings(scheme="sampled", draws=64),
+}
+_TRAINED = {"llama-2": "llama", "gpt-neox-20b": "gpt_neox"}
+
+
+def texts(part: str, domains: Sequence[str], blocks: int, seed: int = 0) -> list[Block]:
+    """Blocks of a part of the built-in corpus, in random order."""
+    found = []
+    for domain in domains:
+        pool = [
+            Block(0, document.name, domain, False, text)
+            for document in documents([part], [domain])
+            for text in cut(document.text, BLOCK_BYTES)
+        ]
+        random.Random(seed).shuffle(pool)
+        found += pool[: blocks // len(domains)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def little_text(blocks: int) -> list[Block]:
+    """Blocks of Python's standard library, read in no time."""
+    files = sorted(_STDLIB.glob("*.py"))
+    found = [
+        Block(0, file.name, "python", False, text)
+        for file in files[::7]
+        for text in cut(file.read_text(encoding="utf-8", errors="replace"), BLOCK_BYTES)
+    ]
+    random.Random(0).shuffle(found)
+    return found[:blocks]
+
+
+# What it costs and what it loses
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One model's tokens of the same blocks."""
+
+    reader_of: PreTrainedModel
+    vocabulary: int
+    blocks: list[Block]
+    encoded: list[Encoded]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, encoder: Encoder, blocks: list[Block]) -> "Reading":
+        """Tokenize the blocks."""
+        encoded = encoder.encode([b.text for b in blocks], [b.last for b in blocks])
+        return cls(model, len(encoder.vocabulary), blocks, encoded)
+
+    def read(self, settings: ExternalizeSettings) -> Read:
+        """Run the model."""
+        reader = SourceReader(self.reader_of, self.vocabulary, settings, 0)
+        return reader.read([block.text for block in self.blocks], self.encoded)
+
+    def encode(self, read: Read, settings: ExternalizeSettings) -> EncodedShard:
+        """The shard that the stage would write."""
+        sampled = settings.scheme == "sampled"
+        most = settings.draws if sampled else settings.k
+        columns = columns_of_tokens(self.blocks, self.encoded, read.usable)
+        kept = kept_columns(read.kept, read.position_offsets, sampled)
+        return encode_table(columns | kept, source_schema(self.vocabulary, settings.scheme, most))
+
+
+def read_back(shard: EncodedShard) -> list[Kept]:
+    """What a reader gets, a record batch at a time."""
+    with (
+        tempfile.TemporaryDirectory() as place,
+        StageWriter.open(Path(place), Identity("externalize", {}, {})) as folder,
+    ):
+        write_encoded(folder, "train-00000.arrow", shard)
+        return [kept_of(columns) for columns in Shard(folder, "train-00000.arrow").batches()]
+
+
+def error_nats(written: Kept, read: list[Kept]) -> float:
+    """Largest difference of a log-probability."""
+    true = np.concatenate([part.true_log_prob for part in read])
+    worst = float(np.abs(true - written.true_log_prob).max())
+    if written.sampled:
+        return worst
+    log_probs = np.concatenate([part.log_probs for part in read])
+    tail = np.concatenate([part.tail for part in read])
+    counted = written.tail > 0
+    of_tail = np.abs(np.log(tail[counted]) - np.log(written.tail[counted]))
+    return max(
+        worst,
+        float(np.abs(log_probs - written.log_probs).max()),
+        float(of_tail.max(initial=0.0)),
+    )
+
+
+def authors_bytes(kept: Kept, lengths: Sequence[int]) -> int:
+    """The authors' columns written with `datasets`: of a top 10, without padding."""
+    rows = np.diff(kept.offsets)[0]
+    values = kept.log_probs.astype(np.float16).reshape(-1, rows)
+    ids = kept.ids.astype(np.int64).reshape(-1, rows)
+    loss = (-kept.true_log_prob).astype(np.float16)
+    ends = np.cumsum([0, *lengths])
+    features = datasets.Features(
+        {
+            "per_step_logits": datasets.List(datasets.List(datasets.Value("float16"))),
+            "per_step_indices": datasets.List(datasets.List(datasets.Value("int64"))),
+            "metric_ce": datasets.List(datasets.Value("float16")),
+        }
+    )
+
+    def columns(array: np.ndarray) -> list[np.ndarray]:
+        return [array[a:b] for a, b in pairwise(ends)]
+
+    table = {
+        "per_step_logits": [list(x) for x in columns(values)],
+        "per_step_indices": [list(x) for x in columns(ids)],
+        "metric_ce": columns(loss),
+    }
+    with tempfile.TemporaryDirectory() as place:
+        datasets.Dataset.from_dict(table, features=features).save_to_disk(place)
+        return sum(file.stat().st_size for file in Path(place).glob("*.arrow"))
+
+
+def parquet_bytes(kept: Kept, lengths: Sequence[int]) -> int:
+    """The same as Parquet with lists of int32 and float32, as pyarrow writes it by default."""
+    entries = kept.offsets[np.cumsum([0, *lengths])]
+
+    def lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+    values = kept.counts if kept.sampled else kept.log_probs.astype(np.float32)
+    positions = np.cumsum([0, *lengths])
+    table = pa.table(
+        {
+            "kept": lists(positions, np.diff(kept.offsets).astype(np.int32)),
+            "ids": lists(entries, kept.ids.astype(np.int32)),
+            "values": lists(entries, values),
+            "tail": lists(positions, kept.tail),
+            "true_log_prob": lists(positions, kept.true_log_prob),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return int(sink.getvalue().size)
+
+
+def sizes_of(name: str, reading: Reading) -> dict[str, float]:
+    """Figures of one model."""
+    found: dict[str, float] = {}
+    tokens = sum(len(block.ids) for block in reading.encoded)
+    for scheme, settings in track(SCHEMES.items(), f"{name}: schemes", console=_SCREEN):
+        read = reading.read(settings)
+        began = time.perf_counter()
+        shard = reading.encode(read, settings)
+        seconds = time.perf_counter() - began
+        lengths = np.diff(read.position_offsets).tolist()
+        key = f"{name}_{scheme}"
+        found[f"{key}_bytes"] = len(shard.data) / tokens
+        found[f"{key}_kept"] = len(read.kept.ids) / tokens
+        found[f"{key}_parquet"] = parquet_bytes(read.kept, lengths) / tokens
+        found[f"{key}_error_nats"] = error_nats(read.kept, read_back(shard))
+        found[f"{key}_encoded_tokens_per_second"] = tokens / seconds
+        if scheme == "top10":
+            found[f"{name}_authors_bytes"] = authors_bytes(read.kept, lengths) / tokens
+            found[f"{name}_over_authors"] = found[f"{key}_bytes"] / found[f"{name}_authors_bytes"]
+    return found
+
+
+def trained(name: str, folder: Path, train_bytes: int) -> tuple[PreTrainedModel, Encoder]:
+    """A small model with one of the tokenizers beside the project, trained here once."""
+    encoder = load_encoder(TOKENIZERS / name)
+    place = folder / name
+    if not (place / "config.json").exists():
+        specialist = Specialist(
+            name, "python", _TRAINED[name], "", len(encoder.vocabulary), train_bytes
+        )
+        _train(specialist, encoder, list(documents(["zoo"])), place)
+    return load_model(locate(ModelSettings(model=str(place))), _CPU), encoder
+
+
+def _train(specialist: Specialist, encoder: Encoder, text: Sequence[Document], place: Path) -> None:
+    steps = train(specialist, encoder.tokenizer, text)  # type: ignore[arg-type]
+    for trained_model, step in steps:
+        model = trained_model
+        if step.step % 50 == 0 or step.step == step.steps:
+            _SCREEN.print(
+                f"{specialist.name}: step {step.step} of {step.steps}, "
+                f"{step.loss_nats:.3f} nats, {step.seconds:.0f} s"
+            )
+    model.save_pretrained(place)
+    encoder.tokenizer.save_pretrained(place)
+
+
+def zoo(name: str) -> tuple[PreTrainedModel, Encoder]:
+    """A model of the zoo."""
+    located = locate(ModelSettings(model=f"zoo/{name}"))
+    return load_model(located, _CPU), Encoder(load_tokenizer(located))
+
+
+def sizes(quick: bool, models: Path) -> dict[str, float]:
+    """Figures of all models."""
+    if quick:
+        found = sizes_of("python", Reading.of(*zoo("python"), little_text(48)))
+        large = ["python"]
+    else:
+        blocks = texts("train", ("prose", "python", "cpp"), 384)
+        found = {}
+        for name in ("prose", "python", "cpp"):
+            found |= sizes_of(name, Reading.of(*zoo(name), blocks))
+        large = [name for name in _TRAINED if (TOKENIZERS / name).exists()]
+        for name in large:
+            found |= sizes_of(name, Reading.of(*trained(name, models, 4_000_000), blocks))
+    return {
+        "bytes_over_authors": max(found[f"{name}_over_authors"] for name in large),
+        "error_nats": max(v for key, v in found.items() if key.endswith("_error_nats")),
+    } | found
+
+
+# What it teaches
+
+
+class _Lesson:
+    """A fixed budget of Python for a target, with or without the source's distributions."""
+
+    def __init__(self, quick: bool, models: Path) -> None:
+        self.source, self.encoder = zoo("python")
+        place = models / "frontier-target"
+        if not (place / "config.json").exists():
+            specialist = Specialist(
+                "frontier-target", "prose", "gpt_neox", "", 8192, 20_000 if quick else 8_000_000
+            )
+            text = [
+                Document(block.document, "prose", "zoo", block.text) for block in little_text(40)
+            ]
+            text = text if quick else list(documents(["zoo"]))
+            _train(specialist, self.encoder, text, place)
+        self._place = place
+        if quick:
+            blocks = little_text(40)
+            blocks, self.validation = blocks[:24], blocks[24:]
+        else:
+            blocks = texts("train", ["python"], 500)
+            self.validation = texts("validation", ["python"], 200)
+        rows = self.encoder.encode([b.text for b in blocks], [False] * len(blocks))
+        self.rows = [row for row in rows if row.ends is not None and len(row.ids) > 1]
+        self.texts = [
+            b.text
+            for b, row in zip(blocks, rows, strict=True)
+            if row.ends is not None and len(row.ids) > 1
+        ]
+        self.tokens = sum(len(row.ids) for row in self.rows)
+
+    def target(self) -> PreTrainedModel:
+        """The target before training."""
+        return GPTNeoXForCausalLM.from_pretrained(self._place)
+
+    def stored(self, settings: ExternalizeSettings) -> tuple[list[Kept], float]:
+        """(each row's distributions, written and read back; bytes a token)."""
+        blocks = [Block(n, "", "python", False, text) for n, text in enumerate(self.texts)]
+        reading = Reading(self.source, len(self.encoder.vocabulary), blocks, self.rows)
+        shard = reading.encode(reading.read(settings), settings)
+        found: list[Kept] = []
+        lengths = iter([len(row.ids) - 1 for row in self.rows])
+        for part in read_back(shard):
+            start = 0
+            while start < len(part.tail):
+                stop = start + next(lengths)
+                found.append(_rows(part, start, stop))
+                start = stop
+        return found, len(shard.data) / self.tokens
+
+    def teach(
+        self,
+        kept: list[Kept] | None,
+        clm_weight: float,
+        rate: float,
+        seed: int,
+        renormalize: bool = False,
+        whole: bool = False,
+    ) -> float:
+        """Validation bits per byte after the budget."""
+        torch.manual_seed(seed)
+        model = self.target().train()
+        plan = plan_batches([len(row.ids) for row in self.rows], 2048)
+        random.Random(seed).shuffle(plan)
+        optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.1)
+        for step, batch in enumerate(plan):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / len(plan))
+            ids, mask = pad([self.rows[n].ids for n in batch], _CPU)
+            predicted = mask[:, 1:].bool()
+            hidden = last_hidden(model, input_ids=ids, attention_mask=mask)[:, :-1][predicted]
+            labels, head = ids[:, 1:][predicted], head_of(model)
+            if whole:
+                with torch.no_grad():
+                    theirs = last_hidden(self.source, input_ids=ids, attention_mask=mask)
+                    p = head_of(self.source).logits(theirs[:, :-1][predicted]).softmax(-1)
+                log_q = head.logits(hidden).log_softmax(-1)
+                clm = -log_q.gather(1, labels[:, None]).sum()
+                total = clm_weight * clm - (1 - clm_weight) * (p * log_q).sum()
+            else:
+                outcomes = None
+                if kept is not None:
+                    outcomes = _outcomes([kept[n] for n in batch], renormalize)
+                total = objective(hidden, head, labels, outcomes, clm_weight).total
+            (total / len(labels)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return self.bits_per_byte(model.eval())
+
+    def bits_per_byte(self, model: PreTrainedModel) -> float:
+        """Of Python's validation blocks."""
+        blocks = self.validation
+        encoded = self.encoder.encode([b.text for b in blocks], [False] * len(blocks))
+        lengths = [len(block.text.encode()) for block in blocks]
+        nats = blocks_nats(model, encoded, lengths, None)
+        return by_domain(["python"] * len(blocks), nats)["python"]
+
+
+def _rows(kept: Kept, start: int, stop: int) -> Kept:
+    """Positions [start, stop)."""
+    first, last = kept.offsets[start], kept.offsets[stop]
+    return Kept(
+        kept.offsets[start : stop + 1] - first,
+        kept.ids[first:last],
+        kept.log_probs[first:last] if len(kept.log_probs) else kept.log_probs,
+        kept.counts[first:last] if len(kept.counts) else kept.counts,
+        kept.tail[start:stop],
+        kept.true_log_prob[start:stop],
+    )
+
+
+def _outcomes(rows: list[Kept], renormalize: bool) -> Outcomes:
+    lengths = np.concatenate([np.diff(row.offsets) for row in rows])
+    mass = np.concatenate([row.masses() for row in rows])
+    rest = np.concatenate([row.tail for row in rows])
+    part = np.repeat(np.arange(len(lengths)), lengths)
+    if renormalize:
+        mass = mass / np.bincount(part, weights=mass)[part]
+        rest = np.zeros_like(rest)
+    every = torch.arange(len(mass))
+    return Outcomes(
+        torch.ones(len(lengths), dtype=torch.bool),
+        torch.arange(len(lengths)),
+        torch.from_numpy(rest.astype(np.float32)),
+        torch.from_numpy(part),
+        torch.from_numpy(mass.astype(np.float32)),
+        every,
+        torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
+    )
+
+
+def frontier(quick: bool, models: Path, seeds: int) -> dict[str, float]:
+    """Figures of all schemes: the best of the learning rates for each, mean over seeds."""
+    lesson = _Lesson(quick, models)
+    rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3)
+    found = {
+        "tokens": float(lesson.tokens),
+        "source": lesson.bits_per_byte(lesson.source),
+        "target_before": lesson.bits_per_byte(lesson.target().eval()),
+    }
+    for name, kept, options in _arms(lesson, quick, found):
+        scores = []
+        for rate in rates:
+            values = [
+                lesson.teach(kept, 1.0 if name == "clm" else 0.5, rate, seed, **options)
+                for seed in range(seeds)
+            ]
+            scores.append((statistics.mean(values), rate, values))
+            _SCREEN.print(f"{name} at {rate:g}: " + " ".join(f"{v:.4f}" for v in values))
+        best, rate, values = min(scores)
+        found[f"{name}_bits_per_byte"], found[f"{name}_learning_rate"] = best, rate
+        if seeds > 1:
+            found[f"{name}_deviation"] = statistics.stdev(values)
+    return found
+
+
+def _arms(
+    lesson: _Lesson, quick: bool, found: dict[str, float]
+) -> Iterator[tuple[str, list[Kept] | None, dict[str, bool]]]:
+    yield "clm", None, {}
+    yield "whole", None, {"whole": True}
+    schemes = {"top10": SCHEMES["top10"], "draws16": SCHEMES["draws16"]} if quick else SCHEMES
+    for name, settings in schemes.items():
+        kept, found[f"{name}_bytes"] = lesson.stored(settings)
+        yield name, kept, {}
+        if name == "top10":
+            yield "top10_renormalized", kept, {"renormalize": True}
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("sizes", "frontier"), nargs="?", default="sizes")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--models", type=Path, help="folder to keep trained models in")
+    parser.add_argument("--seeds", type=int, default=2, help="of the frontier")
+    arguments = parser.parse_args()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as place:
+        models = arguments.models or Path(place)
+        if arguments.what == "sizes":
+            figures = sizes(arguments.quick, models)
+        else:
+            figures = frontier(arguments.quick, models, 1 if arguments.quick else arguments.seeds)
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        for key, value in figures.items():
+            print(f"{key:<45} {value:,.4f}")
+
+
+if __name__ == "__main__":
+    main()
