@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from fusellm.objective import chunked
 from fusellm.objective.chunked import Head, Losses, objective
+from fusellm.objective.divergence import Divergence
 from fusellm.objective.outcomes import Outcomes
 from fusellm.objective.textbook import objective_textbook
 
+CROSS_ENTROPY = Divergence()
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 Part = tuple[list[tuple[float, list[int]]], float]
@@ -49,6 +51,7 @@ class Case:
     labels: torch.Tensor
     outcomes: Outcomes
     clm_weight: float
+    divergence: Divergence = CROSS_ENTROPY
 
 
 def random_row(chance: np.random.Generator, vocabulary: int) -> Row:
@@ -95,6 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
         torch.tensor(chance.integers(0, vocabulary, positions)),
         outcomes_of([random_row(chance, vocabulary) for _ in range(positions)]),
         draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
+        Divergence(draw(st.sampled_from(["cross_entropy", "cross_entropy", "kl", "reverse_kl"]))),
     )
 
 
@@ -116,7 +120,7 @@ def by_textbook(case: Case, scale: float = 1.0) -> Result:
     logits = logits * case.head.scale
     if case.head.softcap is not None:
         logits = case.head.softcap * torch.tanh(logits / case.head.softcap)
-    total = objective_textbook(logits, case.labels, case.outcomes, case.clm_weight)
+    total = objective_textbook(logits, case.labels, case.outcomes, case.clm_weight, case.divergence)
     (total * scale).backward()
     return Result(total.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None])
 
@@ -124,7 +128,9 @@ def by_textbook(case: Case, scale: float = 1.0) -> Result:
 def by_chunks(case: Case, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Result:
     leaves = leaves_of(case, dtype)
     head = replace(case.head, weight=leaves[1], bias=leaves[2] if len(leaves) > 2 else None)
-    losses = objective(leaves[0], head, case.labels, case.outcomes, case.clm_weight)
+    losses = objective(
+        leaves[0], head, case.labels, case.outcomes, case.clm_weight, case.divergence
+    )
     (losses.total * scale).backward()
     return Result(losses.total.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None])
 
@@ -158,10 +164,37 @@ def test_chunks_agree_with_the_textbook(case: Case, rows: int) -> None:
         check_close(by_chunks(case, scale=0.37), by_textbook(case, scale=0.37), 1e-5)
 
 
+@given(case=cases(), temperature=st.sampled_from([0.5, 2.0, 4.0]), rows=st.sampled_from([2, 1000]))
+@quick
+def test_a_temperature_agrees_with_the_textbook(case: Case, temperature: float, rows: int) -> None:
+    case = replace(case, divergence=replace(case.divergence, temperature=temperature))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "_CHUNK_ELEMENTS", rows * case.head.weight.shape[0])
+        check_close(by_chunks(case, scale=0.37), by_textbook(case, scale=0.37), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "reverse_kl"])
+@pytest.mark.parametrize("outside", [-20.0, -60.0, -300.0])
+def test_hardly_any_mass_outside_is_told_to_its_last_digit(kind: str, outside: float) -> None:
+    """Never 1 − Σ: Q outside the kept ids is summed, or its logarithm taken, by itself."""
+    logits = torch.tensor([[3.0, 2.0, outside, outside - 1, outside]])
+    case = Case(
+        torch.ones(1, 1),
+        Head(torch.zeros(5, 1), logits[0]),
+        torch.tensor([0]),
+        outcomes_of([([(0.5, [0]), (0.3, [1])], 0.2)]),
+        0.0,
+        Divergence(kind),  # type: ignore[arg-type]
+    )
+    check_close(by_chunks(case), by_textbook(case), 1e-5)
+
+
 @given(case=cases())
 @quick
 def test_parts_are_unweighted_and_make_the_total(case: Case) -> None:
-    losses = objective(case.hidden, case.head, case.labels, case.outcomes, case.clm_weight)
+    losses = objective(
+        case.hidden, case.head, case.labels, case.outcomes, case.clm_weight, case.divergence
+    )
     clm = by_textbook(replace(case, clm_weight=1.0)).total.item()
     absent = replace(
         case,
@@ -311,13 +344,13 @@ def test_a_rest_with_no_id_left_for_it_is_left_out() -> None:
 def wanted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each chunk was asked for its gradient."""
     asked: list[bool] = []
-    inner = chunked._chunk_losses
+    inner = chunked.chunk_losses
 
     def recorded(*arguments: object) -> object:
         asked.append(bool(arguments[-1]))
         return inner(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(chunked, "_chunk_losses", recorded)
+    monkeypatch.setattr(chunked, "chunk_losses", recorded)
     return asked
 
 
@@ -330,7 +363,10 @@ def run(case: Case, **needs: bool) -> tuple[Losses, dict[str, torch.Tensor]]:
         if tensor is not None
     }
     head = replace(case.head, weight=made["weight"], bias=made["bias"])
-    return objective(made["hidden"], head, case.labels, case.outcomes, case.clm_weight), made
+    losses = objective(
+        made["hidden"], head, case.labels, case.outcomes, case.clm_weight, case.divergence
+    )
+    return losses, made
 
 
 @pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
@@ -371,14 +407,48 @@ def test_only_the_total_carries_a_gradient() -> None:
     assert not losses.fusion.requires_grad
 
 
-def test_a_second_backward_through_the_same_graph_gives_the_same() -> None:
+def test_a_second_backward_through_the_same_graph_is_refused() -> None:
+    losses, _ = run(fixed_case(), weight=True)
+    losses.total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward\\(\\) once"):
+        losses.total.backward()
+
+
+def test_the_gradient_is_handed_over_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as the head: a copy of it would be half of what the objective needs."""
+    made: list[int] = []
+    inner = torch.zeros_like
+
+    def recorded(*arguments: object, **named: object) -> torch.Tensor:
+        found = inner(*arguments, **named)  # type: ignore[arg-type]
+        made.append(found.data_ptr())
+        return found
+
+    monkeypatch.setattr(torch, "zeros_like", recorded)
     losses, leaves = run(fixed_case(), weight=True)
-    loss = losses.total * 0.5
-    loss.backward(retain_graph=True)
+    losses.total.backward()
     assert leaves["weight"].grad is not None
-    once = leaves["weight"].grad.clone()
-    loss.backward()
-    assert torch.allclose(leaves["weight"].grad, 2 * once)
+    assert leaves["weight"].grad.data_ptr() in made
+
+
+@given(case=cases(), count=st.sampled_from([1.0, 3.0, 0.25]))
+@quick
+def test_a_count_divides_the_total_and_its_gradients(case: Case, count: float) -> None:
+    hidden = case.hidden.clone().requires_grad_()
+    losses = objective(
+        hidden,
+        case.head,
+        case.labels,
+        case.outcomes,
+        case.clm_weight,
+        case.divergence,
+        torch.tensor(count),
+    )
+    losses.total.backward()
+    plain = by_chunks(case)
+    assert hidden.grad is not None
+    assert losses.total.item() == pytest.approx(plain.total.item() / count, rel=1e-5, abs=1e-5)
+    assert torch.allclose(hidden.grad, plain.gradients[0] / count, rtol=1e-4, atol=1e-5)
 
 
 def test_no_positions() -> None:

@@ -53,9 +53,9 @@ def _forward(
         labels[:, 1:][predicted],
         None if outcomes is None else Outcomes(**outcomes),
         clm_weight,
+        count=predicted.sum() if num_items_in_batch is None else num_items_in_batch,
     )
-    count = predicted.sum() if num_items_in_batch is None else num_items_in_batch
-    return {"loss": losses.total / count, "clm": losses.clm, "fusion": losses.fusion}
+    return {"loss": losses.total, "clm": losses.clm, "fusion": losses.fusion}
 
 
 @contextmanager

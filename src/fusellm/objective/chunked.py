@@ -8,14 +8,18 @@ N positions, d hidden size, V vocabulary, C positions of a chunk.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from fusellm.objective.divergence import Divergence, chunk_losses
 from fusellm.objective.outcomes import Outcomes
 
 _CHUNK_ELEMENTS = 1 << 20  # of C x V logits: a few MB, which stay in cache on a CPU
 _CHUNK_ELEMENTS_GPU = 1 << 27
+_CACHED_WEIGHT = 1 << 22  # elements of a weight that stays in cache beside them
+_LEAST_ROWS = 256  # of a larger weight, which every chunk reads and whose gradient it writes
+_CROSS_ENTROPY = Divergence()
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ def objective(
     labels: torch.Tensor,
     outcomes: Outcomes | None = None,
     clm_weight: float = 1.0,
+    divergence: Divergence = _CROSS_ENTROPY,
+    count: torch.Tensor | float = 1.0,
 ) -> Losses:
-    """Sum over positions of L = λ·L_CLM + (1−λ)·L_Fusion (FuseLLM, eq. 4; DESIGN section 6).
+    """L = λ·L_CLM + (1−λ)·L_Fusion over positions (FuseLLM, eq. 4; DESIGN section 6).
 
     Args:
         hidden: [N, d] last hidden states of the positions that predict.
@@ -67,10 +73,14 @@ def objective(
         outcomes: fused distributions of the N positions; None where there are none.
         clm_weight: λ, the weight of L_CLM at positions with a fused distribution; elsewhere it
             is 1.
+        divergence: what L_Fusion is.
+        count: what the total is divided by; dividing it afterwards costs another pass over the
+            gradients.
 
     Returns:
-        `total`, and its parts: `clm` over all positions, `fusion` over those with a fused
-        distribution, both unweighted.
+        `total`, a sum over positions divided by `count`, whose graph serves one backward; and
+        sums: `clm` over all positions, `fusion` over those with a fused distribution, both
+        unweighted.
 
     >>> hidden = torch.zeros(3, 2)
     >>> losses = objective(hidden, Head(torch.zeros(4, 2)), torch.tensor([0, 1, 2]))
@@ -81,7 +91,15 @@ def objective(
         outcomes = Outcomes.none(len(labels), hidden.device)
     wants_gradient = torch.is_grad_enabled()  # inside a Function's forward it never is
     total, clm, fusion = _Objective.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, head, labels, outcomes, clm_weight, wants_gradient
+        hidden,
+        head.weight,
+        head.bias,
+        head,
+        labels,
+        outcomes,
+        (clm_weight, count),
+        divergence,
+        wants_gradient,
     )
     return Losses(total, clm, fusion)
 
@@ -96,7 +114,8 @@ class _Objective(torch.autograd.Function):
         head: Head,
         labels: torch.Tensor,
         outcomes: Outcomes,
-        clm_weight: float,
+        weights: tuple[float, torch.Tensor | float],
+        divergence: Divergence,
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wants = [wants_gradient and needed for needed in ctx.needs_input_grad[:3]]
@@ -106,15 +125,20 @@ class _Objective(torch.autograd.Function):
             torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None
         )
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
-        budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
-        chunk = max(1, budget // weight.shape[0])
+        chunk = _chunk_rows(weight)
         cuts = _Cuts(outcomes, chunk)
+        clm_weight, fusion_weight = _weights(outcomes.present, *weights)
         head = Head(weight, bias, head.scale, head.softcap)
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             logits = head.logits(hidden[rows])
-            d_logits, parts = _chunk_losses(
-                logits, labels[rows], cuts.chunk(start), clm_weight, any(wants)
+            d_logits, parts = chunk_losses(
+                logits,
+                labels[rows],
+                cuts.chunk(start),
+                (clm_weight[rows], fusion_weight[rows]),
+                divergence,
+                any(wants),
             )
             sums += parts
             if d_logits is None:
@@ -147,15 +171,32 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the objective's gradients are made once: call backward() once")
+        # Given away, so that autograd takes them as they are and does not copy them.
+        gradients, ctx.gradients = ctx.gradients, None
         scale = grad_outputs[0]
-        return (
-            *(None if g is None else g * scale.to(g.dtype) for g in ctx.gradients),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if scale.is_cuda or scale.item() != 1.0:
+            gradients = [None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients]
+        return (*gradients, *[None] * 6)
+
+
+def _chunk_rows(weight: torch.Tensor) -> int:
+    """Positions of a chunk, for a head's weight [V, d]."""
+    if weight.is_cuda:
+        return max(1, _CHUNK_ELEMENTS_GPU // weight.shape[0])
+    in_cache = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    if weight.numel() <= _CACHED_WEIGHT:
+        return in_cache
+    return max(in_cache, _LEAST_ROWS)
+
+
+def _weights(
+    present: torch.Tensor, clm_weight: float, count: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] of L_CLM and [N] of L_Fusion."""
+    clm = torch.where(present, clm_weight, 1.0) / count
+    return clm, torch.where(present, 1.0 - clm_weight, 0.0) / count
 
 
 class _Cuts:
@@ -188,86 +229,3 @@ class _Cuts:
             whole.member_outcome[members] - found.start,
             whole.member_id[members],
         )
-
-
-def _chunk_losses(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    outcomes: Outcomes,
-    clm_weight: float,
-    wants_gradient: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Gradient of the chunk's loss in its logits, and (total, clm, fusion)."""
-    index = torch.arange(len(labels), device=labels.device)
-    fusion_weight = torch.where(outcomes.present, 1.0 - clm_weight, 0.0)
-    clm_weights = torch.where(outcomes.present, clm_weight, 1.0)
-    log_z = torch.logsumexp(logits, dim=-1)
-    clm = log_z - logits[index, labels]
-    fusion = torch.zeros_like(clm)
-
-    position = outcomes.position[outcomes.part]
-    member_row = position[outcomes.member_outcome]
-    member_log_p = logits[member_row, outcomes.member_id] - log_z[member_row]
-    log_mass = _logsumexp_by(member_log_p, outcomes.member_outcome, len(position))
-    fusion.index_add_(0, position, -outcomes.mass * log_mass)
-    rest = _Rest.of(logits, outcomes)
-    if rest is not None:
-        fusion.index_add_(0, rest.position, -rest.mass * (rest.log_z - log_z[rest.position]))
-
-    parts = torch.stack(
-        [(clm_weights * clm + fusion_weight * fusion).sum(), clm.sum(), fusion.sum()]
-    ).double()
-    if not wants_gradient:
-        return None, parts
-    gradient = torch.exp(logits - log_z[:, None])
-    mass_sum = torch.zeros_like(clm).index_add_(0, position, outcomes.mass)
-    if rest is not None:
-        mass_sum.index_add_(0, rest.position, rest.mass)
-    gradient *= (clm_weights + fusion_weight * mass_sum)[:, None]
-    gradient[index, labels] -= clm_weights
-    share = torch.exp(member_log_p - log_mass[outcomes.member_outcome])
-    pull = fusion_weight[member_row] * outcomes.mass[outcomes.member_outcome] * share
-    gradient.index_put_((member_row, outcomes.member_id), -pull, accumulate=True)
-    if rest is not None:
-        spread = torch.exp(rest.outside - rest.log_z[:, None])
-        spread *= (fusion_weight[rest.position] * rest.mass)[:, None]
-        gradient.index_add_(0, rest.position, spread, alpha=-1)
-    return gradient, parts
-
-
-class _Rest(NamedTuple):
-    """The parts with mass outside their outcomes, where the target has ids outside them.
-
-    Attributes:
-        position: [R'] of each such part.
-        mass: [R'].
-        outside: [R', V] logits, -inf at the ids of the part's outcomes.
-        log_z: [R'] log-sum-exp of these.
-    """
-
-    position: torch.Tensor
-    mass: torch.Tensor
-    outside: torch.Tensor
-    log_z: torch.Tensor
-
-    @classmethod
-    def of(cls, logits: torch.Tensor, outcomes: Outcomes) -> "_Rest | None":
-        with_rest = outcomes.rest > 0
-        if not bool(with_rest.any()):
-            return None
-        place = torch.cumsum(with_rest, 0) - 1
-        member_part = outcomes.part[outcomes.member_outcome]
-        masked = with_rest[member_part]
-        position = outcomes.position[with_rest]
-        outside = logits[position]
-        outside[place[member_part[masked]], outcomes.member_id[masked]] = -torch.inf
-        log_z = torch.logsumexp(outside, dim=-1)
-        some_left = log_z > -torch.inf
-        mass = torch.where(some_left, outcomes.rest[with_rest], 0.0)
-        return cls(position, mass, outside, torch.where(some_left, log_z, 0.0))
-
-
-def _logsumexp_by(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    highest = values.new_full((groups,), -torch.inf).scatter_reduce_(0, group, values, "amax")
-    sums = values.new_zeros(groups).index_add_(0, group, torch.exp(values - highest[group]))
-    return highest + torch.log(sums)

@@ -119,8 +119,9 @@ def train(
         ids, mask = _pad(batch)
         hidden = last_hidden(model, input_ids=ids, attention_mask=mask)
         predicted = mask[:, 1:].bool()
-        losses = objective(hidden[:, :-1][predicted], head_of(model), ids[:, 1:][predicted])
-        mean = losses.total / predicted.sum()
+        labels = ids[:, 1:][predicted]
+        head, count = head_of(model), len(labels)
+        mean = objective(hidden[:, :-1][predicted], head, labels, count=count).total
         mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,0 +1,211 @@
+"""Loss and gradient of one chunk of positions, in its logits.
+
+C positions, R parts, M outcomes in all, E members in all, V vocabulary. Q is the target's
+distribution, P the fused one; an outcome's Q is the sum over its ids.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fusellm.objective.outcomes import Outcomes
+
+Kind = Literal["cross_entropy", "kl", "reverse_kl"]
+LEAST_MASS = 1e-8  # of P under a logarithm in the reverse KL: 18 nats
+_LEAST_SUM = 1e-30  # of Q; below it, a sum of float32 probabilities has no digits left
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the target's distribution is from the fused one.
+
+    Attributes:
+        kind: `cross_entropy` and `kl` from fused to target, whose gradients are one, or
+            `reverse_kl` from target to fused.
+        temperature: by which both are flattened; the gradient is scaled by its square, so that it
+            keeps its size. Other than 1 it is for single tokens whose masses sum to 1.
+    """
+
+    kind: Kind = "cross_entropy"
+    temperature: float = 1.0
+
+
+def chunk_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    outcomes: Outcomes,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    divergence: Divergence,
+    wants_gradient: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Loss of a chunk, and its gradient in the logits.
+
+    Args:
+        logits: [C, V] float32.
+        weights: [C] of L_CLM and [C] of L_Fusion at each position.
+
+    Returns:
+        ([C, V] gradient of the total, or None; [3] float64 total, sum of L_CLM, sum of L_Fusion)
+    """
+    clm_weight, fusion_weight = weights
+    index = torch.arange(len(labels), device=labels.device)
+    p, log_z = _softmax(logits)
+    clm = log_z - logits[index, labels]
+    t = divergence.temperature
+    if t == 1.0:
+        fusion = _diverge(logits, p, log_z, outcomes, fusion_weight, clm_weight, divergence)
+    else:
+        warm = logits / t
+        warm_p, warm_log_z = _softmax(warm)
+        warm_weight = t * t * fusion_weight
+        nothing = torch.zeros_like(clm_weight)
+        fusion = _diverge(warm, warm_p, warm_log_z, outcomes, warm_weight, nothing, divergence)
+        fusion = t * t * fusion
+        p.mul_(clm_weight[:, None]).add_(warm_p, alpha=1 / t)
+    total = (clm_weight * clm + fusion_weight * fusion).sum()
+    sums = torch.stack([total, clm.sum(), fusion.sum()]).double()
+    if not wants_gradient:
+        return None, sums
+    p[index, labels] -= clm_weight
+    return p, sums
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([C, V] probabilities, [C] log of what they were divided by), in two passes."""
+    highest, where = logits.max(dim=-1)
+    p = torch.softmax(logits, dim=-1)
+    return p, highest - torch.log(p.gather(1, where[:, None])[:, 0])
+
+
+def _diverge(
+    logits: torch.Tensor,
+    p: torch.Tensor,
+    log_z: torch.Tensor,
+    outcomes: Outcomes,
+    weight: torch.Tensor,
+    base: torch.Tensor,
+    divergence: Divergence,
+) -> torch.Tensor:
+    """[C] divergence at each position; `p` becomes its weighted gradient plus `base` times itself.
+
+    With c the derivative of the loss in log Q of each outcome, the gradient in a logit is c of its
+    outcome times its share of that outcome, less its probability times the sum of all c.
+    """
+    row = outcomes.position[outcomes.part]
+    member_row, ids = row[outcomes.member_outcome], outcomes.member_id
+    place = member_row * p.shape[1] + ids
+    flat = p.view(-1)
+    log_q_of_id = logits.view(-1)[place] - log_z[member_row]
+    log_q = _logsumexp_by(log_q_of_id, outcomes.member_outcome, len(row))
+
+    single = torch.bincount(outcomes.position, minlength=len(log_z))[outcomes.position] == 1
+    member_single = single[outcomes.part[outcomes.member_outcome]]
+    single_place = place[member_single]
+    p_of_id = flat[single_place]
+    flat[single_place] = 0.0  # what is left are the ids outside
+    rest = _rests(logits, p, log_z, outcomes, single, divergence)
+
+    of_part = torch.zeros_like(outcomes.rest).index_add_(0, outcomes.part, outcomes.mass)
+    of_part += outcomes.rest
+    loss, c = _terms(outcomes.mass, of_part[outcomes.part], log_q, divergence)
+    rest_loss, rest_c = _terms(rest.mass, of_part[rest.part], rest.log_q, divergence)
+    rest_row = outcomes.position[rest.part]
+    found = torch.zeros_like(log_z).index_add_(0, row, loss).index_add_(0, rest_row, rest_loss)
+
+    c, rest_c = weight[row] * c, weight[rest_row] * rest_c
+    factor = base.clone().index_add_(0, row, -c).index_add_(0, rest_row, -rest_c)
+    # Ids outside a single part's outcomes all have one factor; log_q of it is never below its
+    # threshold there. The others get their share row by row.
+    outside = factor.clone().index_add_(
+        0, rest_row[rest.fast], (rest_c / torch.exp(rest.log_q))[rest.fast]
+    )
+    p.mul_(outside[:, None])
+    pull = c[outcomes.member_outcome] * torch.exp(log_q_of_id - log_q[outcomes.member_outcome])
+    flat[single_place] = p_of_id * factor[member_row[member_single]] + pull[member_single]
+    flat.index_add_(0, place[~member_single], pull[~member_single])
+    slow = ~rest.fast
+    if rest.outside is not None:
+        spread = torch.exp(rest.outside - (rest.log_q + log_z[rest_row])[slow, None])
+        p.index_add_(0, rest_row[slow], spread.mul_(rest_c[slow, None]))
+    return found
+
+
+def _terms(
+    mass: torch.Tensor, of_part: torch.Tensor, log_q: torch.Tensor, divergence: Divergence
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, its derivative in log Q) of outcomes.
+
+    Args:
+        of_part: the mass of the whole part that each belongs to.
+    """
+    if divergence.kind == "reverse_kl":
+        own = (mass / of_part).clamp_min(LEAST_MASS)
+        q = torch.exp(log_q)
+        apart = torch.where(q > 0, log_q - torch.log(own), 0.0)
+        return of_part * q * apart, of_part * q * (apart + 1)
+    loss = torch.where(mass > 0, -mass * log_q, 0.0)
+    if divergence.kind == "kl":
+        loss += torch.special.xlogy(mass, mass / of_part)
+    return loss, -mass
+
+
+@dataclass(frozen=True)
+class _Rests:
+    """What parts say of the ids outside their outcomes.
+
+    Attributes:
+        part: [R'] of those that say something, where there are such ids.
+        mass: [R'] of P.
+        log_q: [R'].
+        fast: [R'] bool, the only part of its position, with enough of Q outside.
+        outside: [R' that are not fast, V] logits, −inf at ids of the part's outcomes; or None.
+    """
+
+    part: torch.Tensor
+    mass: torch.Tensor
+    log_q: torch.Tensor
+    fast: torch.Tensor
+    outside: torch.Tensor | None
+
+
+def _rests(
+    logits: torch.Tensor,
+    p: torch.Tensor,
+    log_z: torch.Tensor,
+    outcomes: Outcomes,
+    single: torch.Tensor,
+    divergence: Divergence,
+) -> _Rests:
+    """Args: p: zero at the ids of single parts' outcomes."""
+    asked = outcomes.rest > 0
+    if divergence.kind == "reverse_kl":
+        asked = torch.ones_like(asked)
+    part = torch.nonzero(asked)[:, 0]
+    if not len(part):
+        nothing = outcomes.rest[:0]
+        return _Rests(part, nothing, nothing, nothing.bool(), None)
+    position = outcomes.position[part]
+    q = p.sum(dim=-1)[position]
+    fast = single[part] & (q > _LEAST_SUM)
+    log_q = torch.log(torch.where(fast, q, 1.0))
+    outside = None
+    if not bool(fast.all()):
+        slow = part[~fast]
+        place = torch.full_like(outcomes.position, -1)
+        place[slow] = torch.arange(len(slow), device=slow.device)
+        of_member = place[outcomes.part[outcomes.member_outcome]]
+        masked = of_member >= 0
+        outside = logits[outcomes.position[slow]]
+        outside[of_member[masked], outcomes.member_id[masked]] = -torch.inf
+        log_q[~fast] = torch.logsumexp(outside, dim=-1) - log_z[position[~fast]]
+    some = log_q > -torch.inf
+    if outside is not None:
+        outside = outside[some[~fast]]
+    return _Rests(part[some], outcomes.rest[part[some]], log_q[some], fast[some], outside)
+
+
+def _logsumexp_by(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    highest = values.new_full((groups,), -torch.inf).scatter_reduce_(0, group, values, "amax")
+    sums = values.new_zeros(groups).index_add_(0, group, torch.exp(values - highest[group]))
+    return highest + torch.log(sums)
