@@ -15,6 +15,9 @@ it, token ids, boundaries, tail and true token included, and read back.
                          and tails, over all models and schemes
     MODEL_SCHEME_bytes, …_kept, …_parquet    bytes a token, kept ids a token, bytes of the same as
                          Parquet with lists of int32 and float32
+    …_arrow_over_parquet, …_arrow_read_speed_over_parquet
+                         bytes, and speed of reading, of the store's columns as Arrow over the same
+                         columns as Parquet
 
 frontier: the same tokenizer, one source (zoo/python), a target that knows prose, λ = 0.5, Python
 for a fixed budget; validation bits per byte of Python for each scheme, written and read back, and
@@ -31,7 +34,7 @@ import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -60,7 +63,7 @@ from fusellm.stages.externalize.work import columns_of_tokens
 from fusellm.store.blocks import Block
 from fusellm.store.externalized import kept_columns, kept_of, source_schema
 from fusellm.store.identity import Identity
-from fusellm.store.tables import EncodedShard, Shard, encode_table, write_encoded
+from fusellm.store.tables import BATCH_BLOCKS, EncodedShard, Shard, encode_table, write_encoded
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoded, Encoder
@@ -218,6 +221,56 @@ def parquet_bytes(kept: Kept, lengths: Sequence[int]) -> int:
     return int(sink.getvalue().size)
 
 
+def over_parquet(shard: EncodedShard) -> dict[str, float]:
+    """The same columns in both formats: Parquet's best for them is byte streams split, then zstd.
+
+    Both are read record batch by record batch, all columns, without a checksum.
+    """
+    table = pyarrow.ipc.open_file(pa.BufferReader(shard.data)).read_all()
+    table = pa.table({name: table[name] for name in table.column_names if name != "read"})
+    sink, arrow = pa.BufferOutputStream(), pa.BufferOutputStream()
+    codec = pa.Codec("zstd", compression_level=6)
+    options = pyarrow.ipc.IpcWriteOptions(compression=codec)
+    with pyarrow.ipc.new_file(arrow, table.schema, options=options) as out:
+        out.write_table(table, max_chunksize=BATCH_BLOCKS)
+    lists = [name for name in table.column_names if name != "block"]
+    pyarrow.parquet.write_table(
+        table,
+        sink,
+        row_group_size=BATCH_BLOCKS,
+        compression="zstd",
+        compression_level=6,
+        use_dictionary=False,
+        column_encoding={f"{name}.list.item": "BYTE_STREAM_SPLIT" for name in lists},
+    )
+    parquet, plain = sink.getvalue(), arrow.getvalue()
+
+    def read_parquet() -> None:
+        file = pyarrow.parquet.ParquetFile(pa.BufferReader(parquet), pre_buffer=False)
+        for n in range(file.num_row_groups):
+            file.read_row_group(n, use_threads=False)
+
+    def read_arrow() -> None:
+        options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+        file = pyarrow.ipc.open_file(pa.BufferReader(plain), options=options)
+        for n in range(file.num_record_batches):
+            file.get_batch(n)
+
+    def least_seconds(work: Callable[[], None]) -> float:
+        return min(_seconds(work) for _ in range(5))
+
+    return {
+        "arrow_over_parquet": plain.size / parquet.size,
+        "arrow_read_speed_over_parquet": least_seconds(read_parquet) / least_seconds(read_arrow),
+    }
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def sizes_of(name: str, reading: Reading) -> dict[str, float]:
     """Figures of one model."""
     found: dict[str, float] = {}
@@ -234,6 +287,8 @@ def sizes_of(name: str, reading: Reading) -> dict[str, float]:
         found[f"{key}_parquet"] = parquet_bytes(read.kept, lengths) / tokens
         found[f"{key}_error_nats"] = error_nats(read.kept, read_back(shard))
         found[f"{key}_encoded_tokens_per_second"] = tokens / seconds
+        if scheme in ("top10", "draws32"):
+            found |= {f"{key}_{name}": value for name, value in over_parquet(shard).items()}
         if scheme == "top10":
             found[f"{name}_authors_bytes"] = authors_bytes(read.kept, lengths) / tokens
             found[f"{name}_over_authors"] = found[f"{key}_bytes"] / found[f"{name}_authors_bytes"]

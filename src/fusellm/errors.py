@@ -34,3 +34,7 @@ class IdentityError(StoreError):
 
 class NumericsError(FusellmError):
     """NaN or infinity where a number is needed."""
+
+
+class ClusterError(FusellmError):
+    """A Ray cluster that cannot be used as asked, or that lost its workers."""

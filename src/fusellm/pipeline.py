@@ -18,11 +18,12 @@ from fusellm.models.load import Located, describe, load_tokenizer, locate
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.documents import files_of
+from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import write_text
-from fusellm.store.identity import Identity, digest
+from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
@@ -61,13 +62,19 @@ class _Part:
 class Pipeline:
     """A run: a recipe, its folder, and its models."""
 
-    def __init__(self, recipe: Recipe, run: Path, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, run: Path, progress: Progress, engine: EngineSettings = LOCAL
+    ) -> None:
         """Find every model, tokenizer and file of a recipe; no weight is loaded.
+
+        Args:
+            engine: where sources are read.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
         """
-        self.recipe, self.run, self._progress = recipe, run, progress
+        self.recipe, self.run, self._progress, self._engine = recipe, run, progress, engine
+        externalize.require_engine(engine)
         for which in (train.FUSED, train.CLM):
             train.training_arguments(recipe, run, which)
         for entry in recipe.corpus.documents:
@@ -86,8 +93,7 @@ class Pipeline:
                 f"{settings.model} has {rows} rows in its head and {len(encoder.vocabulary)} "
                 "tokens in its tokenizer; resize its embeddings, or give it its own tokenizer"
             )
-        special = [encoder.vocabulary.bos_id, encoder.vocabulary.eos_id]
-        return Reader(located, encoder, digest([encoder.rules, special]))
+        return Reader(located, encoder, tokenizer_fingerprint(encoder))
 
     def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
         """Run stages, or go on with them; finished work is kept.
@@ -185,6 +191,7 @@ class Pipeline:
                     identity,
                     reader.encoder,
                     self._progress,
+                    self._engine,
                 )
 
         return _Part("externalize", f"externalize/{name}", ("corpus",), identity, run)
@@ -229,13 +236,13 @@ class Pipeline:
         found[TARGET] = self.readers[TARGET].located
         trained = [train.CLM, train.FUSED] if self.recipe.training.clm_baseline else [train.FUSED]
         for which in trained:
-            folder = str(train.folder_of(self.run, which))
-            found[which] = locate(ModelSettings(model=folder, dtype=self.recipe.target.dtype))
+            at = {"model": str(train.folder_of(self.run, which)), "revision": None}
+            found[which] = locate(self.recipe.target.model_copy(update=at))
         return found
 
     def _evaluate_identity(self) -> Identity:
         models = {
-            name: digest([located.fingerprint, located.settings.dtype])
+            name: digest([located.fingerprint, located.settings.precision])
             for name, located in self._evaluated().items()
         }
         return evaluate.identity(self.recipe, models, self._fingerprint("corpus"))

@@ -11,7 +11,7 @@ import numpy as np
 from fusellm.align.authors import AuthorsAligner
 from fusellm.align.dynamic import DynamicAligner
 from fusellm.align.positions import Situation, align_shard
-from fusellm.align.ragged import offsets_of
+from fusellm.align.tokens import Tokens as Tokens
 from fusellm.align.translation import (
     Translation,
     class_translation,
@@ -21,32 +21,6 @@ from fusellm.align.translation import (
 )
 from fusellm.align.vocabulary_maps import mined_map, string_map
 from fusellm.tokens.encode import Encoder
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Blocks as one model reads them.
-
-    Attributes:
-        offsets: [B+1] where each block's tokens are; a block that could not be read has none.
-        ids: token ids, BOS and EOS included.
-        ends: their boundaries, in bytes from the block's beginning.
-    """
-
-    offsets: np.ndarray
-    ids: np.ndarray
-    ends: np.ndarray
-
-    @property
-    def position_offsets(self) -> np.ndarray:
-        """[B+1] where each block's predicting positions are: all but each block's last."""
-        return offsets_of(np.maximum(np.diff(self.offsets) - 1, 0))
-
-    @property
-    def predicting(self) -> np.ndarray:
-        """[N] the token last read at each position: all but each block's last."""
-        last = self.offsets[1:][np.diff(self.offsets) > 0] - 1
-        return np.delete(np.arange(self.offsets[-1]), last)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from fusellm.cli import engine as engines
 from fusellm.cli.console import Terminal
-from fusellm.cli.template import RECIPE_TEMPLATE
+from fusellm.cli.store import store_app
+from fusellm.cli.template import init
 from fusellm.cli.tokenizers import tokenizers
-from fusellm.errors import FusellmError, RecipeError, StoreError
+from fusellm.cli.zoo import zoo_app
+from fusellm.errors import FusellmError, StoreError
 from fusellm.recipe_file import load_recipe, schema
 
 if TYPE_CHECKING:
     from fusellm.pipeline import Pipeline
+    from fusellm.stages.externalize.task import EngineSettings
 
 app = typer.Typer(
     name="fusellm",
@@ -37,8 +41,8 @@ app = typer.Typer(
         "Any command takes `--debug` to show where an error came from."
     ),
 )
-zoo_app = typer.Typer(no_args_is_help=True, help="The small models that come with fusellm.")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(store_app, name="store")
 app.command()(tokenizers)
 
 _stderr = Console(stderr=True)
@@ -63,15 +67,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on 
 _NO_CHANGES: list[str] = []
 
 
-def _pipeline(place: Path, out: Path | None, changes: list[str]) -> "Pipeline":
+def _pipeline(
+    place: Path, out: Path | None, changes: list[str], engine: "EngineSettings | None" = None
+) -> "Pipeline":
     from fusellm.pipeline import Pipeline, resolve_paths
+    from fusellm.stages.externalize.task import LOCAL
 
     recipe_path = place / "recipe.yaml" if place.is_dir() else place
     if place.is_dir() and not recipe_path.exists():
         raise StoreError(f"{place} is not a run: it has no recipe.yaml; give a recipe instead")
     recipe = resolve_paths(load_recipe(recipe_path, changes), recipe_path.parent)
     run = out or (place if place.is_dir() else Path("runs") / recipe.name)
-    return Pipeline(recipe, run, Terminal(_stderr))
+    return Pipeline(recipe, run, Terminal(_stderr), engine or LOCAL)
 
 
 def _execute(
@@ -81,8 +88,9 @@ def _execute(
     changes: list[str],
     redo: bool,
     as_json: bool,
+    engine: "EngineSettings | None" = None,
 ) -> None:
-    pipeline = _pipeline(place, out, changes)
+    pipeline = _pipeline(place, out, changes, engine)
     try:
         pipeline.execute(stages, redo)
     except KeyboardInterrupt:
@@ -140,13 +148,19 @@ def run(
     changes: Set = _NO_CHANGES,
     redo: Redo = False,
     as_json: Json = False,
+    engine: engines.Engine = engines.EngineName.LOCAL,
+    ray_address: engines.RayAddress = None,
+    workers: engines.Workers = None,
+    worker_cpus: engines.WorkerCpus = None,
+    worker_gpus: engines.WorkerGpus = None,
 ) -> None:
     """Run all stages of a recipe, or go on where it was interrupted.
 
     corpus → externalize → fuse → train → evaluate → report. Finished work is kept: after an
     interruption, give the same command again.
     """
-    _execute(_stages(), recipe, out, changes, redo, as_json)
+    settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
+    _execute(_stages(), recipe, out, changes, redo, as_json, settings)
 
 
 def _stage_command(stage: str, text: str) -> None:
@@ -162,9 +176,28 @@ def _stage_command(stage: str, text: str) -> None:
     app.command(stage, help=text)(command)
 
 
+_stage_command("corpus", "Cut the corpus into blocks that every model reads.")
+
+
+@app.command()
+def externalize(
+    recipe: RecipeOrRun,
+    out: Out = None,
+    changes: Set = _NO_CHANGES,
+    redo: Redo = False,
+    as_json: Json = False,
+    engine: engines.Engine = engines.EngineName.LOCAL,
+    ray_address: engines.RayAddress = None,
+    workers: engines.Workers = None,
+    worker_cpus: engines.WorkerCpus = None,
+    worker_gpus: engines.WorkerGpus = None,
+) -> None:
+    """Read each source's next-token distributions over the corpus."""
+    settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
+    _execute(("externalize",), recipe, out, changes, redo, as_json, settings)
+
+
 for _stage, _text in {
-    "corpus": "Cut the corpus into blocks that every model reads.",
-    "externalize": "Read each source's next-token distributions over the corpus.",
     "fuse": "Align, translate and fuse the distributions; no model, no GPU.",
     "train": "Continue training the target on the fused distributions, and the CLM baseline.",
     "evaluate": "Measure held-out bits per byte of every model, side by side.",
@@ -286,15 +319,7 @@ def inspect_command(
     show(str(pipeline.run), pipeline.recipe, found, as_json, _stdout)
 
 
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("my-run.yaml"),
-) -> None:
-    """Write a commented recipe to start from."""
-    if path.exists():
-        raise RecipeError(f"{path} exists already; name another file or move it away")
-    path.write_text(RECIPE_TEMPLATE, encoding="utf-8")
-    _stderr.print(f"wrote {path}; edit it, then: fusellm check {path}", highlight=False)
+app.command()(init)
 
 
 @app.command("schema")
@@ -327,26 +352,6 @@ def clean(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if everything and not any(run.iterdir()):
             run.rmdir()
-
-
-@zoo_app.command("train")
-def zoo_train(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the models to.")] = Path(
-        "zoo"
-    ),
-    only: Annotated[
-        list[str] | None, typer.Option("--only", help="One of prose, python, cpp; may be repeated.")
-    ] = None,
-    share: Annotated[
-        float, typer.Option("--share", min=0.0, max=1.0, help="Share of the training to do.")
-    ] = 1.0,
-) -> None:
-    """Train the zoo's models from scratch, seeded; about an hour on 2 cores."""
-    from fusellm.stages.zoo import make_zoo
-
-    cards = make_zoo(out, only or None, share, Terminal(_stderr))
-    for name, bits in cards.items():
-        _stdout.print(name, json.dumps({d: round(v, 3) for d, v in bits.items()}), highlight=False)
 
 
 def _stages() -> tuple[str, ...]:

@@ -1,4 +1,12 @@
-"""The recipe that `fusellm init` writes."""
+"""`fusellm init`, and the recipe that it writes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fusellm.errors import RecipeError
 
 RECIPE_TEMPLATE = """\
 # A run of fusellm. Check it with `fusellm check`, run it with `fusellm run`.
@@ -57,3 +65,15 @@ training:
 evaluation:
   bootstrap: 10000
 """
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("my-run.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    if path.exists():
+        raise RecipeError(f"{path} exists already; name another file or move it away")
+    path.write_text(RECIPE_TEMPLATE, encoding="utf-8")
+    Console(stderr=True).print(
+        f"wrote {path}; edit it, then: fusellm check {path}", highlight=False
+    )

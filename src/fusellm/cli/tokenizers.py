@@ -63,7 +63,7 @@ def tokenizers(
 
     stderr = Console(stderr=True)
     terminal = Terminal(stderr)
-    mine, theirs = (_load(name, trust_remote_code, terminal) for name in (source, target))
+    mine, theirs = (load_encoder(name, trust_remote_code, terminal) for name in (source, target))
     texts = _texts_of(text) if text else _builtin_texts(terminal)
     with terminal.start("comparing", parts_of(texts), "parts") as bar:
         found = compare(mine, theirs, texts, on_part=lambda: bar.advance())
@@ -75,7 +75,13 @@ def tokenizers(
         console.print(part)
 
 
-def _load(name: str, trust_remote_code: bool, terminal: Terminal) -> "Encoder":
+def load_encoder(name: str, trust_remote_code: bool, terminal: Terminal) -> "Encoder":
+    """A tokenizer by its folder, hub name or zoo/NAME.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        TokenizerError: its tokens cannot be told as bytes.
+    """
     from fusellm.tokens.encode import Encoder
 
     tokenizer = _tokenizer(name, trust_remote_code)

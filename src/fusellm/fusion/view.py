@@ -253,18 +253,8 @@ def _has_true(material: Material, position: int) -> bool:
 
 def _read(tokens: Tokens, encoder: Encoder) -> Read:
     ids = tokens.ids.tolist()
-    spelled = tuple(_spelled(encoder, id_) for id_ in ids)
+    spelled = tuple(encoder.spelled(id_) for id_ in ids)
     return Read(len(ids) > 0, tuple(ids), spelled, tuple(tokens.ends.tolist()))
-
-
-def _spelled(encoder: Encoder, id_: int) -> str:
-    """A token as text: its bytes, or for a special or byte token what its tokenizer writes."""
-    known = encoder.vocabulary.token_bytes
-    token = known[id_] if id_ < len(known) else None
-    if token is not None and not encoder.vocabulary.is_fallback[id_]:
-        return token.decode("utf-8", "backslashreplace")
-    written = encoder.tokenizer.convert_ids_to_tokens([id_])[0] if id_ < len(known) else None
-    return str(written) if written is not None else f"<id {id_}>"
 
 
 def _weights(material: Material) -> np.ndarray:
@@ -317,7 +307,7 @@ def _before(material: Material, s: int, position: int) -> Before | None:
     entries = tuple(
         Entry(
             int(ids[n]),
-            _spelled(encoder, int(ids[n])),
+            encoder.spelled(int(ids[n])),
             float(own[n]),
             None if becomes[n] < 0 else int(becomes[n]),
         )
@@ -329,7 +319,7 @@ def _before(material: Material, s: int, position: int) -> Before | None:
     last = next((j for j in following if ends[j] >= until), len(ends) - 1)
     return Before(
         place,
-        tuple(_spelled(encoder, int(i)) for i in reading.tokens.ids[place + 1 : last + 1]),
+        tuple(encoder.spelled(int(i)) for i in reading.tokens.ids[place + 1 : last + 1]),
         entries,
         float(kept.tail[place]),
         _outcomes(material, translation, carried.outcomes, carried.masses, true_id),
@@ -375,7 +365,7 @@ def _outcomes(
 
     def spelled(number: int) -> tuple[str, ...]:
         ids = members[offsets[number] : offsets[number + 1]]
-        tokens = (_spelled(material.encoder, int(id_)) for id_ in ids)
+        tokens = (material.encoder.spelled(int(id_)) for id_ in ids)
         return tuple(sorted(tokens, key=lambda token: (len(token), token)))
 
     return tuple(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import Tokens
+from fusellm.align.tokens import Tokens
 from fusellm.fusion.kept import Kept
 from fusellm.store.manifest import StageFolder
 from fusellm.store.quantized import from_drops, from_steps, to_drops, to_steps, to_sum_one

@@ -4,7 +4,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusellm.tokens.encode import Encoder
 
 
 def digest(value: Any) -> str:
@@ -15,6 +18,11 @@ def digest(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_fingerprint(encoder: "Encoder") -> str:
+    """Digest of how a tokenizer cuts text and of what it puts before and after it."""
+    return digest([encoder.rules, [encoder.vocabulary.bos_id, encoder.vocabulary.eos_id]])
 
 
 @dataclass(frozen=True)

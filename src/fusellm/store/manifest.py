@@ -81,6 +81,10 @@ def read_manifest(path: Path) -> Manifest:
         )
     _refuse_other_formats(path, raw)
     found = json.loads(raw)
+    names = found["shards"]
+    outside = next((n for n in names if Path(n).name != n or n in ("", "..")), None)
+    if outside is not None:  # it would be read, and removed by a repair
+        raise StoreError(f"{path} names a file outside of its folder, {outside!r}; do not use it")
     return Manifest(
         Identity(found["stage"], found["settings"], found["inputs"]),
         found["software"],
@@ -101,7 +105,8 @@ def _refuse_other_formats(path: Path, raw: bytes) -> None:
         return
     if not isinstance(version, int) or version == FORMAT:
         return
-    writer = found.get("software", {}).get("fusellm", "unknown")
+    software = found.get("software")
+    writer = software.get("fusellm", "unknown") if isinstance(software, dict) else "unknown"
     cure = "install a newer fusellm" if version > FORMAT else "move it away and make it anew"
     raise StoreError(
         f"{path} has format {version}, written by fusellm {writer}, and this fusellm reads format "

@@ -31,7 +31,7 @@ def from_steps(steps: np.ndarray) -> np.ndarray:
     >>> from_steps(np.array([0, 32], dtype=np.uint16)).tolist()
     [0.0, -0.5]
     """
-    return (-STEP_NATS * steps).astype(np.float32)
+    return (0.0 - STEP_NATS * steps).astype(np.float32)  # and not -0.0
 
 
 def to_drops(log_probs: np.ndarray, offsets: np.ndarray) -> np.ndarray:

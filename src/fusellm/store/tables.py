@@ -22,6 +22,7 @@ from fusellm.store.manifest import Segment, StageFolder, segments_of
 from fusellm.store.writer import StageWriter
 
 BATCH_BLOCKS = 64
+_MAGIC_BYTES = 8  # with its padding
 _MOST_ENTRIES = 2**31 - 1
 _ZSTD_LEVEL = 6  # docs/store-format.md has what the others cost
 
@@ -74,14 +75,14 @@ def encode_table(columns: Columns, schema: pa.Schema) -> EncodedShard:
     arrays = [_column(columns[field.name], field.type) for field in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
     file = io.BytesIO()
-    cuts = []
+    # pyarrow writes magic and schema together with what comes first after them.
+    cuts = [_MAGIC_BYTES + schema.serialize().size]
     with pyarrow.ipc.new_file(
         file, schema, options=pyarrow.ipc.IpcWriteOptions(compression=_codec())
     ) as out:
         for batch in table.to_batches(max_chunksize=BATCH_BLOCKS):
-            cuts.append(file.tell())
             out.write_batch(batch)
-        cuts.append(file.tell())
+            cuts.append(file.tell())
     data = file.getvalue()
     return EncodedShard(data, segments_of(data, cuts), table.num_rows, _numbers(table))
 

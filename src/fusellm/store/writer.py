@@ -155,12 +155,19 @@ def _locked(folder: Path) -> Iterator[None]:
                     f"another process is writing in {folder}; wait for it or stop it"
                 ) from None
             # The one before may have removed the file between our opening and locking it.
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            if _is_at(lock.fileno(), path):
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)
                 return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _save(folder: Path, manifest: Manifest) -> None:

@@ -44,6 +44,15 @@ class Encoder:
         """Tables and rules by which the tokenizer cuts text; equal for those that cut alike."""
         return rules_of(self.tokenizer)
 
+    def spelled(self, id_: int) -> str:
+        """A token as text: its bytes, or for a special or byte token what its tokenizer writes."""
+        known = self.vocabulary.token_bytes
+        token = known[id_] if id_ < len(known) else None
+        if token is not None and not self.vocabulary.is_fallback[id_]:
+            return token.decode("utf-8", "backslashreplace")
+        written = self.tokenizer.convert_ids_to_tokens([id_])[0] if id_ < len(known) else None
+        return str(written) if written is not None else f"<id {id_}>"
+
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> list[Encoded]:
         """Encode blocks.
 

@@ -6,22 +6,21 @@ One shard of the corpus gives one shard here. The target is tokenized too, witho
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fusellm.config import Recipe
 from fusellm.errors import NumericsError
-from fusellm.models.load import Located, default_device, describe, weights_digest
+from fusellm.models.load import Located, describe
 from fusellm.progress import Progress
-from fusellm.stages.externalize.local import read_here
+from fusellm.stages.externalize.local import read_locally
+from fusellm.stages.externalize.ray_engine import read_on_ray, require_ray
+from fusellm.stages.externalize.task import Engine, EngineSettings, Task
 from fusellm.stages.externalize.work import (
     NOT_FINITE,
     Done,
-    Worker,
     columns_of_tokens,
     encode_blocks,
     token_counts,
 )
-from fusellm.store.blocks import digest_of_blocks, open_corpus, read_shard
+from fusellm.store.blocks import Block, digest_of_blocks, open_corpus, read_shard
 from fusellm.store.externalized import TARGET, externalized_folder, tokens_schema
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
@@ -29,6 +28,18 @@ from fusellm.store.quantized import ERROR_NATS, STEP_NATS
 from fusellm.store.tables import shard_names, write_encoded, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
+
+ENGINES: dict[str, Engine] = {"local": read_locally, "ray": read_on_ray}
+
+
+def require_engine(settings: EngineSettings) -> None:
+    """Check that what an engine needs is installed.
+
+    Raises:
+        ClusterError: it is not; the message has the command that installs it.
+    """
+    if settings.name == "ray":
+        require_ray()
 
 
 def identity_of_source(
@@ -43,8 +54,7 @@ def identity_of_source(
     read = {"scheme", "draws"} if sampled else {"scheme", "k", "mass"}
     settings: dict[str, Any] = {
         "externalize": recipe.externalize.model_dump(include=read),
-        "dtype": located.settings.dtype,
-        "quantization": located.settings.quantization,
+        "dtype": located.settings.precision,
     }
     if sampled:
         settings["seed"] = recipe.seed
@@ -84,14 +94,18 @@ def run_source(
     identity: Identity,
     encoder: Encoder,
     progress: Progress,
+    engine: EngineSettings,
 ) -> None:
     """Read one source's distributions.
 
-    A block with NaN or infinity is put aside with its reason.
+    A block with NaN or infinity is put aside with its reason. Whatever the engine, it is this
+    process that writes.
 
     Raises:
-        NumericsError: more blocks than the recipe allows have NaN or infinity; finished shards
-            are kept.
+        ModelError: the model cannot be loaded.
+        NumericsError: more blocks than the recipe allows have NaN or infinity.
+        ClusterError: no cluster is there as asked, or its workers are lost again and again.
+            Finished shards are kept, whatever is raised.
     """
     corpus = open_corpus(run)
     with StageWriter.open(externalized_folder(run, name), identity) as folder:
@@ -106,18 +120,23 @@ def run_source(
             write_encoded(folder, shard, done.shard, done.counts)
             tally.check()
 
+        def begin(device: str, weights_sha256: str) -> None:
+            folder.describe(_about(recipe, located, encoder, device, weights_sha256))
+
+        def load(shard: str) -> list[Block]:
+            return read_shard(corpus, shard)
+
         with progress.start(f"reading {name}", tally.blocks, "blocks") as bar:
             bar.advance(sum(blocks_of[shard] for shard in names if shard not in left))
-            device = default_device()
-            worker = Worker(recipe, located, encoder, device)
-            folder.describe(_about(recipe, located, encoder, device))
-            read_here(worker, left, lambda shard: read_shard(corpus, shard), write, bar)
+            if left:
+                task = Task(recipe, located, encoder, left, load, begin, write, bar, progress.say)
+                ENGINES[engine.name](task, engine)
         tally.check()
         folder.finish(_sum_counts(folder))
 
 
 def _about(
-    recipe: Recipe, located: Located, encoder: Encoder, device: torch.device
+    recipe: Recipe, located: Located, encoder: Encoder, device: str, weights_sha256: str
 ) -> dict[str, Any]:
     """What a reader without the recipe needs to know."""
     model = describe(located)
@@ -126,13 +145,13 @@ def _about(
         "kind": "distributions",
         **model,
         "commit": located.commit,
-        "weights_sha256": weights_digest(located),
-        "dtype": located.settings.dtype,
+        "weights_sha256": weights_sha256,
+        "dtype": located.settings.precision,
         "vocabulary": len(encoder.vocabulary),
         "externalize": recipe.externalize.model_dump(exclude={"batch_tokens"}),
         "step_nats": STEP_NATS,
         "error_nats": ERROR_NATS,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device,
     }
 
 
@@ -153,7 +172,7 @@ class _Aside:
         share = self._recipe.externalize.not_finite_share
         if len(found) <= share * self.blocks:
             return
-        number, document, _ = found[0]
+        number, document, _ = min(found)
         raise NumericsError(
             f"source {self._name!r} gives NaN or infinity on {len(found)} of {self.blocks} blocks, "
             f"more than externalize.not_finite_share: {share:g} allows; the first is block "

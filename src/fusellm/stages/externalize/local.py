@@ -5,12 +5,27 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+from fusellm.models.load import default_device, weights_digest
 from fusellm.models.reading import Read
 from fusellm.progress import Bar
-from fusellm.stages.externalize.work import Done, Prepared, Worker
+from fusellm.stages.externalize.task import EngineSettings, Task
+from fusellm.stages.externalize.work import Done, Prepared, Worker, device_name
 from fusellm.store.blocks import Block
 
 _WAITING = 2  # shards that have been read and not written
+
+
+def read_locally(task: Task, settings: EngineSettings) -> None:
+    """The engine `local`: read shards in this process, on its first GPU where it has one.
+
+    Raises:
+        FusellmError: the model cannot be loaded, or what `task.write` raises; what has been
+            written stays.
+    """
+    device = default_device()
+    worker = Worker(task.recipe, task.located, task.encoder, device)
+    task.begin(device_name(device), weights_digest(task.located))
+    read_here(worker, task.names, task.load, task.write, task.bar)
 
 
 def read_here(

@@ -89,6 +89,11 @@ class Worker:
         return Done(encode_table(columns | kept, self._schema), counts)
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called: a GPU by its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def encode_blocks(encoder: Encoder, blocks: Sequence[Block]) -> list[Encoded]:
     """Blocks as a tokenizer cuts them."""
     return encoder.encode([block.text for block in blocks], [block.last for block in blocks])

@@ -1,0 +1,131 @@
+"""What runs in a worker of a Ray cluster: the model of one source, and shards read with it."""
+
+import os
+import platform
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fusellm.config import ModelSettings, Recipe
+from fusellm.errors import ClusterError, ModelError
+from fusellm.models.load import default_device, load_tokenizer, locate, weights_digest
+from fusellm.stages.externalize.task import Task
+from fusellm.stages.externalize.work import Done, Worker, device_name
+from fusellm.store.blocks import Block
+from fusellm.store.identity import digest
+from fusellm.store.writer import software_versions
+from fusellm.tokens.encode import Encoder
+
+IN_FLIGHT = 3
+"""Shards that a worker has at a time: one is tokenized, one read, one encoded and sent."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker is to load, and what it must then have alike with the driver."""
+
+    recipe: Recipe
+    settings: ModelSettings
+    fingerprint: str
+    tokenizer: str
+    software: dict[str, str]
+    cpus: int
+    gpus: float
+
+
+class Loaded(NamedTuple):
+    """A worker that has its model."""
+
+    node: str
+    device: str
+    weights_sha256: str
+
+
+def orders_of(task: Task, cpus: int, gpus: float) -> Orders:
+    """What each worker of a task is told."""
+    located = task.located
+    settings = located.settings
+    if located.commit is not None:  # a branch may have moved on since
+        settings = settings.model_copy(update={"revision": located.commit})
+    return Orders(
+        task.recipe,
+        settings,
+        located.fingerprint,
+        _cuts(task.encoder),
+        software_versions(),
+        cpus,
+        gpus,
+    )
+
+
+class Reader:
+    """A worker's process: the model of one source, loaded once.
+
+    Calls run in threads, so that one shard is tokenized and another encoded while the model reads
+    a third.
+    """
+
+    def __init__(self) -> None:
+        """Take no time: what can fail is in `load`, whose errors reach the driver as they are."""
+        self._worker: Worker | None = None
+        self._model = threading.Lock()
+
+    def load(self, orders: Orders) -> Loaded:
+        """Find and load the model.
+
+        Raises:
+            ClusterError: the software is not the driver's, or torch sees no GPU.
+            ModelError: the model is not here, is another one, or cannot be loaded.
+        """
+        node = platform.node()
+        _check_software(orders.software, node)
+        os.environ["RAYON_NUM_THREADS"] = str(orders.cpus)  # of the tokenizer
+        torch.set_num_threads(orders.cpus)
+        if orders.gpus and not torch.cuda.is_available():
+            raise ClusterError(
+                f"torch sees no GPU on {node}; install its CUDA build there, or set --worker-gpus 0"
+            )
+        try:
+            located = locate(orders.settings)
+            encoder = Encoder(load_tokenizer(located))
+        except ModelError as error:
+            raise ModelError(f"{error} (on {node}, where a worker runs)") from error
+        if (located.fingerprint, _cuts(encoder)) != (orders.fingerprint, orders.tokenizer):
+            raise ModelError(
+                f"{orders.settings.model} on {node}, where a worker runs, is not the model that is "
+                "there for the driver; copy the one over the other"
+            )
+        device = default_device() if orders.gpus else torch.device("cpu")
+        self._worker = Worker(orders.recipe, located, encoder, device)
+        return Loaded(node, device_name(device), weights_digest(located))
+
+    def read(self, blocks: list[Block]) -> Done:
+        """Read a shard."""
+        assert self._worker is not None
+        prepared = self._worker.prepare(blocks)
+        with self._model:
+            found = self._worker.read(prepared, lambda blocks: None)
+        return self._worker.finish(prepared, found)
+
+
+def _cuts(encoder: Encoder) -> str:
+    """Digest of how a tokenizer cuts text."""
+    return digest([encoder.rules, encoder.vocabulary.bos_id, encoder.vocabulary.eos_id])
+
+
+def _check_software(wanted: Mapping[str, str], node: str) -> None:
+    """Builds may differ (2.9+cpu and 2.9+cu128); numbers of another release may."""
+    found = software_versions()
+    differing = [
+        f"{name} {found[name]} (here {version})"
+        for name, version in wanted.items()
+        if name != "python" and found[name].split("+")[0] != version.split("+")[0]
+    ]
+    if differing:
+        raise ClusterError(
+            f"{node}, where a worker runs, has other software: {', '.join(differing)}; install the "
+            "same versions on all machines of the cluster"
+        )

@@ -1,0 +1,339 @@
+"""A source's distributions opened for programs: `fusellm.open_store`.
+
+A store is a folder, `runs/x/externalize/<source>`, and needs nothing outside of it.
+
+T tokens of one block, T − 1 positions that predict; K entries kept at them in all.
+"""
+
+import operator
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusellm.align.tokens import Tokens
+from fusellm.errors import StoreError
+from fusellm.fusion.kept import Kept
+from fusellm.store.externalized import TARGET, kept_of, tokens_of
+from fusellm.store.facts import StoreFacts, facts_of
+from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.tables import Ragged, Shard, shard_names
+
+KIND = "distributions"
+_OPEN_SHARDS = 8
+_DECODED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The distribution at one position, and what is true of it.
+
+    Attributes:
+        position: its number in the block, from 0.
+        token: the token last read.
+        read_bytes: how much of the block's text has been read.
+        true_id: the token that follows.
+        true_log_prob: its log-probability, nats.
+        ids: [K] int64 tokens; in order of id (`sampled`) or of probability (`top`).
+        log_probs: [K] float32 nats; of the share of the draws (`sampled`).
+        masses: [K] float64 probabilities.
+        counts: [K] uint8 draws (`sampled`); empty for `top`.
+        tail: mass of what was not kept (`top`); 0 for `sampled`.
+    """
+
+    position: int
+    token: int
+    read_bytes: int
+    true_id: int
+    true_log_prob: float
+    ids: np.ndarray
+    log_probs: np.ndarray
+    masses: np.ndarray
+    counts: np.ndarray
+    tail: float
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """One block as a source read it. Its arrays are the caller's own.
+
+    Attributes:
+        number: within the corpus' part train.
+        usable: whether it was read; if not, it has ids only.
+        reason: why it is not usable.
+        ids: [T] int64 token ids, BOS and EOS included.
+        ends: [T] int64, byte of the block's text where each token ends; [0] where not usable.
+        kept: the distributions at all tokens but the last, each about the token that follows.
+    """
+
+    number: int
+    usable: bool
+    reason: str | None
+    ids: np.ndarray
+    ends: np.ndarray
+    kept: Kept
+
+    @property
+    def positions(self) -> int:
+        """How many distributions there are: T − 1, or none."""
+        return len(self.kept.tail)
+
+    def at(self, position: int) -> Distribution:
+        """The distribution after the token of this number, from 0.
+
+        Raises:
+            StoreError: the block has no such position.
+
+        >>> kept = Kept(np.array([0, 2]), np.array([5, 3]), np.log(np.float32([0.5, 0.25])),
+        ...             np.zeros(0, np.uint8), np.float32([0.25]), np.log(np.float32([0.25])))
+        >>> block = StoredBlock(0, True, None, np.array([1, 3]), np.array([0, 4]), kept)
+        >>> found = block.at(0)
+        >>> found.ids.tolist(), found.masses.round(6).tolist(), found.tail, found.true_id
+        ([5, 3], [0.5, 0.25], 0.25, 3)
+        """
+        position = operator.index(position)
+        if not 0 <= position < self.positions:
+            numbers = f", from 0 to {self.positions - 1}" if self.positions else ""
+            why = f" ({self.reason})" if self.reason else ""
+            raise StoreError(
+                f"there is no position {position}: block {self.number} has {self.positions:,}"
+                f"{numbers}{why}"
+            )
+        kept = self.kept
+        entries = slice(kept.offsets[position], kept.offsets[position + 1])
+        counts = kept.counts[entries]
+        if len(counts):
+            masses = counts / counts.sum(dtype=np.int64)
+            log_probs = np.log(masses).astype(np.float32)
+        else:
+            log_probs = kept.log_probs[entries]
+            masses = np.exp(log_probs.astype(np.float64))
+        return Distribution(
+            position,
+            int(self.ids[position]),
+            int(self.ends[position]),
+            int(self.ids[position + 1]),
+            float(kept.true_log_prob[position]),
+            kept.ids[entries],
+            log_probs,
+            masses,
+            counts,
+            float(kept.tail[position]),
+        )
+
+
+class _Batch:
+    """A decoded record batch."""
+
+    def __init__(self, columns: dict[str, Any]) -> None:
+        self.numbers: np.ndarray = columns["block"]
+        self._usable: np.ndarray = columns["read"]
+        self._ids: Ragged = columns["ids"]
+        self._tokens: Tokens = tokens_of(columns)
+        self._kept: Kept = kept_of(columns)
+
+    def block(self, row: int, reasons: dict[int, str]) -> StoredBlock:
+        """One block; its arrays are copies, so that it does not hold the whole batch."""
+        tokens, number = self._tokens, int(self.numbers[row])
+        usable = bool(self._usable[row])
+        ids = self._ids.values[self._ids.offsets[row] : self._ids.offsets[row + 1]]
+        ends = tokens.ends[tokens.offsets[row] : tokens.offsets[row + 1]].copy()
+        positions = slice(*self._tokens.position_offsets[row : row + 2])
+        reason = None if usable else reasons.get(number, "it was not read")
+        return StoredBlock(number, usable, reason, ids.astype(np.int64), ends, self._of(positions))
+
+    def _of(self, positions: slice) -> Kept:
+        kept = self._kept
+        offsets = kept.offsets[positions.start : positions.stop + 1]
+        entries = slice(offsets[0], offsets[-1])
+        return Kept(
+            offsets - offsets[0],
+            kept.ids[entries].copy(),
+            kept.log_probs[entries].copy(),
+            kept.counts[entries].copy(),
+            kept.tail[positions].copy(),
+            kept.true_log_prob[positions].copy(),
+        )
+
+
+class DistributionStore:
+    """A source's distributions, opened for reading.
+
+    `len(store)` is the number of blocks; iterating gives them in order and holds a record batch
+    (64 blocks) at a time; `store[number]` reads one record batch. Each record batch is verified
+    before anything of it is given out. A store that is unfinished gives what is finished.
+    """
+
+    def __init__(self, folder: StageFolder) -> None:
+        """Open a folder whose kind is known; programs call `open_store`."""
+        self.path = folder.path
+        self.facts: StoreFacts = facts_of(folder)
+        self._folder = folder
+        self._names = shard_names(folder)
+        self._numbers: list[tuple[int, int]] = [
+            tuple(folder.shards[name]["counts"]["numbers"]) for name in self._names
+        ]
+        self._reasons = {entry.block: entry.reason for entry in self.facts.aside}
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._opened)
+        self._batch = lru_cache(maxsize=_DECODED_BATCHES)(self._decoded)
+
+    def __len__(self) -> int:
+        return self.facts.blocks
+
+    def __repr__(self) -> str:
+        facts = self.facts
+        state = "" if facts.complete else ", unfinished"
+        return f"<distributions of {facts.model!r}, {facts.blocks:,} blocks, {facts.scheme}{state}>"
+
+    @property
+    def numbers(self) -> list[range]:
+        """Numbers of the blocks that are there; one range where none is missing between."""
+        found: list[range] = []
+        for first, after in self._numbers:
+            if found and found[-1].stop == first:
+                found[-1] = range(found[-1].start, after)
+            else:
+                found.append(range(first, after))
+        return found
+
+    def __iter__(self) -> Iterator[StoredBlock]:
+        """All blocks in order.
+
+        Raises:
+            StoreError: a shard is missing or damaged; blocks before it have been given out.
+        """
+        for name in self._names:
+            for n in range(self._shard(name).record_batches):
+                batch = self._batch(name, n)
+                for row in range(len(batch.numbers)):
+                    yield batch.block(row, self._reasons)
+
+    def __getitem__(self, number: int) -> StoredBlock:
+        """The block of this number.
+
+        Raises:
+            StoreError: there is no such block, or its record batch is missing or damaged.
+        """
+        number = operator.index(number)
+        place = bisect_right(self._numbers, number, key=lambda pair: pair[0]) - 1
+        if place < 0 or number >= self._numbers[place][1]:
+            raise StoreError(self._no_block(number))
+        shard = self._shard(self._names[place])
+        row = number - self._numbers[place][0]
+        n, row = shard.place(row)
+        batch = self._batch(self._names[place], n)
+        assert batch.numbers[row] == number, "blocks of a shard follow one another"
+        return batch.block(row, self._reasons)
+
+    def bytes_per_token(self, batches: int = 4) -> dict[str, float]:
+        """What each column takes on disk, in bytes per token; measured on some record batches.
+
+        Raises:
+            StoreError: one of these is missing or damaged.
+        """
+        sums: dict[str, int] = {}
+        tokens = 0
+        for name in self._names[:: max(1, len(self._names) // batches)][:batches]:
+            shard = self._shard(name)
+            n = shard.record_batches // 2
+            tokens += len(shard.columns(n)["ids"].values)
+            for column, size in shard.column_bytes(n).items():
+                sums[column] = sums.get(column, 0) + size
+        return {column: size / max(tokens, 1) for column, size in sums.items()}
+
+    def missing(self) -> list[str]:
+        """Shards of the manifest that are not there or not of their size; their content is not
+        verified."""
+        found = []
+        for name in self._names:
+            try:
+                self._folder.sized_file(name)
+            except StoreError:
+                found.append(name)
+        return found
+
+    def _no_block(self, number: int) -> str:
+        there = ", ".join(f"{run.start:,} to {run.stop - 1:,}" for run in self.numbers[:4])
+        there += ", …" if len(self.numbers) > 4 else ""
+        state = "" if self.facts.complete else " so far"
+        return f"there is no block {number}: {self.path} has {there or 'none'}{state}"
+
+    def _opened(self, name: str) -> Shard:
+        return Shard(self._folder, name, cached_batches=1)
+
+    def _decoded(self, name: str, n: int) -> _Batch:
+        # A whole batch always, so that a block is the same to the last bit however it is asked for.
+        return _Batch(self._shard(name).columns(n))
+
+
+def open_store(path: str | os.PathLike[str]) -> DistributionStore:
+    """Open a source's distributions.
+
+    Args:
+        path: folder of one source, `runs/<name>/externalize/<source>`, wherever it has been moved.
+
+    Raises:
+        StoreError: the folder is missing, damaged, of a newer format, or holds something else,
+            which is then named.
+
+    Example::
+
+        store = fusellm.open_store("runs/demo/externalize/python")
+        for block in store:
+            if block.usable:
+                nats = -block.kept.true_log_prob.sum()
+        store[17].at(3).masses
+    """
+    folder = Path(path).expanduser()
+    if not (folder / MANIFEST).exists():
+        raise StoreError(_not_a_stage(folder))
+    opened = StageFolder(folder)
+    if opened.about.get("kind") != KIND:
+        raise StoreError(_another_kind(opened))
+    return DistributionStore(opened)
+
+
+def stores_of(run: Path) -> list[Path]:
+    """Folders in a run that hold, or will hold, a source's distributions."""
+    found = sorted((run / "externalize").glob(f"*/{MANIFEST}"))
+    return [path.parent for path in found if path.parent.name != TARGET]
+
+
+def _not_a_stage(path: Path) -> str:
+    if not path.exists():
+        return f"there is no folder {path}; check the path"
+    if not path.is_dir():
+        return f"{path} is a file; give the folder of a source, runs/<name>/externalize/<source>"
+    run = path.parent if path.name == "externalize" else path
+    stores = [str(store) for store in stores_of(run)]
+    if stores:
+        return f"{path} holds several stages; its distributions are in {', '.join(stores)}"
+    if (path / "config.json").exists():
+        return f"{path} is a model, not its distributions; `fusellm externalize` makes these"
+    return (
+        f"{path} is not a distribution store: it has no {MANIFEST}; give the folder of a source, "
+        "runs/<name>/externalize/<source>"
+    )
+
+
+def _another_kind(folder: StageFolder) -> str:
+    stage, _, name = folder.identity.stage.partition("/")
+    path = folder.path
+    if stage == "externalize" and name != TARGET:
+        return f"{path} has begun and nothing has been read yet; `fusellm externalize` goes on"
+    what = {
+        "externalize": "the target's tokens, without distributions",
+        "corpus": "a run's corpus",
+        "fuse": "a run's fused distributions",
+        "train": "a trained model",
+        "evaluate": "a run's measurements",
+    }.get(stage, f"the stage {folder.identity.stage!r}")
+    run = path.parents[1] if stage in ("externalize", "train") else path.parent
+    stores = ", ".join(str(store) for store in stores_of(run))
+    cure = stores or "runs/<name>/externalize/<source>"
+    return f"{path} holds {what}; a source's distributions are in {cure}"
