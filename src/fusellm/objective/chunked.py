@@ -6,6 +6,7 @@ hidden states and head; the backward only scales them.
 N positions, d hidden size, V vocabulary, C positions of a chunk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -119,16 +120,12 @@ class _Objective(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wants = [wants_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        d_hidden = torch.empty_like(hidden) if wants[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
-        d_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None
-        )
+        head = Head(weight, bias, head.scale, head.softcap)
+        gradients = _Gradients(hidden, head, wants)
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
         chunk = _chunk_rows(weight)
         cuts = _Cuts(outcomes, chunk)
         clm_weight, fusion_weight = _weights(outcomes.present, *weights)
-        head = Head(weight, bias, head.scale, head.softcap)
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             logits = head.logits(hidden[rows])
@@ -141,30 +138,9 @@ class _Objective(torch.autograd.Function):
                 any(wants),
             )
             sums += parts
-            if d_logits is None:
-                continue
-            if head.softcap is not None:
-                d_logits *= 1 - (logits / head.softcap) ** 2
-            if head.scale != 1.0:
-                d_logits *= head.scale
-            narrow = d_logits.to(weight.dtype)
-            if d_hidden is not None:
-                if d_hidden.dtype == weight.dtype:
-                    torch.mm(narrow, weight, out=d_hidden[rows])
-                else:  # autocast over float32 weights
-                    d_hidden[rows] = narrow @ weight
-            if d_weight is not None:
-                if d_weight.dtype == weight.dtype == hidden.dtype:
-                    d_weight.addmm_(narrow.t(), hidden[rows])
-                else:
-                    d_weight += narrow.t() @ hidden[rows]
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-        ctx.gradients = (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        )
+            if d_logits is not None:
+                gradients.add(rows, logits, d_logits)
+        ctx.gradients = gradients.finished()
         total, clm, fusion = sums.to(torch.float32).unbind()
         ctx.mark_non_differentiable(clm, fusion)
         return total, clm, fusion
@@ -179,6 +155,49 @@ class _Objective(torch.autograd.Function):
         if scale.is_cuda or scale.item() != 1.0:
             gradients = [None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients]
         return (*gradients, *[None] * 6)
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias, those that are wanted, added up in float32."""
+
+    def __init__(self, hidden: torch.Tensor, head: Head, wants: Sequence[bool]) -> None:
+        def zeros(like: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(like, dtype=torch.float32)
+
+        self._inputs, self._head = hidden, head
+        self._hidden = torch.empty_like(hidden) if wants[0] else None
+        self._weight = zeros(head.weight) if wants[1] else None
+        self._bias = zeros(head.bias) if wants[2] and head.bias is not None else None
+
+    def add(self, rows: slice, logits: torch.Tensor, d_logits: torch.Tensor) -> None:
+        """Take a chunk's [C, V] gradient in its logits, which is changed."""
+        head, weight = self._head, self._head.weight
+        if head.softcap is not None:
+            d_logits *= 1 - (logits / head.softcap) ** 2
+        if head.scale != 1.0:
+            d_logits *= head.scale
+        narrow, hidden = d_logits.to(weight.dtype), self._inputs[rows]
+        if self._hidden is not None:
+            if self._hidden.dtype == weight.dtype:
+                torch.mm(narrow, weight, out=self._hidden[rows])
+            else:  # autocast over float32 weights
+                self._hidden[rows] = narrow @ weight
+        if self._weight is not None:
+            if self._weight.dtype == weight.dtype == hidden.dtype:
+                self._weight.addmm_(narrow.t(), hidden)
+            else:
+                self._weight += narrow.t() @ hidden
+        if self._bias is not None:
+            self._bias += d_logits.sum(0)
+
+    def finished(self) -> list[torch.Tensor | None]:
+        """In the order and the types of what they belong to."""
+        weight, bias = self._head.weight, self._head.bias
+        return [
+            self._hidden,
+            None if self._weight is None else self._weight.to(weight.dtype),
+            None if self._bias is None or bias is None else self._bias.to(bias.dtype),
+        ]
 
 
 def _chunk_rows(weight: torch.Tensor) -> int:
