@@ -22,7 +22,7 @@ from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
-from fusellm.store.files import write_text
+from fusellm.store.files import alone_in, make_folder, write_text
 from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.tables import shard_names
@@ -110,7 +110,7 @@ class Pipeline:
         for part in parts:
             if all(self._complete(name) for name in part.after):
                 self._ensure(part, parts, redo)
-        self.run.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run)
         self._write_recipe()
         for part in parts:
             if part.stage not in stages and part.name not in stages:
@@ -302,7 +302,8 @@ class Pipeline:
     def _write_recipe(self) -> None:
         settings = self.recipe.model_dump(mode="json", by_alias=True)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        write_text(self.run / RECIPE, text)
+        with alone_in(self.run):  # processes that read a source each have this file in common
+            write_text(self.run / RECIPE, text)
 
     def check(self) -> dict[str, Any]:
         """What the preflight found: models, tokenizers, and the disk that the run will take.

@@ -91,11 +91,7 @@ def _execute(
     engine: "EngineSettings | None" = None,
 ) -> None:
     pipeline = _pipeline(place, out, changes, engine)
-    try:
-        pipeline.execute(stages, redo)
-    except KeyboardInterrupt:
-        _stderr.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from None
+    pipeline.execute(stages, redo)
     if {"evaluate", "report"} & set(stages):
         _show_results(pipeline.run, as_json, "report" in stages)
     elif as_json:
@@ -376,6 +372,10 @@ def main() -> None:
     try:
         _quiet_libraries()
         app(args=arguments)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C, in the seconds of imports as well
+            print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
     except FusellmError as error:
         if debug:
             raise

@@ -3,7 +3,9 @@
 B blocks, T positions, N positions that predict, d hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ _BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
 _CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in cache on a CPU
 PADDING = 0.045
 """Most padding, as a share of the positions of all batches of a shard."""
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 Result = TypeVar("Result")
 
@@ -62,17 +64,29 @@ def pad(rows: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor,
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
+@dataclass
+class BatchLimit:
+    """What has been learnt of a device's memory.
+
+    Attributes:
+        too_large: positions, padding included, of the smallest batch that did not fit.
+    """
+
+    too_large: float = math.inf
+
+
 @torch.no_grad()
 def read_blocks(
     model: PreTrainedModel,
     ids: Sequence[np.ndarray],
     batch_tokens: int | None,
     use: Callable[[list[int], torch.Tensor, torch.Tensor], Result],
+    limit: BatchLimit | None = None,
 ) -> Iterator[tuple[list[int], Result]]:
     """Run blocks through a model, each from its beginning, and hand on what `use` makes of it.
 
     Where memory runs out, in the model or in `use`, a batch is halved, and later ones of its size
-    are halved beforehand.
+    are halved beforehand, in later calls too if they are given the same `limit`.
 
     Args:
         ids: of each block; blocks of fewer than two tokens predict nothing and are left out.
@@ -90,11 +104,11 @@ def read_blocks(
         on_gpu = input_device(model).type == "cuda"
         batch_tokens = _BATCH_TOKENS_GPU if on_gpu else _BATCH_TOKENS_CPU
     waiting = plan_batches([len(row) if len(row) > 1 else 0 for row in ids], batch_tokens)[::-1]
-    too_large: float = np.inf
+    limit = limit or BatchLimit()
     while waiting:
         batch = waiting.pop()
         positions = len(batch) * len(ids[batch[0]])
-        if positions < too_large or len(batch) == 1:
+        if positions < limit.too_large or len(batch) == 1:
             try:
                 result = use(batch, *_hidden(model, [ids[n] for n in batch]))
             except (MemoryError, RuntimeError) as error:
@@ -104,7 +118,7 @@ def read_blocks(
                 continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            too_large = positions
+            limit.too_large = positions
         half = (len(batch) + 1) // 2
         waiting += [batch[half:], batch[:half]]
 
@@ -112,7 +126,8 @@ def read_blocks(
 def _require_halving(error: Exception, batch: list[int], positions: int) -> None:
     """Raise the error on, unless it says that memory is out and the batch can be halved."""
     text = str(error).lower()
-    if not isinstance(error, MemoryError) and not any(part in text for part in _OUT_OF_MEMORY):
+    by_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if not by_type and not any(part in text for part in _OUT_OF_MEMORY):
         raise error
     if len(batch) == 1:
         raise ModelError(

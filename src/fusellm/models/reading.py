@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fusellm.align.ragged import offsets_of, take_rows
 from fusellm.config import ExternalizeSettings
 from fusellm.fusion.kept import Kept
-from fusellm.models.batches import read_blocks
+from fusellm.models.batches import BatchLimit, read_blocks
 from fusellm.models.distributions import Selected, Selector, kept_of_host, shifts
 from fusellm.models.heads import head_of
 from fusellm.tokens.encode import Encoded
@@ -48,6 +48,7 @@ class SourceReader:
     ) -> None:
         """`vocabulary`: tokens of its tokenizer; `seed`: of the draws."""
         self._model, self._settings, self._seed = model, settings, seed
+        self._limit = BatchLimit()
         self._selector = Selector(head_of(model), vocabulary, settings)
 
     def read(
@@ -77,7 +78,8 @@ class SourceReader:
             found.append((batch, kept_of_host(copy.take(), self._settings)))
             advance(len(batch))
 
-        for item in read_blocks(self._model, readable, self._settings.batch_tokens, select):
+        budget = self._settings.batch_tokens
+        for item in read_blocks(self._model, readable, budget, select, self._limit):
             waiting.append(item)
             if len(waiting) >= _IN_FLIGHT or not item[1].on_its_way:
                 finish()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fusellm.align.translation import Translation
+from fusellm.errors import StoreError
 from fusellm.store.files import write_whole
 
 _VERSION = 1  # of how maps are made: another one makes all anew
@@ -71,6 +72,6 @@ def _keep(path: Path, made: Translation) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(own, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
         own.replace(path)
-    except OSError:
+    except (OSError, StoreError):
         with suppress(OSError):
             own.unlink()

@@ -1,6 +1,5 @@
 """A stage's folder for writing: by one process, each file whole or not at all, resumable."""
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.errors import StoreError
-from fusellm.store.files import file_digest, sync_files, write_whole
+from fusellm.store.files import (
+    file_digest,
+    make_folder,
+    sync_files,
+    write_whole,
+    writing_explained,
+)
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import (
     MANIFEST,
@@ -41,7 +46,7 @@ class StageWriter(StageFolder):
             IdentityError: the folder was made from something else.
             StoreError: another process is writing in it, or it is damaged.
         """
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with _locked(path):
             if (path / MANIFEST).exists():
                 check_identity(path, identity)
@@ -77,11 +82,10 @@ class StageWriter(StageFolder):
             segments: runs of its bytes that are verified one by one; by default it is one.
 
         Raises:
-            StoreError: the disk is full.
+            StoreError: it cannot be written.
         """
         path = self.path / name
-        with _disk_full_explained(path):
-            write_whole(path, lambda file: file.write(data))
+        write_whole(path, lambda file: file.write(data))
         self._manifest.shards[name] = {
             "sha256": hashlib.sha256(data).hexdigest(),
             "bytes": len(data),
@@ -147,7 +151,9 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     path = folder / _LOCK
     while True:
-        with path.open("w") as lock:
+        with writing_explained(path):
+            opened = path.open("w")
+        with opened as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -171,8 +177,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _save(folder: Path, manifest: Manifest) -> None:
-    with _disk_full_explained(folder / MANIFEST):
-        write_whole(folder / MANIFEST, lambda file: file.write(manifest.to_bytes()))
+    write_whole(folder / MANIFEST, lambda file: file.write(manifest.to_bytes()))
 
 
 def software_versions() -> dict[str, str]:
@@ -199,17 +204,3 @@ def set_aside(run: Path, folders: list[Path]) -> Path | None:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, place)
     return parent / str(number)
-
-
-@contextmanager
-def _disk_full_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        path.with_name(path.name + ".writing").unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StoreError(
-            f"the disk is full: {path} could not be written. Finished shards are kept; free some "
-            "space and run the same command again"
-        ) from error

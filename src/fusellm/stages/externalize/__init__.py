@@ -11,7 +11,8 @@ from fusellm.errors import NumericsError
 from fusellm.models.load import Located, describe
 from fusellm.progress import Progress
 from fusellm.stages.externalize.local import read_locally
-from fusellm.stages.externalize.ray_engine import read_on_ray, require_ray
+from fusellm.stages.externalize.ray_cluster import require_ray
+from fusellm.stages.externalize.ray_engine import read_on_ray
 from fusellm.stages.externalize.task import Engine, EngineSettings, Task
 from fusellm.stages.externalize.work import (
     NOT_FINITE,
@@ -33,13 +34,13 @@ ENGINES: dict[str, Engine] = {"local": read_locally, "ray": read_on_ray}
 
 
 def require_engine(settings: EngineSettings) -> None:
-    """Check that what an engine needs is installed.
+    """Check that an engine can be had, as far as it can be told before it is needed.
 
     Raises:
-        ClusterError: it is not; the message has the command that installs it.
+        ClusterError: something is missing; the message has the command that installs it.
     """
     if settings.name == "ray":
-        require_ray()
+        require_ray(settings)
 
 
 def identity_of_source(
@@ -115,6 +116,7 @@ def run_source(
         left = [shard for shard in names if shard not in folder.shards]
         blocks_of = {shard: int(corpus.shards[shard]["counts"]["blocks"]) for shard in names}
         tally = _Aside(recipe, name, folder, sum(blocks_of.values()))
+        tally.check()  # again, without a model: the recipe may allow more by now
 
         def write(shard: str, done: Done) -> None:
             write_encoded(folder, shard, done.shard, done.counts)
@@ -177,7 +179,7 @@ class _Aside:
             f"source {self._name!r} gives NaN or infinity on {len(found)} of {self.blocks} blocks, "
             f"more than externalize.not_finite_share: {share:g} allows; the first is block "
             f"{number} (document {document!r}). Try another dtype for it, or check its weights. "
-            "Finished shards are kept; to read them anew: --redo"
+            "Finished shards are kept; whatever reads them anew needs --redo"
         )
 
 

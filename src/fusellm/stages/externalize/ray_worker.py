@@ -15,7 +15,7 @@ from fusellm.models.load import default_device, load_tokenizer, locate, weights_
 from fusellm.stages.externalize.task import Task
 from fusellm.stages.externalize.work import Done, Worker, device_name
 from fusellm.store.blocks import Block
-from fusellm.store.identity import digest
+from fusellm.store.identity import tokenizer_fingerprint
 from fusellm.store.writer import software_versions
 from fusellm.tokens.encode import Encoder
 
@@ -54,7 +54,7 @@ def orders_of(task: Task, cpus: int, gpus: float) -> Orders:
         task.recipe,
         settings,
         located.fingerprint,
-        _cuts(task.encoder),
+        tokenizer_fingerprint(task.encoder),
         software_versions(),
         cpus,
         gpus,
@@ -93,7 +93,8 @@ class Reader:
             encoder = Encoder(load_tokenizer(located))
         except ModelError as error:
             raise ModelError(f"{error} (on {node}, where a worker runs)") from error
-        if (located.fingerprint, _cuts(encoder)) != (orders.fingerprint, orders.tokenizer):
+        found = (located.fingerprint, tokenizer_fingerprint(encoder))
+        if found != (orders.fingerprint, orders.tokenizer):
             raise ModelError(
                 f"{orders.settings.model} on {node}, where a worker runs, is not the model that is "
                 "there for the driver; copy the one over the other"
@@ -109,11 +110,6 @@ class Reader:
         with self._model:
             found = self._worker.read(prepared, lambda blocks: None)
         return self._worker.finish(prepared, found)
-
-
-def _cuts(encoder: Encoder) -> str:
-    """Digest of how a tokenizer cuts text."""
-    return digest([encoder.rules, encoder.vocabulary.bos_id, encoder.vocabulary.eos_id])
 
 
 def _check_software(wanted: Mapping[str, str], node: str) -> None:

@@ -46,11 +46,6 @@ class EngineSettings:
         if self.name == "local" and given:
             options = ", ".join(_OPTIONS[name] for name in given)
             raise ClusterError(f"{options}: only for --engine ray; add that, or leave it away")
-        if self.address is not None and "://" in self.address:
-            raise ClusterError(
-                f"--ray-address {self.address}: Ray Client is not supported; run the command on a "
-                "machine of the cluster, with --ray-address auto"
-            )
         gpus = self.worker_gpus or 0
         if gpus > 1 and gpus != int(gpus):
             raise ClusterError(
