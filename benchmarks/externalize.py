@@ -174,7 +174,7 @@ def _seconds(work: Callable[[], None]) -> float:
 def measure(name: str, train_bytes: int, rounds: int, changes: list[str]) -> dict[str, float]:
     """Figures of one model."""
     with tempfile.TemporaryDirectory() as place:
-        contest = Contest(corpus(Path(place), train_bytes, 256, changes), name)
+        contest = Contest(corpus(Path(place), train_bytes, 64, changes), name)
         contest.forward(), contest.ours()
         times = [
             (_seconds(contest.ours), _seconds(contest.forward), _seconds(contest.textbook))
@@ -228,7 +228,7 @@ def main() -> None:
         figures = memory(arguments.bytes, arguments.shards, arguments.set)
     else:
         names = ("python",) if arguments.quick else ZOO
-        size, rounds = (60_000, 3) if arguments.quick else (600_000, 5)
+        size, rounds = (60_000, 3) if arguments.quick else (300_000, 3)
         changes = [_LITTLE, *arguments.set] if arguments.quick else arguments.set
         found = {name: measure(name, size, rounds, changes) for name in names}
         figures = {
