@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import Recipe
+from fusellm.config import FusionSettings, Recipe
 from fusellm.models.load import Located, describe
 
 
@@ -28,7 +28,7 @@ def training_card(
         for row in [describe(located)]
     )
     objective = (
-        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {recipe.fusion.lambda_:g} "
+        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {_lambda(recipe.fusion)} "
         "(*Knowledge Fusion of Large Language Models*, arXiv 2401.10491)"
         if which == "fused"
         else "L_CLM alone (λ = 1): the run's baseline, over the same text in the same order"
@@ -41,6 +41,17 @@ def training_card(
         "| role | model | revision | architecture | fingerprint |\n|---|---|---|---|---|\n"
         f"{table}\n\n## Settings\n\n```yaml\n{listing}```\n"
     )
+
+
+def _lambda(fusion: FusionSettings) -> str:
+    """
+    >>> _lambda(FusionSettings(lambda_=0.5, lambda_schedule="linear", lambda_end=0.9))
+    '0.5 to 0.9 (linear)'
+    """
+    if fusion.lambda_schedule == "constant":
+        return f"{fusion.lambda_:g}"
+    end = 1.0 if fusion.lambda_end is None else fusion.lambda_end
+    return f"{fusion.lambda_:g} to {end:g} ({fusion.lambda_schedule})"
 
 
 def _cell(text: str) -> str:

@@ -5,6 +5,7 @@ Both give the same blocks in the same order. B rows, T positions, N positions th
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,33 @@ class RowsOfLikeLength(Sampler[int]):
 class OutcomeTable:
     """The outcomes of all sources as sets of target ids, in one numbering."""
 
-    def __init__(self, folder: StageFolder, sources: Sequence[str], renormalize: bool) -> None:
+    def __init__(
+        self,
+        folder: StageFolder,
+        sources: Sequence[str],
+        renormalize: bool,
+        temperature: float = 1.0,
+    ) -> None:
+        """Read the sets.
+
+        Args:
+            renormalize: whether what was not kept is scaled away.
+            temperature: by which renormalized distributions are flattened.
+        """
         tables = [read_members(folder, source) for source in sources]
         self._base = offsets_of(np.array([len(offsets) - 1 for offsets, _ in tables]))
         self._offsets = offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in tables]))
         self._members = np.concatenate([members for _, members in tables])
-        self._renormalize = renormalize
+        self._renormalize, self._temperature = renormalize, temperature
 
-    def outcomes(self, blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """The fields of `Outcomes` over the predicted positions of the blocks, in order."""
+    def outcomes(
+        self, blocks: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        """What the fused store says of the predicted positions of the blocks, in order.
+
+        Returns:
+            (the fields of `Outcomes`, [N] float64 mass that is kept at each position)
+        """
 
         def column(name: str, kind: type[np.generic]) -> np.ndarray:
             return np.concatenate([block[name] for block in blocks]).astype(kind)
@@ -134,14 +153,14 @@ class OutcomeTable:
         mass, rest = column("masses", np.float64), column("rest", np.float64)
         part = np.repeat(np.arange(len(lengths)), lengths)
         position = np.repeat(np.arange(len(parts)), parts)
-        kept = np.bincount(part, weights=mass, minlength=len(lengths))
-        present = np.bincount(position, weights=kept, minlength=len(parts)) > 0
+        of_part = np.bincount(part, weights=mass, minlength=len(lengths))
+        kept = np.bincount(position, weights=of_part, minlength=len(parts))
         if self._renormalize:
-            mass = mass * ((kept + rest) / np.where(kept > 0, kept, 1.0))[part]
+            mass = flattened(mass, part, of_part + rest, self._temperature)
             rest = np.zeros_like(rest)
         entries, place = take_rows(self._offsets, self._base[source[part]] + outcome)
         fields = {
-            "present": present,
+            "present": kept > 0,
             "position": position,
             "rest": rest.astype(np.float32),
             "part": part,
@@ -149,7 +168,49 @@ class OutcomeTable:
             "member_outcome": place,
             "member_id": self._members[entries],
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in fields.items()}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in fields.items()}
+        return tensors, kept
+
+
+def flattened(
+    mass: np.ndarray, part: np.ndarray, of_part: np.ndarray, temperature: float
+) -> np.ndarray:
+    """[M] masses of each part, to the power of 1 / temperature, scaled to sum to `of_part`.
+
+    Args:
+        mass: [M] of outcomes.
+        part: [M] the part of each, ascending.
+        of_part: [R] what the masses of a part are to sum to.
+
+    >>> flattened(np.array([0.4, 0.1]), np.array([0, 0]), np.array([1.0]), 1.0).round(3).tolist()
+    [0.8, 0.2]
+    >>> flattened(np.array([0.4, 0.1]), np.array([0, 0]), np.array([1.0]), 2.0).round(3).tolist()
+    [0.667, 0.333]
+    """
+    if temperature != 1.0:
+        mass = mass ** (1 / temperature)
+    sums = np.bincount(part, weights=mass, minlength=len(of_part))
+    scaled: np.ndarray = mass * (of_part / np.where(sums > 0, sums, 1.0))[part]
+    return scaled
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a batch holds, known where it is made, so that no device is asked.
+
+    Attributes:
+        blocks: numbers of its blocks, within the part train.
+        tokens: without padding.
+        predicted: tokens that are predicted.
+        fused: of these, those with a fused distribution.
+        kept_mass: sum over these of the mass that the fused store has kept.
+    """
+
+    blocks: list[int]
+    tokens: int
+    predicted: int
+    fused: int = 0
+    kept_mass: float = 0.0
 
 
 class Collator:
@@ -159,11 +220,11 @@ class Collator:
     block, by which transformers keeps the blocks apart.
     """
 
-    def __init__(self, table: OutcomeTable | None, clm_weight: float, packed: bool) -> None:
+    def __init__(self, table: OutcomeTable | None, packed: bool) -> None:
         self._table, self._packed = table, packed
-        self.clm_weight = clm_weight if table is not None else 1.0
 
     def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        """The inputs of the objective's forward, and "counts", a `BatchCounts`."""
         longest = max(sum(len(block["ids"]) for block in row) for row in rows)
         ids = np.zeros((len(rows), longest), dtype=np.int64)
         labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
@@ -188,7 +249,11 @@ class Collator:
                 else {"attention_mask": torch.from_numpy(mask)}
             ),
         }
+        blocks = [block for row in rows for block in row]
+        numbers = [int(block["block"]) for block in blocks]
+        counts = BatchCounts(numbers, int(mask.sum()), int((labels != IGNORED).sum()))
         if self._table is not None:
-            batch["outcomes"] = self._table.outcomes([block for row in rows for block in row])
-            batch["clm_weight"] = self.clm_weight
+            batch["outcomes"], kept = self._table.outcomes(blocks)
+            counts = replace(counts, fused=int((kept > 0).sum()), kept_mass=float(kept.sum()))
+        batch["counts"] = counts
         return batch
