@@ -144,8 +144,8 @@ class TrainingSettings(SettingsBlock):
     """Training. Besides the fields here it takes every name of transformers' TrainingArguments.
 
     Weights are trained in float32 whatever the target's dtype is: small steps would be lost in
-    half precision. `bf16: true` computes in bfloat16 around them. With `lora` the target's own
-    weights, which stay as they are, have its dtype.
+    half precision. `bf16: true` computes in bfloat16 around them. With `lora` and no
+    `modules_to_save` the target's own weights, which stay as they are, have its dtype.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -217,6 +217,12 @@ class Recipe(SettingsBlock):
                 raise ValueError(f"sources: {name!r} is a result's name; choose none of {reserved}")
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
+        lora = self.training.lora
+        if lora is not None and not lora.merge and self.target.device_map is not None:
+            raise ValueError(
+                "training.lora.merge: false has no meaning with target.device_map: adapters are "
+                "merged to be measured, which a model that is spread cannot be; leave one out"
+            )
         if self.training.validations == 0:
             for name in ("keep: best", "early_stop_validations"):
                 if getattr(self.training, name.split(":")[0]) not in (None, "last"):

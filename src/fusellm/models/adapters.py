@@ -52,7 +52,7 @@ def with_adapters(
         target_modules=settings.target_modules,
         modules_to_save=settings.modules_to_save or None,
     )
-    with _quiet():
+    with without_warnings():
         try:
             adapted = peft.get_peft_model(model, config, revision=commit)
         except ValueError as error:
@@ -81,14 +81,14 @@ def merged(model: torch.nn.Module) -> PreTrainedModel:
     """
     base = without_adapters(model).float()
     _untie(base)
-    with _quiet():
+    with without_warnings():
         found = cast(Any, model).merge_and_unload()
     return cast(PreTrainedModel, found)
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
     """Save adapters alone, as PEFT reads them."""
-    with _quiet():
+    with without_warnings():
         cast(Any, model).save_pretrained(folder, save_embedding_layers=False)
 
 
@@ -122,7 +122,7 @@ def merge_from(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     import peft
 
     dtype, device = model.dtype, model.device
-    with _quiet():
+    with without_warnings():
         try:
             adapted = peft.PeftModel.from_pretrained(model, folder, torch_device=str(device))
         except (OSError, RuntimeError, ValueError) as error:
@@ -151,8 +151,10 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PEFT's warnings about tied weights, which are untied before adapters are merged."""
+def without_warnings() -> Iterator[None]:
+    """Without PEFT's warnings: of tied weights, which are untied before adapters are merged, and of
+    names that transformers is about to drop."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", module=r"peft\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         yield

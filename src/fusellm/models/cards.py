@@ -17,7 +17,9 @@ def training_card(
     Args:
         which: "fused" or "clm".
     """
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["fusellm", which]}
+    lora = recipe.training.lora
+    library = "transformers" if lora is None or lora.merge else "peft"
+    front: dict[str, Any] = {"library_name": library, "tags": ["fusellm", which]}
     if not target.place.startswith(("/", ".")):
         front["base_model"] = target.settings.model
     rows = [("target", target), *sources] if which == "fused" else [("target", target)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
-from fusellm.models.adapters import require_peft, without_adapters
+from fusellm.models.adapters import require_peft, without_adapters, without_warnings
 from fusellm.models.load import Located
 from fusellm.models.objective_forward import objective_forward, require_packing
 from fusellm.models.training_batches import Collator, OutcomeTable, clm_rows, fused_rows
@@ -135,7 +135,8 @@ def run_train(
         objective = objective_forward(
             without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
         )
-        with objective, progress.start(f"training {which}", 0, "steps") as bar:
+        bar_ = progress.start(f"training {which}", 0, "steps")
+        with objective, without_warnings(), bar_ as bar:
             trainer.add_callback(Watch(bar, training.early_stop_validations))
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             trainer.require_finite_gradient()

@@ -73,6 +73,8 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
     _check_names(training.arguments, "training", set(type(training).model_fields))
     _check_names(training.clm, "training.clm", set())
     chosen = training.arguments | (training.clm if which == BASELINE else {})
+    for key in chosen.keys() & {"save_strategy", "logging_strategy"}:
+        chosen[key] = "no" if chosen[key] is False else chosen[key]  # which YAML makes of no
     ours: dict[str, Any] = {
         "output_dir": str(output),
         "remove_unused_columns": False,
@@ -84,6 +86,8 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
         "seed": recipe.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if not torch.accelerator.is_available():
+        machine["use_cpu"] = True  # transformers wants to be told, for bf16
     if training.rows == "block":  # packed rows are of like length as they are
         machine["train_sampling_strategy"] = "group_by_length"
     try:

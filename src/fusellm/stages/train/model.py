@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fusellm.config import LoraSettings
 from fusellm.models.adapters import merged, save_adapters, with_adapters
 from fusellm.models.load import Located, load_model
+from fusellm.store.files import writing_explained
 from fusellm.store.writer import StageWriter
 
 LOG = "log.jsonl"
@@ -25,7 +26,9 @@ def load_target(
     are, have the recipe's precision.
     """
     spread = located.settings.model_copy(update={"device_map": None})  # accelerate places it
-    dtype = torch.float32 if lora is None else getattr(torch, located.settings.dtype)
+    dtype = torch.float32
+    if lora is not None and not lora.modules_to_save:
+        dtype = getattr(torch, located.settings.dtype)
     model = load_model(replace(located, settings=spread), device, dtype)
     return model if lora is None else with_adapters(model, lora, located.commit)
 
@@ -40,11 +43,12 @@ def save_model(
 ) -> None:
     """Save what was trained, its tokenizer, its card and its log; safetensors, no pickle."""
     model.config.use_cache = True  # Trainer has it off, and a model that is used wants it
-    if lora is not None and not lora.merge:
-        save_adapters(model, folder.path)
-    else:
-        (model if lora is None else merged(model)).save_pretrained(folder.path)
-    tokenizer.save_pretrained(folder.path)
+    with writing_explained(folder.path):
+        if lora is not None and not lora.merge:
+            save_adapters(model, folder.path)
+        else:
+            (model if lora is None else merged(model)).save_pretrained(folder.path)
+        tokenizer.save_pretrained(folder.path)
     folder.adopt_all()
     folder.write_text("README.md", card)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -17,7 +17,7 @@ from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.sums import Sums
 from fusellm.stages.train.validation import Validation
-from fusellm.store.files import sync_files, write_text
+from fusellm.store.files import sync_files, write_text, writing_explained
 
 _WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
 
@@ -139,11 +139,12 @@ class ObjectiveTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.require_finite_gradient()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(*args, **kwargs)
+        output = Path(str(self.args.output_dir))
+        with writing_explained(output):
+            super()._save_checkpoint(*args, **kwargs)
         self.args.save_total_limit = limit
         if not self.args.should_save:
             return
-        output = Path(str(self.args.output_dir))
         folder = output / f"checkpoint-{self.state.global_step}"
         sync_files(folder)
         write_text(folder / _WHOLE, "")
