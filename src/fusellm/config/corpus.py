@@ -20,8 +20,46 @@ class BuiltinDocuments(SettingsBlock):
         """The domain that these documents are counted under."""
         return self.builtin
 
+    def identity(self) -> dict[str, Any]:
+        """What the documents depend on, in this block."""
+        return self.model_dump()
 
-class HubDocuments(SettingsBlock):
+
+class _Records(SettingsBlock):
+    """Documents whose text is in fields of records."""
+
+    text_field: str | Annotated[list[str], Field(min_length=1)] = "text"
+    """Field that holds the text, or several that are joined in this order."""
+    context_fields: list[str] = Field(default_factory=list)
+    """Those of several fields that a model reads and is not asked to predict, such as a prompt:
+    they are left out of the losses, and of bits per byte. A record should fit into a block."""
+    field_separator: str = "\n"
+    """What stands between two fields; it belongs to the one before it."""
+
+    @model_validator(mode="after")
+    def _something_to_predict(self) -> "_Records":
+        names = [self.text_field] if isinstance(self.text_field, str) else self.text_field
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"text_field names {twice!r} twice; name each field once")
+        for name in self.context_fields:
+            if name not in names:
+                raise ValueError(
+                    f"context_fields: {name!r} is not among text_field ({', '.join(names)})"
+                )
+        if set(names) <= set(self.context_fields):
+            raise ValueError("context_fields: all of text_field; nothing is left to predict")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents depend on, in this block; the files count by their content."""
+        found = self.model_dump(exclude={"files"})
+        if isinstance(self.text_field, str):  # as it was before there could be several
+            del found["context_fields"], found["field_separator"]
+        return found
+
+
+class HubDocuments(_Records):
     """A dataset on the Hugging Face hub."""
 
     hub: str
@@ -34,8 +72,6 @@ class HubDocuments(SettingsBlock):
     """Split to validate on; without it, `validation_share` of the documents is kept apart."""
     held_out_split: str | None = None
     """Split to measure on; without it, `held_out_share` of the documents is kept apart."""
-    text_field: str = "text"
-    """Field that holds the text."""
     revision: str | None = None
     """Branch, tag or commit."""
     streaming: bool = True
@@ -51,13 +87,12 @@ class HubDocuments(SettingsBlock):
         return self.validation_split is not None and self.held_out_split is not None
 
 
-class FileDocuments(SettingsBlock):
+class FileDocuments(_Records):
     """Local files: one document a row of parquet or jsonl, one a text file."""
 
     files: str | list[str]
-    """Paths or globs, relative to the recipe's folder: .parquet, .jsonl, or text."""
-    text_field: str = "text"
-    """Field that holds the text, in parquet and jsonl."""
+    """Paths or globs, relative to the recipe's folder: .parquet, .jsonl, or text, which has no
+    fields."""
     domain: Name = "corpus"
     """The domain that these documents are counted under."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -107,6 +142,16 @@ class CorpusSettings(SettingsBlock):
     """Share of the documents kept to measure on, by a hash of their text."""
     shard_blocks: Annotated[int, Field(gt=0)] = 256
     """Blocks in one shard: the unit of work that is never done twice."""
+
+    @property
+    def has_context(self) -> bool:
+        """Whether some text is read and not predicted."""
+        return any(isinstance(e, _Records) and e.context_fields for e in self.documents)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that blocks are made from; files count by their content."""
+        documents = [entry.identity() for entry in self.documents]
+        return {"documents": documents} | self.model_dump(exclude={"documents"})
 
     @model_validator(mode="after")
     def _one_budget(self) -> "CorpusSettings":

@@ -1,6 +1,7 @@
 """Training batches from the fused store, and from the target's tokens for the CLM baseline.
 
-Both give the same blocks in the same order. B rows, T positions, N positions that predict.
+Both give the same blocks in the same order. A token all of whose bytes are context is read and not
+predicted, by neither loss. B rows, T positions, N positions that predict.
 """
 
 from bisect import bisect_left, insort
@@ -15,28 +16,61 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fusellm.align.ragged import offsets_of, take_rows
+from fusellm.errors import CorpusError
 from fusellm.models.objective_forward import IGNORED
+from fusellm.store.blocks import CONTEXT, context_of
 from fusellm.store.externalized import TARGET, open_externalized
 from fusellm.store.fused import open_fused, read_members
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
+from fusellm.tokens.context import context_tokens
 
 _OPEN_ROWS = 256  # rows that packing may still add to
 _CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
 
 
+class TokenContext:
+    """Which of the target's tokens are context."""
+
+    def __init__(self, corpus: StageFolder, tokens: StageFolder, names: Sequence[str]) -> None:
+        """Open shards of the corpus, and of the target's tokens."""
+        self._blocks = [Shard(corpus, name) for name in names]
+        self._tokens = [Shard(tokens, name) for name in names]
+
+    def of(self, shard: int, row: int) -> np.ndarray:
+        """[T] bool of a block; of one that the target cannot tell as bytes, all or nothing."""
+        block, tokens = self._blocks[shard].block(row), self._tokens[shard].block(row)
+        spans = context_of(block)
+        if not tokens["read"]:
+            return np.full(len(tokens["ids"]), bool(spans))
+        ends = np.cumsum(tokens["bytes"], dtype=np.int64)
+        return context_tokens(ends, spans, len(block["text"].encode()))
+
+    def predicted(self) -> np.ndarray:
+        """[blocks] tokens of each block that are predicted."""
+        places = ((n, row) for n, shard in enumerate(self._blocks) for row in range(len(shard)))
+        return np.array([int((~self.of(*place)[1:]).sum()) for place in places], dtype=np.int64)
+
+
 class Rows(Dataset[list[dict[str, Any]]]):
     """Rows of a training batch: each a list of blocks, one or packed.
 
-    Blocks of one token, which predict nothing, are left out.
+    Blocks that predict nothing, of one token or all context, are left out.
     """
 
-    def __init__(self, folder: StageFolder, corpus_shards: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: StageFolder,
+        corpus_shards: Sequence[str],
+        context: TokenContext | None = None,
+    ) -> None:
         keep_all = folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
         self._shards = [Shard(folder, name, None if keep_all else 4) for name in corpus_shards]
         self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
         self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
-        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(self.lengths > 1)[0]]
+        self._context = context
+        predicted = self.lengths - 1 if context is None else context.predicted()
+        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(predicted > 0)[0]]
 
     def pack(self, row_tokens: int, seed: int) -> "Rows":
         """Put several blocks, in a seeded order, into rows of at most `row_tokens`.
@@ -74,17 +108,47 @@ class Rows(Dataset[list[dict[str, Any]]]):
 
     def _block(self, number: int) -> dict[str, Any]:
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._shards[shard].block(number - int(self._starts[shard]))
+        row = number - int(self._starts[shard])
+        block = self._shards[shard].block(row)
+        return block if self._context is None else block | {CONTEXT: self._context.of(shard, row)}
 
 
 def clm_rows(run: Path, corpus: StageFolder) -> Rows:
-    """Rows for the CLM baseline."""
-    return Rows(open_externalized(run, TARGET), shard_names(corpus, "train-"))
+    """Rows for the CLM baseline.
+
+    Raises:
+        CorpusError: there is nothing to predict.
+    """
+    return _rows(open_externalized(run, TARGET), run, corpus)
 
 
 def fused_rows(run: Path, corpus: StageFolder) -> Rows:
-    """Rows with fused distributions."""
-    return Rows(open_fused(run), shard_names(corpus, "train-"))
+    """Rows with fused distributions.
+
+    Raises:
+        CorpusError: there is nothing to predict.
+    """
+    return _rows(open_fused(run), run, corpus)
+
+
+def _rows(folder: StageFolder, run: Path, corpus: StageFolder) -> Rows:
+    names = shard_names(corpus, "train-")
+    context = None
+    if names and CONTEXT in Shard(corpus, names[0]).schema.names:
+        context = TokenContext(corpus, open_externalized(run, TARGET), names)
+    rows = Rows(folder, names, context)
+    if not len(rows):
+        raise CorpusError(
+            f"no block of {corpus.path} has a token to predict: each is one token, or all context; "
+            "check context_fields of corpus.documents"
+        )
+    return rows
+
+
+def _predicted(block: Mapping[str, Any]) -> np.ndarray:
+    """[T-1] bool, whether each token but the first is predicted."""
+    context = block.get(CONTEXT)
+    return np.ones(len(block["ids"]) - 1, dtype=np.bool_) if context is None else ~context[1:]
 
 
 class RowsOfLikeLength(Sampler[int]):
@@ -151,12 +215,19 @@ class OutcomeTable:
         parts, lengths = column("parts", np.int64), column("lengths", np.int64)
         source, outcome = column("source", np.int64), column("outcomes", np.int64)
         mass, rest = column("masses", np.float64), column("rest", np.float64)
+        wanted = np.concatenate([_predicted(block) for block in blocks])
+        if not wanted.all():
+            of_part = np.repeat(wanted, parts)
+            of_outcome = np.repeat(of_part, lengths)
+            outcome, mass = outcome[of_outcome], mass[of_outcome]
+            source, rest, lengths = source[of_part], rest[of_part], lengths[of_part]
+            parts = parts[wanted]
         part = np.repeat(np.arange(len(lengths)), lengths)
         position = np.repeat(np.arange(len(parts)), parts)
-        of_part = np.bincount(part, weights=mass, minlength=len(lengths))
-        kept = np.bincount(position, weights=of_part, minlength=len(parts))
+        part_mass = np.bincount(part, weights=mass, minlength=len(lengths))
+        kept = np.bincount(position, weights=part_mass, minlength=len(parts))
         if self._renormalize:
-            mass = flattened(mass, part, of_part + rest, self._temperature)
+            mass = flattened(mass, part, part_mass + rest, self._temperature)
             rest = np.zeros_like(rest)
         entries, place = take_rows(self._offsets, self._base[source[part]] + outcome)
         fields = {
@@ -235,7 +306,9 @@ class Collator:
             for block in row:
                 stop = start + len(block["ids"])
                 ids[r, start:stop] = block["ids"]
-                labels[r, start + 1 : stop] = block["ids"][1:]
+                labels[r, start + 1 : stop] = np.where(
+                    _predicted(block), ids[r, start + 1 : stop], IGNORED
+                )
                 mask[r, start:stop] = 1
                 positions[r, start:] = np.arange(longest - start)
                 start = stop

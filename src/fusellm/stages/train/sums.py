@@ -50,8 +50,8 @@ class Sums:
         clm, fusion, predicted, fused, kept_mass, tokens = sums.tolist()
         now = time.perf_counter()
         found = {
-            "clm_loss": clm / predicted,
-            "fused_share": fused / predicted,
+            "clm_loss": clm / max(predicted, 1),
+            "fused_share": fused / max(predicted, 1),
             "tokens_per_second": round(tokens / (now - self._since), 1),
         }
         if fused:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
-from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
+from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain, without_context
 from fusellm.store.blocks import Block
 from fusellm.tokens.encode import Encoded, Encoder
 
@@ -16,6 +16,7 @@ class Validation:
     def __init__(self, encoder: Encoder, blocks: Sequence[Block], recipe: Recipe) -> None:
         self._domains = [block.domain for block in blocks]
         self._lengths = [len(block.text.encode()) for block in blocks]
+        self._context = [block.context for block in blocks]
         self._encoded: list[Encoded] = encoder.encode(
             [block.text for block in blocks], [block.last for block in blocks]
         )
@@ -27,7 +28,7 @@ class Validation:
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Bits per byte by domain, and their mean as "mean"."""
         nats = blocks_nats(model, self._encoded, self._lengths, self._batch_tokens)
-        return by_domain(self._domains, nats)
+        return by_domain(self._domains, without_context(nats, self._context))
 
 
 def stalled(values: Sequence[float], patience: int) -> bool:
