@@ -86,8 +86,8 @@ def _training_settings(training: TrainingSettings) -> dict[str, Any]:
     left_out = {"clm_baseline", "clm", "validations"} | ASIDE | _NEWER_TRAINING
     found = training.model_dump(exclude=left_out)
     newer = training.model_dump(include=_NEWER_TRAINING, exclude_defaults=True)
-    if newer.get("lora") is not None:
-        newer["lora"] = training.lora.model_dump() if training.lora is not None else None
+    if training.lora is not None:
+        newer["lora"] = training.lora.model_dump()
     if newer.keys() & {"keep", "early_stop_validations"}:
         newer["validations"] = training.validations
     return found | newer
@@ -135,8 +135,8 @@ def run_train(
         objective = objective_forward(
             without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
         )
-        bar_ = progress.start(f"training {which}", 0, "steps")
-        with objective, without_warnings(), bar_ as bar:
+        shown = progress.start(f"training {which}", 0, "steps")
+        with objective, without_warnings(), shown as bar:
             trainer.add_callback(Watch(bar, training.early_stop_validations))
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             trainer.require_finite_gradient()
