@@ -277,6 +277,88 @@ def test_draws_cannot_be_renormalized() -> None:
     check_recipe(refused | {"externalize": {"scheme": "top"}}, "here")
 
 
+TOP = {"scheme": "top"}
+WITHOUT_MEANING = [
+    ({"divergence": "reverse_kl"}, {}, "fusion.divergence: reverse_kl, which asks for the fused"),
+    (
+        {"divergence": "reverse_kl", "rest": "renormalize"},
+        TOP,
+        "with rest: renormalize, where what was not kept has none; use bucket",
+    ),
+    (
+        {"divergence": "reverse_kl", "strategy": "em", "compatibility": "paper"},
+        TOP,
+        "with compatibility: paper, which puts all mass on one token",
+    ),
+    ({"temperature": 2, "strategy": "bytes"}, TOP, "fusion.temperature: 2 flattens the"),
+    ({"temperature": 2, "strategy": "bytes"}, {}, "one outcome with rest: bucket, is none; use"),
+    (
+        {"temperature": 2, "rest": "renormalize"},
+        TOP,
+        "with strategy: partition outcomes are classes of them; use bytes, mined or em",
+    ),
+    ({"lambda_schedule": "linear"}, {}, "fusion.lambda_schedule: linear needs fusion.lambda_end"),
+    ({"lambda_schedule": "cosine"}, {}, "fusion.lambda_schedule: cosine needs fusion.lambda_end"),
+    ({"lambda_end": 0.5}, {}, "fusion.lambda_end: 0.5 has no meaning with lambda_schedule: con"),
+    (
+        {"lambda_schedule": "authors", "lambda_end": 0.5},
+        {},
+        "has no meaning with lambda_schedule: authors, which ends at 1; use linear",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fusion", "kept", "part"), WITHOUT_MEANING)
+def test_combinations_without_a_meaning_are_refused(
+    fusion: dict[str, Any], kept: dict[str, Any], part: str
+) -> None:
+    assert part in fault_of(raw(fusion=fusion, externalize=kept))
+
+
+@pytest.mark.parametrize(
+    ("fusion", "kept"),
+    [
+        ({"divergence": "kl"}, {}),
+        ({"divergence": "reverse_kl"}, TOP),
+        ({"divergence": "reverse_kl", "function": "avgce", "strategy": "em"}, TOP),
+        *(
+            ({"temperature": 2, "rest": "renormalize", "strategy": strategy}, TOP)
+            for strategy in ("bytes", "mined", "em")
+        ),
+        ({"lambda_schedule": "authors"}, {}),
+        ({"lambda_schedule": "cosine", "lambda_end": 1}, {}),
+    ],
+)
+def test_combinations_with_a_meaning_are_taken(fusion: dict[str, Any], kept: Any) -> None:
+    check_recipe(raw(fusion=fusion, externalize=kept), "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (
+            {"training": {"validations": 0, "keep": "best"}},
+            "training.keep: best goes by validations",
+        ),
+        (
+            {"training": {"validations": 0, "early_stop_validations": 3}},
+            "training.early_stop_validations goes by validations",
+        ),
+        (
+            {
+                "training": {"lora": {"merge": False}},
+                "target": {"model": "x", "device_map": "auto"},
+            },
+            "training.lora.merge: false has no meaning with target.device_map",
+        ),
+        ({"training": {"lora": {"rank": 4}}}, "unknown key training.lora.rank"),
+        ({"training": {"lora": {"r": 0}}}, "training.lora.r: "),
+    ],
+)
+def test_settings_of_training_that_clash_are_refused(changes: dict[str, Any], part: str) -> None:
+    assert part in fault_of(raw(**changes))
+
+
 def load(tmp_path: Path, *changes: str, text: str | None = None) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(

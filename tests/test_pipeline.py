@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import prose
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
-from fusellm.models.training_batches import RowsOfLikeLength
+from fusellm.models.objective_forward import objective_forward
+from fusellm.models.training_batches import (
+    Collator,
+    OutcomeTable,
+    RowsOfLikeLength,
+    clm_rows,
+    fused_rows,
+)
 from fusellm.pipeline import STAGES, Pipeline, removable, resolve_paths
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe
@@ -322,11 +329,14 @@ def test_lambda_one_gives_the_losses_of_trainer(
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
     arguments = train.training_arguments(one.recipe, tmp_path / "plain", train.CLM)
     arguments.eval_strategy = "no"
+    collate = Collator(None, packed=False)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train.clm_rows(run, StageFolder(run / "corpus")),
-        data_collator=train.Collator(None, 1.0, packed=False),
+        train_dataset=clm_rows(run, StageFolder(run / "corpus")),
+        data_collator=lambda found: {
+            name: value for name, value in collate(found).items() if name != "counts"
+        },
     )
     trainer.train()
     plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -371,15 +381,15 @@ def test_packed_rows_equal_one_block_a_row(world: Path, finished: Path, name: st
     from fusellm.models.heads import last_hidden
 
     model = AutoModelForCausalLM.from_pretrained(world / name).eval()
-    rows = train.clm_rows(finished, StageFolder(finished / "corpus"))
+    rows = clm_rows(finished, StageFolder(finished / "corpus"))
     blocks = [rows[n][0] for n in range(4)]
     limit = model.config.vocab_size
     blocks = [block | {"ids": block["ids"] % limit} for block in blocks]
-    packed = train.Collator(None, 1.0, packed=True)([blocks[:3], blocks[3:]])
-    padded = train.Collator(None, 1.0, packed=False)([[block] for block in blocks])
+    packed = Collator(None, packed=True)([blocks[:3], blocks[3:]])
+    padded = Collator(None, packed=False)([[block] for block in blocks])
 
     def predicted(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "counts")}
         with torch.no_grad():
             hidden = last_hidden(model, **inputs)
         chosen = batch["labels"][:, 1:] != -100
@@ -419,15 +429,15 @@ def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path:
     one = pipeline(world, run, *changes)
     one.execute(["corpus", "externalize", "fuse"])
     corpus = StageFolder(run / "corpus")
-    rows = train.fused_rows(run, corpus)
+    rows = fused_rows(run, corpus)
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
     norms = {}
     for rest in ("bucket", "renormalize"):
-        table = train.OutcomeTable(StageFolder(run / "fuse"), ["first"], rest == "renormalize")
-        batch = train.Collator(table, 0.0, packed=False)([rows[n] for n in range(8)])
+        table = OutcomeTable(StageFolder(run / "fuse"), ["first"], rest == "renormalize")
+        batch = Collator(table, packed=False)([rows[n] for n in range(8)])
         model.zero_grad()
-        with train.objective_forward(model):
-            model(**batch)["loss"].backward()
+        with objective_forward(model):
+            model(**batch, clm_weight=0.0)["loss"].backward()
         norms[rest] = sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
     assert norms["bucket"] < 0.01 * norms["renormalize"]
 

@@ -75,8 +75,7 @@ class Pipeline:
         """
         self.recipe, self.run, self._progress, self._engine = recipe, run, progress, engine
         externalize.require_engine(engine)
-        for which in (train.FUSED, train.CLM):
-            train.training_arguments(recipe, run, which)
+        train.check(recipe, run)
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
                 files_of(entry)

@@ -5,10 +5,9 @@ Heavy imports are made inside the commands, so that `--help` answers at once.
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -17,6 +16,17 @@ from rich.table import Table as RichTable
 
 from fusellm.cli import engine as engines
 from fusellm.cli.console import Terminal
+from fusellm.cli.folder import clean, show_status, status
+from fusellm.cli.options import (
+    NO_CHANGES,
+    Json,
+    Out,
+    PushToHub,
+    RecipeOrRun,
+    Redo,
+    RunFolder,
+    Set,
+)
 from fusellm.cli.store import store_app
 from fusellm.cli.template import init
 from fusellm.cli.tokenizers import tokenizers
@@ -48,24 +58,6 @@ app.command()(tokenizers)
 _stderr = Console(stderr=True)
 _stdout = Console()
 
-RecipeOrRun = Annotated[
-    Path, typer.Argument(help="A recipe (.yaml) or the folder of a run.", show_default=False)
-]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="The run's folder; runs/<recipe name> if not given.")
-]
-Set = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set fusion.lambda=0.7"),
-]
-Redo = Annotated[
-    bool,
-    typer.Option("--redo", help="Move stages made from other settings aside and make them anew."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
-_NO_CHANGES: list[str] = []
-
 
 def _pipeline(
     place: Path, out: Path | None, changes: list[str], engine: "EngineSettings | None" = None
@@ -89,13 +81,30 @@ def _execute(
     redo: bool,
     as_json: bool,
     engine: "EngineSettings | None" = None,
+    push_to: str | None = None,
 ) -> None:
+    if push_to is not None:
+        from fusellm.models.hub import require_access
+
+        require_access(push_to)
     pipeline = _pipeline(place, out, changes, engine)
     pipeline.execute(stages, redo)
     if {"evaluate", "report"} & set(stages):
         _show_results(pipeline.run, as_json, "report" in stages)
     elif as_json:
-        _show_status(pipeline.run, as_json=True)
+        show_status(pipeline.run, as_json=True)
+    if push_to is not None:
+        _push(pipeline, push_to)
+
+
+def _push(pipeline: "Pipeline", repo: str) -> None:
+    from fusellm.models.hub import push_model
+    from fusellm.stages.train import FUSED, folder_of
+
+    folder = folder_of(pipeline.run, FUSED)
+    with Terminal(_stderr).start(f"uploading {folder}", 0, "files"):
+        address = push_model(folder, repo, f"{pipeline.recipe.name}: fused by fusellm")
+    _stderr.print(f"The fused model is at {address}", highlight=False, soft_wrap=True)
 
 
 def _show_results(run: Path, as_json: bool, with_page: bool) -> None:
@@ -127,7 +136,7 @@ def _show_results(run: Path, as_json: bool, with_page: bool) -> None:
 
 @app.command()
 def demo(
-    out: Out = None, changes: Set = _NO_CHANGES, redo: Redo = False, as_json: Json = False
+    out: Out = None, changes: Set = NO_CHANGES, redo: Redo = False, as_json: Json = False
 ) -> None:
     """Fuse the three small models that come with fusellm; no download, some minutes.
 
@@ -141,9 +150,10 @@ def demo(
 def run(
     recipe: RecipeOrRun,
     out: Out = None,
-    changes: Set = _NO_CHANGES,
+    changes: Set = NO_CHANGES,
     redo: Redo = False,
     as_json: Json = False,
+    push_to_hub: PushToHub = None,
     engine: engines.Engine = engines.EngineName.LOCAL,
     ray_address: engines.RayAddress = None,
     workers: engines.Workers = None,
@@ -156,14 +166,14 @@ def run(
     interruption, give the same command again.
     """
     settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
-    _execute(_stages(), recipe, out, changes, redo, as_json, settings)
+    _execute(_stages(), recipe, out, changes, redo, as_json, settings, push_to_hub)
 
 
 def _stage_command(stage: str, text: str) -> None:
     def command(
         recipe: RecipeOrRun,
         out: Out = None,
-        changes: Set = _NO_CHANGES,
+        changes: Set = NO_CHANGES,
         redo: Redo = False,
         as_json: Json = False,
     ) -> None:
@@ -179,7 +189,7 @@ _stage_command("corpus", "Cut the corpus into blocks that every model reads.")
 def externalize(
     recipe: RecipeOrRun,
     out: Out = None,
-    changes: Set = _NO_CHANGES,
+    changes: Set = NO_CHANGES,
     redo: Redo = False,
     as_json: Json = False,
     engine: engines.Engine = engines.EngineName.LOCAL,
@@ -193,9 +203,23 @@ def externalize(
     _execute(("externalize",), recipe, out, changes, redo, as_json, settings)
 
 
+_stage_command("fuse", "Align, translate and fuse the distributions; no model, no GPU.")
+
+
+@app.command("train")
+def train_command(
+    recipe: RecipeOrRun,
+    out: Out = None,
+    changes: Set = NO_CHANGES,
+    redo: Redo = False,
+    as_json: Json = False,
+    push_to_hub: PushToHub = None,
+) -> None:
+    """Continue training the target on the fused distributions, and the CLM baseline."""
+    _execute(("train",), recipe, out, changes, redo, as_json, push_to=push_to_hub)
+
+
 for _stage, _text in {
-    "fuse": "Align, translate and fuse the distributions; no model, no GPU.",
-    "train": "Continue training the target on the fused distributions, and the CLM baseline.",
     "evaluate": "Measure held-out bits per byte of every model, side by side.",
     "report": "Write results.json, results.csv and the report page.",
 }.items():
@@ -204,7 +228,7 @@ for _stage, _text in {
 
 @app.command()
 def check(
-    recipe: RecipeOrRun, out: Out = None, changes: Set = _NO_CHANGES, as_json: Json = False
+    recipe: RecipeOrRun, out: Out = None, changes: Set = NO_CHANGES, as_json: Json = False
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
     found = _pipeline(recipe, out, changes).check()
@@ -230,39 +254,6 @@ def check(
             f"{_gigabytes(free)} free; give another --out, or lower corpus.train_bytes or "
             "externalize.draws"
         )
-
-
-@app.command()
-def status(run: RunFolder, as_json: Json = False) -> None:
-    """Show how far a run is."""
-    _show_status(run, as_json)
-
-
-def _show_status(run: Path, as_json: bool) -> None:
-    from fusellm.pipeline import stage_folders
-    from fusellm.store.tables import folder_bytes
-
-    rows: list[dict[str, Any]] = [
-        {
-            "stage": name,
-            "complete": folder.complete,
-            "shards": len(folder.shards),
-            "bytes": folder_bytes(folder.path),
-            "seconds": round(folder.seconds, 1),
-        }
-        for name, folder in stage_folders(run)
-    ]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = RichTable(title=str(run))
-    for column in ("stage", "state", "shards", "size", "seconds"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
-    for row in rows:
-        state = "[green]done[/]" if row["complete"] else "[yellow]unfinished[/]"
-        size = f"{row['bytes'] / 1e6:.1f} MB"
-        table.add_row(str(row["stage"]), state, str(row["shards"]), size, str(row["seconds"]))
-    _stdout.print(table)
 
 
 @app.command("inspect")
@@ -301,7 +292,7 @@ def inspect_command(
             f"--part {part} has no distributions: sources read the part {PART} only; leave --part "
             "away"
         )
-    pipeline = _pipeline(run, None, _NO_CHANGES)
+    pipeline = _pipeline(run, None, NO_CHANGES)
     readers = pipeline.readers.items()
     found = inspect_block(
         pipeline.recipe,
@@ -316,38 +307,14 @@ def inspect_command(
 
 
 app.command()(init)
+app.command()(status)
+app.command()(clean)
 
 
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON schema of a recipe, for editors."""
     print(json.dumps(schema(), indent=1))
-
-
-@app.command()
-def clean(
-    run: RunFolder,
-    stores: Annotated[
-        bool, typer.Option("--stores", help="Remove externalize and fuse too; models stay.")
-    ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Remove the whole run.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Remove what a finished run does not need: what was set aside, and checkpoints."""
-    from fusellm.pipeline import removable
-    from fusellm.store.tables import folder_bytes
-
-    found = removable(run, stores, everything)
-    if not found:
-        _stderr.print("nothing to remove")
-        return
-    for path in found:
-        _stderr.print(f"{path}  {folder_bytes(path) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
-    if yes or typer.confirm("Remove these?"):
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if everything and not any(run.iterdir()):
-            run.rmdir()
 
 
 def _stages() -> tuple[str, ...]:

@@ -39,7 +39,8 @@ corpus:
     #   held_out_split: test
     #   domain: minipile
     # - files: data/**/*.jsonl     # or .parquet, or text files
-    #   text_field: text
+    #   text_field: text           # or several: [prompt, answer]
+    #   # context_fields: [prompt]   # those that are read and not predicted
     #   domain: mine
   block_bytes: 1024           # longest piece; it must fit every model's context
   train_bytes: 600_000        # budget over all entries; or train_tokens; null for everything
@@ -55,12 +56,16 @@ fusion:
   function: mince             # or avgce with beta, avgce_paper, uniform
   granularity: window         # or block, as in the paper
   lambda: 0.5                 # weight of the plain language-model loss
+  # lambda_schedule: linear   # or cosine, to lambda_end; or authors, to 1
 
 # Any name of transformers' TrainingArguments may stand here.
 training:
   learning_rate: 1.0e-3
   per_device_train_batch_size: 16   # rows; rows: packed puts several blocks in one
   clm_baseline: true          # train with lambda 1 too, for comparison
+  # keep: best                # by validation bits per byte; the last if not given
+  # early_stop_validations: 4 # stop after so many without a better one
+  # lora: {r: 16, alpha: 32}  # train adapters in place of all weights; needs fusellm[lora]
 
 evaluation:
   bootstrap: 10000

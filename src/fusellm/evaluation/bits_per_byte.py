@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte
 from fusellm.models.batches import cut_rows, read_blocks, true_log_probs
 from fusellm.models.heads import head_of
+from fusellm.tokens.context import Spans, context_bytes
 from fusellm.tokens.encode import Encoded
 
 
@@ -48,6 +49,23 @@ def blocks_nats(
             found[n] = nats_by_byte(ends, whole[0], row, whole[1])
             if on_block is not None:
                 on_block()
+    return found
+
+
+def without_context(
+    nats: Sequence[np.ndarray | None], context: Sequence[Spans]
+) -> list[np.ndarray | None]:
+    """Nats by byte with those of context, which no model is asked to predict, as not scored.
+
+    Args:
+        context: of each block.
+    """
+    found = []
+    for own, spans in zip(nats, context, strict=True):
+        scored = own if own is None else own.copy()
+        if scored is not None:
+            scored[context_bytes(spans, len(scored))] = np.nan
+        found.append(scored)
     return found
 
 

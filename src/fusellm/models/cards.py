@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import Recipe
+from fusellm.config import FusionSettings, Recipe
 from fusellm.models.load import Located, describe
 
 
@@ -17,7 +17,9 @@ def training_card(
     Args:
         which: "fused" or "clm".
     """
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["fusellm", which]}
+    lora = recipe.training.lora
+    library = "transformers" if lora is None or lora.merge else "peft"
+    front: dict[str, Any] = {"library_name": library, "tags": ["fusellm", which]}
     if not target.place.startswith(("/", ".")):
         front["base_model"] = target.settings.model
     rows = [("target", target), *sources] if which == "fused" else [("target", target)]
@@ -28,7 +30,7 @@ def training_card(
         for row in [describe(located)]
     )
     objective = (
-        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {recipe.fusion.lambda_:g} "
+        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {_lambda(recipe.fusion)} "
         "(*Knowledge Fusion of Large Language Models*, arXiv 2401.10491)"
         if which == "fused"
         else "L_CLM alone (λ = 1): the run's baseline, over the same text in the same order"
@@ -41,6 +43,17 @@ def training_card(
         "| role | model | revision | architecture | fingerprint |\n|---|---|---|---|---|\n"
         f"{table}\n\n## Settings\n\n```yaml\n{listing}```\n"
     )
+
+
+def _lambda(fusion: FusionSettings) -> str:
+    """
+    >>> _lambda(FusionSettings(lambda_=0.5, lambda_schedule="linear", lambda_end=0.9))
+    '0.5 to 0.9 (linear)'
+    """
+    if fusion.lambda_schedule == "constant":
+        return f"{fusion.lambda_:g}"
+    end = 1.0 if fusion.lambda_end is None else fusion.lambda_end
+    return f"{fusion.lambda_:g} to {end:g} ({fusion.lambda_schedule})"
 
 
 def _cell(text: str) -> str:

@@ -3,8 +3,14 @@
 A model that is spread over devices has accelerate's hooks on its modules: a hook knows the device
 that its module runs on, and brings offloaded weights there for as long as the module runs.
 
-B blocks, T positions, d hidden size, V vocabulary.
+A head with a low-rank adapter, W + s·BA, is one of wider hidden states: [h, s·A·h] on [W, B], so
+that A and B have gradients, and an adapter's dropout is its own.
+
+B blocks, T positions, d hidden size, r rank of an adapter, V vocabulary.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
@@ -29,12 +35,13 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model, with the scaling and capping of its architecture.
 
     Weights that are offloaded are brought to the device that the head runs on; hold on to the
-    result rather than ask for each batch anew.
+    result rather than ask for each batch anew. Where the head has an adapter, its weight is
+    [V, d + r], for the hidden states of `last_hidden`.
 
     Raises:
         ModelError: the model has no linear output embedding, or a quantized one.
     """
-    layer = model.get_output_embeddings()
+    layer, adapter = _head_layers(model)
     name = type(model).__name__
     if not isinstance(layer, torch.nn.Linear):
         raise ModelError(
@@ -51,6 +58,8 @@ def head_of(model: PreTrainedModel) -> Head:
             f"the head of {name} is quantized ({type(layer).__name__}, {weight.dtype}); fusellm "
             "needs it whole: quantize the model without its head"
         )
+    if adapter is not None:
+        weight = torch.cat([weight, adapter.up.weight.to(weight.dtype)], dim=1)
     config = model.config.get_text_config()
     cap = next((float(v) for key in _CAPS if (v := getattr(config, key, None))), None)
     return Head(weight, bias, _scale(config), cap)
@@ -59,19 +68,50 @@ def head_of(model: PreTrainedModel) -> Head:
 def last_hidden(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """[B, T, d] hidden states as the head takes them: on its device, in its precision.
 
-    Inputs may be on any device if the model is spread over several.
+    Inputs may be on any device if the model is spread over several. Where the head has an adapter
+    they are [B, T, d + r].
     """
     place = _runs_on(model.get_input_embeddings())
     if place is not None:
         inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
     hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
+    head, adapter = _head_layers(model)
     hidden = hidden.to(_runs_on(head) or hidden.device)
-    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
+    whole = isinstance(head, torch.nn.Linear) and head.weight.is_floating_point()
+    if whole and not torch.is_autocast_enabled(hidden.device.type):  # which casts by itself
+        hidden = hidden.to(head.weight.dtype)  # Mamba's are float32 whatever its weights are
+    if adapter is None:
         return hidden
-    if torch.is_autocast_enabled(hidden.device.type):  # which casts by itself
-        return hidden
-    return hidden.to(head.weight.dtype)  # Mamba's are float32 whatever its weights are
+    return torch.cat([hidden, adapter.inner(hidden).to(hidden.dtype)], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A low-rank adapter: `up` [V, r] of `scale` times `down` [r, d] of hidden states."""
+
+    down: torch.nn.Linear
+    up: torch.nn.Linear
+    dropout: torch.nn.Module
+    scale: float
+
+    def inner(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., r] what `up` takes."""
+        found: torch.Tensor = self.down(self.dropout(hidden.to(self.down.weight.dtype)))
+        return found * self.scale
+
+
+def _head_layers(model: PreTrainedModel) -> tuple[Any, _Adapter | None]:
+    """The head's own layer, and PEFT's adapter on it; of a layer trained whole, its new copy."""
+    layer: Any = model.get_output_embeddings()
+    if layer is None:
+        return None, None
+    active = getattr(layer, "active_adapters", None)
+    if not active:
+        return layer, None
+    if hasattr(layer, "modules_to_save"):
+        return layer.modules_to_save[active[0]], None
+    parts = ("lora_A", "lora_B", "lora_dropout", "scaling")
+    return layer.base_layer, _Adapter(*(getattr(layer, part)[active[0]] for part in parts))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -1,9 +1,7 @@
 """Finding, checking and loading models; safetensors only."""
 
-import json
 import weakref
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,15 +23,14 @@ from transformers import (
 
 from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
+from fusellm.models.adapters import ADAPTER_FILES, adapter_base, holds_adapters, merge_from
 from fusellm.models.attention import choose_attention
 from fusellm.models.heads import check_head
-from fusellm.store.files import file_digest
+from fusellm.models.weights import cached_digest, weight_files
 from fusellm.store.identity import digest
 
 ZOO = ("prose", "python", "cpp")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
-_INDEX = ".index.json"
-_WEIGHTS = ("model.safetensors", "model.safetensors" + _INDEX)
 _LOADING_ERRORS = (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -50,6 +47,7 @@ class Located:
         fingerprint: digest of its weights and configuration; for a hub model of its commit.
         context_tokens: longest input, or None where the architecture has no limit.
         weight_bytes: size of its weights' files, where they are local.
+        adapters: folder of the adapters that are merged into it, where `settings` names one.
     """
 
     settings: ModelSettings
@@ -59,6 +57,7 @@ class Located:
     fingerprint: str
     context_tokens: int | None
     weight_bytes: int | None
+    adapters: Path | None = None
 
 
 def zoo_folder(name: str) -> Path:
@@ -82,6 +81,8 @@ def locate(settings: ModelSettings) -> Located:
             comes with code that is not trusted, or it is to be quantized a second time.
     """
     folder = _local_folder(settings.model)
+    if folder is not None and holds_adapters(folder):
+        return _locate_adapters(settings, folder)
     place = str(folder) if folder is not None else settings.model
     try:
         config = AutoConfig.from_pretrained(
@@ -104,9 +105,23 @@ def locate(settings: ModelSettings) -> Located:
         fingerprint = digest({"hub": settings.model, "commit": commit})
         return Located(settings, place, commit, config, fingerprint, context, None)
     weights = sorted(folder.glob("*.safetensors"))
-    sums = {path.name: _cached_digest(path) for path in [*weights, folder / "config.json"]}
+    sums = {path.name: cached_digest(path) for path in [*weights, folder / "config.json"]}
     weight_bytes = sum(path.stat().st_size for path in weights)
     return Located(settings, place, None, config, digest(sums), context, weight_bytes)
+
+
+def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
+    """The model that a folder of adapters is on, with the folder."""
+    if settings.quantization is not None or settings.device_map is not None:
+        raise ModelError(
+            f"{folder} holds adapters, which are merged into their model as it is loaded; leave "
+            "quantization and device_map out"
+        )
+    base, revision = adapter_base(folder)
+    found = locate(settings.model_copy(update={"model": base, "revision": revision}))
+    sums = {name: cached_digest(folder / name) for name in ADAPTER_FILES}
+    fingerprint = digest([found.fingerprint, sums])
+    return replace(found, settings=settings, fingerprint=fingerprint, adapters=folder)
 
 
 def weights_digest(located: Located) -> str:
@@ -118,7 +133,11 @@ def weights_digest(located: Located) -> str:
     Raises:
         ModelError: the files are not there.
     """
-    return digest({name: _cached_digest(path) for name, path in _weight_files(located).items()})
+    named = getattr(located.config, "transformers_weights", None)
+    files = weight_files(located.settings.model, located.place, located.commit, named)
+    if located.adapters is not None:
+        files |= {name: located.adapters / name for name in ADAPTER_FILES}
+    return digest({name: cached_digest(path) for name, path in files.items()})
 
 
 def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
@@ -190,6 +209,8 @@ def load_model(
         )
     if "device_map" not in arguments:  # else it is where it belongs, and must not be moved
         model.to(device)
+    if located.adapters is not None:
+        model = merge_from(model, located.adapters)
     model.eval()
     _try(model, located)
     return cast(PreTrainedModel, model)
@@ -287,33 +308,6 @@ def _hub_commit(settings: ModelSettings) -> str:
     return Path(found).parent.name
 
 
-def _weight_files(located: Located) -> dict[str, Path]:
-    """Name and path of the files that transformers reads a model's weights from."""
-
-    def find(name: str) -> Path | None:
-        if located.commit is None:
-            path = Path(located.place, name)
-            return path if path.is_file() else None
-        found = try_to_load_from_cache(located.place, name, revision=located.commit)
-        return Path(found) if isinstance(found, str) else None
-
-    named = getattr(located.config, "transformers_weights", None)
-    first = next((n for n in ([named] if named else _WEIGHTS) if find(n) is not None), None)
-    names = [first]
-    if first is not None and first.endswith(_INDEX):
-        index = json.loads(cast(Path, find(first)).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    files = {name: find(name) for name in names if name is not None}
-    absent = [name for name, path in files.items() if path is None]
-    if absent or not files:
-        where = located.place
-        if located.commit is not None:
-            where = f"the local hub cache ({hub_constants.HF_HUB_CACHE}); load the model first"
-        missing = ", ".join(absent[:3]) or " nor ".join(_WEIGHTS)
-        raise ModelError(f"weights of {located.settings.model}: no {missing} in {where}")
-    return {name: path for name, path in files.items() if path is not None}
-
-
 def _local_folder(name: str) -> Path | None:
     if name.startswith("zoo/"):
         folder = zoo_folder(name.removeprefix("zoo/"))
@@ -325,6 +319,8 @@ def _local_folder(name: str) -> Path | None:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(f"there is no model folder {name}; check the path")
         return None
+    if holds_adapters(folder):
+        return folder
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} holds no model: it has no config.json")
     if not list(folder.glob("*.safetensors")):
@@ -352,16 +348,6 @@ def _why_not_found(settings: ModelSettings, error: Exception) -> str:
         settings.model if settings.revision is None else f"{settings.model} at {settings.revision}"
     )
     return f"model {where} could not be found, neither as a folder nor on the hub: {reason}"
-
-
-def _cached_digest(path: Path) -> str:
-    stat = path.stat()
-    return _digest_at(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _digest_at(path: Path, size: int, changed_ns: int) -> str:
-    return file_digest(path)
 
 
 def describe(located: Located) -> dict[str, Any]:

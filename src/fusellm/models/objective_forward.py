@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from fusellm.errors import ModelError
 from fusellm.models.heads import head_of, last_hidden
 from fusellm.objective.chunked import objective
+from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
 
 IGNORED = -100
@@ -26,6 +27,7 @@ IGNORED = -100
 
 def _forward(
     self: PreTrainedModel,
+    divergence: Divergence,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -46,22 +48,46 @@ def _forward(
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     hidden = last_hidden(self, **{k: v for k, v in inputs.items() if v is not None})
+    found: dict[str, torch.Tensor] = _losses(
+        self, hidden, labels, outcomes, clm_weight, divergence, num_items_in_batch
+    )
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _losses(
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    outcomes: Mapping[str, torch.Tensor] | None,
+    clm_weight: float,
+    divergence: Divergence,
+    count: torch.Tensor | int | None,
+) -> dict[str, torch.Tensor]:
+    """The losses of [B, T, d] hidden states, whose shapes depend on the batch's content."""
     predicted = labels[:, 1:] != IGNORED
     losses = objective(
         hidden[:, :-1][predicted],
-        head_of(self),
+        head_of(model),
         labels[:, 1:][predicted],
         None if outcomes is None else Outcomes(**outcomes),
         clm_weight,
-        count=predicted.sum() if num_items_in_batch is None else num_items_in_batch,
+        divergence,
+        count=predicted.sum() if count is None else count,
     )
     return {"loss": losses.total, "clm": losses.clm, "fusion": losses.fusion}
 
 
 @contextmanager
-def objective_forward(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within the block, `model(...)` gives the objective."""
-    model.forward = types.MethodType(_forward, model)
+def objective_forward(
+    model: PreTrainedModel, divergence: Divergence = CROSS_ENTROPY
+) -> Iterator[PreTrainedModel]:
+    """Within the block, `model(...)` gives the objective, and so does one that wraps it."""
+
+    def forward(self: PreTrainedModel, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+        return _forward(self, divergence, *args, **inputs)
+
+    model.forward = types.MethodType(forward, model)
     try:
         yield model
     finally:

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from fusellm.objective.divergence import Divergence, chunk_losses
+from fusellm.objective.divergence import CROSS_ENTROPY, Divergence, chunk_losses
 from fusellm.objective.outcomes import Outcomes
 
 _CHUNK_ELEMENTS = 1 << 20  # of C x V logits: a few MB, which stay in cache on a CPU
 _CHUNK_ELEMENTS_GPU = 1 << 27
 _CACHED_WEIGHT = 1 << 22  # elements of a weight that stays in cache beside them
 _LEAST_ROWS = 256  # of a larger weight, which every chunk reads and whose gradient it writes
-_CROSS_ENTROPY = Divergence()
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def objective(
     labels: torch.Tensor,
     outcomes: Outcomes | None = None,
     clm_weight: float = 1.0,
-    divergence: Divergence = _CROSS_ENTROPY,
+    divergence: Divergence = CROSS_ENTROPY,
     count: torch.Tensor | float = 1.0,
 ) -> Losses:
     """L = λ·L_CLM + (1−λ)·L_Fusion over positions (FuseLLM, eq. 4; DESIGN section 6).

@@ -23,12 +23,16 @@ class Divergence:
     Attributes:
         kind: `cross_entropy` and `kl` from fused to target, whose gradients are one, or
             `reverse_kl` from target to fused.
-        temperature: by which both are flattened; the gradient is scaled by its square, so that it
-            keeps its size. Other than 1 it is for single tokens whose masses sum to 1.
+        temperature: by which the target's distribution is flattened, as the fused one already is;
+            the loss is scaled by its square, so that the gradient keeps its size. Other than 1 it
+            is for single tokens whose masses sum to 1.
     """
 
     kind: Kind = "cross_entropy"
     temperature: float = 1.0
+
+
+CROSS_ENTROPY = Divergence()
 
 
 def chunk_losses(

@@ -5,10 +5,8 @@ N positions, V vocabulary.
 
 import torch
 
-from fusellm.objective.divergence import LEAST_MASS, Divergence
+from fusellm.objective.divergence import CROSS_ENTROPY, LEAST_MASS, Divergence
 from fusellm.objective.outcomes import Outcomes
-
-_CROSS_ENTROPY = Divergence()
 
 
 def objective_textbook(
@@ -16,7 +14,7 @@ def objective_textbook(
     labels: torch.Tensor,
     outcomes: Outcomes,
     clm_weight: float,
-    divergence: Divergence = _CROSS_ENTROPY,
+    divergence: Divergence = CROSS_ENTROPY,
 ) -> torch.Tensor:
     """Sum over positions of L = λ·L_CLM + (1−λ)·L_Fusion (FuseLLM, eq. 4; DESIGN section 6).
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from fusellm.config import Recipe
 from fusellm.errors import CorpusError
-from fusellm.evaluation.bits_per_byte import blocks_nats
+from fusellm.evaluation.bits_per_byte import blocks_nats, without_context
 from fusellm.evaluation.intervals import Record, Scores, records
 from fusellm.models.load import Located, default_device, load_model
 from fusellm.progress import Progress
@@ -100,7 +100,8 @@ def _measure(
     encoded = encoder.encode([block.text for block in blocks], [block.last for block in blocks])
     lengths = [len(block.text.encode()) for block in blocks]
     with progress.start(f"evaluating {name}", len(blocks), "blocks") as bar:
-        return blocks_nats(model, encoded, lengths, recipe.evaluation.batch_tokens, bar.advance)
+        nats = blocks_nats(model, encoded, lengths, recipe.evaluation.batch_tokens, bar.advance)
+    return without_context(nats, [block.context for block in blocks])
 
 
 def _read(folder: StageFolder, shard: str, blocks: int) -> list[np.ndarray]:

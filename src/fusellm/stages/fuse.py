@@ -18,7 +18,7 @@ from fusellm.align.positions import Situation
 from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import STRATEGIES, Aligner, Tokens
 from fusellm.align.translation import Translation
-from fusellm.config import FusionSettings, Recipe
+from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
 from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
 from fusellm.progress import Progress
@@ -41,7 +41,7 @@ def identity(recipe: Recipe, externalized: dict[str, str]) -> Identity:
     Args:
         externalized: fingerprints of the folders under externalize/, the target's too.
     """
-    fusion = recipe.fusion.model_dump(exclude={"lambda_", "rest"})  # these are read by train
+    fusion = recipe.fusion.model_dump(exclude=set(READ_BY_TRAIN))
     order = [source.name for source in recipe.sources]
     return Identity("fuse", {"fusion": fusion, "sources": order}, externalized)
 

@@ -1,15 +1,18 @@
 """The corpus of a run on disk: blocks, in shards, in the parts train, validation and held_out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fusellm.store.manifest import StageFolder
-from fusellm.store.tables import Shard, shard_names
+from fusellm.store.tables import Shard, list_field, shard_names
 
+CONTEXT = "context"
 BLOCKS_SCHEMA = pa.schema(
     [
         ("block", pa.int64()),
@@ -19,17 +22,29 @@ BLOCKS_SCHEMA = pa.schema(
         ("text", pa.large_string()),
     ]
 )
+BLOCKS_WITH_CONTEXT_SCHEMA = BLOCKS_SCHEMA.append(list_field(CONTEXT, pa.uint32()))
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block. `number` counts blocks within its part."""
+    """One block.
+
+    Attributes:
+        number: counts blocks within its part.
+        document: that it is of.
+        domain: of its document.
+        last: whether it ends its document.
+        text: of it.
+        context: bytes of it that a model reads and is not asked to predict, each span as (first,
+            one more than the last), ascending.
+    """
 
     number: int
     document: str
     domain: str
     last: bool
     text: str
+    context: tuple[tuple[int, int], ...] = ()
 
 
 def corpus_folder(run: Path) -> Path:
@@ -51,9 +66,35 @@ def read_shard(folder: StageFolder, name: str) -> list[Block]:
     shard = Shard(folder, name)
     rows = (shard.block(n) for n in range(len(shard)))
     return [
-        Block(row["block"], row["document"], row["domain"], row["last"], row["text"])
+        Block(
+            row["block"],
+            row["document"],
+            row["domain"],
+            row["last"],
+            row["text"],
+            context_of(row),
+        )
         for row in rows
     ]
+
+
+def context_of(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The spans of context of a block, as `Shard.block` gives it."""
+    flat = row[CONTEXT].tolist() if CONTEXT in row else []
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def block_columns(blocks: Sequence[Block], schema: pa.Schema) -> dict[str, Sequence[Any]]:
+    """Blocks as columns of a shard."""
+    columns: dict[str, Sequence[Any]] = {
+        "block": [block.number for block in blocks],
+        "document": [block.document for block in blocks],
+        "domain": [block.domain for block in blocks],
+        "last": [block.last for block in blocks],
+        "text": [block.text for block in blocks],
+        CONTEXT: [np.array(block.context, dtype=np.uint32).ravel() for block in blocks],
+    }
+    return {name: columns[name] for name in schema.names}
 
 
 def digest_of_blocks(blocks: Sequence[Block]) -> str:

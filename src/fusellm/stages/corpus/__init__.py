@@ -1,11 +1,12 @@
 """corpus: documents to blocks, once for all models."""
 
-import dataclasses
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
 from fusellm.errors import CorpusError
@@ -18,12 +19,20 @@ from fusellm.stages.corpus.documents import (
     read_documents,
     relative_names,
 )
-from fusellm.store.blocks import BLOCKS_SCHEMA, Block, corpus_folder
+from fusellm.stages.corpus.fields import Spans
+from fusellm.store.blocks import (
+    BLOCKS_SCHEMA,
+    BLOCKS_WITH_CONTEXT_SCHEMA,
+    Block,
+    block_columns,
+    corpus_folder,
+)
 from fusellm.store.files import file_digest
 from fusellm.store.identity import Identity, digest
 from fusellm.store.tables import write_table
 from fusellm.store.writer import StageWriter, software_versions
 from fusellm.tokens.blocks import cut
+from fusellm.tokens.context import spans_within
 
 # Of a document in the parts validation and held_out no more than this is taken.
 _MEASURED_DOCUMENT_BYTES = 8192
@@ -35,8 +44,7 @@ def identity(recipe: Recipe, target_tokenizer: str) -> Identity:
     Args:
         target_tokenizer: fingerprint of the target's tokenizer, which a budget in tokens reads.
     """
-    # Files count by their content, wherever they are.
-    settings = {"corpus": recipe.corpus.model_dump(exclude={"documents": {"__all__": {"files"}}})}
+    settings = {"corpus": recipe.corpus.identity()}
     inputs: dict[str, str] = {}
     for n, entry in enumerate(recipe.corpus.documents):
         if isinstance(entry, BuiltinDocuments):
@@ -71,7 +79,9 @@ def run_corpus(
     with StageWriter.open(corpus_folder(run), identity_) as folder:
         if folder.complete:
             return
-        parts = {part: _PartWriter(folder, part, recipe.corpus.shard_blocks) for part in PARTS}
+        corpus = recipe.corpus
+        schema = BLOCKS_WITH_CONTEXT_SCHEMA if corpus.has_context else BLOCKS_SCHEMA
+        parts = {part: _PartWriter(folder, part, schema, corpus.shard_blocks) for part in PARTS}
         counts: Counter[str] = Counter()
         in_tokens = recipe.corpus.train_tokens is not None
         measure, unit = (count_tokens, "tokens") if in_tokens else (_utf8_bytes, "bytes")
@@ -95,7 +105,7 @@ def run_corpus(
             part.close()
         _require_text(recipe, parts)
         summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
-        folder.finish({"bytes": summary, **counts})
+        folder.finish({"bytes": summary, **+counts})
 
 
 def _budgets(recipe: Recipe) -> Iterator[tuple[Any, float]]:
@@ -139,8 +149,13 @@ def _take(
             blocks = _leading(blocks, min(_MEASURED_DOCUMENT_BYTES, room[document.part]))
             size = sum(map(_utf8_bytes, blocks))
         room[document.part] -= size
+        start = 0
         for n, block in enumerate(blocks):
-            parts[document.part].add(document.name, domain, n == whole - 1, block)
+            end = start + _utf8_bytes(block)
+            context = spans_within(document.context, start, end)
+            parts[document.part].add(document.name, domain, n == whole - 1, block, context)
+            counts["context_bytes"] += sum(b - a for a, b in context)
+            start = end
         counts[f"documents_{document.part}"] += 1
 
 
@@ -168,15 +183,18 @@ def _require_text(recipe: Recipe, parts: dict[str, "_PartWriter"]) -> None:
 class _PartWriter:
     """Collects one part's blocks and writes them shard by shard."""
 
-    def __init__(self, folder: StageWriter, part: str, shard_blocks: int) -> None:
-        self._folder, self._part, self._shard_blocks = folder, part, shard_blocks
+    def __init__(
+        self, folder: StageWriter, part: str, schema: pa.Schema, shard_blocks: int
+    ) -> None:
+        self._folder, self._part = folder, part
+        self._schema, self._shard_blocks = schema, shard_blocks
         self._pending: list[Block] = []
         self._shards = 0
         self.blocks = 0
         self.bytes_by_domain: defaultdict[str, int] = defaultdict(int)
 
-    def add(self, document: str, domain: str, last: bool, text: str) -> None:
-        self._pending.append(Block(self.blocks, document, domain, last, text))
+    def add(self, document: str, domain: str, last: bool, text: str, context: Spans) -> None:
+        self._pending.append(Block(self.blocks, document, domain, last, text, context))
         self.blocks += 1
         self.bytes_by_domain[domain] += _utf8_bytes(text)
         if len(self._pending) == self._shard_blocks:
@@ -189,11 +207,8 @@ class _PartWriter:
     def _write(self) -> None:
         name = f"{self._part}-{self._shards:05d}.arrow"
         if name not in self._folder.shards:
-            rows = [dataclasses.asdict(block) for block in self._pending]
-            for row in rows:
-                row["block"] = row.pop("number")
-            columns = {field.name: [row[field.name] for row in rows] for field in BLOCKS_SCHEMA}
+            columns = block_columns(self._pending, self._schema)
             most = max(_utf8_bytes(block.text) for block in self._pending)
-            write_table(self._folder, name, columns, BLOCKS_SCHEMA, {"longest_bytes": most})
+            write_table(self._folder, name, columns, self._schema, {"longest_bytes": most})
         self._shards += 1
         self._pending = []

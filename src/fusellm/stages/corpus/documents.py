@@ -17,6 +17,7 @@ import pyarrow.parquet
 from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, FileDocuments, HubDocuments
 from fusellm.errors import CorpusError
 from fusellm.progress import Progress
+from fusellm.stages.corpus.fields import Fields, Spans
 from fusellm.zoo import text as zoo_text
 
 PARTS = ("train", "validation", "held_out")
@@ -24,11 +25,19 @@ PARTS = ("train", "validation", "held_out")
 
 @dataclass(frozen=True)
 class Text:
-    """One document: a name that finds it again, the part it belongs to, its text."""
+    """One document.
+
+    Attributes:
+        name: finds it again.
+        part: that it belongs to.
+        text: of it.
+        context: bytes of its text in UTF-8 that a model is not asked to predict.
+    """
 
     name: str
     part: str
     text: str
+    context: Spans = ()
 
 
 def part_by_hash(text: str, corpus: CorpusSettings) -> str:
@@ -118,6 +127,7 @@ class BuiltinReader:
 
 
 def _hub(entry: HubDocuments, corpus: CorpusSettings) -> Iterator[Text]:
+    fields = Fields.of(entry)
     splits = {
         "validation": entry.validation_split,
         "held_out": entry.held_out_split,
@@ -140,45 +150,44 @@ def _hub(entry: HubDocuments, corpus: CorpusSettings) -> Iterator[Text]:
                 f"corpus.documents: dataset {entry.hub!r}, split {split!r} cannot be read: {reason}"
             ) from error
         for number, row in enumerate(rows):
-            text = _field(row, entry.text_field, f"{entry.hub}:{split}:{number}")
+            text, context = fields.text(row, f"{entry.hub}:{split}:{number}")
             own = part if part != "train" else part_by_hash(text, corpus)
             if own != part and splits[own] is not None:
                 own = "train"  # that part has a split of its own
-            yield Text(f"{entry.hub}/{entry.config or ''}/{split}:{number}", own, text)
+            name = f"{entry.hub}/{entry.config or ''}/{split}:{number}"
+            yield Text(name, own, text, context)
 
 
 def _files(entry: FileDocuments, corpus: CorpusSettings, counts: Counter[str]) -> Iterator[Text]:
     paths = files_of(entry)
     for path, name in zip(paths, relative_names(paths), strict=True):
-        for number, text in enumerate(_file_texts(path, entry.text_field, counts)):
-            yield Text(f"{name}:{number}", part_by_hash(text, corpus), text)
+        for number, (text, context) in enumerate(_file_texts(path, Fields.of(entry), counts)):
+            yield Text(f"{name}:{number}", part_by_hash(text, corpus), text, context)
 
 
-def _file_texts(path: Path, text_field: str, counts: Counter[str]) -> Iterator[str]:
+def _file_texts(path: Path, fields: Fields, counts: Counter[str]) -> Iterator[tuple[str, Spans]]:
     if path.suffix == ".parquet":
         file = pyarrow.parquet.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise CorpusError(
-                f"{path} has no column {text_field!r}; it has "
-                f"{', '.join(file.schema_arrow.names)} (set text_field)"
-            )
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                if not isinstance(value, str | None):
-                    raise CorpusError(
-                        f"{path}: column {text_field!r} holds {type(value).__name__}, not text; "
-                        "set text_field"
-                    )
-                yield value or ""
+        for name in fields.names:
+            if name not in file.schema_arrow.names:
+                raise CorpusError(
+                    f"{path} has no column {name!r}; it has "
+                    f"{', '.join(file.schema_arrow.names)} (set text_field)"
+                )
+        for batch in file.iter_batches(batch_size=256, columns=list(fields.names)):
+            for row in batch.to_pylist():
+                yield fields.text(row, str(path))
     elif path.suffix == ".jsonl":
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _field(
-                        _json_row(path, number, line, counts), text_field, f"{path}:{number}"
-                    )
+                    yield fields.text(_json_row(path, number, line, counts), f"{path}:{number}")
+    elif fields.context:
+        raise CorpusError(
+            f"{path} is text without fields, and context_fields names some; leave it out of files"
+        )
     else:
-        yield _decode(path.read_bytes(), counts)
+        yield _decode(path.read_bytes(), counts), ()
 
 
 def _json_row(path: Path, number: int, line: bytes, counts: Counter[str]) -> object:
@@ -186,18 +195,6 @@ def _json_row(path: Path, number: int, line: bytes, counts: Counter[str]) -> obj
         return json.loads(_decode(line, counts))
     except ValueError as error:
         raise CorpusError(f"{path}:{number} is not JSON: {error}; mend or drop the line") from None
-
-
-def _field(row: object, text_field: str, place: str) -> str:
-    value = row.get(text_field, 0) if isinstance(row, dict) else 0
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        known = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
-        raise CorpusError(
-            f"{place} has no text in field {text_field!r} (it has: {known}); set text_field"
-        )
-    return value
 
 
 def _decode(data: bytes, counts: Counter[str]) -> str:

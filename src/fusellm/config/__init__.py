@@ -2,24 +2,27 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from fusellm.config.base import Name, SettingsBlock, Share
+from fusellm.config.corpus import BuiltinDocuments as BuiltinDocuments
+from fusellm.config.corpus import CorpusSettings as CorpusSettings
+from fusellm.config.corpus import Documents as Documents
+from fusellm.config.corpus import FileDocuments as FileDocuments
+from fusellm.config.corpus import HubDocuments as HubDocuments
 
 RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
+READ_BY_TRAIN = frozenset(
+    {"lambda_", "lambda_schedule", "lambda_end", "divergence", "temperature", "rest"}
+)
+"""Fields of `fusion:` that train reads, and fuse does not."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Spread = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", populate_by_name=True, use_attribute_docstrings=True, frozen=True
-    )
-
-
-class ModelSettings(_Block):
+class ModelSettings(SettingsBlock):
     """Where a model is and how it is loaded."""
 
     model: str
@@ -63,115 +66,7 @@ class SourceSettings(ModelSettings):
     """Its name in folders and tables."""
 
 
-class BuiltinDocuments(_Block):
-    """The built-in corpus: text of the installed Python packages."""
-
-    builtin: Literal["prose", "python", "cpp"]
-    """Which of its domains."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the training budget, relative to the other entries."""
-
-    @property
-    def domain(self) -> str:
-        """The domain that these documents are counted under."""
-        return self.builtin
-
-
-class HubDocuments(_Block):
-    """A dataset on the Hugging Face hub."""
-
-    hub: str
-    """Its name."""
-    config: str | None = None
-    """Its configuration, where it has several."""
-    split: str = "train"
-    """Split to train on."""
-    validation_split: str | None = None
-    """Split to validate on; without it, `validation_share` of the documents is kept apart."""
-    held_out_split: str | None = None
-    """Split to measure on; without it, `held_out_share` of the documents is kept apart."""
-    text_field: str = "text"
-    """Field that holds the text."""
-    revision: str | None = None
-    """Branch, tag or commit."""
-    streaming: bool = True
-    """Whether to read it over the network as needed, or to download it first."""
-    domain: Name = "corpus"
-    """The domain that these documents are counted under."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the training budget, relative to the other entries."""
-
-    @property
-    def has_own_splits(self) -> bool:
-        """Whether validation and held-out documents come from splits of their own."""
-        return self.validation_split is not None and self.held_out_split is not None
-
-
-class FileDocuments(_Block):
-    """Local files: one document a row of parquet or jsonl, one a text file."""
-
-    files: str | list[str]
-    """Paths or globs, relative to the recipe's folder: .parquet, .jsonl, or text."""
-    text_field: str = "text"
-    """Field that holds the text, in parquet and jsonl."""
-    domain: Name = "corpus"
-    """The domain that these documents are counted under."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the training budget, relative to the other entries."""
-
-
-_KINDS_OF_DOCUMENTS = ("builtin", "hub", "files")
-
-
-def _kind_of_documents(entry: Any) -> str | None:
-    for kind in _KINDS_OF_DOCUMENTS:
-        if kind in entry if isinstance(entry, dict) else hasattr(entry, kind):
-            return kind
-    return None
-
-
-Documents = Annotated[
-    Annotated[BuiltinDocuments, Tag("builtin")]
-    | Annotated[HubDocuments, Tag("hub")]
-    | Annotated[FileDocuments, Tag("files")],
-    Discriminator(
-        _kind_of_documents,
-        custom_error_type="kind_of_documents",
-        custom_error_message="an entry needs one of the keys builtin, hub, files",
-    ),
-]
-
-
-class CorpusSettings(_Block):
-    """The text that all models read, cut into blocks."""
-
-    documents: Annotated[list[Documents], Field(min_length=1)]
-    """Where the text comes from; an entry begins with `builtin:`, `hub:` or `files:`."""
-    block_bytes: Annotated[int, Field(ge=4)] = 4096
-    """Longest block, in bytes of UTF-8; it must fit the context of every model."""
-    train_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Text to train on, in bytes over all entries; null takes all of it."""
-    train_tokens: Annotated[int, Field(gt=0)] | None = None
-    """The same budget in tokens of the target's tokenizer, instead of `train_bytes`."""
-    validation_bytes: Annotated[int, Field(gt=0)] = 200_000
-    """Most text to validate on, in bytes per domain, to a block."""
-    held_out_bytes: Annotated[int, Field(gt=0)] = 400_000
-    """Most text to measure on, in bytes per domain, to a block."""
-    validation_share: Share = 0.01
-    """Share of the documents kept for validation, by a hash of their text."""
-    held_out_share: Share = 0.02
-    """Share of the documents kept to measure on, by a hash of their text."""
-    shard_blocks: Annotated[int, Field(gt=0)] = 256
-    """Blocks in one shard: the unit of work that is never done twice."""
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> "CorpusSettings":
-        if self.train_bytes is not None and self.train_tokens is not None:
-            raise ValueError("set train_bytes or train_tokens, not both")
-        return self
-
-
-class ExternalizeSettings(_Block):
+class ExternalizeSettings(SettingsBlock):
     """What is kept of a source's distribution at each position."""
 
     scheme: Literal["top", "sampled"] = "sampled"
@@ -189,7 +84,7 @@ class ExternalizeSettings(_Block):
     """Most blocks that may give NaN or infinity, as a share of all; they are put aside."""
 
 
-class FusionSettings(_Block):
+class FusionSettings(SettingsBlock):
     """How aligned distributions become one."""
 
     strategy: Literal["partition", "bytes", "mined", "em"] = "partition"
@@ -212,16 +107,45 @@ class FusionSettings(_Block):
     beta: Annotated[float, Field(ge=0)] = 5.0
     """Sharpness of `avgce`: 0 is the plain average, a large one `mince`."""
     lambda_: Annotated[float, Field(ge=0, le=1, alias="lambda")] = 0.9
-    """Weight of L_CLM in L = λ·L_CLM + (1−λ)·L_Fusion."""
+    """Weight of L_CLM in L = λ·L_CLM + (1−λ)·L_Fusion; with a schedule, that of the first step."""
+    lambda_schedule: Literal["constant", "linear", "cosine", "authors"] = "constant"
+    """How λ goes to `lambda_end` over the steps of the training; `authors`: linearly to 1."""
+    lambda_end: Share | None = None
+    """λ after the last step, with `lambda_schedule` linear or cosine."""
+    divergence: Literal["cross_entropy", "kl", "reverse_kl"] = "cross_entropy"
+    """L_Fusion: cross-entropy or KL from the fused distribution to the target's, whose gradients
+    are one, or KL from the target's to the fused."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """By which both distributions of L_Fusion are flattened, and L_Fusion times its square."""
     rest: Literal["bucket", "renormalize"] = "bucket"
     """What was not kept: one more outcome (`bucket`), or scaled away (`renormalize`, the paper)."""
 
 
-class TrainingSettings(_Block):
+class LoraSettings(SettingsBlock):
+    """Low-rank adapters (PEFT), trained in place of the target's weights."""
+
+    r: Annotated[int, Field(gt=0)] = 16
+    """Rank."""
+    alpha: Annotated[int, Field(gt=0)] = 32
+    """What an adapter adds is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are set to zero at each step."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Names of the layers that have an adapter, by their ends; `all-linear` is all linear layers
+    but the head, which can be named."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Names of layers that are trained whole."""
+    merge: bool = True
+    """Whether the saved model is an ordinary one, adapters merged into its weights, or a folder of
+    the adapters alone."""
+
+
+class TrainingSettings(SettingsBlock):
     """Training. Besides the fields here it takes every name of transformers' TrainingArguments.
 
     Weights are trained in float32 whatever the target's dtype is: small steps would be lost in
-    half precision. `bf16: true` computes in bfloat16 around them.
+    half precision. `bf16: true` computes in bfloat16 around them. With `lora` and no
+    `modules_to_save` the target's own weights, which stay as they are, have its dtype.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -236,6 +160,13 @@ class TrainingSettings(_Block):
     """TrainingArguments that the CLM baseline has instead, found by a search of its own."""
     validations: Annotated[int, Field(ge=0)] = 10
     """How often bits per byte of the validation part are measured during training."""
+    keep: Literal["last", "best"] = "last"
+    """Which model is saved: that of the last step, or that of the best validation (bits per byte,
+    mean over the domains)."""
+    early_stop_validations: Annotated[int, Field(gt=0)] | None = None
+    """Stop after so many validations in a row without a better one than before; null never does."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters in place of all weights; needs `fusellm[lora]`."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -243,7 +174,7 @@ class TrainingSettings(_Block):
         return dict(self.model_extra or {})
 
 
-class EvaluationSettings(_Block):
+class EvaluationSettings(SettingsBlock):
     """What is measured in the end."""
 
     batch_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -253,7 +184,7 @@ class EvaluationSettings(_Block):
     """Resamplings of the documents for the 95 % intervals."""
 
 
-class Recipe(_Block):
+class Recipe(SettingsBlock):
     """A run of fusellm."""
 
     name: Name
@@ -286,6 +217,22 @@ class Recipe(_Block):
                 raise ValueError(f"sources: {name!r} is a result's name; choose none of {reserved}")
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
+        lora = self.training.lora
+        if lora is not None and not lora.merge and self.target.device_map is not None:
+            raise ValueError(
+                "training.lora.merge: false has no meaning with target.device_map: adapters are "
+                "merged to be measured, which a model that is spread cannot be; leave one out"
+            )
+        if self.training.validations == 0:
+            for name in ("keep: best", "early_stop_validations"):
+                if getattr(self.training, name.split(":")[0]) not in (None, "last"):
+                    raise ValueError(
+                        f"training.{name} goes by validations; set training.validations above 0"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_has_a_meaning(self) -> "Recipe":
         fusion = self.fusion
         if fusion.compatibility == "paper" and fusion.strategy not in ("mined", "em"):
             raise ValueError(
@@ -296,9 +243,63 @@ class Recipe(_Block):
             raise ValueError(
                 "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
             )
-        if self.externalize.scheme == "sampled" and self.fusion.rest == "renormalize":
+        if self.externalize.scheme == "sampled" and fusion.rest == "renormalize":
             raise ValueError(
                 "fusion.rest: renormalize has no meaning with externalize.scheme: sampled, whose "
                 "draws leave nothing out; use bucket"
             )
+        _check_lambda(fusion)
+        _check_divergence(fusion, self.externalize)
         return self
+
+
+def _check_lambda(fusion: FusionSettings) -> None:
+    """Check that the schedule of λ has an end, and only one."""
+    shape, end = fusion.lambda_schedule, fusion.lambda_end
+    if shape in ("linear", "cosine") and end is None:
+        raise ValueError(f"fusion.lambda_schedule: {shape} needs fusion.lambda_end")
+    if shape == "constant" and end is not None:
+        raise ValueError(
+            f"fusion.lambda_end: {end:g} has no meaning with lambda_schedule: constant; set "
+            "lambda_schedule to linear or cosine"
+        )
+    if shape == "authors" and end is not None:
+        raise ValueError(
+            f"fusion.lambda_end: {end:g} has no meaning with lambda_schedule: authors, which ends "
+            "at 1; use linear"
+        )
+
+
+def _check_divergence(fusion: FusionSettings, externalize: ExternalizeSettings) -> None:
+    """Check that divergence and temperature have a meaning with what is kept of distributions."""
+    if fusion.divergence == "reverse_kl":
+        why = "which asks for the fused probability of every token"
+        if externalize.scheme == "sampled":
+            raise ValueError(
+                f"fusion.divergence: reverse_kl, {why}, has no meaning with externalize.scheme: "
+                "sampled, where a token that was not drawn has none; use scheme: top"
+            )
+        if fusion.rest == "renormalize":
+            raise ValueError(
+                f"fusion.divergence: reverse_kl, {why}, has no meaning with rest: renormalize, "
+                "where what was not kept has none; use bucket"
+            )
+        if fusion.compatibility == "paper":
+            raise ValueError(
+                f"fusion.divergence: reverse_kl, {why}, has no meaning with compatibility: paper, "
+                "which puts all mass on one token where it cannot align; leave that out"
+            )
+    if fusion.temperature == 1.0:
+        return
+    if fusion.rest != "renormalize":
+        raise ValueError(
+            f"fusion.temperature: {fusion.temperature:g} flattens the probabilities of single "
+            "tokens, and what was not kept, one outcome with rest: bucket, is none; use rest: "
+            "renormalize"
+        )
+    if fusion.strategy == "partition":
+        raise ValueError(
+            f"fusion.temperature: {fusion.temperature:g} flattens the probabilities of single "
+            "tokens, and with strategy: partition outcomes are classes of them; use bytes, mined "
+            "or em"
+        )

@@ -1,0 +1,73 @@
+"""`fusellm status` and `fusellm clean`: what a run's folder holds, and what it does not need."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from fusellm.cli.options import Json, RunFolder
+
+_stderr = Console(stderr=True)
+_stdout = Console()
+
+
+def status(run: RunFolder, as_json: Json = False) -> None:
+    """Show how far a run is."""
+    show_status(run, as_json)
+
+
+def show_status(run: Path, as_json: bool) -> None:
+    """Print the stages of a run: how far each is, its size and its time."""
+    from fusellm.pipeline import stage_folders
+    from fusellm.store.tables import folder_bytes
+
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": name,
+            "complete": folder.complete,
+            "shards": len(folder.shards),
+            "bytes": folder_bytes(folder.path),
+            "seconds": round(folder.seconds, 1),
+        }
+        for name, folder in stage_folders(run)
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = RichTable(title=str(run))
+    for column in ("stage", "state", "shards", "size", "seconds"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    for row in rows:
+        state = "[green]done[/]" if row["complete"] else "[yellow]unfinished[/]"
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        table.add_row(str(row["stage"]), state, str(row["shards"]), size, str(row["seconds"]))
+    _stdout.print(table)
+
+
+def clean(
+    run: RunFolder,
+    stores: Annotated[
+        bool, typer.Option("--stores", help="Remove externalize and fuse too; models stay.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove the whole run.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove what a finished run does not need: what was set aside, and checkpoints."""
+    from fusellm.pipeline import removable
+    from fusellm.store.tables import folder_bytes
+
+    found = removable(run, stores, everything)
+    if not found:
+        _stderr.print("nothing to remove")
+        return
+    for path in found:
+        _stderr.print(f"{path}  {folder_bytes(path) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+    if yes or typer.confirm("Remove these?"):
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if everything and not any(run.iterdir()):
+            run.rmdir()

@@ -1,0 +1,33 @@
+"""Options and arguments that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeOrRun = Annotated[
+    Path, typer.Argument(help="A recipe (.yaml) or the folder of a run.", show_default=False)
+]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run's folder; runs/<recipe name> if not given.")
+]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set fusion.lambda=0.7"),
+]
+Redo = Annotated[
+    bool,
+    typer.Option("--redo", help="Move stages made from other settings aside and make them anew."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Upload the fused model to the Hugging Face hub in the end. A repository that does "
+        "not exist yet is made, private.",
+    ),
+]
+NO_CHANGES: list[str] = []

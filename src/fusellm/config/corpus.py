@@ -1,0 +1,160 @@
+"""The `corpus:` block of a recipe: where text comes from, and how it is cut."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from fusellm.config.base import Name, SettingsBlock, Share
+
+
+class BuiltinDocuments(SettingsBlock):
+    """The built-in corpus: text of the installed Python packages."""
+
+    builtin: Literal["prose", "python", "cpp"]
+    """Which of its domains."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the training budget, relative to the other entries."""
+
+    @property
+    def domain(self) -> str:
+        """The domain that these documents are counted under."""
+        return self.builtin
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents depend on, in this block."""
+        return self.model_dump()
+
+
+class _Records(SettingsBlock):
+    """Documents whose text is in fields of records."""
+
+    text_field: str | Annotated[list[str], Field(min_length=1)] = "text"
+    """Field that holds the text, or several that are joined in this order."""
+    context_fields: list[str] = Field(default_factory=list)
+    """Those of several fields that a model reads and is not asked to predict, such as a prompt:
+    they are left out of the losses, and of bits per byte. A record should fit into a block."""
+    field_separator: str = "\n"
+    """What stands between two fields; it belongs to the one before it."""
+
+    @model_validator(mode="after")
+    def _something_to_predict(self) -> "_Records":
+        names = [self.text_field] if isinstance(self.text_field, str) else self.text_field
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"text_field names {twice!r} twice; name each field once")
+        for name in self.context_fields:
+            if name not in names:
+                raise ValueError(
+                    f"context_fields: {name!r} is not among text_field ({', '.join(names)})"
+                )
+        if set(names) <= set(self.context_fields):
+            raise ValueError("context_fields: all of text_field; nothing is left to predict")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents depend on, in this block; the files count by their content."""
+        found = self.model_dump(exclude={"files"})
+        if isinstance(self.text_field, str):  # as it was before there could be several
+            del found["context_fields"], found["field_separator"]
+        return found
+
+
+class HubDocuments(_Records):
+    """A dataset on the Hugging Face hub."""
+
+    hub: str
+    """Its name."""
+    config: str | None = None
+    """Its configuration, where it has several."""
+    split: str = "train"
+    """Split to train on."""
+    validation_split: str | None = None
+    """Split to validate on; without it, `validation_share` of the documents is kept apart."""
+    held_out_split: str | None = None
+    """Split to measure on; without it, `held_out_share` of the documents is kept apart."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    streaming: bool = True
+    """Whether to read it over the network as needed, or to download it first."""
+    domain: Name = "corpus"
+    """The domain that these documents are counted under."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the training budget, relative to the other entries."""
+
+    @property
+    def has_own_splits(self) -> bool:
+        """Whether validation and held-out documents come from splits of their own."""
+        return self.validation_split is not None and self.held_out_split is not None
+
+
+class FileDocuments(_Records):
+    """Local files: one document a row of parquet or jsonl, one a text file."""
+
+    files: str | list[str]
+    """Paths or globs, relative to the recipe's folder: .parquet, .jsonl, or text, which has no
+    fields."""
+    domain: Name = "corpus"
+    """The domain that these documents are counted under."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the training budget, relative to the other entries."""
+
+
+_KINDS_OF_DOCUMENTS = ("builtin", "hub", "files")
+
+
+def _kind_of_documents(entry: Any) -> str | None:
+    for kind in _KINDS_OF_DOCUMENTS:
+        if kind in entry if isinstance(entry, dict) else hasattr(entry, kind):
+            return kind
+    return None
+
+
+Documents = Annotated[
+    Annotated[BuiltinDocuments, Tag("builtin")]
+    | Annotated[HubDocuments, Tag("hub")]
+    | Annotated[FileDocuments, Tag("files")],
+    Discriminator(
+        _kind_of_documents,
+        custom_error_type="kind_of_documents",
+        custom_error_message="an entry needs one of the keys builtin, hub, files",
+    ),
+]
+
+
+class CorpusSettings(SettingsBlock):
+    """The text that all models read, cut into blocks."""
+
+    documents: Annotated[list[Documents], Field(min_length=1)]
+    """Where the text comes from; an entry begins with `builtin:`, `hub:` or `files:`."""
+    block_bytes: Annotated[int, Field(ge=4)] = 4096
+    """Longest block, in bytes of UTF-8; it must fit the context of every model."""
+    train_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Text to train on, in bytes over all entries; null takes all of it."""
+    train_tokens: Annotated[int, Field(gt=0)] | None = None
+    """The same budget in tokens of the target's tokenizer, instead of `train_bytes`."""
+    validation_bytes: Annotated[int, Field(gt=0)] = 200_000
+    """Most text to validate on, in bytes per domain, to a block."""
+    held_out_bytes: Annotated[int, Field(gt=0)] = 400_000
+    """Most text to measure on, in bytes per domain, to a block."""
+    validation_share: Share = 0.01
+    """Share of the documents kept for validation, by a hash of their text."""
+    held_out_share: Share = 0.02
+    """Share of the documents kept to measure on, by a hash of their text."""
+    shard_blocks: Annotated[int, Field(gt=0)] = 256
+    """Blocks in one shard: the unit of work that is never done twice."""
+
+    @property
+    def has_context(self) -> bool:
+        """Whether some text is read and not predicted."""
+        return any(isinstance(e, _Records) and e.context_fields for e in self.documents)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that blocks are made from; files count by their content."""
+        documents = [entry.identity() for entry in self.documents]
+        return {"documents": documents} | self.model_dump(exclude={"documents"})
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "CorpusSettings":
+        if self.train_bytes is not None and self.train_tokens is not None:
+            raise ValueError("set train_bytes or train_tokens, not both")
+        return self

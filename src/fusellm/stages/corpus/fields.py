@@ -1,0 +1,58 @@
+"""The fields of a record that are its text, and those of them that are context."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fusellm.config import FileDocuments, HubDocuments
+from fusellm.errors import CorpusError
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields, in order; `context` are those that a model is not asked to predict.
+
+    Between two fields stands the separator, which belongs to the one before it.
+    """
+
+    names: tuple[str, ...]
+    context: frozenset[str]
+    separator: str
+
+    @classmethod
+    def of(cls, entry: FileDocuments | HubDocuments) -> "Fields":
+        """As an entry of the corpus has them."""
+        names = (entry.text_field,) if isinstance(entry.text_field, str) else entry.text_field
+        return cls(tuple(names), frozenset(entry.context_fields), entry.field_separator)
+
+    def text(self, row: object, place: str) -> tuple[str, Spans]:
+        """A record's text, and which of its bytes in UTF-8 are context.
+
+        Raises:
+            CorpusError: a field is missing, or holds no text; null counts as none.
+        """
+        values = [_value(row, name, place) for name in self.names]
+        if len(values) == 1:
+            return values[0], ()
+        parts, spans, end = [], [], 0
+        for n, (name, value) in enumerate(zip(self.names, values, strict=True)):
+            part = value + (self.separator if n < len(values) - 1 else "")
+            data = part.encode("utf-8", "replace")
+            parts.append(data.decode("utf-8"))
+            if name in self.context and data:
+                spans.append((end, end + len(data)))
+            end += len(data)
+        return "".join(parts), tuple(spans)
+
+
+def _value(row: object, name: str, place: str) -> str:
+    value = row.get(name, 0) if isinstance(row, Mapping) else 0
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        known = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no fields"
+        raise CorpusError(
+            f"{place} has no text in field {name!r} (it has: {known}); set text_field"
+        )
+    return value

@@ -1,0 +1,156 @@
+"""train: continue the target on L = λ·L_CLM + (1−λ)·L_Fusion, and the CLM baseline on λ = 1.
+
+On transformers' Trainer, so that everything users know of it works. Checkpoints live beside the
+model's folder, which itself holds an ordinary model and no pickle.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
+from fusellm.models.adapters import require_peft, without_adapters, without_warnings
+from fusellm.models.load import Located
+from fusellm.models.objective_forward import objective_forward, require_packing
+from fusellm.models.training_batches import Collator, OutcomeTable, clm_rows, fused_rows
+from fusellm.objective.divergence import Divergence
+from fusellm.objective.schedule import LambdaSchedule
+from fusellm.progress import Progress
+from fusellm.stages.train.arguments import ASIDE, BASELINE, training_arguments
+from fusellm.stages.train.blame import Blame
+from fusellm.stages.train.model import load_target, save_model
+from fusellm.stages.train.trainer import ObjectiveTrainer, last_checkpoint
+from fusellm.stages.train.validation import Validation
+from fusellm.stages.train.watch import Watch
+from fusellm.store.blocks import open_corpus, read_part
+from fusellm.store.fused import open_fused
+from fusellm.store.identity import Identity
+from fusellm.store.writer import StageWriter
+from fusellm.tokens.encode import Encoder
+
+FOLDER = "train"
+FUSED, CLM = "fused", BASELINE
+# Fields that are newer than the format. They count where they are used, so that a model that was
+# trained before they were known is still the one that the recipe asks for.
+_NEWER_TRAINING = {"keep", "early_stop_validations", "lora"}
+_NEWER_FUSION = READ_BY_TRAIN - {"lambda_", "rest"}
+
+
+def folder_of(run: Path, which: str) -> Path:
+    """Folder of the fused model or the CLM baseline."""
+    return run / FOLDER / which
+
+
+def checkpoints_of(run: Path, which: str) -> Path:
+    """Folder of the checkpoints of an unfinished training."""
+    return run / FOLDER / f"{which}-checkpoints"
+
+
+def check(recipe: Recipe, run: Path) -> None:
+    """Check the settings of both trainings before any work is done.
+
+    Raises:
+        RecipeError: a name or value that TrainingArguments does not take.
+        ModelError: PEFT is needed and is not installed.
+    """
+    for which in (FUSED, CLM):
+        training_arguments(recipe, run, which)
+    if recipe.training.lora is not None:
+        require_peft("training.lora")
+
+
+def identity(recipe: Recipe, which: str, located: Located, inputs: dict[str, str]) -> Identity:
+    """What a trained model is made from.
+
+    Args:
+        inputs: fingerprints of the stages that it reads.
+    """
+    settings: dict[str, Any] = {
+        "training": _training_settings(recipe.training)
+        | (recipe.training.clm if which == CLM else {}),
+        "seed": recipe.seed,
+    }
+    if recipe.training.lora is not None:
+        settings["dtype"] = located.settings.dtype
+    if which == FUSED:
+        fusion = recipe.fusion
+        newer = fusion.model_dump(include=set(_NEWER_FUSION), exclude_defaults=True)
+        settings["fusion"] = {"lambda": fusion.lambda_, "rest": fusion.rest} | newer
+    return Identity(f"train/{which}", settings, {"weights": located.fingerprint} | inputs)
+
+
+def _training_settings(training: TrainingSettings) -> dict[str, Any]:
+    """The settings that both trainings have in common, without those that change no weight."""
+    left_out = {"clm_baseline", "clm", "validations"} | ASIDE | _NEWER_TRAINING
+    found = training.model_dump(exclude=left_out)
+    newer = training.model_dump(include=_NEWER_TRAINING, exclude_defaults=True)
+    if training.lora is not None:
+        newer["lora"] = training.lora.model_dump()
+    if newer.keys() & {"keep", "early_stop_validations"}:
+        newer["validations"] = training.validations
+    return found | newer
+
+
+def run_train(
+    recipe: Recipe,
+    run: Path,
+    which: str,
+    located: Located,
+    identity_: Identity,
+    encoder: Encoder,
+    card: str,
+    progress: Progress,
+) -> None:
+    """Train the fused model or the CLM baseline, or go on training it.
+
+    Raises:
+        NumericsError: a loss or a gradient became NaN or infinite; the last checkpoint is kept.
+    """
+    checkpoints = checkpoints_of(run, which)
+    arguments = training_arguments(recipe, checkpoints, which)
+    fusion, training = recipe.fusion, recipe.training
+    with StageWriter.open(folder_of(run, which), identity_) as folder:
+        if folder.complete:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            return
+        torch.manual_seed(arguments.seed)
+        model = load_target(located, training.lora, arguments.device)
+        corpus = open_corpus(run)
+        rows = fused_rows(run, corpus) if which == FUSED else clm_rows(run, corpus)
+        packed = training.rows == "packed"
+        if packed:
+            require_packing(without_adapters(model))
+            rows = rows.pack(training.row_tokens, arguments.seed)
+        trainer = ObjectiveTrainer(
+            model,
+            arguments,
+            rows,
+            Collator(_table(recipe, run) if which == FUSED else None, packed),
+            lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
+            Validation(encoder, read_part(corpus, "validation"), recipe),
+            Blame(corpus, checkpoints),
+        )
+        objective = objective_forward(
+            without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
+        )
+        shown = progress.start(f"training {which}", 0, "steps")
+        with objective, without_warnings(), shown as bar:
+            trainer.add_callback(Watch(bar, training.early_stop_validations))
+            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+            trainer.require_finite_gradient()
+        save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
+        folder.finish(trainer.counts())
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def lambda_schedule(fusion: FusionSettings) -> LambdaSchedule:
+    """λ over the steps, as a recipe has it."""
+    return LambdaSchedule(fusion.lambda_, fusion.lambda_schedule, fusion.lambda_end)
+
+
+def _table(recipe: Recipe, run: Path) -> OutcomeTable:
+    names = [source.name for source in recipe.sources]
+    fusion = recipe.fusion
+    return OutcomeTable(open_fused(run), names, fusion.rest == "renormalize", fusion.temperature)

@@ -1,0 +1,138 @@
+"""The recipe's `training:` block as transformers' TrainingArguments."""
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fusellm.config import Recipe
+from fusellm.errors import RecipeError
+
+BASELINE = "clm"
+METRIC = "eval_mean"  # bits per byte of the validation part, mean over the domains
+
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 1.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+_BY_KEEP = "training.keep: best keeps the model of the best validation, by bits per byte"
+# What a run itself decides. Setting one in a recipe would be silently without effect, or wrong.
+_OURS = {
+    "output_dir": "the run's folder is set with --out",
+    "data_seed": "training.seed is used",
+    "remove_unused_columns": "fused distributions are columns of their own",
+    "resume_from_checkpoint": "an interrupted run goes on by itself",
+    "eval_strategy": "training.validations says how often",
+    "eval_steps": "training.validations says how often",
+    "label_smoothing_factor": "the objective is λ·L_CLM + (1−λ)·L_Fusion",
+    "load_best_model_at_end": _BY_KEEP,
+    "metric_for_best_model": _BY_KEEP,
+    "greater_is_better": _BY_KEEP,
+    "logging_nan_inf_filter": "a loss that is no number stops the training",
+    "push_to_hub": "give --push-to-hub to fusellm train or fusellm run",
+}
+
+# Names that change what is logged and kept, and no weight.
+ASIDE = frozenset(
+    {
+        "logging_steps",
+        "logging_first_step",
+        "logging_dir",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+    }
+)
+
+
+def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArguments:
+    """The recipe's `training:` block as TrainingArguments, for the fused model or the baseline.
+
+    Raises:
+        RecipeError: an unknown name, one that the run decides itself, or a bad value.
+    """
+    training = recipe.training
+    _check_names(training.arguments, "training", set(type(training).model_fields))
+    _check_names(training.clm, "training.clm", set())
+    chosen = training.arguments | (training.clm if which == BASELINE else {})
+    for key in chosen.keys() & {"save_strategy", "logging_strategy"}:
+        chosen[key] = "no" if chosen[key] is False else chosen[key]  # which YAML makes of no
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "remove_unused_columns": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,
+        **_validation(training.validations),
+    }
+    machine: dict[str, Any] = {
+        "seed": recipe.seed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if not torch.accelerator.is_available():
+        machine["use_cpu"] = True  # transformers wants to be told, for bf16
+    if training.rows == "block":  # packed rows are of like length as they are
+        machine["train_sampling_strategy"] = "group_by_length"
+    try:
+        arguments = TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from None
+    if training.keep == "best":
+        _keep_best(arguments)
+    if arguments.world_size > 1:
+        raise RecipeError("training on several processes does not work yet; start one process")
+    _ = arguments.device  # counts the GPUs; with several, Trainer would wrap the model by itself
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _validation(validations: int) -> dict[str, Any]:
+    """Arguments by which there are so many validations."""
+    if validations == 0:
+        return {"eval_strategy": "no", "eval_steps": None}
+    own = {"metric_for_best_model": METRIC, "greater_is_better": False}
+    if validations == 1:
+        return own | {"eval_strategy": "epoch", "eval_steps": None}
+    return own | {"eval_strategy": "steps", "eval_steps": 1 / validations}
+
+
+def _keep_best(arguments: TrainingArguments) -> None:
+    """Load the best checkpoint in the end.
+
+    Set here because TrainingArguments would have checkpoints and validations at the same steps; a
+    checkpoint is saved at each best validation besides.
+    """
+    if arguments.save_strategy == "no":
+        raise RecipeError(
+            "training.keep: best is loaded from its checkpoint, and training.save_strategy: no "
+            "saves none; leave save_strategy out"
+        )
+    arguments.load_best_model_at_end = True
+
+
+def _check_names(arguments: dict[str, Any], place: str, own: set[str]) -> None:
+    known = {field.name for field in fields(TrainingArguments)}
+    for key in arguments:
+        if key in _OURS:
+            raise RecipeError(f"{place}.{key} cannot be set: {_OURS[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known | own, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"unknown key {place}.{key}{hint}")

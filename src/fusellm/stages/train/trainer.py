@@ -1,0 +1,209 @@
+"""transformers' Trainer with a model whose forward is the objective."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from fusellm.models.adapters import without_adapters
+from fusellm.models.objective_forward import objective_forward
+from fusellm.models.training_batches import BatchCounts, Collator, Rows, RowsOfLikeLength
+from fusellm.objective.schedule import LambdaSchedule
+from fusellm.stages.train.blame import Blame
+from fusellm.stages.train.sums import Sums
+from fusellm.stages.train.validation import Validation
+from fusellm.store.files import sync_files, write_text, writing_explained
+
+_WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
+
+
+def last_checkpoint(checkpoints: Path) -> str | None:
+    """The last checkpoint that was saved whole; what a kill left of others is removed."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / _WHOLE).exists():
+            shutil.rmtree(folder)
+    found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return None if found is None else str(found)
+
+
+class ObjectiveTrainer(Trainer):
+    """Trainer that has λ follow its schedule, logs the parts of the loss, and stops at NaN.
+
+    Whatever is measured on a device stays there until it is logged, but for one look at the loss
+    of each batch, where transformers' own Trainer takes two.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        rows: Rows,
+        collator: Collator,
+        schedule: LambdaSchedule,
+        validation: Validation,
+        blame: Blame,
+    ) -> None:
+        # The signature of forward decides whether Trainer counts the predicted tokens of a batch.
+        with objective_forward(without_adapters(model)):
+            super().__init__(
+                model=model,
+                args=arguments,
+                train_dataset=rows,
+                eval_dataset=[None] * len(validation),
+                data_collator=collator,
+            )
+        self._schedule, self._validation, self._blame = schedule, validation, blame
+        self._row_tokens = rows.row_tokens()
+        self._lambda = schedule.start
+        self._sums = Sums(arguments.device)
+        self._gradient: tuple[torch.Tensor | float, int, list[int]] | None = None
+        self._step_blocks: list[int] = []
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return RowsOfLikeLength(self._row_tokens, rows, self.args.seed)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
+        """One batch forward and backward.
+
+        Raises:
+            NumericsError: its loss, or the gradient of the step before, is NaN or infinite.
+        """
+        counts: BatchCounts = inputs["counts"]
+        loss = super().training_step(model, inputs, *args)
+        self.require_finite_gradient()
+        if not bool(torch.isfinite(loss)):
+            step = self.state.global_step + 1
+            raise self._blame.error(f"the loss of step {step} is {loss.item()}", counts.blocks)
+        self._step_blocks += counts.blocks
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The objective of a batch, by the λ of the step."""
+        inputs = dict(inputs)
+        counts: BatchCounts = inputs.pop("counts")
+        if "outcomes" in inputs:
+            self._lambda = self._schedule.at(self.state.global_step, self.state.max_steps)
+            inputs["clm_weight"] = self._lambda
+        found = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = found["loss"]
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        self._sums.add(counts, found["clm"], found["fusion"])
+        return (loss, found) if return_outputs else loss
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        tokens: int = inputs["counts"].tokens
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor(tokens, device=self.args.device)
+            tokens = int(self.accelerator.gather(mine).sum())
+        self.state.num_input_tokens_seen += tokens
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self._gradient = norm, self.state.global_step + 1, self._step_blocks
+        self._step_blocks = []
+        return norm
+
+    def require_finite_gradient(self) -> None:
+        """Check the norm of the last step's gradient, looked at once the device has gone on.
+
+        A scaler (fp16) leaves out the steps whose gradient overflows, and goes on.
+
+        Raises:
+            NumericsError: it is NaN or infinite, and so are the weights by now.
+        """
+        if self._gradient is None or self.accelerator.scaler is not None:
+            return
+        norm, step, blocks = self._gradient
+        self._gradient = None
+        norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not bool(torch.isfinite(norm)):
+            what = f"the gradient of step {step} has the norm {norm.item()}"
+            raise self._blame.error(what, blocks)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.require_finite_gradient()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        output = Path(str(self.args.output_dir))
+        with writing_explained(output):
+            super()._save_checkpoint(*args, **kwargs)
+        self.args.save_total_limit = limit
+        if not self.args.should_save:
+            return
+        folder = output / f"checkpoint-{self.state.global_step}"
+        sync_files(folder)
+        write_text(folder / _WHOLE, "")
+        rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint)  # now, not before
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not self.args.load_best_model_at_end:
+            return False
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if best:
+            self.control.should_save = True
+        return best
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:  # its path is another one if the run has been moved
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with the loss its parts."""
+        if "loss" in logs and self._sums.any:
+            tokens = self.state.num_input_tokens_seen
+            logs = logs | {"lambda": self._lambda} | self._sums.drained(self.accelerator)
+            logs["tokens"] = tokens
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Bits per byte of the validation part."""
+        began = time.perf_counter()
+        model = without_adapters(self.accelerator.unwrap_model(self.model))
+        training = model.training
+        found = self._validation.measure(model.eval())
+        model.train(training)
+        metrics = {f"eval_{domain}": value for domain, value in found.items()}
+        self.log(metrics | {"tokens": self.state.num_input_tokens_seen})
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self._sums.leave_out(time.perf_counter() - began)
+        return metrics
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log as lines for people and the report."""
+        lines: list[dict[str, Any]] = []
+        for entry in self.state.log_history:
+            if "clm_loss" in entry:
+                lines.append({"steps": self.state.max_steps, **entry})
+            elif any(key.startswith("eval_") for key in entry):
+                domains = {k.removeprefix("eval_"): v for k, v in entry.items() if k[:5] == "eval_"}
+                place = {"step": entry["step"], "tokens": entry["tokens"]}
+                lines.append(place | {"validation": domains})
+        return lines
+
+    def counts(self) -> dict[str, Any]:
+        """What the training counted, and which step's model it ends with."""
+        state = self.state
+        found: dict[str, Any] = {"steps": state.global_step, "tokens": state.num_input_tokens_seen}
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            found |= {"kept_step": self.state.best_global_step}
+        return found
