@@ -9,7 +9,6 @@ import io
 import mmap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,7 +151,9 @@ class Shard:
         if self._reader.num_record_batches != len(segments) - 2:
             raise folder.damaged(name, "its record batches are not those of the manifest")
         self._blocks: int = folder.shards[name]["counts"]["blocks"]
-        self._batch = lru_cache(maxsize=cached_batches)(self._read)
+        # Not lru_cache over a method: the cycle would keep a map and batches until some collection.
+        self._cache: dict[int, pa.RecordBatch] = {}
+        self._cached_batches = cached_batches
 
     def __len__(self) -> int:
         return self._blocks
@@ -197,6 +198,16 @@ class Shard:
             field.name: sum(len(codec.compress(b)) for b in batch.column(k).buffers() if b)
             for k, field in enumerate(batch.schema)
         }
+
+    def _batch(self, n: int) -> pa.RecordBatch:
+        """A record batch, kept for the next time; of those kept the one not used longest goes."""
+        batch = self._cache.pop(n, None)
+        if batch is None:
+            batch = self._read(n)
+            if self._cached_batches is not None and len(self._cache) >= self._cached_batches:
+                self._cache.pop(next(iter(self._cache)), None)
+        self._cache[n] = batch
+        return batch
 
     def lengths(self, column: str) -> np.ndarray:
         """[blocks] entries of a ragged column; no other column is decompressed."""
