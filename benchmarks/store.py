@@ -308,7 +308,7 @@ def trained(name: str, folder: Path, train_bytes: int) -> tuple[PreTrainedModel,
 
 
 def _train(specialist: Specialist, encoder: Encoder, text: Sequence[Document], place: Path) -> None:
-    steps = train(specialist, encoder.tokenizer, text)  # type: ignore[arg-type]
+    steps = train(specialist, encoder.tokenizer, text)
     for trained_model, step in steps:
         model = trained_model
         if step.step % 50 == 0 or step.step == step.steps:

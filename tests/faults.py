@@ -143,7 +143,7 @@ def _fork(job: str, arguments: dict[str, Any], folder: Path) -> int:
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     status, outcome = 1, folder / "outcome.json"
     try:
@@ -156,7 +156,7 @@ def _fork(job: str, arguments: dict[str, Any], folder: Path) -> int:
 def _leave(status: int) -> None:
     """End a child as Python ends: once all threads have."""
     # Threads of an executor wait to be told, which is what this does.
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(status)
@@ -354,7 +354,7 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         return _Failing(path_open(self, mode, *arguments, **named), self, maybe_fail)
 
     def my_mkdir(path: Any, *arguments: Any, **named: Any) -> None:
-        if not os.path.isdir(path):  # noqa: PTH112
+        if not Path(path).is_dir():
             maybe_fail("mkdir", path)
         mkdir(path, *arguments, **named)
 
@@ -363,11 +363,11 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         replace(source, target, **named)
 
     def my_fsync(descriptor: int) -> None:
-        maybe_fail("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        maybe_fail("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
         fsync(descriptor)
 
-    Path.open = my_open  # type: ignore[method-assign, assignment]
-    os.mkdir, os.replace, os.fsync = my_mkdir, my_replace, my_fsync  # type: ignore[assignment]
+    Path.open = my_open
+    os.mkdir, os.replace, os.fsync = my_mkdir, my_replace, my_fsync
 
 
 class _Failing:

@@ -184,7 +184,7 @@ def test_hardly_any_mass_outside_is_told_to_its_last_digit(kind: str, outside: f
         torch.tensor([0]),
         outcomes_of([([(0.5, [0]), (0.3, [1])], 0.2)]),
         0.0,
-        Divergence(kind),  # type: ignore[arg-type]
+        Divergence(kind),
     )
     check_close(by_chunks(case), by_textbook(case), 1e-5)
 
@@ -251,7 +251,7 @@ def fixed_case(seed: int = 3, **changes: object) -> Case:
         outcomes_of(rows),
         0.4,
     )
-    return replace(case, **changes)  # type: ignore[arg-type]
+    return replace(case, **changes)
 
 
 def test_the_textbook_by_hand() -> None:
@@ -348,7 +348,7 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def recorded(*arguments: object) -> object:
         asked.append(bool(arguments[-1]))
-        return inner(*arguments)  # type: ignore[arg-type]
+        return inner(*arguments)
 
     monkeypatch.setattr(chunked, "chunk_losses", recorded)
     return asked
@@ -420,7 +420,7 @@ def test_the_gradient_is_handed_over_without_a_copy(monkeypatch: pytest.MonkeyPa
     inner = torch.zeros_like
 
     def recorded(*arguments: object, **named: object) -> torch.Tensor:
-        found = inner(*arguments, **named)  # type: ignore[arg-type]
+        found = inner(*arguments, **named)
         made.append(found.data_ptr())
         return found
 

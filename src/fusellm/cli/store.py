@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fusellm.cli.console import Terminal
+from fusellm.cli.options import Json
 from fusellm.errors import FusellmError, StoreError
 
 if TYPE_CHECKING:
@@ -74,7 +75,6 @@ TokenizerName = Annotated[
     ),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout, one a block.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
 
 
 @store_app.command()

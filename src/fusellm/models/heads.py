@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+from accelerate.utils import align_module_device
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ModelError

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from fusellm.errors import ModelError
 

@@ -48,13 +48,12 @@ def _forward(
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     hidden = last_hidden(self, **{k: v for k, v in inputs.items() if v is not None})
-    found: dict[str, torch.Tensor] = _losses(
+    found: dict[str, torch.Tensor] = _eager_losses(
         self, hidden, labels, outcomes, clm_weight, divergence, num_items_in_batch
     )
     return found
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _losses(
     model: PreTrainedModel,
     hidden: torch.Tensor,
@@ -76,6 +75,9 @@ def _losses(
         count=predicted.sum() if count is None else count,
     )
     return {"loss": losses.total, "clm": losses.clm, "fusion": losses.fusion}
+
+
+_eager_losses = torch.compiler.disable(_losses)  # a loop over chunks, with gradients of its own
 
 
 @contextmanager
