@@ -1,15 +1,14 @@
 """Reading a source in this process: tokenizing, the model, and writing, each in its own thread."""
 
-import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 
 from fusellm.models.load import default_device, weights_digest
 from fusellm.models.reading import Read
 from fusellm.progress import Bar
+from fusellm.stages.externalize.memory import give_back
 from fusellm.stages.externalize.task import EngineSettings, Task
 from fusellm.stages.externalize.work import Done, Prepared, Worker, device_name
 from fusellm.store.blocks import Block
@@ -53,7 +52,7 @@ def read_here(
 
     def finish(name: str, prepared: Prepared, read: Read) -> None:
         write(name, worker.finish(prepared, read))
-        _give_back_memory()
+        give_back()
 
     with _Background() as writing:
 
@@ -63,15 +62,6 @@ def read_here(
 
         for name, prepared in _ahead(prepare, names):
             writing.submit(partial(finish, name, prepared, worker.read(prepared, advance)))
-
-
-def _give_back_memory() -> None:
-    """Return what has been freed to the system: glibc keeps the holes between batches of all sizes.
-
-    Without it a process grows by some 2 MB a shard of 8 blocks, though nothing is held.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _ahead(

@@ -14,6 +14,7 @@ from fusellm.align.ragged import offsets_of
 from fusellm.config import Recipe
 from fusellm.models.load import Located, load_model
 from fusellm.models.reading import Read, SourceReader
+from fusellm.stages.externalize.memory import keep_flat
 from fusellm.store.blocks import Block, digest_of_blocks
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
 from fusellm.store.tables import EncodedShard, Ragged, encode_table
@@ -53,6 +54,7 @@ class Worker:
         Raises:
             ModelError: it cannot be loaded as asked.
         """
+        keep_flat()
         self._encoder = encoder
         vocabulary, settings = len(encoder.vocabulary), recipe.externalize
         model = load_model(located, device)
