@@ -38,3 +38,7 @@ class NumericsError(FusellmError):
 
 class ClusterError(FusellmError):
     """A Ray cluster that cannot be used as asked, or that lost its workers."""
+
+
+class EvaluationError(FusellmError):
+    """A suite whose data, packages or sandbox are missing, or scores that cannot be compared."""
