@@ -209,9 +209,9 @@ def stages(
     world: Path, run: Path, changes: Sequence[str], parts: Sequence[str], faults: Sequence[Fault]
 ) -> None:
     """Stages of a run in a world, disturbed."""
-    from fusellm.pipeline import Pipeline, resolve_paths
+    from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
-    from fusellm.recipe_file import load_recipe
+    from fusellm.recipe_file import load_recipe, resolve_paths
 
     _BEGAN[0] = time.monotonic()
     _count_loads()
@@ -232,9 +232,9 @@ def command(arguments: Sequence[str]) -> None:
 
 def recipes(world: Path, run: Path) -> None:
     """Write a run's recipe, as each command does, again and again."""
-    from fusellm.pipeline import Pipeline, resolve_paths
+    from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
-    from fusellm.recipe_file import load_recipe
+    from fusellm.recipe_file import load_recipe, resolve_paths
 
     recipe = resolve_paths(load_recipe(world / "recipe.yaml", []), world)
     pipeline = Pipeline(recipe, run, Silent())

@@ -19,11 +19,17 @@ from transformers import AutoModelForCausalLM
 from conftest import prose
 from fusellm.config import FileDocuments
 from fusellm.errors import CorpusError, RecipeError
-from fusellm.models.objective_forward import IGNORED, objective_forward
+from fusellm.models.objective_forward import (
+    IGNORED,
+    Untouched,
+    objective_forward,
+    objective_inputs,
+)
 from fusellm.models.training_batches import Collator, OutcomeTable, clm_rows, fused_rows
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.objective.outcomes import Outcomes
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.corpus.fields import Fields
 from fusellm.store.blocks import BLOCKS_SCHEMA, open_corpus, read_part
 from fusellm.store.manifest import StageFolder
@@ -221,7 +227,7 @@ def test_neither_loss_predicts_context(world: Path, fused: Path) -> None:
     for weight in (1.0, 0.0):
         each = _each_position(model, whole, weight)
         with objective_forward(model), torch.no_grad():
-            loss = model(**batch, clm_weight=weight)["loss"]
+            loss = model(**objective_inputs(batch, weight))["loss"]
         assert loss.item() == pytest.approx(each[wanted].mean().item(), rel=1e-4)
 
 
@@ -255,7 +261,7 @@ def _each_position(model: Any, batch: dict[str, Any], clm_weight: float) -> torc
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 labels=labels,
-                outcomes=own,
+                outcomes=Untouched(Outcomes(**own)),
                 clm_weight=clm_weight,
             )
         found.append(one["loss"])

@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from faults import BROKEN, FULL, QUOTA, Child, Ended, Fault, Server
 from fusellm.errors import IdentityError, StoreError
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.externalize import work
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.manifest import StageFolder

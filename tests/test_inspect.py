@@ -17,9 +17,9 @@ from rich.cells import cell_len
 from fusellm.cli.inspect_grid import SEPARATOR, Strip, grid, visible
 from fusellm.cli.inspect_lists import outcome_label
 from fusellm.cli.main import main
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 
 ODD = [*"ab .│", " ", "\n", "\t", "\r", "\x1b", "é", "e\u0301", "数", "字", "한", "\u1112\u1161"]
 ODD += ["👩", "👩\u200d👧", "🏻", "🇩🇪", "❤\ufe0f", "\u0915\u093f", "ב", "\x00", "\ufffd", "\u2028"]

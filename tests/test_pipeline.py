@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import prose
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
-from fusellm.models.objective_forward import objective_forward
+from fusellm.models.objective_forward import objective_forward, objective_inputs
 from fusellm.models.training_batches import (
     Collator,
     OutcomeTable,
@@ -25,9 +25,9 @@ from fusellm.models.training_batches import (
     clm_rows,
     fused_rows,
 )
-from fusellm.pipeline import STAGES, Pipeline, removable, resolve_paths
+from fusellm.pipeline import STAGES, Pipeline, removable
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages import train
 from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder
@@ -437,7 +437,7 @@ def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path:
         batch = Collator(table, packed=False)([rows[n] for n in range(8)])
         model.zero_grad()
         with objective_forward(model):
-            model(**batch, clm_weight=0.0)["loss"].backward()
+            model(**objective_inputs(batch, 0.0))["loss"].backward()
         norms[rest] = sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
     assert norms["bucket"] < 0.01 * norms["renormalize"]
 

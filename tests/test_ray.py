@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm.cli.main import main
 from fusellm.errors import ClusterError, FusellmError, ModelError, NumericsError
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.externalize import ray_cluster, ray_engine, ray_worker
 from fusellm.stages.externalize.ray_cluster import size_of_workers
 from fusellm.stages.externalize.task import LOCAL, EngineSettings

@@ -24,9 +24,9 @@ import fusellm
 from fusellm.align.tokens import Tokens
 from fusellm.errors import StoreError
 from fusellm.fusion.kept import Kept
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.blocks import BLOCKS_SCHEMA
 from fusellm.store.externalized import (
     kept_of,

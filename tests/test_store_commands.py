@@ -13,9 +13,9 @@ from rich.console import Console
 from fusellm.cli.console import Terminal
 from fusellm.cli.main import main
 from fusellm.cli.tokenizers import load_encoder
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.opened import open_store

@@ -19,12 +19,12 @@ from fusellm.models import adapters, hub
 from fusellm.models.adapters import with_adapters, without_adapters
 from fusellm.models.heads import check_head
 from fusellm.models.load import load_model, locate
-from fusellm.models.objective_forward import objective_forward
+from fusellm.models.objective_forward import objective_forward, objective_inputs
 from fusellm.models.training_batches import Collator, OutcomeTable, RowsOfLikeLength, fused_rows
 from fusellm.objective.schedule import LambdaSchedule
-from fusellm.pipeline import Pipeline, resolve_paths
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.train import trainer as trainers
 from fusellm.stages.train.validation import Validation
 from fusellm.store.blocks import open_corpus, read_part
@@ -263,7 +263,7 @@ def test_packed_rows_have_the_loss_of_one_block_a_row(
     for batch in batches:
         model.zero_grad()
         with objective_forward(model):
-            loss = model(**batch, clm_weight=0.3)["loss"]
+            loss = model(**objective_inputs(batch, 0.3))["loss"]
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ import yaml
 
 from fusellm.config import FileDocuments, ModelSettings, Recipe
 from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError
+from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, load_tokenizer, locate
 from fusellm.progress import Progress
@@ -63,12 +64,18 @@ class Pipeline:
     """A run: a recipe, its folder, and its models."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, progress: Progress, engine: EngineSettings = LOCAL
+        self,
+        recipe: Recipe,
+        run: Path,
+        progress: Progress,
+        engine: EngineSettings = LOCAL,
+        training_processes: int | None = None,
     ) -> None:
         """Find every model, tokenizer and file of a recipe; no weight is loaded.
 
         Args:
             engine: where sources are read.
+            training_processes: how many are to train a model; those that there are if None.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -76,6 +83,7 @@ class Pipeline:
         self.recipe, self.run, self._progress, self._engine = recipe, run, progress, engine
         externalize.require_engine(engine)
         train.check(recipe, run)
+        self._training_processes = training_processes or processes.count()
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
                 files_of(entry)
@@ -106,26 +114,42 @@ class Pipeline:
                 found before any work is done, as far as it can be known then.
         """
         parts = self._parts()
-        for part in parts:
-            if all(self._complete(name) for name in part.after):
-                self._ensure(part, parts, redo)
-        make_folder(self.run)
-        self._write_recipe()
+        if processes.is_first():
+            for part in parts:
+                if all(self._complete(name) for name in part.after):
+                    self._ensure(part, parts, redo)
+            make_folder(self.run)
+            self._write_recipe()
         for part in parts:
             if part.stage not in stages and part.name not in stages:
                 continue
-            for name in part.after:
-                if not self._complete(name):
-                    raise StoreError(
-                        f"{part.name} reads {self.run / name}, which is not finished; first: "
-                        f"fusellm {name.split('/')[0]} {self.run}"
-                    )
-            self._ensure(part, parts, redo)
-            if part.stage == "externalize" and not self._complete(part.name):
-                self._fits(part.name.split("/")[1])
+            if processes.is_first():
+                self._require(part)
+                self._ensure(part, parts, redo)
+                if part.stage == "externalize" and not self._complete(part.name):
+                    self._fits(part.name.split("/")[1])
+            processes.wait()
             part.run(part.identity())
         if "report" in stages:
             write_report(self.run)
+
+    def require(self, stage: str) -> None:
+        """Check that what a stage reads is finished.
+
+        Raises:
+            StoreError: something is not; the message has the command that makes it.
+        """
+        for part in self._parts():
+            if part.stage == stage:
+                self._require(part)
+
+    def _require(self, part: _Part) -> None:
+        for name in part.after:
+            if not self._complete(name):
+                raise StoreError(
+                    f"{part.name} reads {self.run / name}, which is not finished; first: "
+                    f"fusellm {name.split('/')[0]} {self.run}"
+                )
 
     def _parts(self) -> list[_Part]:
         recipe = self.recipe
@@ -213,7 +237,8 @@ class Pipeline:
 
         def identity() -> Identity:
             inputs = {name: self._fingerprint(name) for name in after}
-            return train.identity(self.recipe, which, target.located, inputs)
+            count = train.processes_of(self.run, which) or self._training_processes
+            return train.identity(self.recipe, which, target.located, inputs, count)
 
         def run(identity: Identity) -> None:
             train.run_train(
@@ -358,28 +383,6 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
             )
         found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
     return [path for path in found if path.exists()]
-
-
-def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
-    """The recipe with its local paths made absolute, so that a run's copy of it finds them too."""
-
-    def model(block: dict[str, Any]) -> dict[str, Any]:
-        local = recipe_folder / Path(block["model"]).expanduser()
-        is_zoo = block["model"].startswith("zoo/")
-        return block | ({"model": str(local.resolve())} if local.is_dir() and not is_zoo else {})
-
-    def documents(entry: dict[str, Any]) -> dict[str, Any]:
-        if "files" not in entry:
-            return entry
-        patterns = [entry["files"]] if isinstance(entry["files"], str) else entry["files"]
-        base = recipe_folder.resolve()
-        return entry | {"files": [str(base / Path(pattern).expanduser()) for pattern in patterns]}
-
-    raw = recipe.model_dump(by_alias=True)
-    raw["target"] = model(raw["target"])
-    raw["sources"] = [model(source) for source in raw["sources"]]
-    raw["corpus"]["documents"] = [documents(entry) for entry in raw["corpus"]["documents"]]
-    return Recipe.model_validate(raw)
 
 
 def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:

@@ -145,3 +145,25 @@ def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [block for part in get_args(annotation) for block in _blocks_in(part)]
+
+
+def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
+    """The recipe with its local paths made absolute, so that a run's copy of it finds them too."""
+
+    def model(block: dict[str, Any]) -> dict[str, Any]:
+        local = recipe_folder / Path(block["model"]).expanduser()
+        is_zoo = block["model"].startswith("zoo/")
+        return block | ({"model": str(local.resolve())} if local.is_dir() and not is_zoo else {})
+
+    def documents(entry: dict[str, Any]) -> dict[str, Any]:
+        if "files" not in entry:
+            return entry
+        patterns = [entry["files"]] if isinstance(entry["files"], str) else entry["files"]
+        base = recipe_folder.resolve()
+        return entry | {"files": [str(base / Path(pattern).expanduser()) for pattern in patterns]}
+
+    raw = recipe.model_dump(by_alias=True)
+    raw["target"] = model(raw["target"])
+    raw["sources"] = [model(source) for source in raw["sources"]]
+    raw["corpus"]["documents"] = [documents(entry) for entry in raw["corpus"]["documents"]]
+    return Recipe.model_validate(raw)

@@ -17,6 +17,14 @@ from rich.table import Table as RichTable
 from fusellm.cli import engine as engines
 from fusellm.cli.console import Terminal
 from fusellm.cli.folder import clean, show_status, status
+from fusellm.cli.launch import (
+    Nproc,
+    leave_processes,
+    require_devices,
+    require_one_process,
+    tell,
+    train_on,
+)
 from fusellm.cli.options import (
     NO_CHANGES,
     Json,
@@ -32,7 +40,7 @@ from fusellm.cli.template import init
 from fusellm.cli.tokenizers import tokenizers
 from fusellm.cli.zoo import zoo_app
 from fusellm.errors import FusellmError, StoreError
-from fusellm.recipe_file import load_recipe, schema
+from fusellm.recipe_file import load_recipe, resolve_paths, schema
 
 if TYPE_CHECKING:
     from fusellm.pipeline import Pipeline
@@ -60,9 +68,14 @@ _stdout = Console()
 
 
 def _pipeline(
-    place: Path, out: Path | None, changes: list[str], engine: "EngineSettings | None" = None
+    place: Path,
+    out: Path | None,
+    changes: list[str],
+    engine: "EngineSettings | None" = None,
+    nproc: int = 1,
 ) -> "Pipeline":
-    from fusellm.pipeline import Pipeline, resolve_paths
+    from fusellm.pipeline import Pipeline
+    from fusellm.progress import Silent
     from fusellm.stages.externalize.task import LOCAL
 
     recipe_path = place / "recipe.yaml" if place.is_dir() else place
@@ -70,7 +83,8 @@ def _pipeline(
         raise StoreError(f"{place} is not a run: it has no recipe.yaml; give a recipe instead")
     recipe = resolve_paths(load_recipe(recipe_path, changes), recipe_path.parent)
     run = out or (place if place.is_dir() else Path("runs") / recipe.name)
-    return Pipeline(recipe, run, Terminal(_stderr), engine or LOCAL)
+    shown = Terminal(_stderr) if os.environ.get("RANK", "0") == "0" else Silent()
+    return Pipeline(recipe, run, shown, engine or LOCAL, nproc if nproc > 1 else None)
 
 
 def _execute(
@@ -82,13 +96,23 @@ def _execute(
     as_json: bool,
     engine: "EngineSettings | None" = None,
     push_to: str | None = None,
+    nproc: int = 1,
 ) -> None:
+    if stages != ("train",):
+        require_one_process(stages[0] if len(stages) == 1 else "run")
+    require_devices(nproc)
     if push_to is not None:
         from fusellm.models.hub import require_access
 
         require_access(push_to)
-    pipeline = _pipeline(place, out, changes, engine)
+    pipeline = _pipeline(place, out, changes, engine, nproc)
+    if nproc > 1:
+        pipeline.execute(tuple(stage for stage in stages[: stages.index("train")]), redo)
+        pipeline.require("train")
+        train_on(nproc, pipeline.run)
     pipeline.execute(stages, redo)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if {"evaluate", "report"} & set(stages):
         _show_results(pipeline.run, as_json, "report" in stages)
     elif as_json:
@@ -154,6 +178,7 @@ def run(
     redo: Redo = False,
     as_json: Json = False,
     push_to_hub: PushToHub = None,
+    nproc: Nproc = 1,
     engine: engines.Engine = engines.EngineName.LOCAL,
     ray_address: engines.RayAddress = None,
     workers: engines.Workers = None,
@@ -166,7 +191,7 @@ def run(
     interruption, give the same command again.
     """
     settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
-    _execute(_stages(), recipe, out, changes, redo, as_json, settings, push_to_hub)
+    _execute(_stages(), recipe, out, changes, redo, as_json, settings, push_to_hub, nproc)
 
 
 def _stage_command(stage: str, text: str) -> None:
@@ -214,9 +239,10 @@ def train_command(
     redo: Redo = False,
     as_json: Json = False,
     push_to_hub: PushToHub = None,
+    nproc: Nproc = 1,
 ) -> None:
     """Continue training the target on the fused distributions, and the CLM baseline."""
-    _execute(("train",), recipe, out, changes, redo, as_json, push_to=push_to_hub)
+    _execute(("train",), recipe, out, changes, redo, as_json, push_to=push_to_hub, nproc=nproc)
 
 
 for _stage, _text in {
@@ -346,8 +372,10 @@ def main() -> None:
     except FusellmError as error:
         if debug:
             raise
-        print(f"fusellm: {error}", file=sys.stderr)
+        tell(error)
         sys.exit(1)
+    finally:
+        leave_processes()
 
 
 def _quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte
 from fusellm.models.batches import cut_rows, read_blocks, true_log_probs
-from fusellm.models.heads import head_of
+from fusellm.models.heads import head_of, is_sharded, through_head
 from fusellm.tokens.context import Spans, context_bytes
 from fusellm.tokens.encode import Encoded
 
@@ -22,14 +22,19 @@ def blocks_nats(
     lengths_bytes: Sequence[int],
     batch_tokens: int | None,
     on_block: Callable[[], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[np.ndarray | None]:
     """Each block's nats by byte, read from the block's beginning.
+
+    Args:
+        share: (n, of): this process' number among those that divide the blocks; those of the
+            others are NaN.
 
     Returns:
         A [L] float64 array a block, NaN where nothing was predicted (the first token's bytes of a
         model without BOS); None where the tokenizer's walk failed.
     """
-    head = head_of(model)
+    head = None if is_sharded(model) else head_of(model)
     found: list[np.ndarray | None] = [
         None if block.ends is None else np.full(length, np.nan)
         for block, length in zip(encoded, lengths_bytes, strict=True)
@@ -37,10 +42,16 @@ def blocks_nats(
     readable = [block.ids if block.ends is not None else block.ids[:0] for block in encoded]
 
     def use(_: list[int], hidden: torch.Tensor, true_ids: torch.Tensor) -> np.ndarray:
-        log_probs: np.ndarray = true_log_probs(head, hidden, true_ids).cpu().numpy()
-        return log_probs
+        if head is not None:
+            log_probs = true_log_probs(head, hidden, true_ids)
+        else:
+            log_probs = through_head(
+                model, hidden, lambda h, whole: true_log_probs(whole, h, true_ids)
+            )
+        values: np.ndarray = log_probs.cpu().numpy()
+        return values
 
-    for batch, log_probs in read_blocks(model, readable, batch_tokens, use):
+    for batch, log_probs in read_blocks(model, readable, batch_tokens, use, share=share):
         rows = cut_rows(log_probs, [len(readable[n]) - 1 for n in batch])
         for n, row in zip(batch, rows, strict=True):
             ends = encoded[n].ends

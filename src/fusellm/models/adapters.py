@@ -80,10 +80,23 @@ def merged(model: torch.nn.Module) -> PreTrainedModel:
     adapter, or is trained: they are no longer the same.
     """
     base = without_adapters(model).float()
-    _untie(base)
+    untie(base)
     with without_warnings():
         found = cast(Any, model).merge_and_unload()
     return cast(PreTrainedModel, found)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Make the head a weight of its own where it is the input embedding's and either is adapted."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends):
+        return
+    own = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
+    if own[0] is None or own[1] is None or own[0].weight is not own[1].weight:
+        return
+    own[1].weight = torch.nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
@@ -131,18 +144,6 @@ def merge_from(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 f"the adapters of {folder} do not fit their model: {reason}"
             ) from error
     return cast(PreTrainedModel, cast(Any, merged(adapted)).to(dtype))
-
-
-def _untie(model: PreTrainedModel) -> None:
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if not any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends):
-        return
-    own = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
-    if own[0] is None or own[1] is None or own[0].weight is not own[1].weight:
-        return
-    own[1].weight = torch.nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

@@ -82,6 +82,7 @@ def read_blocks(
     batch_tokens: int | None,
     use: Callable[[list[int], torch.Tensor, torch.Tensor], Result],
     limit: BatchLimit | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[int], Result]]:
     """Run blocks through a model, each from its beginning, and hand on what `use` makes of it.
 
@@ -93,6 +94,8 @@ def read_blocks(
         batch_tokens: of one forward pass, padding included; None for what suits the device.
         use: is given the indices of a batch's blocks, [N, d] last hidden states of the positions
             that predict, block by block, and [N] int64 the true next tokens.
+        share: (n, of): this process' number among those that divide the batches. Each has as many:
+            where they do not come out even, some have one that another has too.
 
     Yields:
         (indices of a batch's blocks, what `use` gave)
@@ -103,7 +106,9 @@ def read_blocks(
     if batch_tokens is None:
         on_gpu = input_device(model).type == "cuda"
         batch_tokens = _BATCH_TOKENS_GPU if on_gpu else _BATCH_TOKENS_CPU
-    waiting = plan_batches([len(row) if len(row) > 1 else 0 for row in ids], batch_tokens)[::-1]
+    plan = plan_batches([len(row) if len(row) > 1 else 0 for row in ids], batch_tokens)
+    number, processes = share
+    waiting = [plan[n % len(plan)] for n in range(number, len(plan) + number, processes)][::-1]
     limit = limit or BatchLimit()
     while waiting:
         batch = waiting.pop()

@@ -9,11 +9,13 @@ that A and B have gradients, and an adapter's dropout is its own.
 B blocks, T positions, d hidden size, r rank of an adapter, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import align_module_device
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ModelError
@@ -29,6 +31,8 @@ _MULTIPLIERS = {
 }
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _PROBE_TOKENS = 8
+
+Result = TypeVar("Result")
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -83,6 +87,36 @@ def last_hidden(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     if adapter is None:
         return hidden
     return torch.cat([hidden, adapter.inner(hidden).to(hidden.dtype)], dim=-1)
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether the head's weights are spread over the processes of a training (FSDP2)."""
+    layer, _ = _head_layers(model)
+    return isinstance(getattr(layer, "weight", None), DTensor)
+
+
+def through_head(
+    model: PreTrainedModel, hidden: torch.Tensor, use: Callable[[torch.Tensor, Head], Result]
+) -> Result:
+    """What `use` makes of hidden states and the head, called as the forward of the head's module.
+
+    FSDP has a module's weights whole for as long as its forward runs, and takes their gradients
+    from there, so that `use` finds them whole. It may cast the tensors that a forward is given to
+    another precision; only the hidden states are.
+    """
+    layer: Any = model.get_output_embeddings()
+    if layer is None:
+        return use(hidden, head_of(model))  # which says that there is none
+    own = layer.__dict__.get("forward")
+    layer.forward = lambda hidden: use(hidden, head_of(model))
+    try:
+        found: Result = layer(hidden)
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,47 @@ import inspect
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.models.heads import head_of, last_hidden
-from fusellm.objective.chunked import objective
+from fusellm.models.heads import last_hidden, through_head
+from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
 
 IGNORED = -100
+
+Value = TypeVar("Value")
+
+
+class Untouched(Generic[Value]):
+    """A value on its way into a forward.
+
+    FSDP casts the tensors that it finds in a model's inputs, in dataclasses too, to the precision
+    that it computes in. Half of that rounds a count of 778 to 776. It does not look into this.
+    """
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+
+def objective_inputs(
+    batch: Mapping[str, Any], clm_weight: float, count: torch.Tensor | int | None = None
+) -> dict[str, Any]:
+    """A collator's batch as the objective's forward takes it.
+
+    Args:
+        clm_weight: λ, where the batch has fused distributions.
+        count: predicted tokens of the global batch; the batch's own if None.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "counts"}
+    if "outcomes" in inputs:
+        outcomes = Untouched(Outcomes(**inputs["outcomes"]))
+        inputs |= {"outcomes": outcomes, "clm_weight": clm_weight}
+    return inputs | {"num_items_in_batch": Untouched(count)}
 
 
 def _forward(
@@ -32,16 +61,16 @@ def _forward(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    outcomes: Mapping[str, torch.Tensor] | None = None,
+    outcomes: Untouched[Outcomes] | None = None,
     clm_weight: float = 1.0,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    num_items_in_batch: Untouched[torch.Tensor | int | None] | None = None,
     **_: Any,
 ) -> dict[str, torch.Tensor]:
     """The loss of DESIGN section 6 over a batch.
 
     Args:
         labels: [B, T] `input_ids`, IGNORED where a token is not to be predicted.
-        outcomes: the fields of `Outcomes`, over the N predicted positions row by row.
+        outcomes: of the N predicted positions, row by row.
         num_items_in_batch: predicted tokens of the global batch; the batch's own if None.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -49,7 +78,13 @@ def _forward(
         inputs["position_ids"] = position_ids
     hidden = last_hidden(self, **{k: v for k, v in inputs.items() if v is not None})
     found: dict[str, torch.Tensor] = _eager_losses(
-        self, hidden, labels, outcomes, clm_weight, divergence, num_items_in_batch
+        self,
+        hidden,
+        labels,
+        None if outcomes is None else outcomes.value,
+        clm_weight,
+        divergence,
+        None if num_items_in_batch is None else num_items_in_batch.value,
     )
     return found
 
@@ -58,23 +93,27 @@ def _losses(
     model: PreTrainedModel,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    outcomes: Mapping[str, torch.Tensor] | None,
+    outcomes: Outcomes | None,
     clm_weight: float,
     divergence: Divergence,
     count: torch.Tensor | int | None,
 ) -> dict[str, torch.Tensor]:
     """The losses of [B, T, d] hidden states, whose shapes depend on the batch's content."""
     predicted = labels[:, 1:] != IGNORED
-    losses = objective(
-        hidden[:, :-1][predicted],
-        head_of(model),
-        labels[:, 1:][predicted],
-        None if outcomes is None else Outcomes(**outcomes),
-        clm_weight,
-        divergence,
-        count=predicted.sum() if count is None else count,
-    )
-    return {"loss": losses.total, "clm": losses.clm, "fusion": losses.fusion}
+
+    def losses(hidden: torch.Tensor, head: Head) -> dict[str, torch.Tensor]:
+        found = objective(
+            hidden,
+            head,
+            labels[:, 1:][predicted],
+            outcomes,
+            clm_weight,
+            divergence,
+            count=predicted.sum() if count is None else count,
+        )
+        return {"loss": found.total, "clm": found.clm, "fusion": found.fusion}
+
+    return through_head(model, hidden[:, :-1][predicted], losses)
 
 
 _eager_losses = torch.compiler.disable(_losses)  # a loop over chunks, with gradients of its own

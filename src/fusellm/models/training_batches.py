@@ -25,6 +25,8 @@ from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
 from fusellm.tokens.context import context_tokens
 
+FILLER = -1
+"""Number of a row that is read and predicts nothing, where processes have rows left over."""
 _OPEN_ROWS = 256  # rows that packing may still add to
 _CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
 
@@ -104,6 +106,9 @@ class Rows(Dataset[list[dict[str, Any]]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        if index == FILLER:
+            block = self._block(min(self.rows, key=lambda row: int(self.lengths[row].sum()))[0])
+            return [block | {CONTEXT: np.ones(len(block["ids"]), dtype=np.bool_)}]
         return [self._block(n) for n in self.rows[index]]
 
     def _block(self, number: int) -> dict[str, Any]:
@@ -151,31 +156,71 @@ def _predicted(block: Mapping[str, Any]) -> np.ndarray:
     return np.ones(len(block["ids"]) - 1, dtype=np.bool_) if context is None else ~context[1:]
 
 
-class RowsOfLikeLength(Sampler[int]):
+class RowOrder(Sampler[int]):
+    """Rows in an order that is a function of seed and epoch, whichever epoch was read before.
+
+    Several processes take batches in turn. So that each has as many, and none reads a row twice,
+    the last ones are filled up with rows that predict nothing.
+    """
+
+    def __init__(self, rows: int, seed: int, step_rows: int, processes: int = 1) -> None:
+        """Order the rows of a training.
+
+        Args:
+            step_rows: that all processes read at a time.
+        """
+        self._rows, self._seed = rows, seed
+        self._filler = -rows % step_rows if processes > 1 else 0
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows + self._filler
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._order(torch.Generator().manual_seed(self._seed + self._epoch))
+        yield from [FILLER] * self._filler
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        found: list[int] = torch.randperm(self._rows, generator=generator).tolist()
+        return found
+
+
+class RowsOfLikeLength(RowOrder):
     """Rows in a seeded order in which each batch has rows of like length, so that little is padded.
 
     The batches themselves come in random order, not from long to short.
     """
 
-    def __init__(self, row_tokens: Sequence[int], batch_rows: int, seed: int) -> None:
-        self._row_tokens, self._batch_rows, self._seed = row_tokens, batch_rows, seed
-        self._epoch = 0
+    def __init__(
+        self,
+        row_tokens: Sequence[int],
+        batch_rows: int,
+        seed: int,
+        step_rows: int = 1,
+        processes: int = 1,
+    ) -> None:
+        """Order the rows of a training.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order: each epoch has its own, whichever was read before."""
-        self._epoch = epoch
+        Args:
+            batch_rows: of like length.
+        """
+        super().__init__(len(row_tokens), seed, step_rows, processes)
+        self._row_tokens, self._batch_rows = row_tokens, batch_rows
 
-    def __len__(self) -> int:
-        return len(self._row_tokens)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+    def _order(self, generator: torch.Generator) -> list[int]:
         size = self._batch_rows
         order = get_length_grouped_indices(self._row_tokens, size, generator=generator)
         whole = len(order) // size
-        for batch in torch.randperm(whole, generator=generator).tolist():
-            yield from order[batch * size : (batch + 1) * size]
-        yield from order[whole * size :]
+        batches = torch.randperm(whole, generator=generator).tolist()
+        shuffled: list[int] = [
+            row for batch in batches for row in order[batch * size : (batch + 1) * size]
+        ]
+        shuffled += order[whole * size :]
+        return shuffled
 
 
 class OutcomeTable:
@@ -323,8 +368,10 @@ class Collator:
             ),
         }
         blocks = [block for row in rows for block in row]
-        numbers = [int(block["block"]) for block in blocks]
-        counts = BatchCounts(numbers, int(mask.sum()), int((labels != IGNORED).sum()))
+        real = [block for block in blocks if _predicted(block).any()]
+        numbers = [int(block["block"]) for block in real]
+        tokens = sum(len(block["ids"]) for block in real)
+        counts = BatchCounts(numbers, tokens, int((labels != IGNORED).sum()))
         if self._table is not None:
             batch["outcomes"], kept = self._table.outcomes(blocks)
             counts = replace(counts, fused=int((kept > 0).sum()), kept_mass=float(kept.sum()))

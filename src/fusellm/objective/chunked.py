@@ -140,7 +140,7 @@ class _Objective(torch.autograd.Function):
             if d_logits is not None:
                 gradients.add(rows, logits, d_logits)
         ctx.gradients = gradients.finished()
-        total, clm, fusion = sums.to(torch.float32).unbind()
+        total, clm, fusion = (one.to(torch.float32) for one in sums)  # no views
         ctx.mark_non_differentiable(clm, fusion)
         return total, clm, fusion
 

@@ -85,9 +85,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def sync_files(folder: Path) -> None:
-    """Have the files of a folder that a library wrote on disk before going on."""
+    """Have the files under a folder that a library wrote on disk before going on."""
     for path in folder.iterdir():
-        if path.is_file():
+        if path.is_dir():
+            sync_files(path)
+        elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)

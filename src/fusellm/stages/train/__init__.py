@@ -5,12 +5,15 @@ model's folder, which itself holds an ordinary model and no pickle.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
+from fusellm.models import processes
 from fusellm.models.adapters import require_peft, without_adapters, without_warnings
 from fusellm.models.load import Located
 from fusellm.models.objective_forward import objective_forward, require_packing
@@ -18,7 +21,7 @@ from fusellm.models.training_batches import Collator, OutcomeTable, clm_rows, fu
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
-from fusellm.stages.train.arguments import ASIDE, BASELINE, training_arguments
+from fusellm.stages.train.arguments import ASIDE, BASELINE, is_sharded, training_arguments
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.model import load_target, save_model
 from fusellm.stages.train.trainer import ObjectiveTrainer, last_checkpoint
@@ -27,6 +30,7 @@ from fusellm.stages.train.watch import Watch
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.fused import open_fused
 from fusellm.store.identity import Identity
+from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
 
@@ -61,17 +65,35 @@ def check(recipe: Recipe, run: Path) -> None:
         require_peft("training.lora")
 
 
-def identity(recipe: Recipe, which: str, located: Located, inputs: dict[str, str]) -> Identity:
+def processes_of(run: Path, which: str) -> int | None:
+    """How many processes trained a model that is finished; None if it is not."""
+    folder = folder_of(run, which)
+    if not (folder / MANIFEST).exists():
+        return None
+    stage = StageFolder(folder)
+    return int(stage.identity.settings.get("processes", 1)) if stage.complete else None
+
+
+def identity(
+    recipe: Recipe,
+    which: str,
+    located: Located,
+    inputs: dict[str, str],
+    process_count: int = 1,
+) -> Identity:
     """What a trained model is made from.
 
     Args:
         inputs: fingerprints of the stages that it reads.
+        process_count: each of which takes `per_device_train_batch_size` rows at a time.
     """
     settings: dict[str, Any] = {
         "training": _training_settings(recipe.training)
         | (recipe.training.clm if which == CLM else {}),
         "seed": recipe.seed,
     }
+    if process_count > 1:
+        settings["processes"] = process_count
     if recipe.training.lora is not None:
         settings["dtype"] = located.settings.dtype
     if which == FUSED:
@@ -105,18 +127,19 @@ def run_train(
 ) -> None:
     """Train the fused model or the CLM baseline, or go on training it.
 
+    All processes of a training call it; the first one writes.
+
     Raises:
         NumericsError: a loss or a gradient became NaN or infinite; the last checkpoint is kept.
     """
     checkpoints = checkpoints_of(run, which)
     arguments = training_arguments(recipe, checkpoints, which)
     fusion, training = recipe.fusion, recipe.training
-    with StageWriter.open(folder_of(run, which), identity_) as folder:
-        if folder.complete:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+    with _folder(run, which, identity_) as folder:
+        if StageFolder(folder_of(run, which)).complete:
             return
         torch.manual_seed(arguments.seed)
-        model = load_target(located, training.lora, arguments.device)
+        model = load_target(located, training.lora, arguments.device, is_sharded(arguments))
         corpus = open_corpus(run)
         rows = fused_rows(run, corpus) if which == FUSED else clm_rows(run, corpus)
         packed = training.rows == "packed"
@@ -140,9 +163,29 @@ def run_train(
             trainer.add_callback(Watch(bar, training.early_stop_validations))
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             trainer.require_finite_gradient()
-        save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
-        folder.finish(trainer.counts())
-    shutil.rmtree(checkpoints, ignore_errors=True)
+        weights = trainer.whole_weights()
+        if folder is not None:
+            if weights is not None:
+                model = load_target(located, training.lora, arguments.device, sharded=True)
+                model.load_state_dict(weights)
+            save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
+            folder.finish(trainer.counts())
+
+
+@contextmanager
+def _folder(run: Path, which: str, identity_: Identity) -> Iterator[StageWriter | None]:
+    """A model's folder for writing, in the first process alone; all come and go together."""
+    if not processes.is_first():
+        processes.wait()
+        yield None
+        processes.wait()
+        return
+    with StageWriter.open(folder_of(run, which), identity_) as folder:
+        processes.wait()
+        yield folder
+        if folder.complete:
+            shutil.rmtree(checkpoints_of(run, which), ignore_errors=True)
+    processes.wait()
 
 
 def lambda_schedule(fusion: FusionSettings) -> LambdaSchedule:

@@ -1,6 +1,7 @@
 """The recipe's `training:` block as transformers' TrainingArguments."""
 
 import difflib
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "report_to": "none",
     "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,
 }
 _BY_KEEP = "training.keep: best keeps the model of the best validation, by bits per byte"
 # What a run itself decides. Setting one in a recipe would be silently without effect, or wrong.
@@ -96,11 +98,15 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
     if training.keep == "best":
         _keep_best(arguments)
-    if arguments.world_size > 1:
-        raise RecipeError("training on several processes does not work yet; start one process")
     _ = arguments.device  # counts the GPUs; with several, Trainer would wrap the model by itself
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def is_sharded(arguments: TrainingArguments) -> bool:
+    """Whether FSDP spreads the model: by the recipe, or by what `accelerate launch` was told."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return bool(arguments.fsdp) or launched
 
 
 def _validation(validations: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fusellm.config import LoraSettings
-from fusellm.models.adapters import merged, save_adapters, with_adapters
+from fusellm.models.adapters import merged, save_adapters, untie, with_adapters, without_adapters
 from fusellm.models.load import Located, load_model
 from fusellm.store.files import writing_explained
 from fusellm.store.writer import StageWriter
@@ -18,19 +18,29 @@ LOG = "log.jsonl"
 
 
 def load_target(
-    located: Located, lora: LoraSettings | None, device: torch.device
+    located: Located, lora: LoraSettings | None, device: torch.device, sharded: bool = False
 ) -> PreTrainedModel:
     """The target as it is trained.
 
     In float32, unless only adapters are trained: then the model's own weights, which stay as they
     are, have the recipe's precision.
+
+    Args:
+        sharded: whether FSDP is to spread it over processes.
     """
     spread = located.settings.model_copy(update={"device_map": None})  # accelerate places it
     dtype = torch.float32
     if lora is not None and not lora.modules_to_save:
         dtype = getattr(torch, located.settings.dtype)
+    # What is sharded comes to its device piece by piece.
+    device = torch.device("cpu") if sharded else device
     model = load_model(replace(located, settings=spread), device, dtype)
-    return model if lora is None else with_adapters(model, lora, located.commit)
+    if lora is None:
+        return model
+    adapted = with_adapters(model, lora, located.commit)
+    if sharded and lora.modules_to_save:
+        untie(without_adapters(adapted))  # FSDP takes no weight that two of its groups have
+    return adapted
 
 
 def save_model(

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,17 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from fusellm.models import processes
 from fusellm.models.adapters import without_adapters
-from fusellm.models.objective_forward import objective_forward
-from fusellm.models.training_batches import BatchCounts, Collator, Rows, RowsOfLikeLength
+from fusellm.models.heads import is_sharded
+from fusellm.models.objective_forward import objective_forward, objective_inputs
+from fusellm.models.training_batches import (
+    BatchCounts,
+    Collator,
+    RowOrder,
+    Rows,
+    RowsOfLikeLength,
+)
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.sums import Sums
@@ -24,9 +33,11 @@ _WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
 
 def last_checkpoint(checkpoints: Path) -> str | None:
     """The last checkpoint that was saved whole; what a kill left of others is removed."""
-    for folder in checkpoints.glob("checkpoint-*"):
-        if not (folder / _WHOLE).exists():
-            shutil.rmtree(folder)
+    if processes.is_first():
+        for folder in checkpoints.glob("checkpoint-*"):
+            if not (folder / _WHOLE).exists():
+                shutil.rmtree(folder)
+    processes.wait()
     found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     return None if found is None else str(found)
 
@@ -65,11 +76,23 @@ class ObjectiveTrainer(Trainer):
         self._step_blocks: list[int] = []
         self.remove_callback(PrinterCallback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; under FSDP2 a loss stays float32 whatever the model computes in."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy: Any = getattr(plugin, "mixed_precision_policy", None)
+        if plugin is not None and getattr(policy, "output_dtype", None) is not None:
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return RowsOfLikeLength(self._row_tokens, rows, self.args.seed)
+        count, seed = processes.count(), self.args.seed
+        step = self.args.train_batch_size * count
+        if self.args.train_sampling_strategy != "group_by_length":
+            return RowOrder(len(self._row_tokens), seed, step, count)
+        alike = step * self.args.gradient_accumulation_steps
+        return RowsOfLikeLength(self._row_tokens, alike, seed, step, count)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
         """One batch forward and backward.
@@ -94,12 +117,10 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The objective of a batch, by the λ of the step."""
-        inputs = dict(inputs)
-        counts: BatchCounts = inputs.pop("counts")
+        counts: BatchCounts = inputs["counts"]
         if "outcomes" in inputs:
             self._lambda = self._schedule.at(self.state.global_step, self.state.max_steps)
-            inputs["clm_weight"] = self._lambda
-        found = model(**inputs, num_items_in_batch=num_items_in_batch)
+        found = model(**objective_inputs(inputs, self._lambda, num_items_in_batch))
         loss = found["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -143,7 +164,8 @@ class ObjectiveTrainer(Trainer):
         with writing_explained(output):
             super()._save_checkpoint(*args, **kwargs)
         self.args.save_total_limit = limit
-        if not self.args.should_save:
+        processes.wait()  # each writes a part of it
+        if not processes.is_first():
             return
         folder = output / f"checkpoint-{self.state.global_step}"
         sync_files(folder)
@@ -176,10 +198,11 @@ class ObjectiveTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Bits per byte of the validation part."""
         began = time.perf_counter()
-        model = without_adapters(self.accelerator.unwrap_model(self.model))
-        training = model.training
-        found = self._validation.measure(model.eval())
-        model.train(training)
+        whole = self.accelerator.unwrap_model(self.model)
+        training = whole.training
+        whole.eval()
+        found = self._measured(whole)
+        whole.train(training)
         metrics = {f"eval_{domain}": value for domain, value in found.items()}
         self.log(metrics | {"tokens": self.state.num_input_tokens_seen})
         self.control = self.callback_handler.on_evaluate(
@@ -187,6 +210,31 @@ class ObjectiveTrainer(Trainer):
         )
         self._sums.leave_out(time.perf_counter() - began)
         return metrics
+
+    def _measured(self, whole: torch.nn.Module) -> dict[str, float]:
+        """The validation of the model, which FSDP has whole only inside its forward."""
+        model = without_adapters(whole)
+        if not is_sharded(model):
+            return self._validation.measure(model)
+        own = whole.__dict__.get("forward")
+        whole.forward = lambda: self._validation.measure(model)
+        try:
+            found: dict[str, float] = whole()
+        finally:
+            del whole.forward
+            if own is not None:
+                whole.forward = own
+        return found
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights that are spread over the processes (FSDP), on the first one's host.
+
+        All processes have to ask. None where each has them as they are.
+        """
+        if not self.is_fsdp_enabled:
+            return None
+        found: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         """The log as lines for people and the report."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
 from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain, without_context
+from fusellm.models import processes
 from fusellm.store.blocks import Block
 from fusellm.tokens.encode import Encoded, Encoder
 
@@ -26,8 +28,17 @@ class Validation:
         return len(self._encoded)
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Bits per byte by domain, and their mean as "mean"."""
-        nats = blocks_nats(model, self._encoded, self._lengths, self._batch_tokens)
+        """Bits per byte by domain, and their mean as "mean".
+
+        The processes of a training divide the batches among them, and all get the answer.
+        """
+        share = processes.number(), processes.count()
+        nats = blocks_nats(model, self._encoded, self._lengths, self._batch_tokens, share=share)
+        mine = [
+            (n, row) for n, row in enumerate(nats) if row is not None and np.isfinite(row).any()
+        ]
+        for n, row in processes.gathered(mine):
+            nats[n] = row
         return by_domain(self._domains, without_context(nats, self._context))
 
 

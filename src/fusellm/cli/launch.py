@@ -1,0 +1,106 @@
+"""Training on several processes: started here, or by accelerate and torchrun."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusellm.errors import FusellmError, RecipeError
+
+_GRACE_SECONDS = 3.0
+
+Nproc = Annotated[
+    int,
+    typer.Option(
+        "--nproc",
+        metavar="N",
+        min=1,
+        help="Train on N processes of this machine, one a GPU; each takes "
+        "per_device_train_batch_size rows at a time. `accelerate launch -m fusellm train` does it "
+        "on several machines. With `training: {fsdp: true}` the model is spread over them (FSDP2).",
+    ),
+]
+
+
+def require_one_process(command: str) -> None:
+    """Refuse a launcher's processes for a command that is the work of one.
+
+    Raises:
+        RecipeError: there are several.
+    """
+    from fusellm.models.processes import launched
+
+    if launched() > 1:
+        raise RecipeError(
+            f"{launched()} processes were started, and `fusellm {command}` is the work of one: "
+            "launch `fusellm train` alone, or use `fusellm run --nproc N`"
+        )
+
+
+def require_devices(count: int) -> None:
+    """Check that there is a GPU for each process, or none at all.
+
+    Raises:
+        RecipeError: there are fewer.
+    """
+    import torch
+
+    from fusellm.models.processes import launched
+
+    if launched() > 1 and count > 1:
+        raise RecipeError(
+            f"--nproc {count} starts processes, and a launcher has started {launched()} already: "
+            "leave one of them out"
+        )
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else count
+    if count > gpus:
+        raise RecipeError(f"--nproc {count}: this machine has {gpus} GPU(s); give as many at most")
+
+
+def train_on(count: int, run: Path) -> None:
+    """Train the models of a run on several processes of this machine, and wait for them.
+
+    Raises:
+        SystemExit: one of them failed, and has said why.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as launch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of sources that this process has read
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    command = ["--standalone", f"--nproc-per-node={count}", "-m", "fusellm", "train", str(run)]
+    try:
+        launch(get_args_parser().parse_args(command))
+    except ChildFailedError:
+        raise SystemExit(1) from None
+    except SignalException:
+        raise SystemExit(130) from None
+
+
+def leave_processes() -> None:
+    """Part from the other processes of a training, if there were any."""
+    if "RANK" in os.environ and "torch.distributed" in sys.modules:
+        from fusellm.models.processes import leave
+
+        leave()
+
+
+def tell(error: FusellmError) -> None:
+    """Say what was wrong, once.
+
+    Where a launcher started several processes, the first one speaks. The launcher ends the others
+    when one fails, and who is there still after a while has something of its own to say.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"fusellm: {error}", file=sys.stderr)
+        return
+    time.sleep(_GRACE_SECONDS)
+    print(f"fusellm (process {rank}): {error}", file=sys.stderr)
