@@ -17,12 +17,14 @@ from typing import Any
 import torch.distributed
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from fusellm.models import processes
+from fusellm.models.heads import is_sharded
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.stages.train.validation import Validation
 
 
 class Killed(BaseException):
@@ -58,6 +60,8 @@ def killed_at(step: int | None) -> Iterator[None]:
         yield
     except Killed:
         processes.wait()
+    else:
+        assert step is None
     finally:
         Trainer.training_step = own
 
@@ -68,12 +72,30 @@ def nothing() -> Iterator[None]:
     yield
 
 
+@contextmanager
+def validated_when(sharded: bool) -> Iterator[None]:
+    """Every validation is of a model that is sharded, or of one that is not."""
+    own, seen = Validation.measure, set()
+
+    def measure(self: Validation, model: PreTrainedModel) -> dict[str, float]:
+        seen.add(is_sharded(model))
+        return own(self, model)
+
+    Validation.measure = measure
+    yield
+    Validation.measure = own
+    assert seen <= {sharded}
+
+
 def train(case: dict[str, Any]) -> None:
     """Train one model."""
     recipe_path = Path(case["recipe"])
     recipe = resolve_paths(load_recipe(recipe_path, case["changes"]), recipe_path.parent)
-    with sharded() if case.get("fsdp") else nothing(), killed_at(case.get("dies_at")):
-        Pipeline(recipe, Path(case["run"]), Silent()).execute(["train/fused"])
+    fsdp, dies_at, run = case["fsdp"], case["dies_at"], Path(case["run"])
+    with sharded() if fsdp else nothing(), validated_when(fsdp), killed_at(dies_at):
+        Pipeline(recipe, run, Silent()).execute(["train/fused"])
+    checkpoints = run / "train" / "fused-checkpoints"
+    assert (checkpoints / "checkpoint-4").is_dir() if dies_at else not checkpoints.exists()
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ class Pipeline:
 
         def identity() -> Identity:
             inputs = {name: self._fingerprint(name) for name in after}
-            count = train.processes_of(self.run, which) or self._training_processes
+            count = train.processes_of(self.run, which, self._training_processes)
             return train.identity(self.recipe, which, target.located, inputs, count)
 
         def run(identity: Identity) -> None:

@@ -1,5 +1,6 @@
 """Training on several processes: started here, or by accelerate and torchrun."""
 
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ import typer
 from fusellm.errors import FusellmError, RecipeError
 
 _GRACE_SECONDS = 3.0
+_BY_US = "FUSELLM_LAUNCHED"  # in the environment of the processes that --nproc starts
 
 Nproc = Annotated[
     int,
@@ -75,13 +77,17 @@ def train_on(count: int, run: Path) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of sources that this process has read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ[_BY_US] = "1"
     command = ["--standalone", f"--nproc-per-node={count}", "-m", "fusellm", "train", str(run)]
+    logging.disable()  # the launcher's own: who failed says why
     try:
         launch(get_args_parser().parse_args(command))
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException:
         raise SystemExit(130) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def leave_processes() -> None:
@@ -98,9 +104,19 @@ def tell(error: FusellmError) -> None:
     Where a launcher started several processes, the first one speaks. The launcher ends the others
     when one fails, and who is there still after a while has something of its own to say.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"fusellm: {error}", file=sys.stderr)
+    if not speaks():
+        time.sleep(_GRACE_SECONDS)
+        print(f"fusellm (process {os.environ['RANK']}): {error}", file=sys.stderr)
         return
-    time.sleep(_GRACE_SECONDS)
-    print(f"fusellm (process {rank}): {error}", file=sys.stderr)
+    print(f"fusellm: {error}", file=sys.stderr)
+
+
+def tell_stopped() -> None:
+    """Say once, after Ctrl-C, that nothing is lost."""
+    if "RANK" not in os.environ or (speaks() and _BY_US not in os.environ):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"

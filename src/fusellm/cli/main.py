@@ -22,7 +22,9 @@ from fusellm.cli.launch import (
     leave_processes,
     require_devices,
     require_one_process,
+    speaks,
     tell,
+    tell_stopped,
     train_on,
 )
 from fusellm.cli.options import (
@@ -83,7 +85,7 @@ def _pipeline(
         raise StoreError(f"{place} is not a run: it has no recipe.yaml; give a recipe instead")
     recipe = resolve_paths(load_recipe(recipe_path, changes), recipe_path.parent)
     run = out or (place if place.is_dir() else Path("runs") / recipe.name)
-    shown = Terminal(_stderr) if os.environ.get("RANK", "0") == "0" else Silent()
+    shown = Terminal(_stderr) if speaks() else Silent()
     return Pipeline(recipe, run, shown, engine or LOCAL, nproc if nproc > 1 else None)
 
 
@@ -107,11 +109,11 @@ def _execute(
         require_access(push_to)
     pipeline = _pipeline(place, out, changes, engine, nproc)
     if nproc > 1:
-        pipeline.execute(tuple(stage for stage in stages[: stages.index("train")]), redo)
+        pipeline.execute(stages[: stages.index("train")], redo)
         pipeline.require("train")
         train_on(nproc, pipeline.run)
     pipeline.execute(stages, redo)
-    if os.environ.get("RANK", "0") != "0":
+    if not speaks():
         return
     if {"evaluate", "report"} & set(stages):
         _show_results(pipeline.run, as_json, "report" in stages)
@@ -367,7 +369,7 @@ def main() -> None:
         app(args=arguments)
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Ctrl-C, in the seconds of imports as well
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            tell_stopped()
         raise
     except FusellmError as error:
         if debug:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
+from fusellm.errors import IdentityError
 from fusellm.models import processes
 from fusellm.models.adapters import require_peft, without_adapters, without_warnings
 from fusellm.models.load import Located
@@ -65,13 +66,27 @@ def check(recipe: Recipe, run: Path) -> None:
         require_peft("training.lora")
 
 
-def processes_of(run: Path, which: str) -> int | None:
-    """How many processes trained a model that is finished; None if it is not."""
+def processes_of(run: Path, which: str, here: int) -> int:
+    """How many processes a model is trained by: those that trained it, if it is finished.
+
+    Args:
+        here: that would train it.
+
+    Raises:
+        IdentityError: its training was begun by another number.
+    """
     folder = folder_of(run, which)
     if not (folder / MANIFEST).exists():
-        return None
+        return here
     stage = StageFolder(folder)
-    return int(stage.identity.settings.get("processes", 1)) if stage.complete else None
+    begun = int(stage.identity.settings.get("processes", 1))
+    if begun != here and not stage.complete:
+        raise IdentityError(
+            f"{folder} was begun by {begun} process(es), each of which takes "
+            f"training.per_device_train_batch_size rows at a time, and would go on with {here}: "
+            f"give `fusellm train {run} --nproc {begun}`, or add --redo to begin anew"
+        )
+    return begun
 
 
 def identity(
