@@ -97,6 +97,11 @@ class Line:
     truncated: Mapping[str, int]
     differences: tuple[Difference, ...]
 
+    @property
+    def in_points(self) -> bool:
+        """Whether scores are of 0 to 100."""
+        return self.unit != SCORE
+
 
 @dataclass(frozen=True)
 class Comparison:

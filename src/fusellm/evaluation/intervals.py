@@ -78,7 +78,7 @@ def records(
         rng = np.random.default_rng([seed, place])
         scored = scores.scored_bytes[chosen].astype(np.float64)
         columns = np.stack([scored, *(nats[chosen] for nats in scores.nats.values())], axis=1)
-        sums = resampled_sums(columns, resamplings, rng)
+        sums = _resampled_sums(columns, resamplings, rng)
         for n, model in enumerate(scores.nats, start=1):
             whole = columns[:, n].sum() / columns[:, 0].sum() / NATS_PER_BIT
             point[model][domain] = float(whole)
@@ -106,22 +106,11 @@ def records(
     ]
 
 
-def resampled_sums(
-    columns: np.ndarray,
-    resamplings: int,
-    rng: np.random.Generator,
-    counts: np.ndarray | None = None,
-) -> np.ndarray:
-    """[resamplings, C] sums over documents that are drawn with replacement, as many as there are.
-
-    Args:
-        columns: [D, C], a row for each document.
-        counts: [D] how many documents each row stands for; 1 if None.
-    """
-    counts = np.ones(len(columns), dtype=np.int64) if counts is None else counts
-    documents = int(counts.sum())
-    chances = counts / documents
-    at_once = max(1, _WEIGHTS_AT_ONCE // len(columns))
+def _resampled_sums(columns: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
+    """[resamplings, C] sums of the rows of `columns` [D, C], D drawn with replacement each time."""
+    documents = len(columns)
+    chances = np.full(documents, 1 / documents)
+    at_once = max(1, _WEIGHTS_AT_ONCE // documents)
     return np.concatenate(
         [
             rng.multinomial(documents, chances, min(at_once, resamplings - start)) @ columns

@@ -1,6 +1,6 @@
 """What the paper's authors published, to set beside one's own table.
 
-Models of 7 B parameters, continued on 1.8 B tokens, measured by five other evaluators (open-instruct,
+Models of 7 B parameters, continued on 1.8 B tokens, measured by other evaluators (open-instruct,
 lm-evaluation-harness 0.3.0, bigcode-evaluation-harness, OpenCompass): directions can be compared
 with these figures, values cannot.
 """

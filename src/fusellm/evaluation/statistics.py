@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.intervals import resampled_sums
 
 LEVEL = 0.05
 POWER = 0.8
@@ -25,6 +24,8 @@ _PERCENTILES = (50 * LEVEL, 100 - 50 * LEVEL)
 _ROUNDING = 1e-9
 _UNLIKELY = 1e-12
 _ORDERS = 4
+_FEW_VALUES = 64
+_DRAWS_AT_ONCE = 1 << 21
 
 
 def extra(module: str) -> Any:
@@ -76,19 +77,34 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def resampled_means(values: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
-    """[R] means of documents that are drawn with replacement.
+    """[R] means of documents that are drawn with replacement, as many as there are.
 
-    Documents of equal value are drawn together, so that a binary task costs three numbers a draw
-    whatever its size. Values are taken in the order in which they first come, so that −values gives
-    exactly the negative.
+    Where values are few, as those of a binary task, documents of equal value are drawn together,
+    in the order in which values first come: so −values gives exactly the negative.
 
     Args:
         values: [D] float64, D > 0, one for each document, or for each problem of several samples.
     """
     different, first, counts = np.unique(values, return_index=True, return_counts=True)
+    if len(different) > _FEW_VALUES:
+        return _resampled_sums(values[:, None], resamplings, rng)[:, 0] / len(values)
     order = np.argsort(first)
-    sums = resampled_sums(different[order, None], resamplings, rng, counts[order])
-    return np.asarray(sums[:, 0] / len(values))
+    drawn = rng.multinomial(len(values), counts[order] / len(values), resamplings)
+    return np.asarray(drawn @ different[order] / len(values))
+
+
+def _resampled_sums(columns: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
+    """[R, C] sums of the rows of `columns` [D, C] float64, D drawn with replacement each time."""
+    documents = len(columns)
+    at_once = max(1, _DRAWS_AT_ONCE // documents)
+    sums = []
+    for start in range(0, resamplings, at_once):
+        rows = min(at_once, resamplings - start)
+        drawn = rng.integers(documents, size=(rows, documents))
+        drawn += documents * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * documents)
+        sums.append(weights.reshape(rows, documents).astype(np.float64) @ columns)
+    return np.concatenate(sums)
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:
@@ -210,7 +226,7 @@ class Translations:
                     *row[2 * _ORDERS :],
                     smooth_method=self._smoothing,
                 ).score
-                for row in sums.tolist()
+                for row in sums.astype(np.int64).tolist()
             ]
         )
 
@@ -219,7 +235,7 @@ def resampled_bleu(
     a: Translations, b: Translations, resamplings: int, rng: np.random.Generator
 ) -> np.ndarray:
     """[R] BLEU of a − BLEU of b, over the same documents drawn with replacement."""
-    sums = resampled_sums(np.concatenate([a.counts, b.counts], axis=1), resamplings, rng)
+    sums = _resampled_sums(np.concatenate([a.counts, b.counts], axis=1), resamplings, rng)
     columns = a.counts.shape[1]
     return np.asarray(a.of_sums(sums[:, :columns]) - b.of_sums(sums[:, columns:]))
 
