@@ -12,6 +12,7 @@ from fusellm.stages.report.charts import SENTINELS, SMALL, TEXT, WIDTH, inline_s
 
 _ROW, _TOP, _BOTTOM = 34.0, 4.0, 36.0
 _MARGIN = 4.0
+_COLOURS = {-1: "ink", 0: "muted", 1: "fused"}
 _TEXT_DOWN, _MARK_DOWN = 14.0, 25.0
 
 
@@ -91,7 +92,7 @@ def _tick(value: float) -> str:
 
 
 def _draw_row(axes: Axes, top: float, line: Line, one: Difference) -> None:
-    colour = SENTINELS["muted"] if not one.sign else SENTINELS["fused"]
+    colour = SENTINELS[_COLOURS[one.sign]]
     across = axes.get_yaxis_transform()
     axes.text(
         0,
