@@ -208,6 +208,16 @@ def test_the_bootstrap_of_a_mean_is_drawn_within_tasks() -> None:
     assert one.could_show == pytest.approx(2.8016 * spread, rel=0.05)
 
 
+def test_tasks_are_drawn_apart() -> None:
+    """The mean of four tasks of equal answers is twice as sure as one of them."""
+    scores = {m: list(np.random.default_rng(i).integers(2, size=200)) for i, m in enumerate("ab")}
+    records = {m: [make(m, of, f"t{i}") for i in range(4)] for m, of in scores.items()}
+    found = only(*compare(records, Rules(pairs=[("a", "b")])))
+    widths = [one.high - one.low for line in found.lines for one in line.differences]
+    assert widths[:4] == pytest.approx([widths[0]] * 4, rel=0.05)
+    assert widths[4] == pytest.approx(widths[0] / 2, rel=0.05)
+
+
 def test_samples_of_a_problem_are_one_cluster() -> None:
     """As wide as the problems' own shares, four times wider than as if samples were problems."""
     problems = np.random.default_rng(1).integers(2, size=60)
