@@ -22,7 +22,7 @@ SERIES = 8
 
 SITUATIONS = ("same", "several", "beyond", "crossed", "unaligned")
 
-_SENTINELS = {
+SENTINELS = {  # a colour to draw with, by the name of its CSS variable
     "ink": "#010203",
     "muted": "#020304",
     "rule": "#030405",
@@ -56,13 +56,13 @@ _SENTINELS = {
     "on-beyond": "#440303",
     "on-crossed": "#440404",
 }
-_NAMES = {sentinel: name for name, sentinel in _SENTINELS.items()}
+_NAMES = {sentinel: name for name, sentinel in SENTINELS.items()}
 
-_WIDTH = 340.0
+WIDTH = 340.0
 _LINES_HEIGHT = 216.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34.0, 72.0, 12.0, 36.0
 _LABEL, _BAR, _GAP = 18.0, 20.0, 14.0
-_TEXT, _SMALL = 12.0, 11.0
+TEXT, SMALL = 12.0, 11.0
 _MOST_POINTS = 240
 _PIXELS_OF_A_SHARE = 32.0
 """A segment narrower than this has no number in it."""
@@ -136,9 +136,9 @@ def line_chart(ident: str, label: str, unit: str, lines: Sequence[Line]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_axes(
             (
-                _LEFT / _WIDTH,
+                _LEFT / WIDTH,
                 _BOTTOM / _LINES_HEIGHT,
-                (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
+                (WIDTH - _LEFT - _RIGHT) / WIDTH,
                 (_LINES_HEIGHT - _TOP - _BOTTOM) / _LINES_HEIGHT,
             )
         )
@@ -148,7 +148,7 @@ def line_chart(ident: str, label: str, unit: str, lines: Sequence[Line]) -> str:
             axes.plot(
                 tokens,
                 values,
-                color=_SENTINELS[line.colour],
+                color=SENTINELS[line.colour],
                 linewidth=1.6 if line.dashed else 2.0,
                 linestyle=(0, (4, 2.5)) if line.dashed else "solid",
                 marker="o" if line.dots or len(tokens) == 1 else None,
@@ -160,7 +160,7 @@ def line_chart(ident: str, label: str, unit: str, lines: Sequence[Line]) -> str:
     told = "; ".join(
         f"{line.name} from {line.values[0]:.3f} to {line.values[-1]:.3f} {unit}" for line in lines
     )
-    return _svg(ident, f"{label}: {told}", _LINES_HEIGHT, draw)
+    return inline_svg(ident, f"{label}: {told}", _LINES_HEIGHT, draw)
 
 
 def bar_chart(ident: str, label: str, bars: Sequence[Bar], colours: Mapping[str, str]) -> str:
@@ -174,7 +174,7 @@ def bar_chart(ident: str, label: str, bars: Sequence[Bar], colours: Mapping[str,
     def draw(figure: Figure) -> None:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.set_xlim(0, _WIDTH)
+        axes.set_xlim(0, WIDTH)
         axes.set_ylim(height, 0)
         for index, bar in enumerate(bars):
             _draw_bar(axes, bar, colours, index * (_LABEL + _BAR + _GAP))
@@ -184,7 +184,7 @@ def bar_chart(ident: str, label: str, bars: Sequence[Bar], colours: Mapping[str,
         + ", ".join(f"{name} {percent(share)}" for name, share in _shares(bar, colours))
         for bar in bars
     )
-    return _svg(ident, f"{label}. {told}", height, draw)
+    return inline_svg(ident, f"{label}. {told}", height, draw)
 
 
 def _shares(bar: Bar, colours: Mapping[str, str]) -> list[tuple[str, float]]:
@@ -193,11 +193,11 @@ def _shares(bar: Bar, colours: Mapping[str, str]) -> list[tuple[str, float]]:
 
 
 def _draw_bar(axes: Axes, bar: Bar, colours: Mapping[str, str], top: float) -> None:
-    axes.text(0, top + 12, _short(bar.name), fontsize=_TEXT, color=_SENTINELS["ink"])
-    axes.text(_WIDTH, top + 12, bar.note, fontsize=_SMALL, color=_SENTINELS["muted"], ha="right")
+    axes.text(0, top + 12, shortened(bar.name), fontsize=TEXT, color=SENTINELS["ink"])
+    axes.text(WIDTH, top + 12, bar.note, fontsize=SMALL, color=SENTINELS["muted"], ha="right")
     left = 0.0
     for name, share in _shares(bar, colours):
-        width = share * _WIDTH
+        width = share * WIDTH
         if not width:
             continue
         axes.add_patch(
@@ -205,8 +205,8 @@ def _draw_bar(axes: Axes, bar: Bar, colours: Mapping[str, str], top: float) -> N
                 (left, top + _LABEL),
                 width,
                 _BAR,
-                facecolor=_SENTINELS[colours[name]],
-                edgecolor=_SENTINELS["page"],
+                facecolor=SENTINELS[colours[name]],
+                edgecolor=SENTINELS["page"],
                 linewidth=min(1.0, width / 3),
             )
         )
@@ -215,31 +215,32 @@ def _draw_bar(axes: Axes, bar: Bar, colours: Mapping[str, str], top: float) -> N
                 left + width / 2,
                 top + _LABEL + _BAR / 2 + 4,
                 percent(share),
-                fontsize=_SMALL,
-                color=_SENTINELS[f"on-{colours[name]}"],
+                fontsize=SMALL,
+                color=SENTINELS[f"on-{colours[name]}"],
                 ha="center",
             )
         left += width
 
 
-def _short(text: str, most: int = 28) -> str:
+def shortened(text: str, most: int = 28) -> str:
+    """A text that fits beside a bar."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _style(axes: Axes) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_SENTINELS["rule"])
-    axes.grid(axis="y", color=_SENTINELS["rule"], linewidth=0.8)
+    axes.spines["bottom"].set_color(SENTINELS["rule"])
+    axes.grid(axis="y", color=SENTINELS["rule"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(
-        length=0, pad=6, labelsize=_SMALL, labelcolor=_SENTINELS["muted"], color=_SENTINELS["rule"]
+        length=0, pad=6, labelsize=SMALL, labelcolor=SENTINELS["muted"], color=SENTINELS["rule"]
     )
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
     axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    axes.set_xlabel("tokens", fontsize=_SMALL, color=_SENTINELS["muted"], labelpad=3)
+    axes.set_xlabel("tokens", fontsize=SMALL, color=SENTINELS["muted"], labelpad=3)
 
 
 def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:
@@ -260,11 +261,11 @@ def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:
         line = lines[index]
         axes.annotate(
             f"{line.name} {line.values[-1]:.3f}",
-            (_WIDTH - _RIGHT + 3, height - shift),
+            (WIDTH - _RIGHT + 3, height - shift),
             xycoords="figure pixels",
             annotation_clip=False,
-            fontsize=_SMALL,
-            color=_SENTINELS[line.colour],
+            fontsize=SMALL,
+            color=SENTINELS[line.colour],
             va="center_baseline",
         )
 
@@ -282,7 +283,13 @@ def _thinned(
     )
 
 
-def _svg(ident: str, label: str, height: float, draw: Callable[[Figure], None]) -> str:
+def inline_svg(ident: str, label: str, height: float, draw: Callable[[Figure], None]) -> str:
+    """What `draw` draws on a figure of `WIDTH` by `height` units, in the colours of `SENTINELS`.
+
+    Args:
+        ident: a prefix for the ids, unique on the page.
+        label: what the chart says, for readers who do not see it.
+    """
     written = io.StringIO()
     with rc_context(
         {
@@ -294,7 +301,7 @@ def _svg(ident: str, label: str, height: float, draw: Callable[[Figure], None]) 
             "font.sans-serif": ["DejaVu Sans"],
         }
     ):
-        figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
         figure.patch.set_visible(False)
         draw(figure)
         for axes in figure.axes:
@@ -323,7 +330,7 @@ def _inlined(svg: str, ident: str, label: str, height: float) -> str:
     body = re.sub(r"font: (?:\d+ )?([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return (
-        f'<svg viewBox="0 0 {_WIDTH:g} {height:g}" role="img" aria-label="{escape(label)}"'
+        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(label)}"'
         ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f"{body.strip()}"
     )

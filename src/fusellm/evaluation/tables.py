@@ -1,0 +1,327 @@
+"""A comparison as a table for the terminal, as Markdown, as CSV and as JSON."""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusellm.evaluation.comparison import Comparison, Difference, Line, NotRun
+from fusellm.evaluation.paper import MODELS, PUBLISHED, SOURCE
+from fusellm.evaluation.statistics import LEVEL
+
+_TITLES = {"target": "target before training", "clm": "CLM baseline"}
+_SHORT = {"clm": "CLM"}
+_IN_WORDS = {-1: "worse", 0: "no difference shown", 1: "better"}
+_BEGINS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")
+_DIGITS, _DIGITS_OF_SCORES = 2, 4
+_DIGEST = 12
+
+CSV_COLUMNS = (
+    *("suite", "task", "model", "metric", "value", "low", "high", "p", "corrected_p", "sign"),
+    *("relative_percent", "could_show", "n", "truncated"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as plain text of one or two lines; the first column is of names."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def table(comparison: Comparison) -> Table:
+    """Tasks down, models and differences across; `*` at a row's best score."""
+    units = {line.unit for line in comparison.lines}
+    one_unit = len(units) == 1
+    differences = pairs_of(comparison)
+    head = f"{comparison.suite}, {units.pop()}" if one_unit else comparison.suite
+    return Table(
+        [
+            _printable(head),
+            *(_printable(_TITLES.get(model, model)) for model in comparison.models),
+            *(_printable(title_of(a, b)) for a, b in differences),
+            "documents",
+        ],
+        [
+            [
+                _printable(line.task if one_unit else f"{line.task}, {line.unit}"),
+                *(_score(line, model) for model in comparison.models),
+                *(_difference(line, pair) for pair in differences),
+                f"{line.n:,}",
+            ]
+            for line in comparison.lines
+        ],
+    )
+
+
+def published_table(suite: str) -> Table | None:
+    """The paper's figures for a suite, if it has any."""
+    if suite not in PUBLISHED:
+        return None
+    return Table(
+        [f"{suite}, published", *MODELS, "fused − target", "fused − CLM"],
+        [
+            [
+                row.task,
+                *(number(points) for points in row.points),
+                *(
+                    f"{number(row.points[-1] - of)}, {_percent(100 * (row.points[-1] / of - 1))}"
+                    for of in row.points[2:4]
+                ),
+            ]
+            for row in PUBLISHED[suite]
+        ],
+    )
+
+
+def footer(comparison: Comparison) -> list[str]:
+    """What a reader needs beside the table: a sentence each, plain text."""
+    settings = ", ".join(f"{key} {value}" for key, value in comparison.settings.items())
+    documents = sum(line.n for line in comparison.tasks)
+    cut = {
+        model: sum(line.truncated.get(model, 0) for line in comparison.tasks)
+        for model in comparison.models
+    }
+    cut_words = ", ".join(f"{model} {count:,}" for model, count in cut.items() if count)
+    found = [
+        f"Protocol {comparison.protocol[:_DIGEST]}{f': {settings}' if settings else ''}.",
+        f"{_count(documents, 'document')} in {_count(len(comparison.tasks), 'task')}.",
+        f"Documents whose prompt was cut to fit the context: {cut_words or 'none'}.",
+    ]
+    if pairs_of(comparison):
+        found.append(
+            "Differences are paired by document, with 95 % bootstrap intervals. Better and worse "
+            "are judged at the 5 % level, after Holm's correction over the tasks. (≥ x would be): "
+            "the least true difference that 4 of 5 samples like this one show, for a task alone."
+        )
+    if comparison.not_run:
+        found.append(f"Not run: {'; '.join(_not_run(comparison.not_run))}.")
+    found += [f"{note[:1].upper()}{note[1:]}." for note in comparison.notes]
+    return [_printable(line) for line in found]
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence on what the differences show, on the mean if there is one."""
+    if not comparison.lines:
+        return f"Nothing of {comparison.suite} was run."
+    line = comparison.lines[-1]
+    place = f"the mean over {comparison.suite}" if line is comparison.mean else line.task
+    if comparison.mean is None and len(comparison.tasks) > 1:
+        return f"{comparison.suite} has no mean to judge by."
+    if not line.differences:
+        return f"On {place}, there are no two models to compare."
+    told = "; ".join(
+        f"{title_of(one.a, one.b)} is {_in_words(one, _digits(line))}".replace("\n", ": ")
+        for one in line.differences
+    )
+    return _printable(f"On {place}, {told}.")
+
+
+def markdown(comparisons: Iterable[Comparison], published: bool = False) -> str:
+    """A section for each suite: table and notes.
+
+    Args:
+        published: whether the paper's figures follow, where it has some.
+    """
+    parts = []
+    for comparison in comparisons:
+        parts.append(f"## {_escaped(comparison.suite)}\n")
+        if comparison.tasks:
+            parts.append(_markdown_table(table(comparison)))
+        parts.append("".join(f"- {_escaped(line)}\n" for line in footer(comparison)))
+        reference = published_table(comparison.suite) if published else None
+        if reference:
+            parts.append(_markdown_table(reference))
+            parts.append(f"Published by the paper's authors: {_escaped(SOURCE)}.\n")
+    return "\n".join(parts)
+
+
+def csv_text(comparisons: Iterable[Comparison], published: bool = False) -> str:
+    """One row for each score and each difference, numbers unrounded; columns `CSV_COLUMNS`.
+
+    Text that a spreadsheet would take for a formula is preceded by an apostrophe.
+    """
+    written = io.StringIO()
+    writer = csv.DictWriter(written, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for comparison in comparisons:
+        for line in comparison.lines:
+            writer.writerows(_csv_rows(comparison.suite, line))
+        if published:
+            writer.writerows(_published_csv_rows(comparison.suite))
+    return written.getvalue()
+
+
+def as_json(comparisons: Iterable[Comparison], published: bool = False) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    comparisons = list(comparisons)
+    found: dict[str, Any] = {"suites": [_plain(comparison) for comparison in comparisons]}
+    if published:
+        found["published"] = {
+            "source": SOURCE,
+            "suites": {
+                suite: {row.task: dict(zip(MODELS, row.points, strict=True)) for row in rows}
+                for comparison in comparisons
+                if (rows := PUBLISHED.get(suite := comparison.suite))
+            },
+        }
+    return found
+
+
+def number(value: float, digits: int = _DIGITS) -> str:
+    """A value with a true minus sign, and never a negative zero.
+
+    >>> number(-1.3), number(-0.001), number(41.754)
+    ('−1.30', '0.00', '41.75')
+    """
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def pairs_of(comparison: Comparison) -> list[tuple[str, str]]:
+    """The (a, b) of all differences a − b, in their order."""
+    return list(dict.fromkeys(one.pair for ln in comparison.lines for one in ln.differences))
+
+
+def title_of(a: str, b: str) -> str:
+    """A difference as a reader is shown it.
+
+    >>> title_of("fused", "clm")
+    'fused − CLM'
+    """
+    return f"{_SHORT.get(a, a)} − {_SHORT.get(b, b)}"
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    found = asdict(comparison)
+    lines = [*found["tasks"], *([found["mean"]] if found["mean"] else [])]
+    for line, of_line in zip(comparison.lines, lines, strict=True):
+        for one, of_one in zip(line.differences, of_line["differences"], strict=True):
+            of_one["sign"] = one.sign
+    return found
+
+
+def _digits(line: Line) -> int:
+    return _DIGITS if line.in_points else _DIGITS_OF_SCORES
+
+
+def _score(line: Line, model: str) -> str:
+    if model not in line.scores:
+        return "–"
+    best = len(line.scores) > 1 and line.scores[model] == max(line.scores.values())
+    return f"{number(line.scores[model], _digits(line))}{' *' if best else ''}"
+
+
+def _difference(line: Line, pair: tuple[str, str]) -> str:
+    return next(
+        (_in_words(one, _digits(line)) for one in line.differences if one.pair == pair), "–"
+    )
+
+
+def _in_words(one: Difference, digits: int) -> str:
+    """The difference with its interval and relative gain, and on a second line what it shows."""
+    value, low, high = (number(x, digits) for x in (one.value, one.low, one.high))
+    relative = "" if one.relative is None else f", {_percent(one.relative)}"
+    return f"{value} ({low} to {high}){relative}\n{_shown(one, digits)}"
+
+
+def _shown(one: Difference, digits: int) -> str:
+    if one.sign or one.could_show is None:
+        return _IN_WORDS[one.sign]
+    if one.p <= LEVEL:
+        return f"{_IN_WORDS[0]} after correction"
+    return f"{_IN_WORDS[0]} (≥ {number(one.could_show, digits - 1)} would be)"
+
+
+def _percent(value: float) -> str:
+    """A relative gain with its sign, as the paper prints it."""
+    text = number(value)
+    return f"{'' if text.startswith('−') else '+'}{text} %"
+
+
+def _not_run(entries: Sequence[NotRun]) -> list[str]:
+    """Tasks together that were not run for one reason."""
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        tasks.setdefault((entry.model, entry.reason), []).append(entry.task)
+    return [
+        f"{', '.join(of)} ({f'{model}: ' if model else ''}{reason})"
+        for (model, reason), of in tasks.items()
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, inside a table too.
+
+    >>> print(_escaped("a|b *c* word_sorting _d_"))
+    a\\|b \\*c\\* word_sorting \\_d\\_
+    """
+    return _MARKDOWN.sub(lambda found: "\\" + found[0], _printable(text))
+
+
+def _markdown_table(shown: Table) -> str:
+    ruler = ["---", *("---:" for _ in shown.columns[1:])]
+    escaped = [
+        ["<br>".join(_escaped(line) for line in cell.split("\n")) for cell in row]
+        for row in (shown.columns, *shown.rows)
+    ]
+    lines = [escaped[0], ruler, *escaped[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _safe(text: str) -> str:
+    return f"'{text}" if text.startswith(_BEGINS_A_FORMULA) else text
+
+
+def _csv_rows(suite: str, line: Line) -> list[dict[str, Any]]:
+    place: dict[str, Any] = {
+        "suite": _safe(suite),
+        "task": _safe(line.task),
+        "metric": line.unit,
+        "n": line.n,
+    }
+    scores: list[dict[str, Any]] = [
+        {"model": _safe(model), "value": value, "truncated": line.truncated[model]}
+        for model, value in line.scores.items()
+    ]
+    differences: list[dict[str, Any]] = [
+        {
+            "model": _safe(one.name),
+            "value": one.value,
+            "low": one.low,
+            "high": one.high,
+            "p": one.p,
+            "corrected_p": one.corrected_p,
+            "sign": one.sign,
+            "relative_percent": one.relative,
+            "could_show": one.could_show,
+        }
+        for one in line.differences
+    ]
+    return [place | row for row in (*scores, *differences)]
+
+
+def _published_csv_rows(suite: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "suite": _safe(suite),
+            "task": row.task,
+            "model": model,
+            "metric": "published",
+            "value": value,
+        }
+        for row in PUBLISHED.get(suite, ())
+        for model, value in zip(MODELS, row.points, strict=True)
+    ]
