@@ -59,6 +59,16 @@ class Origin:
     def all_paths(self) -> tuple[str, ...]:
         return self.paths + (self.hub.patterns() if self.hub else ())
 
+    def missing(self, data_dir: Path | None) -> str:
+        """That there is no file of it, which one it could be, and where to get it."""
+        tried = [path for path in self.all_paths if "*" not in path][:3]
+        looked = f"no data folder was given to find {tried[0]} in"
+        if data_dir is not None:
+            nor = f" (nor {' or '.join(tried[1:])})" if tried[1:] else ""
+            looked = f"{data_dir} has no {tried[0]}{nor}"
+        download = ", or allow the download with --allow-download" if self.hub else ""
+        return f"{looked}. Get it from {self.where} and name its folder with --data-dir{download}"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -93,7 +103,7 @@ def read_rows(origin: Origin, data_dir: Path | None, allow_download: bool = Fals
         _check(rows, origin, ", ".join(digests))
         return Found(tuple(rows), digests)
     if origin.hub is None or not allow_download:
-        raise EvaluationError(_missing(origin, data_dir, allow_download))
+        raise EvaluationError(origin.missing(data_dir))
     rows = _download(origin.hub)
     _check(rows, origin, str(origin.hub))
     return Found(tuple(rows), {str(origin.hub): digest(rows)})
@@ -107,7 +117,7 @@ def read_text(origin: Origin, data_dir: Path | None) -> tuple[str, dict[str, str
     """
     files = find_files(origin, data_dir)
     if not files or data_dir is None:
-        raise EvaluationError(_missing(origin, data_dir, allow_download=False))
+        raise EvaluationError(origin.missing(data_dir))
     content = files[0].read_bytes()
     try:
         text = content.decode()
@@ -132,19 +142,6 @@ def find_files(origin: Origin, data_dir: Path | None) -> list[Path]:
         if files:
             return files
     return []
-
-
-def _missing(origin: Origin, data_dir: Path | None, allow_download: bool) -> str:
-    tried = [path for path in origin.all_paths if "*" not in path][:3]
-    looked = (
-        f"{data_dir} has no {tried[0]}" + (f" (nor {' or '.join(tried[1:])})" if tried[1:] else "")
-        if data_dir is not None
-        else f"no data folder was given to find {tried[0]} in"
-    )
-    message = f"{looked}. Get it from {origin.where} and name its folder with --data-dir"
-    if origin.hub is None:
-        return message + (", as it cannot be downloaded for you" if allow_download else "")
-    return message + ", or allow the download with --allow-download"
 
 
 def _read(path: Path, origin: Origin) -> list[Row]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fusellm.evaluation.data import Row
 from fusellm.evaluation.plans import Definition, Inputs
 
-PATTERNS, AGREEMENT, RECALL = 100, 100, 40
+PATTERNS, AGREEMENT, RECALL = 64, 64, 24
 _SEED = 20240116
 _THINGS = [
     "red",
@@ -60,13 +60,13 @@ def patterns(_: Inputs) -> Definition:
 
 
 def agreement(_: Inputs) -> Definition:
-    """Whether a verb agrees with its subject and not with the noun between them."""
+    """Whether a verb agrees with its subject, whatever noun stands between them."""
     rng = random.Random(_SEED + 1)
     rows = []
     for _row in range(AGREEMENT):
         number = rng.randrange(2)
         subject, other = rng.sample(_NOUNS, 2)
-        text = f"The {subject[number]} {rng.choice(_BETWEEN)} the {other[1 - number]}"
+        text = f"The {subject[number]} {rng.choice(_BETWEEN)} the {rng.choice(other)}"
         rows.append({"text": text, "choices": list(rng.choice(_VERBS)), "label": number})
     return Definition(tuple(rows), _choosing())
 

@@ -1,0 +1,99 @@
+"""A model of lm_eval's whose prompts are measured before it reads them, and that shows its work."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fusellm.errors import EvaluationError
+from fusellm.progress import Bar, Progress
+
+
+class Watched:
+    """Stands before a model of lm_eval's (HFLM), which cuts long prompts from the left in silence.
+
+    Attributes:
+        cut: numbers of the documents of which a prompt was cut.
+    """
+
+    def __init__(
+        self, lm: Any, too_long: Literal["error", "truncate"], progress: Progress, what: str
+    ) -> None:
+        self._lm, self._too_long = lm, too_long
+        self._progress, self._what = progress, what
+        self.cut: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lm, name)
+
+    def generate_until(self, requests: Sequence[Any]) -> Any:
+        """Write on from each prompt.
+
+        Raises:
+            EvaluationError: a prompt is too long, or what is to be written is.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        context = self._lm.max_length
+        rooms = []
+        for request in requests:
+            new_tokens = normalize_gen_kwargs(request.args[1], self._lm.max_gen_toks)[
+                "max_gen_toks"
+            ]
+            if new_tokens >= context:
+                raise EvaluationError(
+                    f"{self._what} lets a model write {new_tokens} tokens, and this one reads "
+                    f"{context}, prompt included; set a lower --max-new-tokens"
+                )
+            rooms.append(context - new_tokens)
+        self._measure(requests, [request.args[0] for request in requests], rooms)
+        return self._run("generate_until", requests)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
+        """Nats of each continuation.
+
+        Raises:
+            EvaluationError: a prompt with its continuation is too long.
+        """
+        room = self._lm.max_length + 1  # the last token is not read
+        texts = ["".join(request.args) for request in requests]
+        self._measure(requests, texts, [room] * len(requests))
+        return self._run("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
+        """Nats of each text, in as many windows as it needs."""
+        return self._run("loglikelihood_rolling", requests)
+
+    def _measure(self, requests: Sequence[Any], texts: list[str], rooms: list[int]) -> None:
+        lengths: dict[str, int] = {}
+        for text in texts:
+            if text not in lengths:
+                lengths[text] = len(self._lm.tok_encode(text))
+        over = [
+            (lengths[text], room, request.doc_id)
+            for text, room, request in zip(texts, rooms, requests, strict=True)
+            if lengths[text] > room
+        ]
+        if over and self._too_long == "error":
+            longest, room, _ = max(over, key=lambda found: found[0])
+            documents = len({document for _, _, document in over})
+            raise EvaluationError(
+                f"{documents} documents of {self._what} have prompts longer than the model reads "
+                f"(the longest has {longest} tokens, and there is room for {room}); "
+                "--too-long truncate cuts them from the left, examples first, and counts them"
+            )
+        self.cut |= {document for _, _, document in over}
+
+    def _run(self, kind: str, requests: Sequence[Any]) -> Any:
+        with self._progress.start(self._what, len(requests), "requests") as bar:
+            self._lm.set_cache_hook(_Hook(bar))
+            return getattr(self._lm, kind)(requests, disable_tqdm=True)
+
+
+class _Hook:
+    """Where lm_eval's models report each answer; meant for a cache."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """One more request is answered."""
+        self._bar.advance()
