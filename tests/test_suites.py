@@ -1,6 +1,8 @@
 """The suites on lm_eval: oracles, files of every layout, and a tiny model against lm_eval's own."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -23,21 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation import answers, layouts
+from fusellm.evaluation.completions import Writing, complete
 from fusellm.evaluation.data import Hub, Origin, of_task, read_rows
-from fusellm.evaluation.harness import (
-    Loaded,
-    Settings,
-    Task,
-    Writing,
-    answers_of,
-    complete,
-    make_task,
-    run_task,
-)
+from fusellm.evaluation.harness import Task, answers_of, make_task, run_task
 from fusellm.evaluation.other_tasks import other_tasks
 from fusellm.evaluation.own_tasks import SCIBENCH_BOOKS
 from fusellm.evaluation.plans import Definition, Inputs, Plan
 from fusellm.evaluation.run_suites import plans_of, read_task, record_path, run_suite, tasks_of
+from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.suites import BBH_SIZES, SUITES
 from fusellm.progress import Silent
 from worlds import SHARED
@@ -459,7 +454,7 @@ def test_a_task_of_lm_eval_is_run_by_its_name(theirs: Path, tiny: Loaded) -> Non
     ]
     _yaml_task(theirs, "first", metric_list=[mean("exact_match")], filter_list=filters)
     _yaml_task(theirs, "second", metric_list=[{"metric": "bleu"}, {"metric": "ter"}])
-    with pytest.raises(EvaluationError, match="first is a task of lm_eval.*--allow-download"):
+    with pytest.raises(EvaluationError, match=r"first is a task of lm_eval.*--allow-download"):
         list(tasks_of("first", Settings()))
     with pytest.raises(EvaluationError, match=r"'frist'.*did you mean first"):
         list(tasks_of("frist", Settings()))
@@ -561,10 +556,13 @@ def test_scores_are_lm_evals_own(
     tiny: Loaded,
     tmp_path: Path,
 ) -> None:
-    settings = Settings(data_dir=data, batch_size=4, seed=7, only=(name,))
+    settings = Settings(data_dir=data, batch_size=4, seed=7, only=(name,), max_new_tokens=24)
     (task,) = tasks_of(suite, settings)
     record = run_task(task, tiny, FACTS, settings)
-    theirs = stock_results(tmp_path / "stock", tiny, file, rows, {})
+    until = {"drop": ["."], "triviaqa": ["\n", ".", ","]}.get(name)
+    writing = {"until": until, "max_gen_toks": 24, "do_sample": False}
+    changes = {} if until is None else {"generation_kwargs": writing}
+    theirs = stock_results(tmp_path / "stock", tiny, file, rows, changes)
     samples = [s for s in theirs["samples"]["own"] if s["filter"] == key.split(",")[1]]
     metric = key.split(",")[0]
     assert [a.score for a in record.answers] == [s[metric] for s in samples]
@@ -754,6 +752,26 @@ class Shown(Silent):
                 pass
 
         return Bar()
+
+
+def test_lm_eval_is_named_where_it_is_missing(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tiny: Loaded
+) -> None:
+    monkeypatch.setattr("fusellm.evaluation.quiet.find_spec", lambda _: None)
+    for suite in ("smoke", "piqa"):
+        with pytest.raises(EvaluationError, match=r"pip install 'fusellm\[eval\]'"):
+            list(tasks_of(suite, Settings()))
+    with pytest.raises(EvaluationError, match=r"pip install 'fusellm\[eval\]'"):
+        complete(tiny, ["a"], [], Writing(4), Settings())
+
+
+def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
+    code = (
+        "import sys, fusellm.evaluation.run_suites, fusellm.evaluation.completions\n"
+        "print({'lm_eval', 'scipy', 'sacrebleu', 'evaluate', 'nltk'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_names_of_models_stay_in_their_folder() -> None:

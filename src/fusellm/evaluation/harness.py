@@ -1,73 +1,33 @@
-"""Running tasks through lm_eval, which this module and the two beside it import where they use it.
+"""Running tasks through lm_eval.
 
-`watched` stands before its models, `other_tasks` finds its own tasks.
+lm_eval is imported where it is used, here and in `watched`, which stands before its models,
+`completions`, and `other_tasks`, which finds its own tasks.
 """
 
 import hashlib
 import inspect
-import io
-import logging
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fusellm.errors import EvaluationError
 from fusellm.evaluation.plans import Definition, Plan
+from fusellm.evaluation.quiet import quiet, require_lm_eval, seeded, silently_building
 from fusellm.evaluation.records import Answer, Header, Kind, TaskRecord
-from fusellm.evaluation.watched import Watched
+from fusellm.evaluation.settings import Loaded, Settings
+from fusellm.evaluation.watched import watched
 from fusellm.progress import Progress, Silent
 from fusellm.store.identity import digest
 
 _SOFTWARE = ("lm_eval", "transformers", "torch", "datasets")
 _NOT_PROTOCOL = ("task", "dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How suites are run.
-
-    Attributes:
-        data_dir: folder that data is looked for in.
-        allow_download: whether the hub may be asked for what is not there.
-        only: names of tasks, to run no others of a suite.
-        batch_size: requests at a time; fixed, as it can change the last digits of a score.
-        limit: only so many documents of each task, from the first.
-        seed: of examples that are drawn, and of writing that is sampled.
-        too_long: what to do with a prompt that does not fit the model's context beside what is
-            to be written: stop, or cut it from the left and count it.
-        max_new_tokens: upper limit of what is written, under that of a task; for small contexts.
-    """
-
-    data_dir: Path | None = None
-    allow_download: bool = False
-    only: tuple[str, ...] = ()
-    batch_size: int = 8
-    limit: int | None = None
-    seed: int = 1234
-    too_long: Literal["error", "truncate"] = "error"
-    max_new_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model in memory, its tokenizer, and its longest input where it has one."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    context_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,19 +54,6 @@ class Task:
             facts: name, fingerprints of weights and tokenizer, precision.
         """
         return replace(self.header, model=dict(facts) | {"batch_size": str(settings.batch_size)})
-
-
-def require_lm_eval() -> None:
-    """Check that lm_eval is installed.
-
-    Raises:
-        EvaluationError: it is not.
-    """
-    if find_spec("lm_eval") is None:
-        raise EvaluationError(
-            "this suite needs the package lm_eval, which is not installed: "
-            "pip install 'fusellm[eval]'"
-        )
 
 
 def make_task(
@@ -194,26 +141,6 @@ def run_task(
             replace(answer, truncated=number in lm.cut) for number, answer in enumerate(answers)
         )
     return TaskRecord(header, answers)
-
-
-@contextmanager
-def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -> Iterator[Watched]:
-    """A model as lm_eval's, for use in a `with` statement."""
-    from lm_eval.models.huggingface import HFLM
-
-    was_training = loaded.model.training
-    with quiet():
-        lm = HFLM(
-            pretrained=loaded.model,
-            tokenizer=deepcopy(loaded.tokenizer),
-            batch_size=settings.batch_size,
-            max_length=loaded.context_tokens,
-            softmax_dtype="float32",
-        )
-    try:
-        yield Watched(lm, settings.too_long, progress, what)
-    finally:
-        loaded.model.train(was_training)
 
 
 def answers_of(ready_task: Task, lm: Any, settings: Settings) -> tuple[Answer, ...]:
@@ -367,118 +294,3 @@ def _plain(value: Any) -> Any:
     except (OSError, TypeError):
         return name
     return hashlib.sha256(source.encode()).hexdigest()
-
-
-@contextmanager
-def silently_building(task: Any) -> Iterator[None]:
-    """Without lm_eval's bar while it builds its requests; ours go on being shown."""
-    build = task.build_all_requests
-
-    def built(**arguments: Any) -> None:
-        with redirect_stderr(io.StringIO()):
-            build(**arguments)
-
-    task.build_all_requests = built
-    try:
-        yield
-    finally:
-        del task.build_all_requests
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without lm_eval's and datasets' messages short of errors, and datasets' bars."""
-    import datasets
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """With all generators of random numbers seeded, and as they were afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How programs are written.
-
-    Attributes:
-        samples: of each prompt.
-        temperature: 0 for the likeliest token each time.
-        top_p: share of mass that is sampled from.
-    """
-
-    max_new_tokens: int
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-
-def complete(
-    loaded: Loaded,
-    prompts: Sequence[str],
-    stop: Sequence[str],
-    writing: Writing,
-    settings: Settings,
-    progress: Progress | None = None,
-    what: str = "writing",
-) -> list[list[str]]:
-    """What a model writes after each prompt, up to the first of the stop strings.
-
-    Returns:
-        `writing.samples` texts a prompt.
-
-    Raises:
-        EvaluationError: lm_eval is not installed, several equal samples are asked for, or a
-            prompt is too long and not to be cut.
-    """
-    require_lm_eval()
-    from lm_eval.api.instance import Instance
-
-    if writing.samples > 1 and writing.temperature == 0:
-        raise EvaluationError(
-            f"{writing.samples} samples at temperature 0 are all equal; ask for one, or set a "
-            "temperature"
-        )
-    arguments: dict[str, Any] = {
-        "until": list(stop),
-        "max_gen_toks": writing.max_new_tokens,
-        "do_sample": writing.temperature > 0,
-    }
-    if writing.temperature > 0:
-        arguments |= {"temperature": writing.temperature, "top_p": writing.top_p, "top_k": 0}
-    requests = [
-        Instance("generate_until", {}, (prompt, arguments), n, metadata=(what, n, 1))
-        for n, prompt in enumerate(prompts)
-        for _ in range(writing.samples)
-    ]
-    with (
-        watched(loaded, settings, progress or Silent(), what) as lm,
-        quiet(),
-        seeded(settings.seed),
-    ):
-        texts: list[str] = lm.generate_until(requests)
-    starts = range(0, len(texts), writing.samples)
-    return [texts[start : start + writing.samples] for start in starts]

@@ -5,16 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.harness import (
-    Settings,
-    Task,
-    means_of,
-    quiet,
-    ready,
-    require_lm_eval,
-    seeded,
-)
+from fusellm.evaluation.harness import Task, means_of, ready
+from fusellm.evaluation.quiet import quiet, require_lm_eval, seeded
 from fusellm.evaluation.records import Kind
+from fusellm.evaluation.settings import Settings
 from fusellm.evaluation.suites import unknown
 from fusellm.store.identity import digest
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.data import find_files, read_rows, read_text
-from fusellm.evaluation.harness import Loaded, Settings, Task, make_task, run_task
+from fusellm.evaluation.harness import Task, make_task, run_task
 from fusellm.evaluation.other_tasks import other_tasks
 from fusellm.evaluation.plans import Inputs, Plan
 from fusellm.evaluation.records import TaskRecord, read_record, write_record
+from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.suites import Suite, named
 from fusellm.progress import Progress
 from fusellm.store.files import make_folder

@@ -1,9 +1,13 @@
 """A model of lm_eval's whose prompts are measured before it reads them, and that shows its work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Literal
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.quiet import quiet
+from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.progress import Bar, Progress
 
 
@@ -97,3 +101,23 @@ class _Hook:
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """One more request is answered."""
         self._bar.advance()
+
+
+@contextmanager
+def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -> Iterator[Watched]:
+    """A model as lm_eval's, for use in a `with` statement."""
+    from lm_eval.models.huggingface import HFLM
+
+    was_training = loaded.model.training
+    with quiet():
+        lm = HFLM(
+            pretrained=loaded.model,
+            tokenizer=deepcopy(loaded.tokenizer),
+            batch_size=settings.batch_size,
+            max_length=loaded.context_tokens,
+            softmax_dtype="float32",
+        )
+    try:
+        yield Watched(lm, settings.too_long, progress, what)
+    finally:
+        loaded.model.train(was_training)
