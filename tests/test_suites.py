@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,12 +22,13 @@ from hypothesis import strategies as st
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation import answers, layouts
+from fusellm.evaluation import answers, layouts, own_tasks
 from fusellm.evaluation.completions import Writing, complete
-from fusellm.evaluation.data import Hub, Origin, of_task, read_rows
+from fusellm.evaluation.data import Hub, Origin, of_task, read_rows, read_text
 from fusellm.evaluation.harness import Task, answers_of, make_task, run_task
 from fusellm.evaluation.other_tasks import other_tasks
 from fusellm.evaluation.own_tasks import SCIBENCH_BOOKS
@@ -243,6 +245,12 @@ def test_bbh_loads_in_full_and_is_answered_by_its_own_targets() -> None:
             read = answers.bbh_answer(f"Yes. So the answer is {row['target']}.")
             assert answers.same_but_for_case_and_punctuation(read, row["target"])
             assert answers.bbh_plain_answer(f"So the answer is {row['target']}") == row["target"]
+        text, _ = read_text(plan.texts["prompt"], EVAL)
+        asked = own_tasks.bbh(Inputs({"questions": rows}, {"prompt": text})).rows[-1]["prompt"]
+        assert asked.endswith(f"\n\nQ: {rows[-1]['input']}\nA:")
+        assert asked.count("So the answer is ") == 3
+        assert asked.removesuffix(f"\n\nQ: {rows[-1]['input']}\nA:") in text
+        assert "canary" not in asked.lower()
     assert total == 6511
     for suite, short in (("bbh", 0), ("bbh_harness", 7)):
         settings = Settings(data_dir=EVAL, only=("reasoning_about_colored_objects",))
@@ -651,6 +659,23 @@ def test_a_model_and_its_tokenizer_are_left_as_they_were(tiny: Loaded, data: Pat
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_tokenizers_that_spoil_prompts_are_refused(tiny: Loaded, data: Path) -> None:
+    """One that ends every text would have a model go on after its end."""
+    settings = Settings(data_dir=data, only=("lambada_openai",))
+    (task,) = tasks_of("textgen", settings)
+    ending = deepcopy(tiny.tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", ending.eos_token_id)]
+    )
+    assert ending("text").input_ids[-1] == ending.eos_token_id
+    with pytest.raises(EvaluationError, match="ends every text with </s>"):
+        run_task(task, replace(tiny, tokenizer=ending), FACTS, settings)
+    without = deepcopy(tiny.tokenizer)
+    without.eos_token = None
+    with pytest.raises(EvaluationError, match="no token that ends a text"):
+        run_task(task, replace(tiny, tokenizer=without), FACTS, settings)
+
+
 def _long(tokens: int) -> Definition:
     rows = tuple({"t": "text " * n} for n in (3, tokens, 4, tokens))
     return Definition(rows, _choosing(1).config | {"doc_to_choice": ["a", "b"], "doc_to_target": 0})
@@ -768,7 +793,7 @@ def test_lm_eval_is_named_where_it_is_missing(
 def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
     code = (
         "import sys, fusellm.evaluation.run_suites, fusellm.evaluation.completions\n"
-        "print({'lm_eval', 'scipy', 'sacrebleu', 'evaluate', 'nltk'} & sys.modules.keys())"
+        "print({'lm_eval', 'sacrebleu', 'evaluate', 'nltk', 'rouge_score'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

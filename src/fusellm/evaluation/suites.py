@@ -231,17 +231,17 @@ _TEXTGEN = (
         "drop",
         "f1",
         "value",
-        9535,
+        9536,
         _drop,
         {
             "rows": of_task(
                 "drop",
-                Hub("ucinlp/drop", None, "validation"),
+                Hub("EleutherAI/drop", None, "validation"),
                 (
                     ("query_id", "passage", "question", "answer", "validated_answers"),
                     ("query_id", "passage", "question", "answers_spans"),
                 ),
-                ("EleutherAI/drop/data/validation-*.parquet",),
+                Hub("ucinlp/drop", None, "validation").patterns(),
             )
         },
     ),

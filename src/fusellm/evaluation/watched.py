@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.quiet import quiet
 from fusellm.evaluation.settings import Loaded, Settings
@@ -105,7 +107,12 @@ class _Hook:
 
 @contextmanager
 def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -> Iterator[Watched]:
-    """A model as lm_eval's, for use in a `with` statement."""
+    """A model as lm_eval's, for use in a `with` statement; left in the mode that it was in.
+
+    Raises:
+        EvaluationError: its tokenizer has no EOS, or puts one after every text.
+    """
+    _check(loaded.tokenizer)
     from lm_eval.models.huggingface import HFLM
 
     was_training = loaded.model.training
@@ -121,3 +128,17 @@ def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -
         yield Watched(lm, settings.too_long, progress, what)
     finally:
         loaded.model.train(was_training)
+
+
+def _check(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise EvaluationError(
+            f"the tokenizer of {tokenizer.name_or_path} has no token that ends a text, and lm_eval "
+            "needs one; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        raise EvaluationError(
+            f"the tokenizer of {tokenizer.name_or_path} ends every text with "
+            f"{tokenizer.eos_token}, so that prompts would end before the answer; set "
+            "add_eos_token: false in its tokenizer_config.json"
+        )
