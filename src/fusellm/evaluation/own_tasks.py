@@ -60,7 +60,8 @@ def bbh(inputs: Inputs) -> Definition:
     config = _writing(BBH_NEW_TOKENS, ["\n\nQ:"], "exact_match", "strict_match")
     config |= {"doc_to_text": _prompt, "doc_to_target": _target, "process_results": bbh_scores}
     notes = (
-        "open-instruct's prompt, worked examples in it, and reading of the answer; case and punctuation do not count",
+        "open-instruct's prompt, with worked examples in it, and its reading of the answer; case "
+        "and punctuation do not count",
         "ours: writing stops at the next 'Q:' after a blank line",
         "strict_match: punctuation counts, and an answer may end with its line",
     )
