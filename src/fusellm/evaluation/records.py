@@ -64,6 +64,7 @@ class Answer:
         truncated: whether the prompt had to be cut to fit the model's context.
         reference: of a translation.
         reason: why a program failed, or an answer could not be read; empty otherwise.
+        others: the task's further measures of the document, by name; only told.
     """
 
     document: str
@@ -74,6 +75,7 @@ class Answer:
     sample: int = 0
     reference: str = ""
     reason: str = ""
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

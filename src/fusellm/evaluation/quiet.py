@@ -1,0 +1,78 @@
+"""lm_eval imported, without its messages, and with random numbers as they were afterwards."""
+
+import io
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusellm.errors import EvaluationError
+
+
+def require_lm_eval() -> None:
+    """Check that lm_eval is installed.
+
+    Raises:
+        EvaluationError: it is not.
+    """
+    if find_spec("lm_eval") is None:
+        raise EvaluationError(
+            "this suite needs the package lm_eval, which is not installed: "
+            "pip install 'fusellm[eval]'"
+        )
+
+
+@contextmanager
+def silently_building(task: Any) -> Iterator[None]:
+    """Without lm_eval's bar while it builds its requests; ours go on being shown."""
+    build = task.build_all_requests
+
+    def built(**arguments: Any) -> None:
+        with redirect_stderr(io.StringIO()):
+            build(**arguments)
+
+    task.build_all_requests = built
+    try:
+        yield
+    finally:
+        del task.build_all_requests
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lm_eval's and datasets' messages short of errors, and datasets' bars."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """With all generators of random numbers seeded, and as they were afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -1,0 +1,42 @@
+"""How suites are run, and on what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How suites are run.
+
+    Attributes:
+        data_dir: folder that data is looked for in.
+        allow_download: whether the hub may be asked for what is not there.
+        only: names of tasks, to run no others of a suite.
+        batch_size: requests at a time; fixed, as it can change the last digits of a score.
+        limit: only so many documents of each task, from the first.
+        seed: of examples that are drawn, and of writing that is sampled.
+        too_long: what to do with a prompt that does not fit the model's context beside what is
+            to be written: stop, or cut it from the left and count it.
+        max_new_tokens: upper limit of what is written, under that of a task; for small contexts.
+    """
+
+    data_dir: Path | None = None
+    allow_download: bool = False
+    only: tuple[str, ...] = ()
+    batch_size: int = 8
+    limit: int | None = None
+    seed: int = 1234
+    too_long: Literal["error", "truncate"] = "error"
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, its tokenizer, and its longest input where it has one."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context_tokens: int | None = None
