@@ -1,0 +1,87 @@
+"""Reading what a sandboxed program writes, and stopping it at its limits."""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fusellm.evaluation.sandbox.limits import Limits
+
+_LOOK_EVERY_SECONDS = 0.05
+_CHUNK = 1 << 16
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def watch(
+    process: "subprocess.Popen[bytes]", pipes: Mapping[str, int], limits: Limits, folder: str
+) -> tuple[str, dict[str, bytes]]:
+    """Read pipes to their ends, or to the first limit that is reached; then nothing runs any more.
+
+    Args:
+        process: the leader of its own process group, whose death ends all that it started.
+        pipes: file descriptors by name.
+        folder: of the sandbox, whose files are counted.
+
+    Returns:
+        The limit (empty: none), and what was read from each pipe.
+    """
+    read = {name: bytearray() for name in pipes}
+    end = time.monotonic() + limits.wall_seconds
+    look = 0.0
+    stopped = ""
+    try:
+        with selectors.DefaultSelector() as selector:
+            for name, pipe in pipes.items():
+                selector.register(pipe, selectors.EVENT_READ, name)
+            while selector.get_map() and not stopped:
+                now = time.monotonic()
+                if now >= look:
+                    stopped = _over(process.pid, limits, folder)
+                    look = now + _LOOK_EVERY_SECONDS
+                if now >= end:
+                    stopped = "timeout"
+                for key, _ in selector.select(min(_LOOK_EVERY_SECONDS, max(0, end - now))):
+                    chunk = os.read(key.fd, _CHUNK)
+                    if not chunk:
+                        selector.unregister(key.fd)
+                        continue
+                    read[key.data] += chunk
+                    if len(read[key.data]) > limits.output_bytes:
+                        stopped = "output"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return stopped, {name: bytes(data[: limits.output_bytes]) for name, data in read.items()}
+
+
+def _over(pid: int, limits: Limits, folder: str) -> str:
+    """The limit that all descendants of a process together are over; empty: none."""
+    resident = 0
+    files = 0
+    for descendant in _descendants(pid):
+        with contextlib.suppress(OSError):
+            pages = Path(f"/proc/{descendant}/statm").read_bytes().split()[1]
+            resident += int(pages) * _PAGE_BYTES
+        with contextlib.suppress(OSError):
+            held = os.statvfs(f"/proc/{descendant}/root{folder}")
+            # While a sandbox is being made, the path may still be that of the host.
+            if held.f_blocks * held.f_bsize == limits.disk_bytes:
+                files = max(files, held.f_files - held.f_ffree)
+    if resident > limits.memory_bytes:
+        return "memory"
+    return "files" if files > limits.files else ""
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """A process and all that it started, adopted orphans included."""
+    yield pid
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                for child in (task / "children").read_bytes().split():
+                    yield from _descendants(int(child))
