@@ -1,5 +1,6 @@
 """One program in a bubblewrap sandbox."""
 
+import fcntl
 import io
 import json
 import os
@@ -27,6 +28,7 @@ _TOOLS = ("bwrap", "prlimit", "choom", "sh", "tar")
 _UNPACK = 'tar -xf - && exec "$@" < /dev/null'
 _UNPACK_AND_PACK = 'tar -xf - && "$@" < /dev/null >&2 && exec tar -cf - -- '
 _SYSTEM = ("/usr/local/bin", "/usr/bin")
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _PROBE_LIMITS = Limits(wall_seconds=10, processes=12, disk_bytes=MIB)
 _PROBE = """cat /proc/self/status /proc/net/dev
 touch /here /usr/here /dev/shm/here
@@ -83,7 +85,7 @@ class Sandbox:
                 files, if the command succeeds, and what it writes itself goes to standard error.
 
         Raises:
-            EvaluationError: the sandbox could not be made. Nothing was run then.
+            EvaluationError: the sandbox could not be made, or was ended from outside.
         """
         driver = _UNPACK_AND_PACK + collect if collect else _UNPACK
         inner = ["sh", "-c", driver, "sh", *command]
@@ -118,14 +120,13 @@ class Sandbox:
                 pipes = {"out": process.stdout.fileno(), "err": process.stderr.fileno()}
                 stopped, wrote = watch(process, pipes | {"status": read}, limits, FOLDER)
             seconds = time.monotonic() - began
-        exit_code = _exit_code(wrote["status"])
+        exit_code = None if stopped else _exit_code(wrote["status"])
         if exit_code is None and not stopped:
             raise EvaluationError(
                 f"{self.bwrap} failed: {_text(wrote['err'])}; see whether the machine is out of "
                 "processes or memory, and run again"
             )
-        code = None if stopped else exit_code
-        return Outcome(code, stopped, wrote["out"], wrote["err"], seconds)
+        return Outcome(exit_code, stopped, wrote["out"], wrote["err"], seconds)
 
     def _bwrap(
         self,
@@ -167,9 +168,11 @@ def _limited(limits: Limits) -> list[str]:
 
 
 def _memory_file(data: bytes) -> io.BufferedRandom:
-    file = os.fdopen(os.memfd_create("fusellm"), "w+b")
+    """A file without a name that nobody can change: the program can open it through /proc."""
+    file = os.fdopen(os.memfd_create("fusellm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
     file.write(data)
     file.seek(0)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
     return file
 
 
