@@ -17,7 +17,7 @@ from pathlib import Path
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.sandbox.limits import MIB, Limits, Outcome
 from fusellm.evaluation.sandbox.seccomp import seccomp_filter
-from fusellm.evaluation.sandbox.watch import watch
+from fusellm.evaluation.sandbox.watch import STATUS, watch
 
 FOLDER = "/tmp"
 """Where a program and its files are, and the only place that it can write to."""
@@ -118,9 +118,9 @@ class Sandbox:
                 assert process.stdout is not None
                 assert process.stderr is not None
                 pipes = {"out": process.stdout.fileno(), "err": process.stderr.fileno()}
-                stopped, wrote = watch(process, pipes | {"status": read}, limits, FOLDER)
+                stopped, wrote = watch(process, pipes | {STATUS: read}, limits, FOLDER)
             seconds = time.monotonic() - began
-        exit_code = None if stopped else _exit_code(wrote["status"])
+        exit_code = None if stopped else _exit_code(wrote[STATUS])
         if exit_code is None and not stopped:
             raise EvaluationError(
                 f"{self.bwrap} failed: {_text(wrote['err'])}; see whether the machine is out of "

@@ -1,7 +1,9 @@
 """Reading what a sandboxed program writes, and stopping it at its limits."""
 
 import contextlib
+import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -9,9 +11,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fusellm.errors import EvaluationError
 from fusellm.evaluation.sandbox.limits import Limits
 
+STATUS = "status"
 _LOOK_EVERY_SECONDS = 0.05
+_PATIENCE_SECONDS = 10
 _CHUNK = 1 << 16
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -23,7 +28,7 @@ def watch(
 
     Args:
         process: the leader of its own process group, whose death ends all that it started.
-        pipes: file descriptors by name.
+        pipes: file descriptors by name; `STATUS` is what bwrap tells as JSON.
         folder: of the sandbox, whose files are counted.
 
     Returns:
@@ -33,6 +38,7 @@ def watch(
     end = time.monotonic() + limits.wall_seconds
     look = 0.0
     stopped = ""
+    first = None
     try:
         with selectors.DefaultSelector() as selector:
             for name, pipe in pipes.items():
@@ -52,11 +58,46 @@ def watch(
                     read[key.data] += chunk
                     if len(read[key.data]) > limits.output_bytes:
                         stopped = "output"
+                    if first is None and key.data == STATUS:
+                        first = _first_process(bytes(read[STATUS]))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process, first)
     return stopped, {name: bytes(data[: limits.output_bytes]) for name, data in read.items()}
+
+
+def _first_process(status: bytes) -> int | None:
+    """A handle of the sandbox's first process, which goes last; None if it is gone, or not told."""
+    line, end, _ = status.partition(b"\n")
+    if not end:
+        return None
+    try:
+        return os.pidfd_open(int(json.loads(line)["child-pid"]))
+    except ProcessLookupError:
+        return None
+
+
+def _end(process: "subprocess.Popen[bytes]", first: int | None) -> None:
+    """Kill what is left of a sandbox, and wait until it is gone.
+
+    Raises:
+        EvaluationError: it does not go.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if first is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(first, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(first, select.POLLIN)
+    ended = poll.poll(_PATIENCE_SECONDS * 1000)
+    os.close(first)
+    if not ended:
+        raise EvaluationError(
+            f"a sandboxed program does not end within {_PATIENCE_SECONDS} s of being killed; see "
+            "what this machine's kernel waits for"
+        )
 
 
 def _over(pid: int, limits: Limits, folder: str) -> str:
@@ -80,8 +121,12 @@ def _over(pid: int, limits: Limits, folder: str) -> str:
 def _descendants(pid: int) -> Iterator[int]:
     """A process and all that it started, adopted orphans included."""
     yield pid
+    for child in _children(pid):
+        yield from _descendants(child)
+
+
+def _children(pid: int) -> Iterator[int]:
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
-                for child in (task / "children").read_bytes().split():
-                    yield from _descendants(int(child))
+                yield from map(int, (task / "children").read_bytes().split())
