@@ -88,32 +88,19 @@ class Sandbox:
             EvaluationError: the sandbox could not be made, or was ended from outside.
         """
         driver = _UNPACK_AND_PACK + collect if collect else _UNPACK
-        inner = ["sh", "-c", driver, "sh", *command]
+        inner = [*_limited(limits), "sh", "-c", driver, "sh", *command]
         variables = {"PATH": self.path, "HOME": FOLDER, "LANG": "C.UTF-8"}
         variables |= environment or {}
-        # Root's processes are not counted, so root runs bwrap as nobody.
-        nobody = _NOBODY if os.geteuid() == 0 else None
         with ExitStack() as stack:
             stdin = stack.enter_context(_memory_file(archive or pack({})))
             rules = stack.enter_context(_memory_file(seccomp_filter(platform.machine())))
             read, write = os.pipe()
             stack.callback(os.close, read)
             with os.fdopen(write, "wb") as status:
-                prefix = self._bwrap(limits, binds, variables, status.fileno(), rules.fileno())
+                told, filtered = status.fileno(), rules.fileno()
+                prefix = self._bwrap(limits, binds, variables, told, filtered)
                 began = time.monotonic()
-                process = subprocess.Popen(
-                    [*prefix, *_limited(limits), *inner],
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    pass_fds=(status.fileno(), rules.fileno()),
-                    cwd="/",
-                    env={},
-                    start_new_session=True,
-                    user=nobody,
-                    group=nobody,
-                    extra_groups=None if nobody is None else [],
-                )
+                process = _start([*prefix, *inner], stdin, (told, filtered))
             with process:
                 assert process.stdout is not None
                 assert process.stderr is not None
@@ -152,6 +139,32 @@ class Sandbox:
             *("--remount-ro", "/"),
             *("--chdir", FOLDER, "--json-status-fd", str(status), "--seccomp", str(rules), "--"),
         ]
+
+
+def _start(
+    command: Sequence[str], stdin: io.BufferedRandom, descriptors: tuple[int, ...]
+) -> "subprocess.Popen[bytes]":
+    """Start bwrap. Root does it as nobody, as the kernel does not count root's processes."""
+    nobody = _NOBODY if os.geteuid() == 0 else None
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=descriptors,
+            cwd="/",
+            env={},
+            start_new_session=True,
+            user=nobody,
+            group=nobody,
+            extra_groups=None if nobody is None else [],
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        user = os.geteuid() if nobody is None else nobody
+        raise EvaluationError(
+            f"{command[0]} cannot be started as uid {user} ({error}); run as a user other than root"
+        ) from error
 
 
 def _limited(limits: Limits) -> list[str]:

@@ -68,10 +68,11 @@ def watch(
 def _first_process(status: bytes) -> int | None:
     """A handle of the sandbox's first process, which goes last; None if it is gone, or not told."""
     line, end, _ = status.partition(b"\n")
-    if not end:
+    pid = json.loads(line).get("child-pid") if end else None
+    if pid is None:
         return None
     try:
-        return os.pidfd_open(int(json.loads(line)["child-pid"]))
+        return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
 
