@@ -8,11 +8,9 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,25 +32,15 @@ from fusellm.evaluation.sandbox import (
     Limits,
     Sandbox,
     find_sandbox,
-    find_toolchain,
     pack,
     self_test,
 )
 from fusellm.evaluation.sandbox.examples import EXAMPLES
 from fusellm.evaluation.sandbox.seccomp import seccomp_filter
-from fusellm.evaluation.sandbox.toolchain import WORKS, Toolchain, with_nonce
+from fusellm.evaluation.sandbox.toolchain import WORKS, with_nonce
+from toolchains import SLOW, Toolchains
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
-
-
-@pytest.fixture(scope="session")
-def sandbox() -> Sandbox:
-    if shutil.which("bwrap") is None:
-        pytest.skip("bwrap is not installed")
-    try:
-        return find_sandbox()
-    except EvaluationError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +233,6 @@ def test_machines_without_a_filter_are_refused() -> None:
 # Languages
 
 KEYS = ["cpp", "go", "java", "js", "php", "python", "r", "rb", "rs", "ts"]
-SLOW = ("go", "java", "ts")
 
 
 def test_the_languages_of_multipl_e_are_there() -> None:
@@ -254,48 +241,6 @@ def test_the_languages_of_multipl_e_are_there() -> None:
         assert language.key == key
         assert language.epilogue.count("FIRST") == language.epilogue.count("SECOND") == 1
         assert bool(language.compile) == bool(language.artefacts)
-
-
-PAIR = """package org.javatuples;
-public record Pair<A, B>(A first, B second) {
-    public static <A, B> Pair<A, B> with(A first, B second) { return new Pair<>(first, second); }
-}
-"""
-
-
-@pytest.fixture(scope="session")
-def support(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much of javatuples as the example in Java needs, where there is a compiler for it."""
-    folder = tmp_path_factory.mktemp("support")
-    if shutil.which("javac"):
-        (folder / "Pair.java").write_text(PAIR)
-        subprocess.run(["javac", "-d", folder, folder / "Pair.java"], check=True)
-        with zipfile.ZipFile(folder / "javatuples-1.2.jar", "w") as jar:
-            jar.write(folder / "org/javatuples/Pair.class", "org/javatuples/Pair.class")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toolchains(sandbox: Sandbox, request: pytest.FixtureRequest) -> Callable[[str], Toolchain]:
-    """Toolchains by key, each tried once; a test is skipped where this machine has none."""
-
-    @cache
-    def find(key: str) -> Toolchain | str:
-        try:
-            folder = request.getfixturevalue("support") if key == "java" else None
-            return find_toolchain(LANGUAGES[key], sandbox, folder)
-        except EvaluationError as error:
-            if "is not installed" in str(error) or "which the sandbox does not" in str(error):
-                return str(error)
-            raise
-
-    def toolchain(key: str) -> Toolchain:
-        found = find(key)
-        if isinstance(found, str):
-            pytest.skip(found)
-        return found
-
-    return toolchain
 
 
 EARLY = {
@@ -315,7 +260,7 @@ EARLY = {
 @pytest.mark.parametrize(
     "key", [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in KEYS]
 )
-def test_a_language(key: str, toolchains: Callable[[str], Toolchain]) -> None:
+def test_a_language(key: str, toolchains: Toolchains) -> None:
     """`find_toolchain` has tried a right program and a wrong one."""
     toolchain = toolchains(key)
     assert toolchain.version
@@ -349,16 +294,14 @@ def test_a_language(key: str, toolchains: Callable[[str], Toolchain]) -> None:
         ("python", "\n    pass\nimport os, signal\nos.kill(os.getppid(), signal.SIGKILL)"),
     ],
 )
-def test_ending_well_is_not_passing(
-    key: str, completion: str, toolchains: Callable[[str], Toolchain]
-) -> None:
+def test_ending_well_is_not_passing(key: str, completion: str, toolchains: Toolchains) -> None:
     """None of these runs its tests to their end; most of them end with exit code 0."""
     verdict = toolchains(key).judge(EXAMPLES[key].prompt + completion, EXAMPLES[key].tests)
     assert not verdict.passed
     assert verdict.reason
 
 
-def test_reasons_are_one_printable_line(toolchains: Callable[[str], Toolchain]) -> None:
+def test_reasons_are_one_printable_line(toolchains: Toolchains) -> None:
     toolchain = toolchains("python")
     example = EXAMPLES["python"]
     text = "\n    pass\nimport sys\nsys.stderr.write('\\x1b[2J\\n' + 'x' * 10**6)\nsys.exit(3)"
@@ -368,9 +311,7 @@ def test_reasons_are_one_printable_line(toolchains: Callable[[str], Toolchain]) 
     assert len(reason) < 300
 
 
-def test_a_compiler_shows_nothing_of_the_machine(
-    toolchains: Callable[[str], Toolchain], outside: World
-) -> None:
+def test_a_compiler_shows_nothing_of_the_machine(toolchains: Toolchains, outside: World) -> None:
     toolchain = toolchains("cpp")
     example = EXAMPLES["cpp"]
     for place in (outside.facts["canary"], "/etc/passwd"):
@@ -381,7 +322,7 @@ def test_a_compiler_shows_nothing_of_the_machine(
         assert "root:" not in verdict.reason
 
 
-def test_a_compiler_is_stopped(toolchains: Callable[[str], Toolchain]) -> None:
+def test_a_compiler_is_stopped(toolchains: Toolchains) -> None:
     toolchain = toolchains("cpp")
     short = replace(toolchain.language.compile_limits, wall_seconds=3, memory_bytes=300 * MIB)
     toolchain = replace(toolchain, language=replace(toolchain.language, compile_limits=short))

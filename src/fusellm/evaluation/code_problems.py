@@ -69,6 +69,7 @@ def problems_file(data_dir: Path, key: str) -> Path:
     choices = [data_dir / "multipl-e" / name, data_dir / name]
     source = f"{MULTIPL_E}, configuration humaneval-{key}, its test split as JSON lines"
     if key == "python":
+        choices += [folder / "humaneval-py.jsonl" for folder in (data_dir / "multipl-e", data_dir)]
         choices += [data_dir / "HumanEval.jsonl.gz", data_dir / "HumanEval.jsonl"]
         source = f"{HUMAN_EVAL}, as {data_dir / 'HumanEval.jsonl.gz'}"
     for path in choices:

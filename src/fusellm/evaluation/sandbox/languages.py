@@ -50,6 +50,7 @@ class Language:
         compile_limits: of `compile`.
         environment: variables of both.
         binds: what this machine's toolchain needs to read outside of /usr.
+        says_last: whether the last line of a failed program's errors says most, not the first.
         support: files that must be given besides the toolchain, and where to get each.
     """
 
@@ -67,6 +68,7 @@ class Language:
     compile_limits: Limits = _COMPILE
     environment: dict[str, str] = field(default_factory=dict)
     binds: tuple[str, ...] = _BINDS
+    says_last: bool = False
     support: dict[str, str] = field(default_factory=dict)
 
 
@@ -161,6 +163,7 @@ _TABLE = (
         run=("python3", "-I", "main.py"),
         limits=Limits(),
         epilogue='__import__("os").write(1, b"\\nFIRST" + b"SECOND\\n")',
+        says_last=True,
     ),
     Language(
         key="r",

@@ -1,7 +1,9 @@
 """A language's toolchain in the sandbox: whether it works, and whether a program passes."""
 
+import contextlib
 import secrets
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +57,7 @@ class Toolchain:
             archive = made.stdout
         outcome = self.run(self.language.run, self.language.limits, archive)
         if outcome.exit_code != 0:
-            return Verdict(False, _why(outcome))
+            return Verdict(False, _why(outcome, self.language.says_last))
         if nonce.encode() not in outcome.stdout.split(b"\n"):
             return Verdict(False, "no nonce: it ended before its tests did")
         return Verdict(True, "")
@@ -154,16 +156,18 @@ def _support(name: str, source: str, language: Language, data_dir: Path | None) 
     return (data_dir / name).read_bytes()
 
 
-def _why(outcome: Outcome) -> str:
+def _why(outcome: Outcome, last_line: bool = False) -> str:
+    """How a program ended, and the line of its errors that says most."""
     if outcome.stopped:
         return outcome.stopped
     assert outcome.exit_code is not None
-    number = outcome.exit_code
-    # bwrap gives a death by signal n as 128 + n.
-    ended = (
-        f"exit code {number}" if number <= 128 else f"exit code {number} (signal {number - 128})"
-    )
-    return f"{ended}: {line}" if (line := _first_line(outcome.stderr)) else ended
+    ended = f"exit code {outcome.exit_code}"
+    with contextlib.suppress(ValueError):
+        # bwrap gives a death by signal n as 128 + n.
+        ended += f" ({signal.Signals(outcome.exit_code - 128).name})"
+    lines = outcome.stderr.splitlines()
+    line = _first_line(b"\n".join(reversed(lines)) if last_line else outcome.stderr)
+    return f"{ended}: {line}" if line else ended
 
 
 def _first_line(data: bytes) -> str:
