@@ -18,7 +18,7 @@ from pathlib import Path
 from fusellm.evaluation.sandbox import MIB, Limits, Outcome, Sandbox, pack
 
 LIMITS = Limits(wall_seconds=10, processes=32, memory_bytes=512 * MIB, disk_bytes=64 * MIB)
-SHORT = Limits(wall_seconds=1.5, processes=32, memory_bytes=512 * MIB, disk_bytes=64 * MIB)
+SHORT = Limits(wall_seconds=1, processes=32, memory_bytes=512 * MIB, disk_bytes=64 * MIB)
 
 _PREAMBLE = """
 import ctypes, ctypes.util, json, os, platform, resource, signal, socket, subprocess, sys, time

@@ -296,7 +296,11 @@ again, of problem 53."""
 
 @needs_shared
 @pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in sorted(STRLEN)]
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.slow] * (key in (*SLOW, "cpp")))
+        for key in sorted(STRLEN)
+    ],
 )
 def test_a_real_problem_in_each_language(key: str, toolchains: Toolchains) -> None:
     toolchain = toolchains(key)

@@ -257,6 +257,20 @@ EARLY = {
 }
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_what_a_score_depends_on_is_told(key: str) -> None:
+    language = LANGUAGES[key]
+    told = json.loads(json.dumps(language.protocol))
+    assert told["run"]["limits"]["wall_seconds"] == language.limits.wall_seconds
+    assert ("compile" in told) == bool(language.compile)
+    changed = [
+        replace(language, limits=replace(language.limits, wall_seconds=99)),
+        replace(language, run=("true",)),
+        replace(language, epilogue=""),
+    ]
+    assert all(other.protocol != language.protocol for other in changed)
+
+
 @pytest.mark.parametrize(
     "key", [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in KEYS]
 )

@@ -13,7 +13,8 @@ do not come to the end of their tests. It cannot find one that is written to che
 its process with its tests, and may read the nonce from them, or redefine what they compare with.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from fusellm.evaluation.sandbox.limits import MIB, Limits
 
@@ -69,6 +70,20 @@ class Language:
     environment: dict[str, str] = field(default_factory=dict)
     binds: tuple[str, ...] = _BINDS
     says_last: bool = False
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """All that a score depends on besides problem and program, for a record's header."""
+        steps = {"run": (self.run, self.limits)}
+        if self.compile:
+            steps["compile"] = (self.compile, self.compile_limits)
+        told = {name: {"command": list(c), "limits": asdict(m)} for name, (c, m) in steps.items()}
+        return {
+            "language": self.key,
+            "environment": self.environment,
+            "nonce": self.epilogue,
+        } | told
+
     support: dict[str, str] = field(default_factory=dict)
 
 
