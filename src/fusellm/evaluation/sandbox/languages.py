@@ -70,6 +70,7 @@ class Language:
     environment: dict[str, str] = field(default_factory=dict)
     binds: tuple[str, ...] = _BINDS
     says_last: bool = False
+    support: dict[str, str] = field(default_factory=dict)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -83,8 +84,6 @@ class Language:
             "environment": self.environment,
             "nonce": self.epilogue,
         } | told
-
-    support: dict[str, str] = field(default_factory=dict)
 
 
 _TABLE = (
