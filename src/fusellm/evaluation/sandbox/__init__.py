@@ -1,0 +1,55 @@
+"""Running programs that a model wrote, which may do anything, so that they do nothing.
+
+A program is run by bubblewrap in namespaces of its own, as a user that is not root (root hands over
+to uid 65534 first), without capabilities, and never in any other way: where no sandbox is found
+that holds (`find_sandbox` tries it), nothing is run.
+
+- *It sees* /usr, a few settings of toolchains in /etc, folders named as toolchains, all of them
+  read-only; its own folder, which lies in memory; devices without content (null, zero, random); and
+  of /proc its own processes, with what the kernel tells anybody (processor, memory, load). It sees
+  no home folder, no password file, no environment, no descriptor, no process of this machine.
+- *It reaches* no network, the loopback of this machine included, no socket, no shared memory.
+- *It uses* at most what `Limits` says: time, processes, memory, files, output. All that it started
+  is gone before `Sandbox.run` returns, and when this process dies.
+- *It asks* the kernel for none of the calls in `seccomp`.
+
+Not protected against:
+
+- a fault of the kernel that can be reached by the calls that are left, or of the processor (timing
+  of caches). Where that matters, evaluate in a virtual machine that is thrown away;
+- secrets in files under /usr, or in a folder named as a toolchain, that anybody may read;
+- short excess of memory: what all processes hold is looked at 20 times a second, and shared memory
+  that no process maps at that moment is not seen, so that at worst they hold processes × address
+  space. The kernel, out of memory, ends these processes before others, unless they undo that;
+- use of all cores for `wall_seconds`: a program that is timed beside it may be slowed down;
+- a program written to pass: it shares a process with its tests (see `languages`), and the
+  sandbox's first process, which tells its exit code, runs as the same user.
+"""
+
+from fusellm.evaluation.sandbox.bubblewrap import FOLDER, Sandbox, find_sandbox, pack
+from fusellm.evaluation.sandbox.languages import LANGUAGES, Language
+from fusellm.evaluation.sandbox.limits import MIB, Limits, Outcome
+from fusellm.evaluation.sandbox.toolchain import (
+    WORKS,
+    Toolchain,
+    Verdict,
+    find_toolchain,
+    self_test,
+)
+
+__all__ = [
+    "FOLDER",
+    "LANGUAGES",
+    "MIB",
+    "WORKS",
+    "Language",
+    "Limits",
+    "Outcome",
+    "Sandbox",
+    "Toolchain",
+    "Verdict",
+    "find_sandbox",
+    "find_toolchain",
+    "pack",
+    "self_test",
+]
