@@ -157,7 +157,8 @@ def test_the_command_trains_on_several_processes(
     """What `--nproc` starts are real commands; the model is known as finished by one process."""
     run = tmp_path / "run"
     shutil.copytree(several / "tied", run)
-    changes = [f"--set={change}" for change in (*BASE, "training.clm_baseline=false")]
+    settings = (*BASE, "training.per_device_train_batch_size=4", "training.clm_baseline=false")
+    changes = [f"--set={change}" for change in settings]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fusellm", "train", str(run), "--nproc", "2", *changes])
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -170,7 +171,7 @@ def test_the_command_trains_on_several_processes(
     found = load_file(next((run / "train" / "fused").glob("*.safetensors")))
     for key, weight in twice.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-5)
-    as_one = pipeline(world, run, *BASE, "training.clm_baseline=false")
+    as_one = pipeline(world, run, *settings)
     as_one.execute(["train", "evaluate"])
     assert StageFolder(run / "evaluate").complete
 
