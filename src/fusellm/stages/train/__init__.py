@@ -165,7 +165,7 @@ def run_train(
             model,
             arguments,
             rows,
-            Collator(_table(recipe, run) if which == FUSED else None, packed),
+            Collator(outcome_table(recipe, run) if which == FUSED else None, packed),
             lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
             Validation(encoder, read_part(corpus, "validation"), recipe),
             Blame(corpus, checkpoints),
@@ -208,7 +208,8 @@ def lambda_schedule(fusion: FusionSettings) -> LambdaSchedule:
     return LambdaSchedule(fusion.lambda_, fusion.lambda_schedule, fusion.lambda_end)
 
 
-def _table(recipe: Recipe, run: Path) -> OutcomeTable:
+def outcome_table(recipe: Recipe, run: Path) -> OutcomeTable:
+    """What the fused store's outcomes are in the target's tokens, as a recipe reads it."""
     names = [source.name for source in recipe.sources]
     fusion = recipe.fusion
     return OutcomeTable(open_fused(run), names, fusion.rest == "renormalize", fusion.temperature)

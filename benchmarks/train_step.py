@@ -1,0 +1,259 @@
+"""What a step of fusion training costs over a step of transformers' own Trainer.
+
+    python benchmarks/train_step.py [--quick] [--json] [--set KEY=VALUE] [--layers L --size D]
+
+The demo's target on the demo's corpus, fused beforehand: ours is the stage's trainer with fused
+distributions, the reference is `Trainer` with the model's own loss, on the same rows in the same
+order. A step is all from the end of one to the end of the next: the loader, forward, backward,
+clipping, AdamW, logging. In a full run also with a target of 12 layers and d = 512 of random
+weights (`large_…`).
+
+    time_over_clm         seconds of a step of ours over one of Trainer's
+    memory_over_clm       peak of a process that trains by ours over one that trains by Trainer,
+                          above what it has before and the weights' gradients
+    loader_over_training  tokens per second of the loader alone over those of the training
+
+Rounds are interleaved, and the median of their ratios is taken.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from fusellm.config import ModelSettings
+from fusellm.models.load import load_model, load_tokenizer, locate
+from fusellm.models.objective_forward import objective_forward
+from fusellm.models.training_batches import Collator, RowOrder, Rows, fused_rows
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Silent
+from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.stages.train import lambda_schedule, outcome_table
+from fusellm.stages.train.arguments import training_arguments
+from fusellm.stages.train.blame import Blame
+from fusellm.stages.train.trainer import ObjectiveTrainer
+from fusellm.stages.train.validation import Validation
+from fusellm.store.blocks import open_corpus
+
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
+_CORPUS = f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]"
+_OURS, _CLM = "ours", "clm"
+_LARGE = (12, 512)
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Look at the clock."""
+        self.ends.append(time.perf_counter())
+
+    def step_seconds(self) -> float:
+        """Median over the steps after the first two."""
+        return statistics.median(b - a for a, b in pairwise(self.ends[1:]))
+
+
+class Bench:
+    """A fused run, and trainings on it."""
+
+    def __init__(self, run: Path, changes: Sequence[str], layers: int | None, size: int) -> None:
+        """Open a run.
+
+        Args:
+            layers: of a target of random weights; None for the recipe's.
+        """
+        recipe = resolve_paths(load_recipe(_DEMO, changes), _DEMO.parent)
+        self.pipeline = Pipeline(recipe, run, Silent())
+        self.recipe, self.run, self._layers, self._size = recipe, run, layers, size
+
+    def rows(self) -> Rows:
+        """Packed as the demo's are."""
+        training = self.recipe.training
+        return fused_rows(self.run, open_corpus(self.run)).pack(training.row_tokens, 0)
+
+    def model(self) -> PreTrainedModel:
+        """The target, in float32."""
+        if self._layers is None:
+            return load_model(
+                self.pipeline.readers["target"].located, torch.device("cpu"), torch.float32
+            )
+        torch.manual_seed(0)
+        tokens = len(load_tokenizer(locate(ModelSettings(model=self.recipe.target.model))))
+        config = LlamaConfig(
+            vocab_size=tokens,
+            hidden_size=self._size,
+            intermediate_size=4 * self._size,
+            num_hidden_layers=self._layers,
+            num_attention_heads=8,
+            max_position_embeddings=4096,
+        )
+        return LlamaForCausalLM(config)
+
+    @contextmanager
+    def training(self, kind: str, steps: int, model: PreTrainedModel) -> Iterator[Trainer]:
+        """A trainer, ready to train."""
+        rows = self.rows()
+        arguments = training_arguments(self.recipe, self.run / "none", "fused")
+        arguments.max_steps, arguments.save_strategy = steps, "no"
+        if kind == _CLM:
+            arguments.include_num_input_tokens_seen = "no"
+            trainer = Trainer(model, arguments, without_counts, train_dataset=rows)
+            trainer.remove_callback(PrinterCallback)
+            yield trainer
+            return
+        encoder = self.pipeline.readers["target"].encoder
+        ours = ObjectiveTrainer(
+            model,
+            arguments,
+            rows,
+            Collator(outcome_table(self.recipe, self.run), packed=True),
+            lambda_schedule(self.recipe.fusion),
+            Validation(encoder, [], self.recipe),
+            Blame(open_corpus(self.run), self.run / "none"),
+        )
+        with objective_forward(model):
+            yield ours
+
+    def seconds(self, kind: str, steps: int) -> float:
+        """Of a step."""
+        clock = Clock()
+        with self.training(kind, steps, self.model()) as trainer:
+            trainer.add_callback(clock)
+            trainer.train()
+        return clock.step_seconds()
+
+    def loader_seconds(self, steps: int) -> float:
+        """Of a step's batch, from the store to tensors."""
+        rows, training = self.rows(), self.recipe.training
+        size = int(training.arguments["per_device_train_batch_size"])
+        loader: DataLoader[Any] = DataLoader(
+            rows,
+            batch_size=size,
+            sampler=RowOrder(len(rows), 0, size),
+            collate_fn=Collator(outcome_table(self.recipe, self.run), packed=True),
+        )
+        ends = [time.perf_counter()]
+        for _, _ in zip(range(steps), loader, strict=False):
+            ends.append(time.perf_counter())
+        return statistics.median(b - a for a, b in pairwise(ends[1:]))
+
+    def peak_bytes(self, kind: str, steps: int) -> float:
+        """Peak of this process above what it has before and the weights' gradients."""
+        model = self.model()
+        with self.training(kind, steps, model) as trainer:
+            gradients = sum(p.nbytes for p in model.parameters())
+            before = _peak()
+            ballast = torch.ones(max(0, before - _resident()) // 4)  # freed since the peak
+            before = max(before, _resident())
+            trainer.train()
+            del ballast
+        return float(_peak() - before - gradients)
+
+
+_collate = Collator(None, packed=True)
+
+
+def without_counts(rows: Any) -> dict[str, Any]:
+    """The batch as a model takes it."""
+    batch = _collate(rows)
+    del batch["counts"]
+    return batch
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(
+    bench: Bench, child: Callable[[str], float], steps: int, rounds: int
+) -> dict[str, float]:
+    """The figures of one target."""
+    over_clm, over_loader, seconds = [], [], []
+    for _ in range(rounds):
+        ours, clm = bench.seconds(_OURS, steps), bench.seconds(_CLM, steps)
+        over_clm.append(ours / clm)
+        over_loader.append(ours / bench.loader_seconds(4 * steps))
+        seconds.append(ours)
+    return {
+        "time_over_clm": statistics.median(over_clm),
+        "memory_over_clm": child(_OURS) / child(_CLM),
+        "loader_over_training": statistics.median(over_loader),
+        "step_seconds": statistics.median(seconds),
+    }
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--set", action="append", default=[], help="as in fusellm")
+    parser.add_argument("--layers", type=int, help="of a target of random weights")
+    parser.add_argument("--size", type=int, default=_LARGE[1], help="d of that target")
+    parser.add_argument("--peak", choices=[_OURS, _CLM], help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    size, steps, rounds = (30_000, 4, 2) if given.quick else (1_500_000, 10, 5)
+    rows = 4 if given.quick else 8
+    changes = [
+        *(_CORPUS, f"corpus.train_bytes={size}", "training.validations=0"),
+        *(f"training.per_device_train_batch_size={rows}", "training.num_train_epochs=9"),
+        *given.set,
+    ]
+    if given.peak:
+        bench = Bench(given.run, changes, given.layers, given.size)
+        print(json.dumps(bench.peak_bytes(given.peak, 3)))
+        return
+    targets = [("", given.layers)]
+    if not given.quick and given.layers is None:
+        targets.append(("large_", _LARGE[0]))
+    figures = {}
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place) / "run"
+        Bench(run, changes, None, 0).pipeline.execute(["corpus", "externalize", "fuse"])
+        for prefix, layers in targets:
+
+            def child(kind: str, layers: int | None = layers) -> float:
+                command = [sys.executable, __file__, f"--peak={kind}", f"--run={run}"]
+                command += ["--quick"] * given.quick + [f"--set={change}" for change in given.set]
+                command += [f"--layers={layers}", f"--size={given.size}"] if layers else []
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                return float(json.loads(done.stdout.splitlines()[-1]))
+
+            bench = Bench(run, changes, layers, given.size)
+            found = measure(bench, child, steps, rounds)
+            figures |= {prefix + name: value for name, value in found.items()}
+    if given.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:<30} {value:,.3f}")
+
+
+if __name__ == "__main__":
+    main()
