@@ -12,6 +12,8 @@ weights (`large_…`).
     memory_over_clm       peak of a process that trains by ours over one that trains by Trainer,
                           above what it has before and the weights' gradients
     loader_over_training  tokens per second of the loader alone over those of the training
+    windowed_loader_over_training
+                          the same where the store is too large to be kept in memory
 
 Rounds are interleaved, and the median of their ratios is taken.
 """
@@ -37,9 +39,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from fusellm.config import ModelSettings
+from fusellm.models import training_rows
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.models.objective_forward import objective_forward
-from fusellm.models.training_batches import Collator, RowOrder, Rows, fused_rows
+from fusellm.models.training_batches import Collator
+from fusellm.models.training_rows import RowOrder, Rows, fused_rows
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -88,7 +92,7 @@ class Bench:
     def rows(self) -> Rows:
         """Packed as the demo's are."""
         training = self.recipe.training
-        return fused_rows(self.run, open_corpus(self.run)).pack(training.row_tokens, 0)
+        return fused_rows(self.run, open_corpus(self.run)).pack(training.row_tokens)
 
     def model(self) -> PreTrainedModel:
         """The target, in float32."""
@@ -141,20 +145,22 @@ class Bench:
             trainer.train()
         return clock.step_seconds()
 
-    def loader_seconds(self, steps: int) -> float:
+    def loader_seconds(self, steps: int, windowed: bool = False) -> float:
         """Of a step's batch, from the store to tensors."""
+        kept = training_rows._CACHED_WHOLE_BYTES
+        training_rows._CACHED_WHOLE_BYTES = 0 if windowed else kept
         rows, training = self.rows(), self.recipe.training
+        training_rows._CACHED_WHOLE_BYTES = kept
         size = int(training.arguments["per_device_train_batch_size"])
         loader: DataLoader[Any] = DataLoader(
             rows,
             batch_size=size,
-            sampler=RowOrder(len(rows), 0, size),
+            sampler=RowOrder(rows.windows(), 0, size),
             collate_fn=Collator(outcome_table(self.recipe, self.run), packed=True),
         )
-        ends = [time.perf_counter()]
-        for _, _ in zip(range(steps), loader, strict=False):
-            ends.append(time.perf_counter())
-        return statistics.median(b - a for a, b in pairwise(ends[1:]))
+        began = time.perf_counter()
+        done = sum(1 for _ in zip(range(steps), loader, strict=False))
+        return (time.perf_counter() - began) / done
 
     def peak_bytes(self, kind: str, steps: int) -> float:
         """Peak of this process above what it has before and the weights' gradients."""
@@ -191,16 +197,18 @@ def measure(
     bench: Bench, child: Callable[[str], float], steps: int, rounds: int
 ) -> dict[str, float]:
     """The figures of one target."""
-    over_clm, over_loader, seconds = [], [], []
+    over_clm, over_loader, over_windowed, seconds = [], [], [], []
     for _ in range(rounds):
         ours, clm = bench.seconds(_OURS, steps), bench.seconds(_CLM, steps)
         over_clm.append(ours / clm)
         over_loader.append(ours / bench.loader_seconds(4 * steps))
+        over_windowed.append(ours / bench.loader_seconds(4 * steps, windowed=True))
         seconds.append(ours)
     return {
         "time_over_clm": statistics.median(over_clm),
         "memory_over_clm": child(_OURS) / child(_CLM),
         "loader_over_training": statistics.median(over_loader),
+        "windowed_loader_over_training": statistics.median(over_windowed),
         "step_seconds": statistics.median(seconds),
     }
 

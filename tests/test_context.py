@@ -25,7 +25,8 @@ from fusellm.models.objective_forward import (
     objective_forward,
     objective_inputs,
 )
-from fusellm.models.training_batches import Collator, OutcomeTable, clm_rows, fused_rows
+from fusellm.models.training_batches import Collator, OutcomeTable
+from fusellm.models.training_rows import clm_rows, fused_rows
 from fusellm.objective.outcomes import Outcomes
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent

@@ -18,13 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from conftest import prose
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
 from fusellm.models.objective_forward import objective_forward, objective_inputs
-from fusellm.models.training_batches import (
-    Collator,
-    OutcomeTable,
-    RowsOfLikeLength,
-    clm_rows,
-    fused_rows,
-)
+from fusellm.models.training_batches import Collator, OutcomeTable
+from fusellm.models.training_rows import RowsOfLikeLength, clm_rows, fused_rows
 from fusellm.pipeline import STAGES, Pipeline, removable
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -356,11 +351,12 @@ def test_lambda_one_gives_the_losses_of_trainer(
 def test_batches_of_like_length_are_every_row_once_in_an_order_of_the_epoch(
     lengths: list[int], rows: int, epoch: int
 ) -> None:
-    sampler = RowsOfLikeLength(lengths, rows, 5)
+    windows = np.arange(len(lengths)) % (1 + rows % 3)
+    sampler = RowsOfLikeLength(lengths, windows, rows, 5)
     sampler.set_epoch(epoch)
     order = list(sampler)
     assert sorted(order) == list(range(len(lengths))) == list(range(len(sampler)))
-    again = RowsOfLikeLength(lengths, rows, 5)
+    again = RowsOfLikeLength(lengths, windows, rows, 5)
     list(again)
     again.set_epoch(epoch)  # whatever was read before
     assert list(again) == order
@@ -368,7 +364,7 @@ def test_batches_of_like_length_are_every_row_once_in_an_order_of_the_epoch(
 
 def test_batches_of_like_length_pad_little() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 2000)
-    order = list(RowsOfLikeLength(lengths.tolist(), 8, 0))
+    order = list(RowsOfLikeLength(lengths.tolist(), np.zeros(2000), 8, 0))
     batches = lengths[order].reshape(-1, 8)
     assert (batches.max(1) * 8).sum() < 1.05 * lengths.sum()
     means = batches.mean(1)

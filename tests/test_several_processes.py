@@ -22,7 +22,7 @@ from fusellm.cli.main import main
 from fusellm.errors import IdentityError, RecipeError, StoreError
 from fusellm.models import batches
 from fusellm.models.batches import read_blocks
-from fusellm.models.training_batches import FILLER, RowOrder, RowsOfLikeLength
+from fusellm.models.training_rows import FILLER, RowOrder, RowsOfLikeLength
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -244,12 +244,13 @@ def test_every_row_is_read_once_whatever_the_number_of_processes(
 ) -> None:
     """Steps have the same rows in the same order as one process with the global batch has."""
     lengths = [3 + n % 7 for n in range(rows)]
+    windows = np.arange(rows) // 20
     step = batch * processes
 
     def order(processes: int) -> list[int]:
         if alike:
-            return list(RowsOfLikeLength(lengths, step, seed, step, processes))
-        return list(RowOrder(rows, seed, step, processes))
+            return list(RowsOfLikeLength(lengths, windows, step, seed, step, processes))
+        return list(RowOrder(windows, seed, step, processes))
 
     found = order(processes)
     assert sorted(n for n in found if n != FILLER) == list(range(rows))

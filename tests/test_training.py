@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from fusellm.cli.main import main
 from fusellm.config import LoraSettings, ModelSettings
 from fusellm.errors import FusellmError, IdentityError, ModelError, NumericsError, RecipeError
-from fusellm.models import adapters, hub
+from fusellm.models import adapters, hub, training_rows
 from fusellm.models.adapters import with_adapters, without_adapters
 from fusellm.models.heads import check_head
 from fusellm.models.load import load_model, locate
 from fusellm.models.objective_forward import objective_forward, objective_inputs
-from fusellm.models.training_batches import Collator, OutcomeTable, RowsOfLikeLength, fused_rows
+from fusellm.models.training_batches import Collator, OutcomeTable
+from fusellm.models.training_rows import RowOrder, RowsOfLikeLength, fused_rows
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -29,6 +30,7 @@ from fusellm.stages.train import trainer as trainers
 from fusellm.stages.train.validation import Validation
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.manifest import StageFolder
+from fusellm.store.tables import Shard
 
 CPU = torch.device("cpu")
 FAST = ("training.learning_rate=1e-2", "training.eval_on_start=true")
@@ -371,6 +373,68 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     assert not (moved / "train" / "fused-checkpoints").exists()
 
 
+# A store that is larger than memory
+
+
+@pytest.fixture
+def windowed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Stores are read by windows of two record batches; gives those that are read, in turn."""
+    read: list[tuple[str, int]] = []
+    own = Shard._read
+
+    def counted(self: Shard, n: int) -> Any:
+        read.append((self._name, n))
+        return own(self, n)
+
+    monkeypatch.setattr(Shard, "_read", counted)
+    monkeypatch.setattr(training_rows, "_CACHED_WHOLE_BYTES", 0)
+    monkeypatch.setattr(training_rows, "_WINDOW_BATCHES", 2)
+    return read
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_large_store_is_read_once_an_epoch(
+    fused: Path, windowed: list[tuple[str, int]], packed: bool
+) -> None:
+    corpus = StageFolder(fused / "corpus")
+    rows = fused_rows(fused, corpus, seed=3)
+    batches = sum(shard.record_batches for shard in rows._shards)
+    assert batches > 4
+    if packed:
+        rows.pack(128)
+    orders = [RowOrder(rows.windows(), 3, 8)]
+    orders += [] if packed else [RowsOfLikeLength(rows.row_tokens(), rows.windows(), 8, 3)]
+    for sampler in orders:
+        seen = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            windowed.clear()
+            order = list(sampler)
+            blocks = [block["block"] for row in order for block in rows[row]]
+            assert sorted(blocks) == list(range(len(rows.lengths)))
+            kept = [n for shard in rows._shards for n in shard._cache]
+            assert len(kept) <= 4
+            # A row of leftovers, and one that ends in a later window, read a batch again.
+            assert batches - 4 <= len(windowed) <= batches + len(kept) + (10 if packed else 8)
+            seen.append(blocks)
+        assert seen[0] != seen[1]
+        nearby = np.mean(np.abs(np.diff(seen[0])) == 1)
+        assert nearby < 0.1  # shuffled
+
+
+@pytest.mark.usefixtures("windowed")
+@pytest.mark.parametrize("rows", ["block", "packed"])
+def test_a_large_store_trains_as_well(trained: Train, rows: str) -> None:
+    folder = trained(*FAST, f"training.rows={rows}", "training.row_tokens=256")
+    values = validations_of(folder)
+    assert values[-1] < values[0] - 0.2
+
+
+def test_rows_that_workers_read_ahead_train_the_same(trained: Train) -> None:
+    ahead = trained("training.dataloader_num_workers=1")
+    assert weights_of(ahead) == weights_of(trained())
+
+
 # Which model is kept
 
 
@@ -554,7 +618,7 @@ def test_a_missing_peft_is_named_before_any_work(
 def blocks_of_step(run: Path, step: int) -> list[int]:
     """Numbers of the blocks that a training of this run reads at a step, from 1."""
     rows = fused_rows(run, StageFolder(run / "corpus"))
-    order = list(RowsOfLikeLength(rows.row_tokens(), 8, 0))
+    order = list(RowsOfLikeLength(rows.row_tokens(), rows.windows(), 8, 0))
     return [int(rows[n][0]["block"]) for n in order[8 * (step - 1) : 8 * step]]
 
 

@@ -1,226 +1,26 @@
-"""Training batches from the fused store, and from the target's tokens for the CLM baseline.
+"""Training batches from rows of blocks: ids, labels, and fused distributions as sparse outcomes.
 
-Both give the same blocks in the same order. A token all of whose bytes are context is read and not
-predicted, by neither loss. B rows, T positions, N positions that predict.
+B rows, T positions, N positions that predict.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fusellm.align.ragged import offsets_of, take_rows
-from fusellm.errors import CorpusError
 from fusellm.models.objective_forward import IGNORED
-from fusellm.store.blocks import CONTEXT, context_of
-from fusellm.store.externalized import TARGET, open_externalized
-from fusellm.store.fused import open_fused, read_members
+from fusellm.store.blocks import CONTEXT
+from fusellm.store.fused import read_members
 from fusellm.store.manifest import StageFolder
-from fusellm.store.tables import Shard, folder_bytes, shard_names
-from fusellm.tokens.context import context_tokens
-
-FILLER = -1
-"""Number of a row that is read and predicts nothing, where processes have rows left over."""
-_OPEN_ROWS = 256  # rows that packing may still add to
-_CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
-
-
-class TokenContext:
-    """Which of the target's tokens are context."""
-
-    def __init__(self, corpus: StageFolder, tokens: StageFolder, names: Sequence[str]) -> None:
-        """Open shards of the corpus, and of the target's tokens."""
-        self._blocks = [Shard(corpus, name) for name in names]
-        self._tokens = [Shard(tokens, name) for name in names]
-
-    def of(self, shard: int, row: int) -> np.ndarray:
-        """[T] bool of a block; of one that the target cannot tell as bytes, all or nothing."""
-        block, tokens = self._blocks[shard].block(row), self._tokens[shard].block(row)
-        spans = context_of(block)
-        if not tokens["read"]:
-            return np.full(len(tokens["ids"]), bool(spans))
-        ends = np.cumsum(tokens["bytes"], dtype=np.int64)
-        return context_tokens(ends, spans, len(block["text"].encode()))
-
-    def predicted(self) -> np.ndarray:
-        """[blocks] tokens of each block that are predicted."""
-        places = ((n, row) for n, shard in enumerate(self._blocks) for row in range(len(shard)))
-        return np.array([int((~self.of(*place)[1:]).sum()) for place in places], dtype=np.int64)
-
-
-class Rows(Dataset[list[dict[str, Any]]]):
-    """Rows of a training batch: each a list of blocks, one or packed.
-
-    Blocks that predict nothing, of one token or all context, are left out.
-    """
-
-    def __init__(
-        self,
-        folder: StageFolder,
-        corpus_shards: Sequence[str],
-        context: TokenContext | None = None,
-    ) -> None:
-        keep_all = folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
-        self._shards = [Shard(folder, name, None if keep_all else 4) for name in corpus_shards]
-        self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
-        self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
-        self._context = context
-        predicted = self.lengths - 1 if context is None else context.predicted()
-        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(predicted > 0)[0]]
-
-    def pack(self, row_tokens: int, seed: int) -> "Rows":
-        """Put several blocks, in a seeded order, into rows of at most `row_tokens`.
-
-        Each goes into the row, of those last begun, that it fills best. A longer block has a row
-        of its own.
-        """
-        order = np.random.default_rng(seed).permutation([row[0] for row in self.rows])
-        packed: list[list[int]] = []
-        rooms: list[tuple[int, int]] = []  # (tokens of room, row), ascending
-        for n in order.tolist():
-            length = int(self.lengths[n])
-            place = bisect_left(rooms, (length, 0))
-            if place < len(rooms):
-                room, row = rooms.pop(place)
-            else:
-                room, row = row_tokens, len(packed)
-                packed.append([])
-            packed[row].append(n)
-            insort(rooms, (room - length, row))
-            if len(rooms) > _OPEN_ROWS:
-                rooms.pop(0)
-        self.rows = packed
-        return self
-
-    def row_tokens(self) -> list[int]:
-        """Tokens of each row, without padding."""
-        return [int(self.lengths[row].sum()) for row in self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        if index == FILLER:
-            block = self._block(min(self.rows, key=lambda row: int(self.lengths[row].sum()))[0])
-            return [block | {CONTEXT: np.ones(len(block["ids"]), dtype=np.bool_)}]
-        return [self._block(n) for n in self.rows[index]]
-
-    def _block(self, number: int) -> dict[str, Any]:
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        row = number - int(self._starts[shard])
-        block = self._shards[shard].block(row)
-        return block if self._context is None else block | {CONTEXT: self._context.of(shard, row)}
-
-
-def clm_rows(run: Path, corpus: StageFolder) -> Rows:
-    """Rows for the CLM baseline.
-
-    Raises:
-        CorpusError: there is nothing to predict.
-    """
-    return _rows(open_externalized(run, TARGET), run, corpus)
-
-
-def fused_rows(run: Path, corpus: StageFolder) -> Rows:
-    """Rows with fused distributions.
-
-    Raises:
-        CorpusError: there is nothing to predict.
-    """
-    return _rows(open_fused(run), run, corpus)
-
-
-def _rows(folder: StageFolder, run: Path, corpus: StageFolder) -> Rows:
-    names = shard_names(corpus, "train-")
-    context = None
-    if names and CONTEXT in Shard(corpus, names[0]).schema.names:
-        context = TokenContext(corpus, open_externalized(run, TARGET), names)
-    rows = Rows(folder, names, context)
-    if not len(rows):
-        raise CorpusError(
-            f"no block of {corpus.path} has a token to predict: each is one token, or all context; "
-            "check context_fields of corpus.documents"
-        )
-    return rows
 
 
 def _predicted(block: Mapping[str, Any]) -> np.ndarray:
     """[T-1] bool, whether each token but the first is predicted."""
     context = block.get(CONTEXT)
     return np.ones(len(block["ids"]) - 1, dtype=np.bool_) if context is None else ~context[1:]
-
-
-class RowOrder(Sampler[int]):
-    """Rows in an order that is a function of seed and epoch, whichever epoch was read before.
-
-    Several processes take batches in turn. So that each has as many, and none reads a row twice,
-    the last ones are filled up with rows that predict nothing.
-    """
-
-    def __init__(self, rows: int, seed: int, step_rows: int, processes: int = 1) -> None:
-        """Order the rows of a training.
-
-        Args:
-            step_rows: that all processes read at a time.
-        """
-        self._rows, self._seed = rows, seed
-        self._filler = -rows % step_rows if processes > 1 else 0
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._rows + self._filler
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._order(torch.Generator().manual_seed(self._seed + self._epoch))
-        yield from [FILLER] * self._filler
-
-    def _order(self, generator: torch.Generator) -> list[int]:
-        found: list[int] = torch.randperm(self._rows, generator=generator).tolist()
-        return found
-
-
-class RowsOfLikeLength(RowOrder):
-    """Rows in a seeded order in which each batch has rows of like length, so that little is padded.
-
-    The batches themselves come in random order, not from long to short.
-    """
-
-    def __init__(
-        self,
-        row_tokens: Sequence[int],
-        batch_rows: int,
-        seed: int,
-        step_rows: int = 1,
-        processes: int = 1,
-    ) -> None:
-        """Order the rows of a training.
-
-        Args:
-            batch_rows: of like length.
-        """
-        super().__init__(len(row_tokens), seed, step_rows, processes)
-        self._row_tokens, self._batch_rows = row_tokens, batch_rows
-
-    def _order(self, generator: torch.Generator) -> list[int]:
-        size = self._batch_rows
-        order = get_length_grouped_indices(self._row_tokens, size, generator=generator)
-        whole = len(order) // size
-        batches = torch.randperm(whole, generator=generator).tolist()
-        shuffled: list[int] = [
-            row for batch in batches for row in order[batch * size : (batch + 1) * size]
-        ]
-        shuffled += order[whole * size :]
-        return shuffled
 
 
 class OutcomeTable:

@@ -209,6 +209,10 @@ class Shard:
         self._cache[n] = batch
         return batch
 
+    def forget(self, n: int) -> None:
+        """Keep a record batch no longer."""
+        self._cache.pop(n, None)
+
     def lengths(self, column: str) -> np.ndarray:
         """[blocks] entries of a ragged column; no other column is decompressed."""
         self.verify()

@@ -18,7 +18,8 @@ from fusellm.models import processes
 from fusellm.models.adapters import require_peft, without_adapters, without_warnings
 from fusellm.models.load import Located
 from fusellm.models.objective_forward import objective_forward, require_packing
-from fusellm.models.training_batches import Collator, OutcomeTable, clm_rows, fused_rows
+from fusellm.models.training_batches import Collator, OutcomeTable
+from fusellm.models.training_rows import clm_rows, fused_rows
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
@@ -156,11 +157,11 @@ def run_train(
         torch.manual_seed(arguments.seed)
         model = load_target(located, training.lora, arguments.device, is_sharded(arguments))
         corpus = open_corpus(run)
-        rows = fused_rows(run, corpus) if which == FUSED else clm_rows(run, corpus)
+        rows = (fused_rows if which == FUSED else clm_rows)(run, corpus, arguments.seed)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
-            rows = rows.pack(training.row_tokens, arguments.seed)
+            rows = rows.pack(training.row_tokens)
         trainer = ObjectiveTrainer(
             model,
             arguments,

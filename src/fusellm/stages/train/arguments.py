@@ -87,6 +87,7 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
     machine: dict[str, Any] = {
         "seed": recipe.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_num_workers": 2 if torch.accelerator.is_available() else 0,  # reading ahead
     }
     if not torch.accelerator.is_available():
         machine["use_cpu"] = True  # transformers wants to be told, for bf16

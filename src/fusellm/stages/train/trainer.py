@@ -15,13 +15,8 @@ from fusellm.models import processes
 from fusellm.models.adapters import without_adapters
 from fusellm.models.heads import is_sharded
 from fusellm.models.objective_forward import objective_forward, objective_inputs
-from fusellm.models.training_batches import (
-    BatchCounts,
-    Collator,
-    RowOrder,
-    Rows,
-    RowsOfLikeLength,
-)
+from fusellm.models.training_batches import BatchCounts, Collator
+from fusellm.models.training_rows import RowOrder, Rows, RowsOfLikeLength
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.sums import Sums
@@ -69,7 +64,7 @@ class ObjectiveTrainer(Trainer):
                 data_collator=collator,
             )
         self._schedule, self._validation, self._blame = schedule, validation, blame
-        self._row_tokens = rows.row_tokens()
+        self._row_tokens, self._windows = rows.row_tokens(), rows.windows()
         self._lambda = schedule.start
         self._sums = Sums(arguments.device)
         self._gradient: tuple[torch.Tensor | float, int, list[int]] | None = None
@@ -90,9 +85,9 @@ class ObjectiveTrainer(Trainer):
         count, seed = processes.count(), self.args.seed
         step = self.args.train_batch_size * count
         if self.args.train_sampling_strategy != "group_by_length":
-            return RowOrder(len(self._row_tokens), seed, step, count)
+            return RowOrder(self._windows, seed, step, count)
         alike = step * self.args.gradient_accumulation_steps
-        return RowsOfLikeLength(self._row_tokens, alike, seed, step, count)
+        return RowsOfLikeLength(self._row_tokens, self._windows, alike, seed, step, count)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
         """One batch forward and backward.

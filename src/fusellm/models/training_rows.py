@@ -1,0 +1,280 @@
+"""The rows that a training reads, from the fused store or the target's tokens, and their order.
+
+Both stores give the same blocks in the same order. A token all of whose bytes are context is read
+and not predicted, by neither loss. T positions of a block.
+
+A store that is kept in memory is shuffled as a whole. A larger one is read by windows of record
+batches, in a shuffled order, each shuffled in itself, so that each is read about once an epoch.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from fusellm.align.ragged import offsets_of
+from fusellm.errors import CorpusError
+from fusellm.store.blocks import CONTEXT, context_of
+from fusellm.store.externalized import TARGET, open_externalized
+from fusellm.store.fused import open_fused
+from fusellm.store.manifest import StageFolder
+from fusellm.store.tables import Shard, folder_bytes, shard_names
+from fusellm.tokens.context import context_tokens
+
+FILLER = -1
+"""Number of a row that is read and predicts nothing, where processes have rows left over."""
+_OPEN_ROWS = 256  # rows that packing may still add to
+_CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
+_WINDOW_BATCHES = 64  # record batches, of at most 64 blocks each
+_KEPT_WINDOWS = 2  # a packed row may end in the window after its own
+
+
+class TokenContext:
+    """Which of the target's tokens are context."""
+
+    def __init__(self, corpus: StageFolder, tokens: StageFolder, names: Sequence[str]) -> None:
+        """Open shards of the corpus, and of the target's tokens."""
+        self._blocks = [Shard(corpus, name, None) for name in names]
+        self._tokens = [Shard(tokens, name, None) for name in names]
+
+    def of(self, shard: int, row: int) -> np.ndarray:
+        """[T] bool of a block; of one that the target cannot tell as bytes, all or nothing."""
+        block, tokens = self._blocks[shard].block(row), self._tokens[shard].block(row)
+        spans = context_of(block)
+        if not tokens["read"]:
+            return np.full(len(tokens["ids"]), bool(spans))
+        ends = np.cumsum(tokens["bytes"], dtype=np.int64)
+        return context_tokens(ends, spans, len(block["text"].encode()))
+
+    def forget(self, shard: int, batch: int) -> None:
+        """Keep a record batch no longer."""
+        self._blocks[shard].forget(batch)
+        self._tokens[shard].forget(batch)
+
+    def predicted(self) -> np.ndarray:
+        """[blocks] tokens of each block that are predicted."""
+        found = []
+        for n, shard in enumerate(self._blocks):
+            found += [int((~self.of(n, row)[1:]).sum()) for row in range(len(shard))]
+            for batch in range(shard.record_batches):
+                self.forget(n, batch)
+        return np.array(found, dtype=np.int64)
+
+
+class Rows(Dataset[list[dict[str, Any]]]):
+    """Rows of a training batch: each a list of blocks, one or packed.
+
+    Blocks that predict nothing, of one token or all context, are left out.
+    """
+
+    def __init__(
+        self,
+        folder: StageFolder,
+        corpus_shards: Sequence[str],
+        context: TokenContext | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._shards = [Shard(folder, name, None) for name in corpus_shards]
+        self._seed, self._whole = seed, folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
+        self._kept: dict[tuple[int, int], None] = {}  # record batches, the last used last
+        self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
+        self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
+        self._context = context
+        predicted = self.lengths - 1 if context is None else context.predicted()
+        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(predicted > 0)[0]]
+        self._windows = self._drawn_windows()
+
+    def _drawn_windows(self) -> np.ndarray:
+        """[blocks] the window that each is read in."""
+        if self._whole:
+            return np.zeros(len(self.lengths), dtype=np.int64)
+        batch: list[int] = []
+        count = 0
+        for shard in self._shards:
+            batch += [count + shard.place(row)[0] for row in range(len(shard))]
+            count += shard.record_batches
+        turn = np.argsort(np.random.default_rng(self._seed).permutation(count))
+        window: np.ndarray = turn[batch] // _WINDOW_BATCHES
+        return window
+
+    def windows(self) -> np.ndarray:
+        """[rows] the window that each begins in."""
+        return self._windows[[row[0] for row in self.rows]]
+
+    def pack(self, row_tokens: int) -> "Rows":
+        """Put several blocks, in a seeded order, into rows of at most `row_tokens`.
+
+        Each goes into the row, of those last begun, that it fills best. A longer block has a row
+        of its own.
+        """
+        chance = np.random.default_rng(self._seed)
+        blocks, windows = np.array([row[0] for row in self.rows]), self.windows()
+        order = np.concatenate(
+            [chance.permutation(blocks[windows == window]) for window in np.unique(windows)]
+        )
+        packed: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # (tokens of room, row), ascending
+        for n in order.tolist():
+            length = int(self.lengths[n])
+            place = bisect_left(rooms, (length, 0))
+            if place < len(rooms):
+                room, row = rooms.pop(place)
+            else:
+                room, row = row_tokens, len(packed)
+                packed.append([])
+            packed[row].append(n)
+            insort(rooms, (room - length, row))
+            if len(rooms) > _OPEN_ROWS:
+                rooms.pop(0)
+        self.rows = packed
+        return self
+
+    def row_tokens(self) -> list[int]:
+        """Tokens of each row, without padding."""
+        return [int(self.lengths[row].sum()) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        if index == FILLER:
+            block = self._block(min(self.rows, key=lambda row: int(self.lengths[row].sum()))[0])
+            return [block | {CONTEXT: np.ones(len(block["ids"]), dtype=np.bool_)}]
+        return [self._block(n) for n in self.rows[index]]
+
+    def _block(self, number: int) -> dict[str, Any]:
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row = number - int(self._starts[shard])
+        self._keep(shard, self._shards[shard].place(row)[0])
+        block = self._shards[shard].block(row)
+        return block if self._context is None else block | {CONTEXT: self._context.of(shard, row)}
+
+    def _keep(self, shard: int, batch: int) -> None:
+        """Keep a record batch in memory, and of a large store as many as are read by turns."""
+        self._kept.pop((shard, batch), None)
+        self._kept[shard, batch] = None
+        if self._whole or len(self._kept) <= _KEPT_WINDOWS * _WINDOW_BATCHES:
+            return
+        shard, batch = next(iter(self._kept))
+        del self._kept[shard, batch]
+        self._shards[shard].forget(batch)
+        if self._context is not None:
+            self._context.forget(shard, batch)
+
+
+def clm_rows(run: Path, corpus: StageFolder, seed: int = 0) -> Rows:
+    """Rows for the CLM baseline.
+
+    Raises:
+        CorpusError: there is nothing to predict.
+    """
+    return _rows(open_externalized(run, TARGET), run, corpus, seed)
+
+
+def fused_rows(run: Path, corpus: StageFolder, seed: int = 0) -> Rows:
+    """Rows with fused distributions.
+
+    Raises:
+        CorpusError: there is nothing to predict.
+    """
+    return _rows(open_fused(run), run, corpus, seed)
+
+
+def _rows(folder: StageFolder, run: Path, corpus: StageFolder, seed: int) -> Rows:
+    names = shard_names(corpus, "train-")
+    context = None
+    if names and CONTEXT in Shard(corpus, names[0]).schema.names:
+        context = TokenContext(corpus, open_externalized(run, TARGET), names)
+    rows = Rows(folder, names, context, seed)
+    if not len(rows):
+        raise CorpusError(
+            f"no block of {corpus.path} has a token to predict: each is one token, or all context; "
+            "check context_fields of corpus.documents"
+        )
+    return rows
+
+
+class RowOrder(Sampler[int]):
+    """Rows in an order that is a function of seed and epoch, whichever epoch was read before.
+
+    Several processes take batches in turn. So that each has as many, and none reads a row twice,
+    the last ones are filled up with rows that predict nothing.
+    """
+
+    def __init__(self, windows: np.ndarray, seed: int, step_rows: int, processes: int = 1) -> None:
+        """Order the rows of a training.
+
+        Args:
+            windows: [rows] that they are read in.
+            step_rows: that all processes read at a time.
+        """
+        self._rows, self._seed = len(windows), seed
+        self._windows = [np.flatnonzero(windows == window) for window in np.unique(windows)]
+        self._filler = -self._rows % step_rows if processes > 1 else 0
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows + self._filler
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._order(torch.Generator().manual_seed(self._seed + self._epoch))
+        yield from [FILLER] * self._filler
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        found: list[int] = []
+        for window in self._shuffled_windows(generator):
+            found += window[torch.randperm(len(window), generator=generator).numpy()].tolist()
+        return found
+
+    def _shuffled_windows(self, generator: torch.Generator) -> list[np.ndarray]:
+        if len(self._windows) == 1:
+            return self._windows
+        order = torch.randperm(len(self._windows), generator=generator).tolist()
+        return [self._windows[n] for n in order]
+
+
+class RowsOfLikeLength(RowOrder):
+    """Rows in a seeded order in which each batch has rows of like length, so that little is padded.
+
+    The batches themselves come in random order, not from long to short.
+    """
+
+    def __init__(
+        self,
+        row_tokens: Sequence[int],
+        windows: np.ndarray,
+        batch_rows: int,
+        seed: int,
+        step_rows: int = 1,
+        processes: int = 1,
+    ) -> None:
+        """Order the rows of a training.
+
+        Args:
+            windows: [rows] that they are read in.
+            batch_rows: of like length.
+        """
+        super().__init__(windows, seed, step_rows, processes)
+        self._row_tokens, self._batch_rows = row_tokens, batch_rows
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        size = self._batch_rows
+        found: list[int] = []
+        left_over: list[int] = []
+        for window in self._shuffled_windows(generator):
+            lengths = [self._row_tokens[row] for row in window.tolist()]
+            order = window[get_length_grouped_indices(lengths, size, generator=generator)].tolist()
+            whole = len(order) // size
+            for batch in torch.randperm(whole, generator=generator).tolist():
+                found += order[batch * size : (batch + 1) * size]
+            left_over += order[whole * size :]
+        return found + left_over
