@@ -742,6 +742,9 @@ def test_the_fused_model_is_pushed_private_and_without_what_is_the_runs(
     assert how == {"repo": "someone/fused-model", "private": True, "exist_ok": True}
     assert what["folder_path"] == run / "train" / "fused"
     assert "manifest.json" in what["ignore_patterns"]
+    card = (run / "train" / "fused" / "README.md").read_text()
+    assert "- prose.jsonl" in card
+    assert str(world) not in card  # nothing of this machine
 
 
 @pytest.mark.parametrize(
