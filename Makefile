@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/fusellm demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

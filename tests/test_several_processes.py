@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from fusellm.cli import launch
@@ -37,6 +39,8 @@ BASE = (
     *("training.logging_steps=1", "training.max_steps=8", "training.validations=1"),
 )
 UNTIED = "target.model=neox"
+RESUMES = Version(transformers.__version__) >= Version("5.23")
+"""5.17 loads no optimizer's state on a CPU where there are several processes."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def several(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, case in CASES.items():
+        if case.dies_at and not RESUMES:
+            continue
         for processes in (1, 2):
             run = folder_of(place, name, processes).parents[1]
             shutil.copytree(place / ("untied" if UNTIED in case.changes else "tied"), run)
@@ -125,14 +131,15 @@ def torchrun(script: Path, *arguments: str) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]"))
+    assert done.returncode == 0, told or done.stderr[-3000:]
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if RESUMES or not case.dies_at])
 def test_two_processes_train_what_one_does(several: Path, name: str) -> None:
     one, two = (folder_of(several, name, processes) for processes in (1, 2))
     tolerance = CASES[name].tolerance
