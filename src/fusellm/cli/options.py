@@ -10,7 +10,7 @@ RecipeOrRun = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="The run's folder; runs/NAME-OF-THE-RECIPE if not given.")
+    Path | None, typer.Option("--out", help="The run's folder; by default runs/ and its name.")
 ]
 Set = Annotated[
     list[str],
