@@ -1,6 +1,6 @@
 """What each process of a training does in test_several_processes.py: trainings, one after another.
 
-    torchrun --nproc-per-node=2 tests/several.py CASES.json
+    torchrun --nproc-per-node=2 tests/several.py CASES.json RUN
 
 FSDP needs a GPU by accelerate's own count; here its processes are told to be of GPUs that compute
 on the CPU. All the rest is as it is.
@@ -19,11 +19,13 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, Trainer
 
+from fusellm.errors import NumericsError
 from fusellm.models import processes
 from fusellm.models.heads import is_sharded
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.stages.train.trainer import ObjectiveTrainer
 from fusellm.stages.train.validation import Validation
 
 
@@ -41,7 +43,8 @@ def sharded() -> Iterator[None]:
         yield
     finally:
         PartialState._prepare_backend = own
-        del os.environ["ACCELERATE_TORCH_DEVICE"]
+        for name in [n for n in os.environ if n == "ACCELERATE_TORCH_DEVICE" or "FSDP" in n]:
+            del os.environ[name]  # accelerate has set some, which would hold for the next training
 
 
 @contextmanager
@@ -95,12 +98,37 @@ def train(case: dict[str, Any]) -> None:
     with sharded() if fsdp else nothing(), validated_when(fsdp), killed_at(dies_at):
         Pipeline(recipe, run, Silent()).execute(["train/fused"])
     checkpoints = run / "train" / "fused-checkpoints"
-    assert (checkpoints / "checkpoint-4").is_dir() if dies_at else not checkpoints.exists()
+    assert (checkpoints / "checkpoint-8").is_dir() if dies_at else not checkpoints.exists()
+
+
+def meet_nan(case: dict[str, Any], run: Path) -> None:
+    """The second process alone meets a loss that is no number, in its third batch."""
+    own, count = ObjectiveTrainer.compute_loss, [0]
+
+    def faulty(self: ObjectiveTrainer, *positional: Any, **named: Any) -> Any:
+        count[0] += 1
+        loss = own(self, *positional, **named)
+        return loss * float("nan") if count[0] == 3 and not processes.is_first() else loss
+
+    ObjectiveTrainer.compute_loss = faulty
+    try:
+        train(case | {"run": str(run), "fsdp": False, "dies_at": None})
+    except NumericsError as error:
+        told = processes.gathered([str(error)])
+        assert len(told) == 2
+        assert len(set(told)) == 1
+        if processes.is_first():
+            (run.parent / "fault").write_text(told[0], encoding="utf-8")
+    finally:
+        ObjectiveTrainer.compute_loss = own
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    for one in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for one in cases:
         train(one)
+    plain = next(case for case in cases if "target.model=neox" not in case["changes"])
+    meet_nan(plain, Path(sys.argv[2]))
     processes.leave()

@@ -59,7 +59,10 @@ LORA_UNTIED = "training.lora={r: 4, target_modules: [query_key_value, embed_out]
 COPIED = "training.lora={r: 4, target_modules: [q_proj], modules_to_save: [lm_head]}"
 PACKED = ("training.rows=packed", "training.row_tokens=128", "training.max_steps=3")
 TWICE = "training.gradient_accumulation_steps=2"
-RESUMED = ("training.save_steps=2", "training.optim=adamw_torch", "training.learning_rate=1e-3")
+RESUMED = (
+    *("training.save_steps=2", "training.optim=adamw_torch", "training.learning_rate=1e-3"),
+    *("training.max_steps=-1", "training.num_train_epochs=2"),
+)
 CASES = {
     # 180 rows in steps of 34: the last step of an epoch has 10, of which one process reads none.
     "ddp-tied-whole-epoch": Case(("training.max_steps=-1",), rows=34),
@@ -77,8 +80,9 @@ CASES = {
     "fsdp-best": Case(("training.keep=best", "training.validations=4"), True),
     "ddp-bf16": Case(("training.bf16=true",), tolerance=1e-2),
     "fsdp-bf16": Case(("training.bf16=true",), True, tolerance=1e-2),
-    "ddp-resumed": Case(RESUMED, dies_at=6),
-    "fsdp-resumed": Case(RESUMED, True, dies_at=6),
+    # Six steps an epoch: they go on in the second, after two of its steps.
+    "ddp-resumed": Case(RESUMED, rows=34, dies_at=10),
+    "fsdp-resumed": Case(RESUMED, True, rows=34, dies_at=10),
 }
 
 
@@ -119,7 +123,8 @@ def several(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(threads)
     launched.sort(key=lambda one: one["dies_at"] is None)  # the killed before the resumed
     (place / "cases.json").write_text(json.dumps(launched), encoding="utf-8")
-    torchrun(HERE / "several.py", str(place / "cases.json"))
+    shutil.copytree(place / "tied", place / "faulty")
+    torchrun(HERE / "several.py", str(place / "cases.json"), str(place / "faulty"))
     return place
 
 
@@ -214,10 +219,41 @@ def test_processes_that_have_nothing_to_do_are_refused(
 ) -> None:
     command, *options = arguments
     monkeypatch.setenv("WORLD_SIZE", environment)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["fusellm", command, str(world / "recipe.yaml"), *options])
     with pytest.raises(SystemExit):
         main()
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "part"),
+    [
+        (["training.fsdp=true"], 1, "there is one: give --nproc N"),
+        (["training.fsdp=true", "training.fsdp_config={version: 1}"], 2, "by FSDP2 only"),
+        (["training.average_tokens_across_devices=false"], 2, "has no meaning with several"),
+        (["training.save_on_each_node=true"], 2, "all processes share the run's folder"),
+        (["training.train_sampling_strategy=batch_rebalance"], 1, "is not one of random, seq"),
+    ],
+)
+def test_settings_that_several_processes_cannot_have_are_refused(
+    world: Path, several: Path, changes: list[str], count: int, part: str
+) -> None:
+    """Before any work; a run that is not to be trained may have them."""
+
+    def trained() -> None:
+        one = pipeline(world, several / "tied", *changes)
+        one._training_processes = count
+        one.execute(["train"])
+
+    with pytest.raises(RecipeError) as caught:
+        trained()
+    assert part in str(caught.value)
+
+
+def test_a_fault_that_one_process_meets_ends_all(several: Path) -> None:
+    """A loss that is no number is told once, by all, where it is known to one alone."""
+    assert "loss of step 3 is nan, at the blocks" in (several / "fault").read_text()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +269,7 @@ def test_an_error_is_told_by_whom_it_is_known_to(
     rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.0)
     launch.tell(StoreError("no"))
     expected = {"0": "fusellm: no\n", "1": "fusellm (process 1): no\n"}

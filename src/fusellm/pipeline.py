@@ -6,6 +6,7 @@ corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train �
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Pipeline:
         self.recipe, self.run, self._progress, self._engine = recipe, run, progress, engine
         externalize.require_engine(engine)
         train.check(recipe, run)
+        processes.require_joined()
         self._training_processes = training_processes or processes.count()
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
@@ -114,34 +116,39 @@ class Pipeline:
                 found before any work is done, as far as it can be known then.
         """
         parts = self._parts()
-        if processes.is_first():
-            for part in parts:
-                if all(self._complete(name) for name in part.after):
-                    self._ensure(part, parts, redo)
-            make_folder(self.run)
-            self._write_recipe()
-        for part in parts:
-            if part.stage not in stages and part.name not in stages:
-                continue
-            if processes.is_first():
-                self._require(part)
-                self._ensure(part, parts, redo)
-                if part.stage == "externalize" and not self._complete(part.name):
-                    self._fits(part.name.split("/")[1])
-            processes.wait()
+        asked = [part for part in parts if part.stage in stages or part.name in stages]
+        if any(part.stage == "train" and not self._complete(part.name) for part in asked):
+            train.check_processes(self.recipe, self.run, self._training_processes)
+        processes.first(partial(self._begin, parts, redo))
+        for part in asked:
+            processes.first(partial(self._ready, part, parts, redo))
             part.run(part.identity())
         if "report" in stages:
             write_report(self.run)
 
-    def require(self, stage: str) -> None:
-        """Check that what a stage reads is finished.
+    def _begin(self, parts: Sequence[_Part], redo: bool) -> None:
+        for part in parts:
+            if all(self._complete(name) for name in part.after):
+                self._ensure(part, parts, redo)
+        make_folder(self.run)
+        self._write_recipe()
+
+    def _ready(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
+        self._require(part)
+        self._ensure(part, parts, redo)
+        if part.stage == "externalize" and not self._complete(part.name):
+            self._fits(part.name.split("/")[1])
+
+    def unfinished(self, stage: str) -> bool:
+        """Whether a part of a stage is, and can be made now.
 
         Raises:
-            StoreError: something is not; the message has the command that makes it.
+            StoreError: what it reads is not finished; the message has the command that makes it.
         """
-        for part in self._parts():
-            if part.stage == stage:
-                self._require(part)
+        parts = [p for p in self._parts() if p.stage == stage and not self._complete(p.name)]
+        for part in parts:
+            self._require(part)
+        return bool(parts)
 
     def _require(self, part: _Part) -> None:
         for name in part.after:

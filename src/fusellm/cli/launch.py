@@ -2,8 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +16,7 @@ import typer
 from fusellm.errors import FusellmError, RecipeError
 
 _GRACE_SECONDS = 3.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _BY_US = "FUSELLM_LAUNCHED"  # in the environment of the processes that --nproc starts
 
 Nproc = Annotated[
@@ -78,7 +83,10 @@ def train_on(count: int, run: Path) -> None:
         torch.cuda.empty_cache()  # of sources that this process has read
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ[_BY_US] = "1"
-    command = ["--standalone", f"--nproc-per-node={count}", "-m", "fusellm", "train", str(run)]
+    options = ["--standalone", "--nnodes=1", "--node-rank=0", "--max-restarts=0"]
+    command = [*options, f"--nproc-per-node={count}", "-m", "fusellm", "train", str(run)]
+    command += ["--debug"] * ("--debug" in sys.argv)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}  # it sets its own
     logging.disable()  # the launcher's own: who failed says why
     try:
         launch(get_args_parser().parse_args(command))
@@ -88,11 +96,33 @@ def train_on(count: int, run: Path) -> None:
         raise SystemExit(130) from None
     finally:
         logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def leave_processes() -> None:
-    """Part from the other processes of a training, if there were any."""
-    if "RANK" in os.environ and "torch.distributed" in sys.modules:
+@contextmanager
+def parting() -> Iterator[None]:
+    """Part from the other processes of a training, if there are any, at a command's end.
+
+    After a failure at once: the others wait for this one, and so would a parting in good order.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if _several() and code:
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if _several() and "torch.distributed" in sys.modules:
         from fusellm.models.processes import leave
 
         leave()
@@ -119,4 +149,8 @@ def tell_stopped() -> None:
 
 def speaks() -> bool:
     """Whether this process is the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return not _several() or os.environ.get("RANK", "0") == "0"
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")

@@ -19,7 +19,7 @@ from fusellm.cli.console import Terminal
 from fusellm.cli.folder import clean, show_status, status
 from fusellm.cli.launch import (
     Nproc,
-    leave_processes,
+    parting,
     require_devices,
     require_one_process,
     speaks,
@@ -110,8 +110,8 @@ def _execute(
     pipeline = _pipeline(place, out, changes, engine, nproc)
     if nproc > 1:
         pipeline.execute(stages[: stages.index("train")], redo)
-        pipeline.require("train")
-        train_on(nproc, pipeline.run)
+        if pipeline.unfinished("train"):
+            train_on(nproc, pipeline.run)
     pipeline.execute(stages, redo)
     if not speaks():
         return
@@ -359,6 +359,7 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
+@parting()
 def main() -> None:
     """Run the command line; faults that a user can mend are one line on stderr."""
     debug = "--debug" in sys.argv
@@ -376,8 +377,6 @@ def main() -> None:
             raise
         tell(error)
         sys.exit(1)
-    finally:
-        leave_processes()
 
 
 def _quiet_libraries() -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.models.heads import input_device, last_hidden
+from fusellm.models.heads import input_device, is_sharded, last_hidden
 from fusellm.objective.chunked import Head
 
 _BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
@@ -117,7 +117,7 @@ def read_blocks(
             try:
                 result = use(batch, *_hidden(model, [ids[n] for n in batch]))
             except (MemoryError, RuntimeError) as error:
-                _require_halving(error, batch, positions)
+                _require_halving(error, batch, positions, is_sharded(model))
             else:
                 yield batch, result
                 continue
@@ -128,12 +128,17 @@ def read_blocks(
         waiting += [batch[half:], batch[:half]]
 
 
-def _require_halving(error: Exception, batch: list[int], positions: int) -> None:
+def _require_halving(error: Exception, batch: list[int], positions: int, sharded: bool) -> None:
     """Raise the error on, unless it says that memory is out and the batch can be halved."""
     text = str(error).lower()
     by_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if not by_type and not any(part in text for part in _OUT_OF_MEMORY):
         raise error
+    if sharded:
+        raise ModelError(
+            f"memory does not suffice for a batch of {positions} tokens, and processes that share "
+            "a model have to read alike: set a smaller evaluation.batch_tokens"
+        ) from error
     if len(batch) == 1:
         raise ModelError(
             f"memory does not suffice for one block of {positions} tokens; set a smaller "

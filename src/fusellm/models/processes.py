@@ -4,10 +4,15 @@ torchrun and accelerate start them; accelerate joins them when the arguments of 
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed
 from accelerate.utils import gather_object
+
+from fusellm.errors import FusellmError, RecipeError
+
+Result = TypeVar("Result")
 
 
 def launched() -> int:
@@ -16,6 +21,19 @@ def launched() -> int:
         return max(1, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError:
         return 1
+
+
+def require_joined() -> None:
+    """Check that the processes of a launcher have found each other.
+
+    Raises:
+        RecipeError: each would train alone.
+    """
+    if launched() > 1 and count() == 1:
+        raise RecipeError(
+            f"WORLD_SIZE says {launched()} processes, and this one is alone: start them by "
+            "torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
 
 
 def number() -> int:
@@ -37,6 +55,27 @@ def wait() -> None:
     """Wait until every process is here."""
     if count() > 1:
         torch.distributed.barrier()
+
+
+def first(do: Callable[[], Result]) -> Result:
+    """What the first process makes, or its error, in all of them.
+
+    Raises:
+        FusellmError: it raised one.
+    """
+    if count() == 1:
+        return do()
+    told: list[Any] = [None, None]
+    if is_first():
+        try:
+            told[0] = do()
+        except FusellmError as error:
+            told[1] = error
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    found: Result = told[0]
+    return found
 
 
 def gathered(items: list[Any]) -> list[Any]:

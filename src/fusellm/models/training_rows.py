@@ -9,6 +9,7 @@ batches, in a shuffled order, each shuffled in itself, so that each is read abou
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ FILLER = -1
 """Number of a row that is read and predicts nothing, where processes have rows left over."""
 _OPEN_ROWS = 256  # rows that packing may still add to
 _CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
-_WINDOW_BATCHES = 64  # record batches, of at most 64 blocks each
+_WINDOW_BATCHES = 32  # record batches, of at most 64 blocks each
 _KEPT_WINDOWS = 2  # a packed row may end in the window after its own
 
 
@@ -143,9 +144,13 @@ class Rows(Dataset[list[dict[str, Any]]]):
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         if index == FILLER:
-            block = self._block(min(self.rows, key=lambda row: int(self.lengths[row].sum()))[0])
+            block = self._block(self._shortest)
             return [block | {CONTEXT: np.ones(len(block["ids"]), dtype=np.bool_)}]
         return [self._block(n) for n in self.rows[index]]
+
+    @cached_property
+    def _shortest(self) -> int:
+        return int(min((n for row in self.rows for n in row), key=lambda n: self.lengths[n]))
 
     def _block(self, number: int) -> dict[str, Any]:
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -240,6 +245,13 @@ class RowOrder(Sampler[int]):
             return self._windows
         order = torch.randperm(len(self._windows), generator=generator).tolist()
         return [self._windows[n] for n in order]
+
+
+class RowsInOrder(RowOrder):
+    """Rows as they come, in each epoch."""
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        return list(range(self._rows))
 
 
 class RowsOfLikeLength(RowOrder):

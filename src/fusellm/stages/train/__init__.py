@@ -6,7 +6,7 @@ model's folder, which itself holds an ordinary model and no pickle.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ from fusellm.models.training_rows import clm_rows, fused_rows
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
-from fusellm.stages.train.arguments import ASIDE, BASELINE, is_sharded, training_arguments
+from fusellm.stages.train.arguments import (
+    ASIDE,
+    BASELINE,
+    is_sharded,
+    require_processes,
+    training_arguments,
+)
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.model import load_target, save_model
 from fusellm.stages.train.trainer import ObjectiveTrainer, last_checkpoint
@@ -65,6 +71,16 @@ def check(recipe: Recipe, run: Path) -> None:
         training_arguments(recipe, run, which)
     if recipe.training.lora is not None:
         require_peft("training.lora")
+
+
+def check_processes(recipe: Recipe, run: Path, count: int) -> None:
+    """Check that so many processes can train both models.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    for which in (FUSED, CLM):
+        require_processes(training_arguments(recipe, run, which), count)
 
 
 def processes_of(run: Path, which: str, here: int) -> int:
@@ -149,22 +165,22 @@ def run_train(
         NumericsError: a loss or a gradient became NaN or infinite; the last checkpoint is kept.
     """
     checkpoints = checkpoints_of(run, which)
-    arguments = training_arguments(recipe, checkpoints, which)
+    chosen = training_arguments(recipe, checkpoints, which)
     fusion, training = recipe.fusion, recipe.training
-    with _folder(run, which, identity_) as folder:
-        if StageFolder(folder_of(run, which)).complete:
+    with _folder(run, which, identity_) as (folder, complete):
+        if complete:
             return
-        torch.manual_seed(arguments.seed)
-        model = load_target(located, training.lora, arguments.device, is_sharded(arguments))
+        torch.manual_seed(chosen.seed)
+        model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
-        rows = (fused_rows if which == FUSED else clm_rows)(run, corpus, arguments.seed)
+        rows = (fused_rows if which == FUSED else clm_rows)(run, corpus, chosen.seed)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
             rows = rows.pack(training.row_tokens)
         trainer = ObjectiveTrainer(
             model,
-            arguments,
+            chosen,
             rows,
             Collator(outcome_table(recipe, run) if which == FUSED else None, packed),
             lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
@@ -178,28 +194,36 @@ def run_train(
         with objective, without_warnings(), shown as bar:
             trainer.add_callback(Watch(bar, training.early_stop_validations))
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-            trainer.require_finite_gradient()
+            trainer.require_finite()
         weights = trainer.whole_weights()
         if folder is not None:
             if weights is not None:
-                model = load_target(located, training.lora, arguments.device, sharded=True)
+                model = load_target(located, training.lora, chosen.device, sharded=True)
                 model.load_state_dict(weights)
             save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
             folder.finish(trainer.counts())
 
 
 @contextmanager
-def _folder(run: Path, which: str, identity_: Identity) -> Iterator[StageWriter | None]:
-    """A model's folder for writing, in the first process alone; all come and go together."""
-    if not processes.is_first():
+def _folder(
+    run: Path, which: str, identity_: Identity
+) -> Iterator[tuple[StageWriter | None, bool]]:
+    """(a model's folder for writing, in the first process alone; whether it was finished before).
+
+    All processes come and go together.
+    """
+    with ExitStack() as stack:
+        writers: list[StageWriter] = []
+
+        def complete() -> bool:
+            writer = StageWriter.open(folder_of(run, which), identity_)
+            writers.append(stack.enter_context(writer))
+            return writers[0].complete
+
+        found = processes.first(complete)
+        yield (writers[0] if writers else None), found
         processes.wait()
-        yield None
-        processes.wait()
-        return
-    with StageWriter.open(folder_of(run, which), identity_) as folder:
-        processes.wait()
-        yield folder
-        if folder.complete:
+        if writers and writers[0].complete:
             shutil.rmtree(checkpoints_of(run, which), ignore_errors=True)
     processes.wait()
 

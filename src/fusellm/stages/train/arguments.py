@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.errors import RecipeError
 
 BASELINE = "clm"
+_ORDERS = ("random", "sequential", "group_by_length")
 METRIC = "eval_mean"  # bits per byte of the validation part, mean over the domains
 
 _DEFAULTS: dict[str, Any] = {
@@ -43,6 +45,8 @@ _OURS = {
     "metric_for_best_model": _BY_KEEP,
     "greater_is_better": _BY_KEEP,
     "logging_nan_inf_filter": "a loss that is no number stops the training",
+    "accelerator_config": "rows are divided among processes so that none is read twice",
+    "save_on_each_node": "all processes share the run's folder",
     "push_to_hub": "give --push-to-hub to fusellm train or fusellm run",
 }
 
@@ -93,6 +97,13 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
         machine["use_cpu"] = True  # transformers wants to be told, for bf16
     if training.rows == "block":  # packed rows are of like length as they are
         machine["train_sampling_strategy"] = "group_by_length"
+    if chosen.get("fsdp") and training.lora is None and "fsdp_config" not in chosen:
+        chosen["fsdp_config"] = {"cpu_ram_efficient_loading": True}  # one process alone reads it
+    if chosen.get("train_sampling_strategy") not in (None, *_ORDERS):
+        raise RecipeError(
+            f"training.train_sampling_strategy: {chosen['train_sampling_strategy']} is not one of "
+            f"{', '.join(_ORDERS)}"
+        )
     try:
         arguments = TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
     except (TypeError, ValueError) as error:
@@ -102,6 +113,35 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
     _ = arguments.device  # counts the GPUs; with several, Trainer would wrap the model by itself
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def require_processes(arguments: TrainingArguments, count: int) -> None:
+    """Check that so many processes can train by these arguments.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    if count > 1 and not arguments.average_tokens_across_devices:
+        raise RecipeError(
+            "training.average_tokens_across_devices: false has no meaning with several processes, "
+            "whose loss is divided by the tokens of all of them; leave it out"
+        )
+    if not is_sharded(arguments):
+        return
+    if count == 1:
+        raise RecipeError(
+            "training.fsdp spreads a model over several processes, and there is one: give "
+            "--nproc N, or leave it out"
+        )
+    state = arguments.distributed_state
+    if state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        raise RecipeError("training.fsdp needs GPUs: accelerate has no FSDP on CPUs; leave it out")
+    plugin = arguments.fsdp_plugin_args or {"fsdp_version": os.environ.get("FSDP_VERSION", "1")}
+    if int(plugin["fsdp_version"]) != 2:
+        raise RecipeError(
+            "training is sharded by FSDP2 only, and version 1 is asked for: set fsdp_version: 2 in "
+            "accelerate's configuration, or training.fsdp: true and no version"
+        )
 
 
 def is_sharded(arguments: TrainingArguments) -> bool:

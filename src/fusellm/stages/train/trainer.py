@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from fusellm.errors import NumericsError
 from fusellm.models import processes
 from fusellm.models.adapters import without_adapters
 from fusellm.models.heads import is_sharded
 from fusellm.models.objective_forward import objective_forward, objective_inputs
 from fusellm.models.training_batches import BatchCounts, Collator
-from fusellm.models.training_rows import RowOrder, Rows, RowsOfLikeLength
+from fusellm.models.training_rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.sums import Sums
@@ -28,13 +29,15 @@ _WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
 
 def last_checkpoint(checkpoints: Path) -> str | None:
     """The last checkpoint that was saved whole; what a kill left of others is removed."""
-    if processes.is_first():
+
+    def last() -> str | None:
         for folder in checkpoints.glob("checkpoint-*"):
             if not (folder / _WHOLE).exists():
                 shutil.rmtree(folder)
-    processes.wait()
-    found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    return None if found is None else str(found)
+        found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        return None if found is None else str(found)
+
+    return processes.first(last)
 
 
 class ObjectiveTrainer(Trainer):
@@ -69,6 +72,8 @@ class ObjectiveTrainer(Trainer):
         self._sums = Sums(arguments.device)
         self._gradient: tuple[torch.Tensor | float, int, list[int]] | None = None
         self._step_blocks: list[int] = []
+        self._fault: str | None = None
+        self._order = self._chosen_order()
         self.remove_callback(PrinterCallback)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -79,15 +84,23 @@ class ObjectiveTrainer(Trainer):
         if plugin is not None and getattr(policy, "output_dtype", None) is not None:
             plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy == "sequential":
-            return super()._get_train_sampler(train_dataset)
+    def _chosen_order(self) -> RowOrder:
         count, seed = processes.count(), self.args.seed
         step = self.args.train_batch_size * count
-        if self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy == "sequential":
+            return RowsInOrder(self._windows, seed, step, count)
+        if self.args.train_sampling_strategy == "random":
             return RowOrder(self._windows, seed, step, count)
         alike = step * self.args.gradient_accumulation_steps
         return RowsOfLikeLength(self._row_tokens, self._windows, alike, seed, step, count)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self._order
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate does not reach the sampler of several processes in a resumed epoch.
+        self._order.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
         """One batch forward and backward.
@@ -100,7 +113,10 @@ class ObjectiveTrainer(Trainer):
         self.require_finite_gradient()
         if not bool(torch.isfinite(loss)):
             step = self.state.global_step + 1
-            raise self._blame.error(f"the loss of step {step} is {loss.item()}", counts.blocks)
+            error = self._blame.error(f"the loss of step {step} is {loss.item()}", counts.blocks)
+            if processes.count() == 1:
+                raise error
+            self._fault = self._fault or str(error)  # all are told before the next batch
         self._step_blocks += counts.blocks
         return loss
 
@@ -124,10 +140,31 @@ class ObjectiveTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         tokens: int = inputs["counts"].tokens
-        if self.accelerator.num_processes > 1:
-            mine = torch.tensor(tokens, device=self.args.device)
-            tokens = int(self.accelerator.gather(mine).sum())
+        if processes.count() > 1:
+            tokens = self._told(tokens)
         self.state.num_input_tokens_seen += tokens
+
+    def _told(self, tokens: int) -> int:
+        """Tokens of all processes together.
+
+        Raises:
+            NumericsError: in each of them, if one has met a loss that is no number.
+        """
+        mine = torch.tensor([[tokens, int(self._fault is not None)]], device=self.args.device)
+        found, faults = self.accelerator.gather(mine).sum(0).tolist()
+        if faults:
+            raise NumericsError(processes.gathered([self._fault] if self._fault else [])[0])
+        return int(found)
+
+    def require_finite(self) -> None:
+        """Check the last batch, which no other one follows.
+
+        Raises:
+            NumericsError: its loss or its gradient is NaN or infinite.
+        """
+        if processes.count() > 1:
+            self._told(0)
+        self.require_finite_gradient()
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -150,7 +187,7 @@ class ObjectiveTrainer(Trainer):
         norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not bool(torch.isfinite(norm)):
             what = f"the gradient of step {step} has the norm {norm.item()}"
-            raise self._blame.error(what, blocks)
+            raise self._blame.error(what, processes.gathered(blocks))  # the norm is that of all
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.require_finite_gradient()

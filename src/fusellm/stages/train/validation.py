@@ -35,7 +35,7 @@ class Validation:
         share = processes.number(), processes.count()
         nats = blocks_nats(model, self._encoded, self._lengths, self._batch_tokens, share=share)
         mine = [
-            (n, row) for n, row in enumerate(nats) if row is not None and np.isfinite(row).any()
+            (n, row) for n, row in enumerate(nats) if row is not None and not np.isnan(row).all()
         ]
         for n, row in processes.gathered(mine):
             nats[n] = row
