@@ -25,12 +25,13 @@ from fusellm.models.training_batches import (
     clm_rows,
     fused_rows,
 )
-from fusellm.pipeline import STAGES, Pipeline, removable
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages import train
 from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder
+from fusellm.store.run_folder import STAGES, removable
 from fusellm.store.writer import StageWriter
 
 

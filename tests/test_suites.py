@@ -782,7 +782,7 @@ class Shown(Silent):
 def test_lm_eval_is_named_where_it_is_missing(
     data: Path, monkeypatch: pytest.MonkeyPatch, tiny: Loaded
 ) -> None:
-    monkeypatch.setattr("fusellm.evaluation.quiet.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     for suite in ("smoke", "piqa"):
         with pytest.raises(EvaluationError, match=r"pip install 'fusellm\[eval\]'"):
             list(tasks_of(suite, Settings()))

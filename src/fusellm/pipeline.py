@@ -4,7 +4,7 @@ corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train �
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, write_text
 from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
+from fusellm.store.run_folder import RECIPE, STAGES
 from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
 from fusellm.tokens.encode import Encoder
 
-STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
-RECIPE = "recipe.yaml"
 # A block has no more tokens than bytes, but for BOS, EOS and a dummy prefix.
 _MORE_THAN_BYTES = 3
 # What an entry of a distribution takes on disk, and how many of 32 draws are distinct: measured on
@@ -357,43 +356,3 @@ class Pipeline:
             "projected_store_bytes": int(budget * per_token) or None,
             "free_bytes": shutil.disk_usage(existing).free,
         }
-
-
-def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
-    """Files and folders that `clean` removes: what was set aside, checkpoints, and more if asked.
-
-    Nothing is named that a run did not make. With `stores` the manifests and counts of the stores
-    stay, so that the run is still known as finished.
-
-    Raises:
-        StoreError: the folder is no run, or the models that need the stores are not trained yet.
-    """
-    folders = dict(stage_folders(run))
-    if not folders:
-        raise StoreError(f"{run} holds no stage of a run; nothing is removed")
-    if everything:
-        return [path for name in (*STAGES, "aside", RECIPE) if (path := run / name).exists()]
-    found = [run / "aside", *(run / "train").glob("*-checkpoints")]
-    if stores:
-        unfinished = [name for name, folder in folders.items() if not folder.complete]
-        if unfinished or "evaluate" not in folders:
-            raise StoreError(
-                f"{run} is unfinished ({', '.join(unfinished) or 'not evaluated'}) and still needs "
-                "its stores; finish it with `fusellm run`, or give --all"
-            )
-        found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
-    return [path for path in found if path.exists()]
-
-
-def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
-    """The stage folders of a run that have begun, in the order of the stages.
-
-    Raises:
-        StoreError: the folder is no run, or a manifest is damaged.
-    """
-    if not (run / RECIPE).exists():
-        raise StoreError(f"{run} is not a run: it has no {RECIPE}; give the folder of a run")
-    for stage in STAGES:
-        for path in sorted([run / stage, *(run / stage).glob("*")]):
-            if (path / MANIFEST).exists():
-                yield str(path.relative_to(run)), StageFolder(path)

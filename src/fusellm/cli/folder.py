@@ -22,7 +22,7 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 def show_status(run: Path, as_json: bool) -> None:
     """Print the stages of a run: how far each is, its size and its time."""
-    from fusellm.pipeline import stage_folders
+    from fusellm.store.run_folder import stage_folders
     from fusellm.store.tables import folder_bytes
 
     rows: list[dict[str, Any]] = [
@@ -57,7 +57,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove what a finished run does not need: what was set aside, and checkpoints."""
-    from fusellm.pipeline import removable
+    from fusellm.store.run_folder import removable
     from fusellm.store.tables import folder_bytes
 
     found = removable(run, stores, everything)

@@ -346,7 +346,7 @@ def schema_command() -> None:
 
 
 def _stages() -> tuple[str, ...]:
-    from fusellm.pipeline import STAGES
+    from fusellm.store.run_folder import STAGES
 
     return STAGES
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.quiet import quiet, require_lm_eval, seeded
+from fusellm.evaluation.extra import extra
+from fusellm.evaluation.quiet import quiet, seeded
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.watched import watched
 from fusellm.progress import Progress, Silent
@@ -45,7 +46,7 @@ def complete(
         EvaluationError: lm_eval is not installed, several equal samples are asked for, or a
             prompt is too long and not to be cut.
     """
-    require_lm_eval()
+    extra("lm_eval")
     from lm_eval.api.instance import Instance
 
     if writing.samples > 1 and writing.temperature == 0:

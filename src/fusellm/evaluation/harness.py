@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fusellm.evaluation.extra import extra
 from fusellm.evaluation.plans import Definition, Plan
-from fusellm.evaluation.quiet import quiet, require_lm_eval, seeded, silently_building
+from fusellm.evaluation.quiet import quiet, seeded, silently_building
 from fusellm.evaluation.records import Answer, Header, Kind, TaskRecord
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.watched import watched
@@ -67,7 +68,7 @@ def make_task(
     Raises:
         EvaluationError: lm_eval is not installed.
     """
-    require_lm_eval()
+    extra("lm_eval")
     with quiet(), seeded(settings.seed):
         task = _stock_task(plan, definition) if definition.stock else _own_task(plan, definition)
     return ready(
