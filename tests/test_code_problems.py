@@ -23,6 +23,7 @@ from fusellm.evaluation.code_problems import (
     read_problems,
     sample,
 )
+from fusellm.evaluation.completions import Written
 from fusellm.evaluation.sandbox import LANGUAGES, Language, Limits, Toolchain, Verdict
 from fusellm.evaluation.sandbox.toolchain import with_nonce
 from toolchains import SLOW, Toolchains
@@ -172,12 +173,12 @@ def test_samples_are_those_of_their_problem() -> None:
     ]
     asked: list[tuple[list[str], tuple[str, ...]]] = []
 
-    def complete(prompts: Any, stop_tokens: Any) -> list[str]:
+    def complete(prompts: Any, stop_tokens: Any) -> list[Written]:
         asked.append((list(prompts), tuple(stop_tokens)))
-        return [f"{prompt}{n}" for n, prompt in enumerate(prompts)]
+        return [Written([f"{prompt}{n}"], False) for n, prompt in enumerate(prompts)]
 
-    assert sample(problems, complete, 2) == [["A0", "A1"], ["B0", "B1"], ["C2", "C3"]]
-    assert asked == [(["A", "A", "C", "C"], ("\ndef",)), (["B", "B"], ("\n#",))]
+    assert [w.texts for w in sample(problems, complete)] == [["A0"], ["B0"], ["C1"]]
+    assert asked == [(["A", "C"], ("\ndef",)), (["B"], ("\n#",))]
 
 
 # Judging

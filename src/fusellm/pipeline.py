@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import FileDocuments, ModelSettings, Recipe
+from fusellm.config import EvaluationSettings, FileDocuments, ModelSettings, Recipe
 from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError
+from fusellm.evaluation.measure import Prepared, prepare
+from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, load_tokenizer, locate
@@ -21,12 +23,13 @@ from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.documents import files_of
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
+from fusellm.stages.suites import run_suites
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, write_text
 from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
-from fusellm.store.run_folder import RECIPE, STAGES
+from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
 from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
 from fusellm.tokens.encode import Encoder
@@ -69,12 +72,14 @@ class Pipeline:
         progress: Progress,
         engine: EngineSettings = LOCAL,
         training_processes: int | None = None,
+        evaluation: EvaluationSettings | None = None,
     ) -> None:
         """Find every model, tokenizer and file of a recipe; no weight is loaded.
 
         Args:
             engine: where sources are read.
             training_processes: how many are to train a model; those that there are if None.
+            evaluation: what is measured, where it is not what the recipe says.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -83,6 +88,9 @@ class Pipeline:
         externalize.require_engine(engine)
         train.check(recipe, run)
         self._training_processes = training_processes or processes.count()
+        self._evaluation = evaluation or recipe.evaluation
+        self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]
+        self._prepared: list[Prepared] | None = None
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
                 files_of(entry)
@@ -105,7 +113,8 @@ class Pipeline:
         """Run stages, or go on with them; finished work is kept.
 
         Args:
-            stages: names of stages, or of single folders such as "train/clm".
+            stages: names of stages, or of single folders such as "train/clm"; "evaluate" is bits
+                per byte and suites, "evaluate-suites" only these.
             redo: move a stage of another identity, and what follows from it, aside.
 
         Raises:
@@ -113,7 +122,10 @@ class Pipeline:
                 found before any work is done, as far as it can be known then.
         """
         parts = self._parts()
+        suites = bool(self._suites and {"evaluate", SUITES}.intersection(stages))
         if processes.is_first():
+            if suites:
+                self.prepare_suites()
             for part in parts:
                 if all(self._complete(name) for name in part.after):
                     self._ensure(part, parts, redo)
@@ -123,14 +135,39 @@ class Pipeline:
             if part.stage not in stages and part.name not in stages:
                 continue
             if processes.is_first():
-                self._require(part)
+                self._require(part.name, part.after)
                 self._ensure(part, parts, redo)
                 if part.stage == "externalize" and not self._complete(part.name):
                     self._fits(part.name.split("/")[1])
             processes.wait()
             part.run(part.identity())
+        if suites:
+            self._run_suites(parts, redo)
         if "report" in stages:
             write_report(self.run)
+
+    def prepare_suites(self) -> list[Prepared]:
+        """Find the data, packages and sandbox of the suites that are to be run, once.
+
+        Raises:
+            EvaluationError: something is missing.
+        """
+        if self._prepared is None:
+            settings = settings_of(self._evaluation)
+            self._prepared = prepare(self._suites, settings, self._progress)
+        return self._prepared
+
+    def _run_suites(self, parts: Sequence[_Part], redo: bool) -> None:
+        self._require(SUITES, [part.name for part in parts if part.stage == "train"])
+        run_suites(
+            self.run,
+            self._evaluated(),
+            self.prepare_suites(),
+            self._evaluation,
+            self.recipe.seed,
+            self._progress,
+            redo,
+        )
 
     def require(self, stage: str) -> None:
         """Check that what a stage reads is finished.
@@ -140,13 +177,13 @@ class Pipeline:
         """
         for part in self._parts():
             if part.stage == stage:
-                self._require(part)
+                self._require(part.name, part.after)
 
-    def _require(self, part: _Part) -> None:
-        for name in part.after:
+    def _require(self, reader: str, names: Sequence[str]) -> None:
+        for name in names:
             if not self._complete(name):
                 raise StoreError(
-                    f"{part.name} reads {self.run / name}, which is not finished; first: "
+                    f"{reader} reads {self.run / name}, which is not finished; first: "
                     f"fusellm {name.split('/')[0]} {self.run}"
                 )
 
@@ -297,7 +334,8 @@ class Pipeline:
                     stale.add(later.name)
             folders = [self.run / name for name in sorted(stale)]
             checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
-            place = set_aside(self.run, [*folders, *checkpoints, self.run / "report"])
+            answers = records_of(self.run, [name.removeprefix("train/") for name in stale])
+            place = set_aside(self.run, [*folders, *checkpoints, *answers, self.run / "report"])
             self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
 
     def _fits(self, name: str) -> None:
@@ -333,8 +371,10 @@ class Pipeline:
 
         Raises:
             CorpusError: the corpus is cut already, and a block exceeds a model's context.
+            EvaluationError: data, packages or the sandbox of the recipe's suites are missing.
         """
         longest = self.recipe.corpus.block_bytes + _MORE_THAN_BYTES
+        self.prepare_suites()
         cut = self._complete("corpus")
         models = {}
         for name, reader in self.readers.items():

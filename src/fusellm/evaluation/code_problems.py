@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.completions import Written
 from fusellm.evaluation.records import Answer
 from fusellm.evaluation.sandbox.toolchain import Toolchain, Verdict
 from fusellm.progress import Progress, Silent
@@ -51,7 +52,7 @@ class Problem:
 class Complete(Protocol):
     """A model that continues prompts."""
 
-    def __call__(self, prompts: Sequence[str], stop_tokens: Sequence[str]) -> Sequence[str]:
+    def __call__(self, prompts: Sequence[str], stop_tokens: Sequence[str]) -> Sequence[Written]:
         """What it writes after each prompt; it may end at any of the stop tokens, or go on."""
 
 
@@ -130,17 +131,16 @@ def cut(completion: str, stop_tokens: Sequence[str]) -> str:
     return completion[: min(found)] if found else completion
 
 
-def sample(problems: Sequence[Problem], complete: Complete, samples: int) -> list[list[str]]:
-    """What a model writes for each problem, `samples` times; not yet cut."""
-    completions: list[list[str]] = [[] for _ in problems]
+def sample(problems: Sequence[Problem], complete: Complete) -> list[Written]:
+    """What a model writes for each problem; not yet cut."""
     places: dict[tuple[str, ...], list[int]] = {}
     for n, problem in enumerate(problems):
-        places.setdefault(problem.stop_tokens, []).extend([n] * samples)
+        places.setdefault(problem.stop_tokens, []).append(n)
+    completions: dict[int, Written] = {}
     for stop_tokens, numbers in places.items():
         written = complete([problems[n].prompt for n in numbers], stop_tokens)
-        for n, completion in zip(numbers, written, strict=True):
-            completions[n].append(completion)
-    return completions
+        completions |= zip(numbers, written, strict=True)
+    return [completions[n] for n in range(len(problems))]
 
 
 def judge(

@@ -28,6 +28,14 @@ class Writing:
     top_p: float = 1.0
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after one prompt: a text a sample, and whether the prompt was cut."""
+
+    texts: list[str]
+    truncated: bool
+
+
 def complete(
     loaded: Loaded,
     prompts: Sequence[str],
@@ -36,11 +44,8 @@ def complete(
     settings: Settings,
     progress: Progress | None = None,
     what: str = "writing",
-) -> list[list[str]]:
+) -> list[Written]:
     """What a model writes after each prompt, up to the first of the stop strings.
-
-    Returns:
-        `writing.samples` texts a prompt.
 
     Raises:
         EvaluationError: lm_eval is not installed, several equal samples are asked for, or a
@@ -49,11 +54,7 @@ def complete(
     extra("lm_eval")
     from lm_eval.api.instance import Instance
 
-    if writing.samples > 1 and writing.temperature == 0:
-        raise EvaluationError(
-            f"{writing.samples} samples at temperature 0 are all equal; ask for one, or set a "
-            "temperature"
-        )
+    require_different(writing)
     arguments: dict[str, Any] = {
         "until": list(stop),
         "max_gen_toks": writing.max_new_tokens,
@@ -73,4 +74,20 @@ def complete(
     ):
         texts: list[str] = lm.generate_until(requests)
     starts = range(0, len(texts), writing.samples)
-    return [texts[start : start + writing.samples] for start in starts]
+    return [
+        Written(texts[start : start + writing.samples], n in lm.cut)
+        for n, start in enumerate(starts)
+    ]
+
+
+def require_different(writing: Writing) -> None:
+    """Check that several samples of a prompt can differ.
+
+    Raises:
+        EvaluationError: they cannot.
+    """
+    if writing.samples > 1 and writing.temperature == 0:
+        raise EvaluationError(
+            f"{writing.samples} samples at temperature 0 are all equal; ask for one, or set a "
+            "temperature"
+        )

@@ -135,6 +135,7 @@ def run_task(
         EvaluationError: prompts do not fit the model's context, and are not to be cut.
     """
     header = ready_task.of_model(facts, settings)
+    ready_task.task.set_fewshot_seed(seed=settings.seed)  # every model is shown the same examples
     what = f"{header.suite}/{header.task}"
     with watched(loaded, settings, progress or Silent(), what) as lm:
         answers = answers_of(ready_task, lm, settings)

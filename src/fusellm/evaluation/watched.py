@@ -112,7 +112,7 @@ def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -
     Raises:
         EvaluationError: its tokenizer has no EOS, or puts one after every text.
     """
-    _check(loaded.tokenizer)
+    require_readable(loaded.tokenizer)
     from lm_eval.models.huggingface import HFLM
 
     was_training = loaded.model.training
@@ -130,7 +130,12 @@ def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -
         loaded.model.train(was_training)
 
 
-def _check(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_readable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that lm_eval can use a tokenizer.
+
+    Raises:
+        EvaluationError: it has no EOS, or puts one after every text.
+    """
     if tokenizer.eos_token_id is None:
         raise EvaluationError(
             f"the tokenizer of {tokenizer.name_or_path} has no token that ends a text, and lm_eval "

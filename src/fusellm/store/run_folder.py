@@ -1,6 +1,6 @@
 """A run's folder: its stages, how far they are, and what can be removed of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusellm.errors import StoreError
@@ -9,7 +9,16 @@ from fusellm.store.manifest import MANIFEST, StageFolder
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
 RECIPE = "recipe.yaml"
 SUITES = "evaluate-suites"
-"""What models answered to the documents of suites; a record a task, and no manifest."""
+"""What models answered to the documents of suites: a record a task, and no manifest."""
+INDEX = "index.json"
+"""In that folder: which records belong together."""
+
+
+def records_of(run: Path, models: Sequence[str]) -> list[Path]:
+    """What the trained models among `models` answered to suites, and the index of all answers."""
+    trained = [model for model in models if model in ("fused", "clm")]
+    found = [path for model in trained for path in sorted((run / SUITES).glob(f"*/{model}"))]
+    return [*found, run / SUITES / INDEX] if found else []
 
 
 def removable(run: Path, stores: bool, everything: bool) -> list[Path]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fusellm.stages.report.page import render
 from fusellm.stages.report.reading import read_run
-from fusellm.stages.report.results import COLUMNS, Table, results_table, verdict
+from fusellm.stages.report.results import COLUMNS, results_table, verdict
 
-__all__ = ["Table", "results_table", "verdict", "write_report"]
+__all__ = ["results_table", "verdict", "write_report"]
 
 
 def write_report(run: Path) -> None:
