@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -42,13 +41,15 @@ def show_list(
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("suite", "what", "in it", "documents", "data", "at hand"):
-        table.add_column(column, justify="right" if column == "documents" else "left")
+    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
     for row in rows:
-        documents = f"{row['documents']:,}" if row["documents"] else "the run's"
-        cells = (row["suite"], row["about"], row["contains"], documents, row["data"], _told(row))
-        table.add_row(*(Text(cell) for cell in cells))
+        documents = f"{row['documents']:,} documents" if row["documents"] else "any number"
+        lines = (
+            f"{row['about']}.",
+            f"{row['contains']}; {documents}.",
+            f"Data: {row['data']}. At hand: {_told(row)}.",
+        )
+        table.add_row(Text(row["suite"], style="bold"), Text("\n".join(lines)))
     console.print(table)
     console.print(
         Text(

@@ -106,7 +106,8 @@ def _in_width(shown: "Table", models: int, console: Console) -> Iterator[RichTab
         return
     numbers = [0]
     for n in (*range(1, models + 1), last, *range(models + 1, last)):
-        if len(numbers) > 1 and _width(part([*numbers, n]), console) > console.width:
+        too_wide = _width(part([*numbers, n]), console) > console.width
+        if len(numbers) > 1 and (too_wide or n == models + 1):
             yield part(numbers)
             numbers = [0]
         numbers.append(n)

@@ -69,8 +69,8 @@ def prepare_languages(
             bar.advance()
     if not tasks:
         raise EvaluationError(
-            f"no language of {NAME} can be run here: "
-            + "; ".join(f"{one.task}: {one.reason}" for one in not_run)
+            f"{NAME}: {not_run[0].task} cannot be run here: {not_run[0].reason}"
+            + (f". Nor can {', '.join(one.task for one in not_run[1:])}" if not_run[1:] else "")
         )
     return tuple(tasks), tuple(not_run)
 

@@ -241,7 +241,7 @@ def _digits(line: Line) -> int:
 def _score(line: Line, model: str) -> str:
     if model not in line.scores:
         return "–"
-    best = len(line.scores) > 1 and line.scores[model] == max(line.scores.values())
+    best = len(set(line.scores.values())) > 1 and line.scores[model] == max(line.scores.values())
     return f"{number(line.scores[model], _digits(line))}{' *' if best else ''}"
 
 
