@@ -164,8 +164,9 @@ def measure(
             make_folder(path.parent)
             write_record(path, record)
             known[header.identity] = record
-        del loaded
-        _free()
+        if loaded is not None:
+            del loaded
+            _free()
     return {
         model.name: [known[_header(task, model, settings).identity] for task in tasks]
         for model in models

@@ -1,5 +1,6 @@
 """A run's folder: its stages, how far they are, and what can be removed of it."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,10 +9,26 @@ from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
 RECIPE = "recipe.yaml"
+ASIDE = "aside"
 SUITES = "evaluate-suites"
 """What models answered to the documents of suites: a record a task, and no manifest."""
 INDEX = "index.json"
 """In that folder: which records belong together."""
+
+
+def suites_of(run: Path) -> tuple[bool, int] | None:
+    """Whether all suites that were begun are finished, and how many records there are.
+
+    Returns:
+        None if none was begun.
+    """
+    begun = [path for path in (run / SUITES).glob("*") if path.is_dir() and path.name != ASIDE]
+    if not begun:
+        return None
+    index = run / SUITES / INDEX
+    finished = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    records = sum(len(list(path.glob("*/*.jsonl"))) for path in begun)
+    return len(finished) >= len(begun), records
 
 
 def records_of(run: Path, models: Sequence[str]) -> list[Path]:
@@ -34,10 +51,8 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        return [
-            path for name in (*STAGES, SUITES, "aside", RECIPE) if (path := run / name).exists()
-        ]
-    found = [run / "aside", *(run / "train").glob("*-checkpoints")]
+        return [path for name in (*STAGES, SUITES, ASIDE, RECIPE) if (path := run / name).exists()]
+    found = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:
         unfinished = [name for name, folder in folders.items() if not folder.complete]
         if unfinished or "evaluate" not in folders:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fusellm.config import RESERVED_NAMES
 from fusellm.errors import StoreError
 from fusellm.evaluation import tables
+from fusellm.evaluation.comparison import Comparison
 from fusellm.evaluation.intervals import BITS_PER_BYTE, MEAN, Record
 from fusellm.evaluation.tables import Table, title_of, title_of_model
 
@@ -125,6 +126,23 @@ class Results:
             f"{joint} {relation} (fused − CLM: {number(record.value, 4)}, "
             f"95 % interval {_interval(record, 4)})"
         )
+
+
+def suite_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """A suite's scores and differences as records, their task being `<suite>/<task>`."""
+    found = []
+    for line in comparison.lines:
+        scores = [Record(m, "", "", value, None, None, 0) for m, value in line.scores.items()]
+        differences = [
+            Record(one.name, "", "", one.value, one.low, one.high, 0) for one in line.differences
+        ]
+        found += [
+            replace(
+                record, task=f"{comparison.suite}/{line.task}", metric=line.unit, n=line.n
+            ).as_dict()
+            for record in (*scores, *differences)
+        ]
+    return found
 
 
 def results_table(records: Iterable[Mapping[str, Any]]) -> Table:
