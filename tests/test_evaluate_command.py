@@ -52,7 +52,8 @@ class Command:
         code, printed, errors = self.tried(*arguments)
         assert code == 1
         assert printed == ""
-        lines = [line for line in errors.splitlines() if not line.startswith("trying toolchains")]
+        bars = ("trying toolchains", "checking lengths")
+        lines = [line for line in errors.splitlines() if not line.startswith(bars)]
         assert len(lines) == 1, errors
         assert self.loaded == before
         return lines[0].removeprefix("fusellm: ")
@@ -343,6 +344,20 @@ def test_faults_are_found_before_any_work(
         assert part in command.fault("evaluate", *arguments), arguments
 
 
+def test_prompts_that_do_not_fit_are_found_before_any_model_is_loaded(
+    models: Path, command: Command
+) -> None:
+    path = models / "three" / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": 24}
+    path.write_text(json.dumps(config))
+    fault = command.fault("evaluate", "two", "three", *SMALL)
+    assert fault.startswith("three: ")
+    assert "of smoke/patterns have prompts longer than the model reads" in fault
+    assert "--too-long truncate cuts them from the left" in fault
+    document = json.loads(command("evaluate", "three", *SMALL, "--too-long", "truncate", "--json"))
+    assert document["suites"][0]["tasks"][0]["truncated"]["three"] > 0
+
+
 def test_a_missing_extra_is_named(
     models: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,7 +435,7 @@ def test_programs_are_judged_in_the_sandbox(
     monkeypatch.setattr(multiple, "complete", writer(["\n    return 1", "\n    return 2"]))
     asked = ("--tasks", "python", "--tasks", "cpp", "--tasks", "js")
     settings = ("--samples", "2", "--temperature", "0.5", "--data-dir", problems, *asked)
-    arguments = ("evaluate", "two", "--suite", "multiple", *settings)
+    arguments = ("evaluate", "two", "--suite", "multiple", "--max-new-tokens", "16", *settings)
     document = json.loads(command(*arguments, "--json"))
     (suite,) = document["suites"]
     reasons = {one["task"]: one["reason"] for one in suite["not_run"]}
@@ -437,7 +452,7 @@ def test_programs_are_judged_in_the_sandbox(
     assert record.header.kind == "samples"
     assert record.header.protocol["language"] == "python"
     assert record.header.protocol["writing"] == {
-        "max_new_tokens": 512,
+        "max_new_tokens": 16,
         "samples": 2,
         "temperature": 0.5,
         "top_p": 1.0,

@@ -113,8 +113,8 @@ OutOfEvaluation = Annotated[
     Path | None,
     typer.Option(
         "--out",
-        help="The run's folder, runs/<recipe name> if not given; of models, the folder of their "
-        "records, runs/evaluation if not given.",
+        help="The run's folder, runs/NAME of the recipe if not given; of models, the folder of "
+        "their records, runs/evaluation if not given.",
     ),
 ]
 SetOfEvaluation = Annotated[

@@ -51,22 +51,8 @@ def complete(
         EvaluationError: lm_eval is not installed, several equal samples are asked for, or a
             prompt is too long and not to be cut.
     """
-    extra("lm_eval")
-    from lm_eval.api.instance import Instance
-
     require_different(writing)
-    arguments: dict[str, Any] = {
-        "until": list(stop),
-        "max_gen_toks": writing.max_new_tokens,
-        "do_sample": writing.temperature > 0,
-    }
-    if writing.temperature > 0:
-        arguments |= {"temperature": writing.temperature, "top_p": writing.top_p, "top_k": 0}
-    requests = [
-        Instance("generate_until", {}, (prompt, arguments), n, metadata=(what, n, 1))
-        for n, prompt in enumerate(prompts)
-        for _ in range(writing.samples)
-    ]
+    requests = requests_for(prompts, stop, writing, what)
     with (
         watched(loaded, settings, progress or Silent(), what) as lm,
         quiet(),
@@ -77,6 +63,27 @@ def complete(
     return [
         Written(texts[start : start + writing.samples], n in lm.cut)
         for n, start in enumerate(starts)
+    ]
+
+
+def requests_for(
+    prompts: Sequence[str], stop: Sequence[str], writing: Writing, what: str
+) -> list[Any]:
+    """What a model is asked to write, as lm_eval's requests; the samples of a prompt together."""
+    extra("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    arguments: dict[str, Any] = {
+        "until": list(stop),
+        "max_gen_toks": writing.max_new_tokens,
+        "do_sample": writing.temperature > 0,
+    }
+    if writing.temperature > 0:
+        arguments |= {"temperature": writing.temperature, "top_p": writing.top_p, "top_k": 0}
+    return [
+        Instance("generate_until", {}, (prompt, arguments), n, metadata=(what, n, 1))
+        for n, prompt in enumerate(prompts)
+        for _ in range(writing.samples)
     ]
 
 

@@ -145,6 +145,15 @@ def run_task(
     return TaskRecord(header, answers)
 
 
+def requests_of(ready_task: Task, settings: Settings) -> list[Any]:
+    """What a task asks a model, as lm_eval's requests."""
+    task = ready_task.task
+    with quiet(), seeded(settings.seed), silently_building(task):
+        task.set_fewshot_seed(seed=settings.seed)
+        task.build_all_requests(limit=settings.limit, rank=0, world_size=1)
+    return list(task.instances)
+
+
 def answers_of(ready_task: Task, lm: Any, settings: Settings) -> tuple[Answer, ...]:
     """What a model of lm_eval's interface answers to each document."""
     import lm_eval

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import torch
 
-from fusellm.errors import IdentityError
+from fusellm.errors import EvaluationError, IdentityError
 from fusellm.evaluation.comparison import NotRun
-from fusellm.evaluation.harness import Task, run_task
+from fusellm.evaluation.harness import Task, requests_of, run_task
 from fusellm.evaluation.multiple import NAME as MULTIPLE
-from fusellm.evaluation.multiple import CodeTask, prepare_languages, run_language
+from fusellm.evaluation.multiple import (
+    CodeTask,
+    prepare_languages,
+    requests_of_language,
+    run_language,
+)
 from fusellm.evaluation.records import Header, TaskRecord, read_record, write_record
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.suite_tasks import tasks_of
 from fusellm.evaluation.suites import named
-from fusellm.evaluation.watched import require_readable
+from fusellm.evaluation.watched import Ruler, Watched, require_readable
 from fusellm.models.load import (
     Located,
     default_device,
@@ -25,7 +30,7 @@ from fusellm.models.load import (
     load_tokenizer,
     require_packages,
 )
-from fusellm.progress import Progress
+from fusellm.progress import Progress, Silent
 from fusellm.store.files import make_folder
 from fusellm.store.identity import Identity, digest
 from fusellm.store.writer import set_aside
@@ -37,10 +42,12 @@ class Candidate:
 
     Attributes:
         facts: what `Header.model` says of it; its `name` names the folder of its records.
+        ruler: tells whether prompts fit before it is loaded; None where any do.
     """
 
     facts: Mapping[str, str]
     load: Callable[[], Loaded]
+    ruler: Ruler | None = None
 
     @property
     def name(self) -> str:
@@ -80,7 +87,8 @@ def candidate(name: str, located: Located) -> Candidate:
         model = load_model(located, default_device())
         return Loaded(model, load_tokenizer(located), located.context_tokens)
 
-    return Candidate(facts, load)
+    context = located.context_tokens
+    return Candidate(facts, load, None if context is None else Ruler(tokenizer, context))
 
 
 def prepare(suites: Sequence[str], settings: Settings, progress: Progress) -> list[Prepared]:
@@ -215,6 +223,53 @@ def find_records(
         place = set_aside(folder, list(others))
         progress.say(f"moved {len(others)} records made from something else to {place}")
     return known
+
+
+def require_room(
+    models: Sequence[Candidate],
+    prepared: Sequence[Prepared],
+    settings: Settings,
+    progress: Progress,
+    known: Mapping[str, TaskRecord],
+) -> None:
+    """Check that the prompts of all tasks that are left fit the models that they are left for.
+
+    Raises:
+        EvaluationError: some do not, and they are not to be cut.
+    """
+    tasks = [task for one in prepared for task in one.tasks]
+    left = {
+        number: [m for m in models if m.ruler and _header(t, m, settings).identity not in known]
+        for number, t in enumerate(tasks)
+    }
+    left = {number: of for number, of in left.items() if of}
+    if settings.too_long != "error" or not left:
+        return
+    with progress.start("checking lengths", len(left), "tasks") as bar:
+        for number, of in left.items():
+            _require_room_of(tasks[number], of, settings)
+            bar.advance()
+
+
+def _require_room_of(
+    task: Task | CodeTask, models: Sequence[Candidate], settings: Settings
+) -> None:
+    if isinstance(task, CodeTask):
+        requests = requests_of_language(task)
+    else:
+        requests = requests_of(task, settings)
+    measured = set()
+    for model in models:
+        assert model.ruler is not None
+        kind = model.facts["tokenizer"], model.ruler.max_length
+        if kind in measured:
+            continue
+        measured.add(kind)
+        shown = Watched(model.ruler, "error", Silent(), f"{task.header.suite}/{task.header.task}")
+        try:
+            shown.require_room(requests)
+        except EvaluationError as error:
+            raise EvaluationError(f"{model.name}: {error}") from error
 
 
 def _header(task: Task | CodeTask, model: Candidate, settings: Settings) -> Header:

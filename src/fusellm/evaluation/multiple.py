@@ -3,11 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.code_problems import Problem, judge, problems_file, read_problems, sample
 from fusellm.evaluation.comparison import NotRun
-from fusellm.evaluation.completions import Writing, complete, require_different
+from fusellm.evaluation.completions import (
+    Writing,
+    complete,
+    requests_for,
+    require_different,
+)
 from fusellm.evaluation.extra import extra
 from fusellm.evaluation.records import Header, TaskRecord
 from fusellm.evaluation.sandbox import LANGUAGES, Sandbox, Toolchain, find_sandbox, find_toolchain
@@ -117,6 +123,12 @@ def _prepare(key: str, sandbox: Sandbox, writing: Writing, settings: Settings) -
     data = {path.relative_to(settings.data_dir).as_posix(): file_digest(path)}
     header = Header(NAME, key, protocol, "samples", data, {}, software)
     return CodeTask(header, problems, toolchain, writing)
+
+
+def requests_of_language(task: CodeTask) -> list[Any]:
+    """What a language's problems ask a model, once each."""
+    prompts = [problem.prompt for problem in task.problems]
+    return requests_for(prompts, [], replace(task.writing, samples=1), task.header.task)
 
 
 def run_language(

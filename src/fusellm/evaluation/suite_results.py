@@ -12,7 +12,14 @@ from typing import Any
 
 from fusellm.errors import StoreError
 from fusellm.evaluation.comparison import Comparison, NotRun, Rules, compare
-from fusellm.evaluation.measure import Candidate, Prepared, find_records, measure, record_path
+from fusellm.evaluation.measure import (
+    Candidate,
+    Prepared,
+    find_records,
+    measure,
+    record_path,
+    require_room,
+)
 from fusellm.evaluation.records import TaskRecord, read_record
 from fusellm.evaluation.settings import Settings
 from fusellm.progress import Progress
@@ -43,9 +50,10 @@ def measure_into(
     While records change, their suites are not in the index.
 
     Raises:
-        FusellmError: as `find_records` and `measure` do.
+        FusellmError: as `find_records`, `require_room` and `measure` do.
     """
     known = find_records(models, prepared, folder, settings, progress, redo)
+    require_room(models, prepared, settings, progress, known)
     suites = [one.suite for one in prepared]
     make_folder(folder)
     _write(folder, {name: entry for name, entry in _read(folder).items() if name not in suites})
