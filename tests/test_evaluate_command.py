@@ -20,6 +20,7 @@ from fusellm.evaluation.records import read_record
 from fusellm.evaluation.sandbox import Sandbox
 from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
 from fusellm.store.run_folder import SUITES
+from test_report import Page
 
 MODELS = ["first", "second", "target", "clm", "fused"]
 TASKS = ["patterns", "agreement", "recall"]
@@ -241,6 +242,7 @@ def test_a_recipe_with_suites(
     page = (run / "report" / "index.html").read_text()
     assert "fused − CLM in points on smoke: patterns" in page
     assert "no difference shown" in page
+    assert Page(page).open == []
     count = len(command.loaded)
     again = json.loads(command("evaluate", run, "--json"))
     assert again == document

@@ -747,7 +747,7 @@ def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
         settings = Settings(limit=3, **changes)
         models = [Candidate(FACTS | {"name": "a/b"}, load)]
         prepared = prepare(["smoke"], settings, shown)
-        known = find_records(models, prepared, tmp_path, settings, shown, redo=bool(changes))
+        known, _ = find_records(models, prepared, tmp_path, settings, redo=bool(changes))
         return measure(models, prepared, tmp_path, settings, shown, known)["a/b"]
 
     first = run()
@@ -767,7 +767,6 @@ def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
             prepare(["smoke"], Settings(batch_size=2), shown),
             tmp_path,
             Settings(batch_size=2),
-            shown,
         )
     assert run(batch_size=2)[0].header.identity != first[0].header.identity
     assert len(loads) == 2

@@ -1,7 +1,7 @@
 """What an evaluation found, for people, as JSON, and as a file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,43 +75,57 @@ def show(found: Results, console: Console) -> None:
 
 
 def _suite(one: "SuiteResults", console: Console) -> Iterator[RenderableType]:
-    from fusellm.evaluation.paper import SOURCE
+    from fusellm.evaluation.paper import MODELS, SOURCE
     from fusellm.evaluation.suites import named
     from fusellm.evaluation.tables import footer, published_table, table, verdict
 
     comparison = one.comparison
     suite = named(comparison.suite)
     yield Text(f"\n{comparison.suite}{f': {suite.about}' if suite else ''}", style="bold")
+    models = len(comparison.models)
     if comparison.tasks:
-        yield from _in_width(table(comparison), len(comparison.models), console)
+        shown = table(comparison)
+        last = len(shown.columns) - 1
+        parts = [*range(1, models + 1), last], range(models + 1, last)
+        yield from _in_width(shown, parts, console)
     yield Text("\n".join(footer(comparison)), style="dim")
     yield Text(verdict(comparison))
     reference = published_table(comparison.suite) if one.published else None
     if reference is not None:
-        yield _table(reference, f"Published by the paper's authors ({SOURCE})")
+        yield Text(f"\nPublished by the paper's authors ({SOURCE}):")
+        models, last = len(MODELS), len(reference.columns) - 1
+        yield from _in_width(
+            reference, (range(1, models + 1), range(models + 1, last + 1)), console
+        )
 
 
-def _in_width(shown: "Table", models: int, console: Console) -> Iterator[RichTable]:
-    """A table whole if the terminal has room, else in parts: scores first, then differences."""
+def _in_width(
+    shown: "Table", parts: Iterable[Sequence[int]], console: Console
+) -> Iterator[RichTable]:
+    """A table whole if the terminal has room, else in several.
+
+    Args:
+        parts: numbers of the columns besides the first that are to stand together.
+    """
     from fusellm.evaluation.tables import Table
 
-    def part(numbers: Sequence[int]) -> RichTable:
+    def of(numbers: Sequence[int]) -> RichTable:
         columns = [shown.columns[n] for n in numbers]
         return _table(Table(columns, [[row[n] for n in numbers] for row in shown.rows]))
 
-    last = len(shown.columns) - 1
-    whole = list(range(last + 1))
-    if _width(part(whole), console) <= console.width:
-        yield part(whole)
+    whole = of(range(len(shown.columns)))
+    if _width(whole, console) <= console.width:
+        yield whole
         return
-    numbers = [0]
-    for n in (*range(1, models + 1), last, *range(models + 1, last)):
-        too_wide = _width(part([*numbers, n]), console) > console.width
-        if len(numbers) > 1 and (too_wide or n == models + 1):
-            yield part(numbers)
-            numbers = [0]
-        numbers.append(n)
-    yield part(numbers)
+    for part in parts:
+        numbers = [0]
+        for n in part:
+            if len(numbers) > 1 and _width(of([*numbers, n]), console) > console.width:
+                yield of(numbers)
+                numbers = [0]
+            numbers.append(n)
+        if len(numbers) > 1:
+            yield of(numbers)
 
 
 def _width(shown: RichTable, console: Console) -> int:

@@ -33,7 +33,6 @@ from fusellm.models.load import (
 from fusellm.progress import Progress, Silent
 from fusellm.store.files import make_folder
 from fusellm.store.identity import Identity, digest
-from fusellm.store.writer import set_aside
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def measure(
     that are the same but for their names are measured once.
 
     Args:
-        known: of `find_records`; those that are made are added.
+        known: records that are there, by identity; those that are made are added.
 
     Returns:
         All records of each model, by its name, those that were there already too.
@@ -186,13 +185,12 @@ def find_records(
     prepared: Sequence[Prepared],
     folder: Path,
     settings: Settings,
-    progress: Progress,
     redo: bool = False,
-) -> dict[str, TaskRecord]:
-    """The records of models and tasks that are there, by identity.
+) -> tuple[dict[str, TaskRecord], list[Path]]:
+    """The records of models and tasks that are there.
 
-    Args:
-        redo: move records that were made from something else aside.
+    Returns:
+        Records by identity; and the files in whose place others belong, if `redo` is set.
 
     Raises:
         IdentityError: a record was made from something else, and `redo` is not set.
@@ -219,10 +217,7 @@ def find_records(
             "settings that it was made with, or add --redo to move such records aside and measure "
             "anew"
         )
-    if others:
-        place = set_aside(folder, list(others))
-        progress.say(f"moved {len(others)} records made from something else to {place}")
-    return known
+    return known, list(others)
 
 
 def require_room(

@@ -25,6 +25,7 @@ from fusellm.evaluation.settings import Settings
 from fusellm.progress import Progress
 from fusellm.store.files import make_folder, write_text
 from fusellm.store.run_folder import INDEX
+from fusellm.store.writer import set_aside
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ def measure_into(
     Raises:
         FusellmError: as `find_records`, `require_room` and `measure` do.
     """
-    known = find_records(models, prepared, folder, settings, progress, redo)
+    known, others = find_records(models, prepared, folder, settings, redo)
     require_room(models, prepared, settings, progress, known)
+    if others:
+        place = set_aside(folder, others)
+        progress.say(f"moved {len(others)} records made from something else to {place}")
     suites = [one.suite for one in prepared]
     make_folder(folder)
     _write(folder, {name: entry for name, entry in _read(folder).items() if name not in suites})
