@@ -20,12 +20,13 @@ from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError,
 from fusellm.models.objective_forward import objective_forward, objective_inputs
 from fusellm.models.training_batches import Collator, OutcomeTable
 from fusellm.models.training_rows import RowsOfLikeLength, clm_rows, fused_rows
-from fusellm.pipeline import STAGES, Pipeline, removable
+from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages import train
 from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder
+from fusellm.store.run_folder import STAGES, removable
 from fusellm.store.writer import StageWriter
 
 

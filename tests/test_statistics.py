@@ -242,9 +242,20 @@ def test_pass_at_k_is_the_share_of_choices_with_a_correct_one(n: int, data: st.D
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
+@quick
+@given(st.integers(1, 300), st.data())
+def test_pass_at_k_is_the_product_of_the_paper(n: int, data: st.DataObject) -> None:
+    """The form of Chen et al. 2021, figure 3."""
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    product = 1.0 if n - c >= k else 0.0
+    for i in range(n - c + 1, n + 1):
+        product *= 1 - k / i
+    assert pass_at_k(n, c, k) == pytest.approx(1 - product)
+
+
 @pytest.mark.parametrize("k", [0, 4])
 def test_pass_at_k_of_fewer_samples_is_refused(k: int) -> None:
-    with pytest.raises(EvaluationError, match=f"pass@{k} of 3 samples"):
+    with pytest.raises(EvaluationError, match=f"pass@{k} needs at least .* there are 3"):
         pass_at_k(3, 1, k)
 
 

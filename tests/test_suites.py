@@ -25,16 +25,23 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusellm.errors import EvaluationError
+from fusellm.errors import EvaluationError, IdentityError
 from fusellm.evaluation import answers, layouts, own_tasks
 from fusellm.evaluation.completions import Writing, complete
 from fusellm.evaluation.data import Hub, Origin, of_task, read_rows, read_text
 from fusellm.evaluation.harness import Task, answers_of, make_task, run_task
+from fusellm.evaluation.measure import (
+    Candidate,
+    find_records,
+    measure,
+    prepare,
+    record_path,
+)
 from fusellm.evaluation.other_tasks import other_tasks
 from fusellm.evaluation.own_tasks import SCIBENCH_BOOKS
 from fusellm.evaluation.plans import Definition, Inputs, Plan
-from fusellm.evaluation.run_suites import plans_of, read_task, record_path, run_suite, tasks_of
 from fusellm.evaluation.settings import Loaded, Settings
+from fusellm.evaluation.suite_tasks import plans_of, read_task, tasks_of
 from fusellm.evaluation.suites import BBH_SIZES, SUITES
 from fusellm.progress import Silent
 from worlds import SHARED
@@ -221,12 +228,14 @@ def test_an_oracle_scores_1_and_its_opposite_0(suite: str, plan: Plan, data: Pat
 
 
 def test_the_table_of_suites() -> None:
-    assert list(SUITES) == ["smoke", "lm", "bbh", "bbh_harness", "commonsense", "textgen"]
+    assert list(SUITES) == [
+        *("smoke", "lm", "bbh", "bbh_harness", "commonsense", "textgen", "multiple")
+    ]
+    assert SUITES["multiple"].documents == 1596
     assert SUITES["bbh"].documents == SUITES["bbh_harness"].documents == 6511
     assert SUITES["commonsense"].documents == 2376 + 1172 + 3270 + 10042 + 500
     for suite in SUITES.values():
-        names = [plan.name for plan in suite.plans]
-        assert len(set(names)) == len(names)
+        assert len(suite.tasks) == len(suite.plans) + len(suite.others)
         assert suite.about
         assert suite.contains
     with pytest.raises(EvaluationError, match="lm is not run on lm_eval"):
@@ -736,7 +745,10 @@ def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
 
     def run(**changes: Any) -> list[Any]:
         settings = Settings(limit=3, **changes)
-        return run_suite("smoke", FACTS | {"name": "a/b"}, load, settings, tmp_path, shown)
+        models = [Candidate(FACTS | {"name": "a/b"}, load)]
+        prepared = prepare(["smoke"], settings, shown)
+        known, _ = find_records(models, prepared, tmp_path, settings, redo=bool(changes))
+        return measure(models, prepared, tmp_path, settings, shown, known)["a/b"]
 
     first = run()
     assert [record.header.task for record in first] == ["patterns", "agreement", "recall"]
@@ -749,6 +761,13 @@ def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
     assert shown.done == {"smoke/patterns": 12, "smoke/agreement": 6, "smoke/recall": 3}
     assert run() == first
     assert len(loads) == 1
+    with pytest.raises(IdentityError, match=r"patterns.jsonl .* batch_size was .* So were 2 more"):
+        find_records(
+            [Candidate(FACTS | {"name": "a/b"}, load)],
+            prepare(["smoke"], Settings(batch_size=2), shown),
+            tmp_path,
+            Settings(batch_size=2),
+        )
     assert run(batch_size=2)[0].header.identity != first[0].header.identity
     assert len(loads) == 2
 
@@ -782,7 +801,7 @@ class Shown(Silent):
 def test_lm_eval_is_named_where_it_is_missing(
     data: Path, monkeypatch: pytest.MonkeyPatch, tiny: Loaded
 ) -> None:
-    monkeypatch.setattr("fusellm.evaluation.quiet.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     for suite in ("smoke", "piqa"):
         with pytest.raises(EvaluationError, match=r"pip install 'fusellm\[eval\]'"):
             list(tasks_of(suite, Settings()))
@@ -792,7 +811,7 @@ def test_lm_eval_is_named_where_it_is_missing(
 
 def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
     code = (
-        "import sys, fusellm.evaluation.run_suites, fusellm.evaluation.completions\n"
+        "import sys, fusellm.evaluation.suite_tasks, fusellm.evaluation.completions\n"
         "print({'lm_eval', 'sacrebleu', 'evaluate', 'nltk', 'rouge_score'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -811,20 +830,20 @@ def test_programs_are_completed_in_order(tiny: Loaded) -> None:
     prompts = ["return value", "class model def import print", "text"]
     greedy = Writing(12)
     whole = complete(tiny, prompts, [], greedy, Settings(batch_size=1))
-    assert [len(texts) for texts in whole] == [1, 1, 1]
+    assert [len(written.texts) for written in whole] == [1, 1, 1]
     assert whole == complete(tiny, prompts[:1], [], greedy, Settings()) + [
         complete(tiny, [prompt], [], greedy, Settings())[0] for prompt in prompts[1:]
     ]
-    text = whole[1][0]
+    text = whole[1].texts[0]
     stop = text[len(text) // 2 :][:3]
     assert stop
-    (cut,) = complete(tiny, prompts[1:2], [stop], greedy, Settings())[0]
+    (cut,) = complete(tiny, prompts[1:2], [stop], greedy, Settings())[0].texts
     assert cut == text[: text.index(stop)]
     sampled = Writing(12, samples=3, temperature=0.8, top_p=0.95)
     found = complete(tiny, prompts, [], sampled, Settings(seed=3))
     assert found == complete(tiny, prompts, [], sampled, Settings(seed=3))
     assert found != complete(tiny, prompts, [], sampled, Settings(seed=4))
-    assert len(set(found[0])) > 1
+    assert len(set(found[0].texts)) > 1
     with pytest.raises(EvaluationError, match="3 samples at temperature 0"):
         complete(tiny, prompts, [], Writing(12, samples=3), Settings())
 

@@ -4,7 +4,7 @@ corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train �
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import FileDocuments, ModelSettings, Recipe
+from fusellm.config import EvaluationSettings, FileDocuments, ModelSettings, Recipe
 from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError
+from fusellm.evaluation.measure import Prepared, prepare
+from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, load_tokenizer, locate
@@ -22,17 +24,17 @@ from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.documents import files_of
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
+from fusellm.stages.suites import run_suites
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, write_text
 from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
+from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
 from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
 from fusellm.tokens.encode import Encoder
 
-STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
-RECIPE = "recipe.yaml"
 # A block has no more tokens than bytes, but for BOS, EOS and a dummy prefix.
 _MORE_THAN_BYTES = 3
 # What an entry of a distribution takes on disk, and how many of 32 draws are distinct: measured on
@@ -71,12 +73,14 @@ class Pipeline:
         progress: Progress,
         engine: EngineSettings = LOCAL,
         training_processes: int | None = None,
+        evaluation: EvaluationSettings | None = None,
     ) -> None:
         """Find every model, tokenizer and file of a recipe; no weight is loaded.
 
         Args:
             engine: where sources are read.
             training_processes: how many are to train a model; those that there are if None.
+            evaluation: what is measured, where it is not what the recipe says.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -86,6 +90,9 @@ class Pipeline:
         train.check(recipe, run)
         processes.require_joined()
         self._training_processes = training_processes or processes.count()
+        self._evaluation = evaluation or recipe.evaluation
+        self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]
+        self._prepared: list[Prepared] | None = None
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
                 files_of(entry)
@@ -108,7 +115,8 @@ class Pipeline:
         """Run stages, or go on with them; finished work is kept.
 
         Args:
-            stages: names of stages, or of single folders such as "train/clm".
+            stages: names of stages, or of single folders such as "train/clm"; "evaluate" is bits
+                per byte and suites, "evaluate-suites" only these.
             redo: move a stage of another identity, and what follows from it, aside.
 
         Raises:
@@ -116,13 +124,18 @@ class Pipeline:
                 found before any work is done, as far as it can be known then.
         """
         parts = self._parts()
+        suites = bool(self._suites and {"evaluate", SUITES}.intersection(stages))
         asked = [part for part in parts if part.stage in stages or part.name in stages]
         if any(part.stage == "train" and not self._complete(part.name) for part in asked):
             train.check_processes(self.recipe, self.run, self._training_processes)
+        if suites:
+            self.prepare_suites()
         processes.first(partial(self._begin, parts, redo))
         for part in asked:
             processes.first(partial(self._ready, part, parts, redo))
             part.run(part.identity())
+        if suites:
+            self._run_suites(parts, redo)
         if "report" in stages:
             write_report(self.run)
 
@@ -134,10 +147,33 @@ class Pipeline:
         self._write_recipe()
 
     def _ready(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
-        self._require(part)
+        self._require(part.name, part.after)
         self._ensure(part, parts, redo)
         if part.stage == "externalize" and not self._complete(part.name):
             self._fits(part.name.split("/")[1])
+
+    def prepare_suites(self) -> list[Prepared]:
+        """Find the data, packages and sandbox of the suites that are to be run, once.
+
+        Raises:
+            EvaluationError: something is missing.
+        """
+        if self._prepared is None:
+            settings = settings_of(self._evaluation)
+            self._prepared = prepare(self._suites, settings, self._progress)
+        return self._prepared
+
+    def _run_suites(self, parts: Sequence[_Part], redo: bool) -> None:
+        self._require(SUITES, [part.name for part in parts if part.stage == "train"])
+        run_suites(
+            self.run,
+            self._evaluated(),
+            self.prepare_suites(),
+            self._evaluation,
+            self.recipe.seed,
+            self._progress,
+            redo,
+        )
 
     def unfinished(self, stage: str) -> bool:
         """Whether a part of a stage is, and can be made now.
@@ -147,14 +183,14 @@ class Pipeline:
         """
         parts = [p for p in self._parts() if p.stage == stage and not self._complete(p.name)]
         for part in parts:
-            self._require(part)
+            self._require(part.name, part.after)
         return bool(parts)
 
-    def _require(self, part: _Part) -> None:
-        for name in part.after:
+    def _require(self, reader: str, names: Sequence[str]) -> None:
+        for name in names:
             if not self._complete(name):
                 raise StoreError(
-                    f"{part.name} reads {self.run / name}, which is not finished; first: "
+                    f"{reader} reads {self.run / name}, which is not finished; first: "
                     f"fusellm {name.split('/')[0]} {self.run}"
                 )
 
@@ -176,14 +212,9 @@ class Pipeline:
         if recipe.training.clm_baseline:
             parts.append(self._train_part(train.CLM, (f"externalize/{TARGET}",)))
         trained = tuple(part.name for part in parts if part.stage == "train")
+        measured = ("corpus", *trained)
         parts.append(
-            _Part(
-                "evaluate",
-                "evaluate",
-                ("corpus", *trained),
-                self._evaluate_identity,
-                self._evaluate,
-            )
+            _Part("evaluate", "evaluate", measured, self._evaluate_identity, self._evaluate)
         )
         return parts
 
@@ -305,7 +336,8 @@ class Pipeline:
                     stale.add(later.name)
             folders = [self.run / name for name in sorted(stale)]
             checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
-            place = set_aside(self.run, [*folders, *checkpoints, self.run / "report"])
+            answers = records_of(self.run, [name.removeprefix("train/") for name in stale])
+            place = set_aside(self.run, [*folders, *checkpoints, *answers, self.run / "report"])
             self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
 
     def _fits(self, name: str) -> None:
@@ -341,8 +373,10 @@ class Pipeline:
 
         Raises:
             CorpusError: the corpus is cut already, and a block exceeds a model's context.
+            EvaluationError: data, packages or the sandbox of the recipe's suites are missing.
         """
         longest = self.recipe.corpus.block_bytes + _MORE_THAN_BYTES
+        self.prepare_suites()
         cut = self._complete("corpus")
         models = {}
         for name, reader in self.readers.items():
@@ -364,43 +398,3 @@ class Pipeline:
             "projected_store_bytes": int(budget * per_token) or None,
             "free_bytes": shutil.disk_usage(existing).free,
         }
-
-
-def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
-    """Files and folders that `clean` removes: what was set aside, checkpoints, and more if asked.
-
-    Nothing is named that a run did not make. With `stores` the manifests and counts of the stores
-    stay, so that the run is still known as finished.
-
-    Raises:
-        StoreError: the folder is no run, or the models that need the stores are not trained yet.
-    """
-    folders = dict(stage_folders(run))
-    if not folders:
-        raise StoreError(f"{run} holds no stage of a run; nothing is removed")
-    if everything:
-        return [path for name in (*STAGES, "aside", RECIPE) if (path := run / name).exists()]
-    found = [run / "aside", *(run / "train").glob("*-checkpoints")]
-    if stores:
-        unfinished = [name for name, folder in folders.items() if not folder.complete]
-        if unfinished or "evaluate" not in folders:
-            raise StoreError(
-                f"{run} is unfinished ({', '.join(unfinished) or 'not evaluated'}) and still needs "
-                "its stores; finish it with `fusellm run`, or give --all"
-            )
-        found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
-    return [path for path in found if path.exists()]
-
-
-def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
-    """The stage folders of a run that have begun, in the order of the stages.
-
-    Raises:
-        StoreError: the folder is no run, or a manifest is damaged.
-    """
-    if not (run / RECIPE).exists():
-        raise StoreError(f"{run} is not a run: it has no {RECIPE}; give the folder of a run")
-    for stage in STAGES:
-        for path in sorted([run / stage, *(run / stage).glob("*")]):
-            if (path / MANIFEST).exists():
-                yield str(path.relative_to(run)), StageFolder(path)

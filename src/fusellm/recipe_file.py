@@ -5,14 +5,14 @@ Unknown keys are refused with the nearest known one, and every error gives its p
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fusellm.config import Recipe
+from fusellm.config import EvaluationSettings, ModelSettings, Recipe
 from fusellm.errors import RecipeError
 
 
@@ -68,6 +68,40 @@ def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors())
         raise RecipeError(f"{where}: {faults}") from None
+
+
+def changed_evaluation(
+    settings: EvaluationSettings, changes: Mapping[str, Any]
+) -> EvaluationSettings:
+    """A recipe's `evaluation:` with some keys changed.
+
+    Raises:
+        RecipeError: the changed block has no meaning.
+    """
+    try:
+        return EvaluationSettings.model_validate(settings.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def model_settings(name: str, changes: Sequence[str] = ()) -> ModelSettings:
+    """How a model that no recipe names is loaded.
+
+    Args:
+        changes: `key=value` settings of a model, as in a recipe's `target:`.
+
+    Raises:
+        RecipeError: a key is unknown, or a value is wrong.
+    """
+    raw: dict[str, Any] = {"target": {"model": name}}
+    for change in changes:
+        _apply(raw["target"], change)
+    try:
+        return ModelSettings.model_validate(raw["target"])
+    except ValidationError as error:
+        faults = ({**fault, "loc": ("target", *fault["loc"])} for fault in error.errors())
+        told = "; ".join(_explain(fault).replace("target.", "", 1) for fault in faults)
+        raise RecipeError(f"--set: {told}") from None
 
 
 def schema() -> dict[str, Any]:
@@ -162,8 +196,15 @@ def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
         base = recipe_folder.resolve()
         return entry | {"files": [str(base / Path(pattern).expanduser()) for pattern in patterns]}
 
+    def absolute(given: Any) -> Any:
+        if isinstance(given, list):
+            return [absolute(one) for one in given]
+        return given and str(recipe_folder.resolve() / Path(given).expanduser())
+
     raw = recipe.model_dump(by_alias=True)
     raw["target"] = model(raw["target"])
     raw["sources"] = [model(source) for source in raw["sources"]]
+    for key in ("data_dir", "toolchains"):
+        raw["evaluation"][key] = absolute(raw["evaluation"][key])
     raw["corpus"]["documents"] = [documents(entry) for entry in raw["corpus"]["documents"]]
     return Recipe.model_validate(raw)

@@ -22,7 +22,7 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 def show_status(run: Path, as_json: bool) -> None:
     """Print the stages of a run: how far each is, its size and its time."""
-    from fusellm.pipeline import stage_folders
+    from fusellm.store.run_folder import SUITES, stage_folders, suites_of
     from fusellm.store.tables import folder_bytes
 
     rows: list[dict[str, Any]] = [
@@ -35,6 +35,12 @@ def show_status(run: Path, as_json: bool) -> None:
         }
         for name, folder in stage_folders(run)
     ]
+    suites = suites_of(run)
+    if suites is not None:
+        complete, records = suites
+        size = folder_bytes(run / SUITES)
+        of_suites = {"stage": SUITES, "complete": complete, "shards": records, "bytes": size}
+        rows.append(of_suites | {"seconds": None})
     if as_json:
         print(json.dumps(rows))
         return
@@ -43,8 +49,9 @@ def show_status(run: Path, as_json: bool) -> None:
         table.add_column(column, justify="left" if column in ("stage", "state") else "right")
     for row in rows:
         state = "[green]done[/]" if row["complete"] else "[yellow]unfinished[/]"
-        size = f"{row['bytes'] / 1e6:.1f} MB"
-        table.add_row(str(row["stage"]), state, str(row["shards"]), size, str(row["seconds"]))
+        megabytes = f"{row['bytes'] / 1e6:.1f} MB"
+        seconds = "–" if row["seconds"] is None else str(row["seconds"])
+        table.add_row(str(row["stage"]), state, str(row["shards"]), megabytes, seconds)
     _stdout.print(table)
 
 
@@ -57,7 +64,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove what a finished run does not need: what was set aside, and checkpoints."""
-    from fusellm.pipeline import removable
+    from fusellm.store.run_folder import removable
     from fusellm.store.tables import folder_bytes
 
     found = removable(run, stores, everything)

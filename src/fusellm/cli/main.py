@@ -7,26 +7,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from fusellm.cli import engine as engines
 from fusellm.cli.console import Terminal
-from fusellm.cli.folder import clean, show_status, status
-from fusellm.cli.launch import (
-    Nproc,
-    parting,
-    require_devices,
-    require_one_process,
-    speaks,
-    tell,
-    tell_stopped,
-    train_on,
-)
+from fusellm.cli.evaluate import evaluate
+from fusellm.cli.execute import execute, open_pipeline
+from fusellm.cli.folder import clean, status
+from fusellm.cli.launch import Nproc, parting, tell, tell_stopped
 from fusellm.cli.options import (
     NO_CHANGES,
     Json,
@@ -42,11 +34,7 @@ from fusellm.cli.template import init
 from fusellm.cli.tokenizers import tokenizers
 from fusellm.cli.zoo import zoo_app
 from fusellm.errors import FusellmError, StoreError
-from fusellm.recipe_file import load_recipe, resolve_paths, schema
-
-if TYPE_CHECKING:
-    from fusellm.pipeline import Pipeline
-    from fusellm.stages.externalize.task import EngineSettings
+from fusellm.recipe_file import schema
 
 app = typer.Typer(
     name="fusellm",
@@ -69,97 +57,6 @@ _stderr = Console(stderr=True)
 _stdout = Console()
 
 
-def _pipeline(
-    place: Path,
-    out: Path | None,
-    changes: list[str],
-    engine: "EngineSettings | None" = None,
-    nproc: int = 1,
-) -> "Pipeline":
-    from fusellm.pipeline import Pipeline
-    from fusellm.progress import Silent
-    from fusellm.stages.externalize.task import LOCAL
-
-    recipe_path = place / "recipe.yaml" if place.is_dir() else place
-    if place.is_dir() and not recipe_path.exists():
-        raise StoreError(f"{place} is not a run: it has no recipe.yaml; give a recipe instead")
-    recipe = resolve_paths(load_recipe(recipe_path, changes), recipe_path.parent)
-    run = out or (place if place.is_dir() else Path("runs") / recipe.name)
-    shown = Terminal(_stderr) if speaks() else Silent()
-    return Pipeline(recipe, run, shown, engine or LOCAL, nproc if nproc > 1 else None)
-
-
-def _execute(
-    stages: tuple[str, ...],
-    place: Path,
-    out: Path | None,
-    changes: list[str],
-    redo: bool,
-    as_json: bool,
-    engine: "EngineSettings | None" = None,
-    push_to: str | None = None,
-    nproc: int = 1,
-) -> None:
-    if stages != ("train",):
-        require_one_process(stages[0] if len(stages) == 1 else "run")
-    require_devices(nproc)
-    if push_to is not None:
-        from fusellm.models.hub import require_access
-
-        require_access(push_to)
-    pipeline = _pipeline(place, out, changes, engine, nproc)
-    if nproc > 1:
-        pipeline.execute(stages[: stages.index("train")], redo)
-        if pipeline.unfinished("train"):
-            train_on(nproc, pipeline.run)
-    pipeline.execute(stages, redo)
-    if not speaks():
-        return
-    if {"evaluate", "report"} & set(stages):
-        _show_results(pipeline.run, as_json, "report" in stages)
-    elif as_json:
-        show_status(pipeline.run, as_json=True)
-    if push_to is not None:
-        _push(pipeline, push_to)
-
-
-def _push(pipeline: "Pipeline", repo: str) -> None:
-    from fusellm.models.hub import push_model
-    from fusellm.stages.train import FUSED, folder_of
-
-    folder = folder_of(pipeline.run, FUSED)
-    with Terminal(_stderr).start(f"uploading {folder}", 0, "files"):
-        address = push_model(folder, repo, f"{pipeline.recipe.name}: fused by fusellm")
-    _stderr.print(f"The fused model is at {address}", highlight=False, soft_wrap=True)
-
-
-def _show_results(run: Path, as_json: bool, with_page: bool) -> None:
-    from fusellm.stages.evaluate import read_records
-    from fusellm.stages.report import results_table, verdict
-
-    found = [record.as_dict() for record in read_records(run)]
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False))
-        return
-    table = results_table(found)
-    rich_table = RichTable(
-        title="Held-out bits per byte (lower is better), 95 % intervals",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for column in table.columns:
-        justify: Literal["left", "right"] = "left" if column == table.columns[0] else "right"
-        rich_table.add_column(column, justify=justify, overflow="fold")
-    for row in table.rows:
-        rich_table.add_row(*row)
-    _stdout.print(rich_table)
-    _stdout.print(verdict(found), highlight=False)
-    if with_page:
-        _stdout.print(f"Report: {run / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
-        model = run / "train" / "fused"
-        _stdout.print(f"The fused model: {model}", highlight=False, soft_wrap=True)
-
-
 @app.command()
 def demo(
     out: Out = None, changes: Set = NO_CHANGES, redo: Redo = False, as_json: Json = False
@@ -169,7 +66,7 @@ def demo(
     Runs the recipe recipes/demo.yaml on text of the installed Python packages, and ends in a table
     and a report page.
     """
-    _execute(_stages(), _demo_recipe(), out, changes, redo, as_json)
+    execute(_stages(), _demo_recipe(), out, changes, redo, as_json)
 
 
 @app.command()
@@ -193,7 +90,7 @@ def run(
     interruption, give the same command again.
     """
     settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
-    _execute(_stages(), recipe, out, changes, redo, as_json, settings, push_to_hub, nproc)
+    execute(_stages(), recipe, out, changes, redo, as_json, settings, push_to_hub, nproc)
 
 
 def _stage_command(stage: str, text: str) -> None:
@@ -204,7 +101,7 @@ def _stage_command(stage: str, text: str) -> None:
         redo: Redo = False,
         as_json: Json = False,
     ) -> None:
-        _execute((stage,), recipe, out, changes, redo, as_json)
+        execute((stage,), recipe, out, changes, redo, as_json)
 
     app.command(stage, help=text)(command)
 
@@ -227,7 +124,7 @@ def externalize(
 ) -> None:
     """Read each source's next-token distributions over the corpus."""
     settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
-    _execute(("externalize",), recipe, out, changes, redo, as_json, settings)
+    execute(("externalize",), recipe, out, changes, redo, as_json, settings)
 
 
 _stage_command("fuse", "Align, translate and fuse the distributions; no model, no GPU.")
@@ -244,14 +141,11 @@ def train_command(
     nproc: Nproc = 1,
 ) -> None:
     """Continue training the target on the fused distributions, and the CLM baseline."""
-    _execute(("train",), recipe, out, changes, redo, as_json, push_to=push_to_hub, nproc=nproc)
+    execute(("train",), recipe, out, changes, redo, as_json, push_to=push_to_hub, nproc=nproc)
 
 
-for _stage, _text in {
-    "evaluate": "Measure held-out bits per byte of every model, side by side.",
-    "report": "Write results.json, results.csv and the report page.",
-}.items():
-    _stage_command(_stage, _text)
+app.command()(evaluate)
+_stage_command("report", "Write results.json, results.csv and the report page.")
 
 
 @app.command()
@@ -259,7 +153,7 @@ def check(
     recipe: RecipeOrRun, out: Out = None, changes: Set = NO_CHANGES, as_json: Json = False
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
-    found = _pipeline(recipe, out, changes).check()
+    found = open_pipeline(recipe, out, changes).check()
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -320,7 +214,7 @@ def inspect_command(
             f"--part {part} has no distributions: sources read the part {PART} only; leave --part "
             "away"
         )
-    pipeline = _pipeline(run, None, NO_CHANGES)
+    pipeline = open_pipeline(run, None, NO_CHANGES)
     readers = pipeline.readers.items()
     found = inspect_block(
         pipeline.recipe,
@@ -346,7 +240,7 @@ def schema_command() -> None:
 
 
 def _stages() -> tuple[str, ...]:
-    from fusellm.pipeline import STAGES
+    from fusellm.store.run_folder import STAGES
 
     return STAGES
 

@@ -69,6 +69,9 @@ training:
 
 evaluation:
   bootstrap: 10000
+  # suites: [smoke]           # see `fusellm evaluate --list`; needs fusellm[eval]
+  # data_dir: data            # where their data is
+  # limit: 100                # only the first documents of each task
 """
 
 

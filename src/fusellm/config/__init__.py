@@ -182,6 +182,52 @@ class EvaluationSettings(SettingsBlock):
     where a batch should stay in its caches."""
     bootstrap: Annotated[int, Field(ge=100)] = 10_000
     """Resamplings of the documents for the 95 % intervals."""
+    suites: list[str] = Field(default_factory=list)
+    """What is measured besides bits per byte: `smoke`, `bbh`, `bbh_harness`, `commonsense`,
+    `textgen`, `multiple`, or tasks of lm_eval by their names (`fusellm[eval]`). The keys below are
+    of these suites."""
+    data_dir: str | None = None
+    """Folder with their data."""
+    allow_download: bool = False
+    """Whether data that is not in `data_dir` may be fetched from the Hugging Face hub."""
+    tasks: list[str] = Field(default_factory=list)
+    """Only these tasks of the suites; all if empty."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Only so many documents of each task, from the first."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Documents at a time; another one can change the last digits of a score."""
+    too_long: Literal["error", "truncate"] = "error"
+    """What becomes of a prompt that does not fit a model's context: stop, or cut it from the left,
+    its examples first, and count it."""
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Most tokens that a model writes, where a task allows more; for small contexts."""
+    samples: Annotated[int, Field(gt=0)] = 1
+    """Programs for each problem of `multiple`."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of `multiple`; 0 takes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the mass that programs are sampled from, with a temperature."""
+    pass_at: Annotated[int, Field(gt=0)] = 1
+    """k of pass@k: how likely one of k programs passes."""
+    toolchains: list[str] = Field(default_factory=list)
+    """Folders outside of /usr with compilers and interpreters in their `bin`, which programs under
+    test may read."""
+    published: bool = False
+    """Whether the paper's figures are shown beside a suite's table."""
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> "EvaluationSettings":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"samples: {self.samples} at temperature 0 are all equal; set temperature, 0.2 for "
+                "instance, or samples: 1"
+            )
+        if self.pass_at > self.samples:
+            raise ValueError(
+                f"pass_at: {self.pass_at} needs as many samples, and samples is {self.samples}; "
+                f"set samples: {self.pass_at} or more"
+            )
+        return self
 
 
 class Recipe(SettingsBlock):

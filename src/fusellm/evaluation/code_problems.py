@@ -7,7 +7,6 @@ the first stop token; prompt, completion and tests together are a program, which
 
 import gzip
 import json
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.completions import Written
 from fusellm.evaluation.records import Answer
 from fusellm.evaluation.sandbox.toolchain import Toolchain, Verdict
 from fusellm.progress import Progress, Silent
@@ -52,7 +52,7 @@ class Problem:
 class Complete(Protocol):
     """A model that continues prompts."""
 
-    def __call__(self, prompts: Sequence[str], stop_tokens: Sequence[str]) -> Sequence[str]:
+    def __call__(self, prompts: Sequence[str], stop_tokens: Sequence[str]) -> Sequence[Written]:
         """What it writes after each prompt; it may end at any of the stop tokens, or go on."""
 
 
@@ -131,17 +131,16 @@ def cut(completion: str, stop_tokens: Sequence[str]) -> str:
     return completion[: min(found)] if found else completion
 
 
-def sample(problems: Sequence[Problem], complete: Complete, samples: int) -> list[list[str]]:
-    """What a model writes for each problem, `samples` times; not yet cut."""
-    completions: list[list[str]] = [[] for _ in problems]
+def sample(problems: Sequence[Problem], complete: Complete) -> list[Written]:
+    """What a model writes for each problem; not yet cut."""
     places: dict[tuple[str, ...], list[int]] = {}
     for n, problem in enumerate(problems):
-        places.setdefault(problem.stop_tokens, []).extend([n] * samples)
+        places.setdefault(problem.stop_tokens, []).append(n)
+    completions: dict[int, Written] = {}
     for stop_tokens, numbers in places.items():
         written = complete([problems[n].prompt for n in numbers], stop_tokens)
-        for n, completion in zip(numbers, written, strict=True):
-            completions[n].append(completion)
-    return completions
+        completions |= zip(numbers, written, strict=True)
+    return [completions[n] for n in range(len(problems))]
 
 
 def judge(
@@ -217,36 +216,3 @@ def _verdicts(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Chance that of k samples, drawn without return from those of a problem, at least one passes.
-
-    The unbiased estimator of Chen et al. 2021, equation 1: 1 − C(n − c, k) / C(n, k).
-
-    Raises:
-        EvaluationError: there are fewer samples than k.
-
-    >>> pass_at_k(samples=4, passed=1, k=2)
-    0.5
-    """
-    if not 1 <= k <= samples:
-        raise EvaluationError(
-            f"pass@{k} needs at least {max(k, 1)} samples of each problem, and there are {samples}"
-        )
-    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
-
-
-def mean_pass_at_k(answers: Sequence[Answer], k: int) -> float:
-    """Mean over problems of `pass_at_k`.
-
-    Raises:
-        EvaluationError: there are no answers, or a problem has fewer samples than k.
-    """
-    scores: dict[str, list[float]] = {}
-    for answer in answers:
-        scores.setdefault(answer.document, []).append(answer.score)
-    if not scores:
-        raise EvaluationError(f"pass@{k} of no problems: there are no answers")
-    estimates = [pass_at_k(len(found), int(sum(found)), k) for found in scores.values()]
-    return sum(estimates) / len(estimates)

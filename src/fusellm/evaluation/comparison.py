@@ -12,6 +12,7 @@ import numpy as np
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation import statistics
+from fusellm.evaluation.extra import extra
 from fusellm.evaluation.intervals import MEAN
 from fusellm.evaluation.joined import BLEU, SCORE, WHOLE, JoinedTask, join
 from fusellm.evaluation.records import TaskRecord
@@ -372,6 +373,6 @@ def _notes(
         if task.prompts_differ
     ]
     if any(task.unit == BLEU for task in found):
-        version = statistics.extra("sacrebleu").__version__
+        version = extra("sacrebleu").__version__
         notes.append(f"BLEU is that of sacrebleu {version} with its defaults")
     return notes

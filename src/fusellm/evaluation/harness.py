@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fusellm.evaluation.extra import extra
 from fusellm.evaluation.plans import Definition, Plan
-from fusellm.evaluation.quiet import quiet, require_lm_eval, seeded, silently_building
+from fusellm.evaluation.quiet import quiet, seeded, silently_building
 from fusellm.evaluation.records import Answer, Header, Kind, TaskRecord
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.watched import watched
@@ -67,7 +68,7 @@ def make_task(
     Raises:
         EvaluationError: lm_eval is not installed.
     """
-    require_lm_eval()
+    extra("lm_eval")
     with quiet(), seeded(settings.seed):
         task = _stock_task(plan, definition) if definition.stock else _own_task(plan, definition)
     return ready(
@@ -134,6 +135,7 @@ def run_task(
         EvaluationError: prompts do not fit the model's context, and are not to be cut.
     """
     header = ready_task.of_model(facts, settings)
+    ready_task.task.set_fewshot_seed(seed=settings.seed)  # every model is shown the same examples
     what = f"{header.suite}/{header.task}"
     with watched(loaded, settings, progress or Silent(), what) as lm:
         answers = answers_of(ready_task, lm, settings)
@@ -141,6 +143,15 @@ def run_task(
             replace(answer, truncated=number in lm.cut) for number, answer in enumerate(answers)
         )
     return TaskRecord(header, answers)
+
+
+def requests_of(ready_task: Task, settings: Settings) -> list[Any]:
+    """What a task asks a model, as lm_eval's requests."""
+    task = ready_task.task
+    with quiet(), seeded(settings.seed), silently_building(task):
+        task.set_fewshot_seed(seed=settings.seed)
+        task.build_all_requests(limit=settings.limit, rank=0, world_size=1)
+    return list(task.instances)
 
 
 def answers_of(ready_task: Task, lm: Any, settings: Settings) -> tuple[Answer, ...]:

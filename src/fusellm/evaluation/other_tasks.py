@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.extra import extra
 from fusellm.evaluation.harness import Task, means_of, ready
-from fusellm.evaluation.quiet import quiet, require_lm_eval, seeded
+from fusellm.evaluation.quiet import quiet, seeded
 from fusellm.evaluation.records import Kind
 from fusellm.evaluation.settings import Settings
 from fusellm.evaluation.suites import unknown
@@ -24,7 +25,7 @@ def other_tasks(name: str, settings: Settings) -> list[Task]:
             not allowed or not reached, runs generated code, reads pictures, or has no measure
             that is a mean over documents.
     """
-    require_lm_eval()
+    extra("lm_eval")
     from lm_eval.tasks import TaskManager
 
     with quiet():

@@ -5,26 +5,10 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-
-from fusellm.errors import EvaluationError
-
-
-def require_lm_eval() -> None:
-    """Check that lm_eval is installed.
-
-    Raises:
-        EvaluationError: it is not.
-    """
-    if find_spec("lm_eval") is None:
-        raise EvaluationError(
-            "this suite needs the package lm_eval, which is not installed: "
-            "pip install 'fusellm[eval]'"
-        )
 
 
 @contextmanager

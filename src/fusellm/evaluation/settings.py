@@ -6,6 +6,8 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fusellm.config import EvaluationSettings
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,6 +23,8 @@ class Settings:
         too_long: what to do with a prompt that does not fit the model's context beside what is
             to be written: stop, or cut it from the left and count it.
         max_new_tokens: upper limit of what is written, under that of a task; for small contexts.
+        samples, temperature, top_p: of programs; other tasks say themselves how they are written.
+        toolchains: folders outside of /usr with compilers and interpreters in their `bin`.
     """
 
     data_dir: Path | None = None
@@ -31,6 +35,27 @@ class Settings:
     seed: int = 1234
     too_long: Literal["error", "truncate"] = "error"
     max_new_tokens: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    toolchains: tuple[Path, ...] = ()
+
+
+def settings_of(evaluation: EvaluationSettings) -> Settings:
+    """What a recipe says of suites, as settings."""
+    return Settings(
+        data_dir=Path(evaluation.data_dir).expanduser() if evaluation.data_dir else None,
+        allow_download=evaluation.allow_download,
+        only=tuple(evaluation.tasks),
+        batch_size=evaluation.batch_size,
+        limit=evaluation.limit,
+        too_long=evaluation.too_long,
+        max_new_tokens=evaluation.max_new_tokens,
+        samples=evaluation.samples,
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        toolchains=tuple(Path(folder).expanduser() for folder in evaluation.toolchains),
+    )
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ and differences are in the caller's unit; p values are of two sides.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from math import prod
+from math import comb
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.extra import extra
 
 LEVEL = 0.05
 POWER = 0.8
@@ -28,25 +27,11 @@ _FEW_VALUES = 64
 _DRAWS_AT_ONCE = 1 << 21
 
 
-def extra(module: str) -> Any:
-    """A module of the extra `eval`.
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Chance that of k samples, drawn without return from those of a problem, at least one passes.
 
-    Raises:
-        EvaluationError: it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise EvaluationError(
-            f"{module.partition('.')[0]} is needed to compare scores and cannot be imported "
-            f"({error}); pip install 'fusellm[eval]'"
-        ) from error
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Estimate without bias of the chance that one of k samples is correct.
-
-    Chen et al. 2021 (arXiv 2107.03374), equation 1: 1 − C(n − c, k) / C(n, k).
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1:
+    1 − C(n − c, k) / C(n, k).
 
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 2, 3), pass_at_k(4, 1, 2)
     (0.25, 1.0, 0.5)
@@ -54,13 +39,11 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     Raises:
         EvaluationError: there are fewer samples than k.
     """
-    if not 0 < k <= samples:
+    if not 1 <= k <= samples:
         raise EvaluationError(
-            f"pass@{k} of {samples} samples is not defined; choose k from 1 to {samples}"
+            f"pass@{k} needs at least {max(k, 1)} samples of each problem, and there are {samples}"
         )
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - prod(1.0 - k / i for i in range(samples - correct + 1, samples + 1))
+    return 1 - comb(samples - passed, k) / comb(samples, k)
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -1,7 +1,7 @@
 """The suites, by name: what is in each, where its data comes from and what its number means."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from fusellm.errors import EvaluationError
@@ -38,6 +38,18 @@ BBH_SIZES = {
     "web_of_lies": 250,
     "word_sorting": 250,
 }
+MULTIPL_E_SIZES = {
+    "cpp": 161,
+    "go": 154,
+    "java": 158,
+    "js": 161,
+    "php": 161,
+    "python": 164,
+    "r": 161,
+    "rb": 161,
+    "rs": 156,
+    "ts": 159,
+}
 _INSTRUCTIONS = ("instruction", "answer")
 
 
@@ -48,7 +60,8 @@ class Suite:
     Attributes:
         contains: what is in it, in words.
         data: where its data comes from, in words.
-        plans: its tasks; none where another module measures it.
+        plans: its tasks on lm_eval.
+        others: tasks that another module runs, with their numbers of documents.
     """
 
     name: str
@@ -56,10 +69,17 @@ class Suite:
     contains: str
     data: str
     plans: tuple[Plan, ...] = ()
+    others: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Documents of each task."""
+        return {plan.name: plan.documents for plan in self.plans} | dict(self.others)
 
     @property
     def documents(self) -> int:
-        return sum(plan.documents for plan in self.plans)
+        """Of all tasks."""
+        return sum(self.tasks.values())
 
 
 def _stock(
@@ -333,6 +353,14 @@ SUITES: dict[str, Suite] = {
             "SciBench (number within 5 %)",
             "hub datasets trivia_qa, drop, lambada_openai, iwslt2017; mandyyyyii/scibench",
             _TEXTGEN,
+        ),
+        Suite(
+            "multiple",
+            "programs that pass their tests, in ten languages (MultiPL-E), run in a sandbox",
+            "HumanEval's problems in C++, Go, Java, JavaScript, PHP, Python, R, Ruby, Rust, "
+            "TypeScript; pass@k",
+            "nuprl/MultiPL-E: humaneval-<language>.jsonl; openai/human-eval for Python",
+            others=MULTIPL_E_SIZES,
         ),
     )
 }

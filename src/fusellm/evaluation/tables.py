@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def table(comparison: Comparison) -> Table:
     return Table(
         [
             _printable(head),
-            *(_printable(_TITLES.get(model, model)) for model in comparison.models),
+            *(_printable(title_of_model(model)) for model in comparison.models),
             *(_printable(title_of(a, b)) for a, b in differences),
             "documents",
         ],
@@ -131,23 +131,44 @@ def markdown(comparisons: Iterable[Comparison], published: bool = False) -> str:
     for comparison in comparisons:
         parts.append(f"## {_escaped(comparison.suite)}\n")
         if comparison.tasks:
-            parts.append(_markdown_table(table(comparison)))
+            parts.append(markdown_table(table(comparison)))
         parts.append("".join(f"- {_escaped(line)}\n" for line in footer(comparison)))
         reference = published_table(comparison.suite) if published else None
         if reference:
-            parts.append(_markdown_table(reference))
+            parts.append(markdown_table(reference))
             parts.append(f"Published by the paper's authors: {_escaped(SOURCE)}.\n")
     return "\n".join(parts)
 
 
-def csv_text(comparisons: Iterable[Comparison], published: bool = False) -> str:
+def markdown_table(shown: Table) -> str:
+    """A table as Markdown; two lines of a cell are parted by `<br>`."""
+    ruler = ["---", *("---:" for _ in shown.columns[1:])]
+    escaped = [
+        ["<br>".join(_escaped(line) for line in cell.split("\n")) for cell in row]
+        for row in (shown.columns, *shown.rows)
+    ]
+    lines = [escaped[0], ruler, *escaped[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv_text(
+    comparisons: Iterable[Comparison],
+    published: bool = False,
+    bits_per_byte: Iterable[Mapping[str, Any]] = (),
+) -> str:
     """One row for each score and each difference, numbers unrounded; columns `CSV_COLUMNS`.
 
     Text that a spreadsheet would take for a formula is preceded by an apostrophe.
+
+    Args:
+        bits_per_byte: records of them, which come first, as the suite `lm`.
     """
     written = io.StringIO()
     writer = csv.DictWriter(written, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
+    for record in bits_per_byte:
+        places = {key: _safe(str(record[key])) for key in ("task", "model")}
+        writer.writerow({"suite": "lm", **record, **places})
     for comparison in comparisons:
         for line in comparison.lines:
             writer.writerows(_csv_rows(comparison.suite, line))
@@ -195,6 +216,15 @@ def title_of(a: str, b: str) -> str:
     return f"{_SHORT.get(a, a)} − {_SHORT.get(b, b)}"
 
 
+def title_of_model(model: str) -> str:
+    """A model's name as a reader is shown it.
+
+    >>> title_of_model("clm")
+    'CLM baseline'
+    """
+    return _TITLES.get(model, model)
+
+
 def _plain(comparison: Comparison) -> dict[str, Any]:
     found = asdict(comparison)
     lines = [*found["tasks"], *([found["mean"]] if found["mean"] else [])]
@@ -211,7 +241,7 @@ def _digits(line: Line) -> int:
 def _score(line: Line, model: str) -> str:
     if model not in line.scores:
         return "–"
-    best = len(line.scores) > 1 and line.scores[model] == max(line.scores.values())
+    best = len(set(line.scores.values())) > 1 and line.scores[model] == max(line.scores.values())
     return f"{number(line.scores[model], _digits(line))}{' *' if best else ''}"
 
 
@@ -269,16 +299,6 @@ def _escaped(text: str) -> str:
     a\\|b \\*c\\* word_sorting \\_d\\_
     """
     return _MARKDOWN.sub(lambda found: "\\" + found[0], _printable(text))
-
-
-def _markdown_table(shown: Table) -> str:
-    ruler = ["---", *("---:" for _ in shown.columns[1:])]
-    escaped = [
-        ["<br>".join(_escaped(line) for line in cell.split("\n")) for cell in row]
-        for row in (shown.columns, *shown.rows)
-    ]
-    lines = [escaped[0], ruler, *escaped[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _safe(text: str) -> str:

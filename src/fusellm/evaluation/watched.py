@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,28 @@ class Watched:
         Raises:
             EvaluationError: a prompt is too long, or what is to be written is.
         """
+        self._measure_prompts(requests)
+        return self._run("generate_until", requests)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
+        """Nats of each continuation.
+
+        Raises:
+            EvaluationError: a prompt with its continuation is too long.
+        """
+        self._measure_whole(requests)
+        return self._run("loglikelihood", requests)
+
+    def require_room(self, requests: Sequence[Any]) -> None:
+        """Check that requests fit, and run nothing.
+
+        Raises:
+            EvaluationError: one does not.
+        """
+        self._measure_prompts([r for r in requests if r.request_type == "generate_until"])
+        self._measure_whole([r for r in requests if r.request_type == "loglikelihood"])
+
+    def _measure_prompts(self, requests: Sequence[Any]) -> None:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         context = self._lm.max_length
@@ -51,18 +74,11 @@ class Watched:
                 )
             rooms.append(context - new_tokens)
         self._measure(requests, [request.args[0] for request in requests], rooms)
-        return self._run("generate_until", requests)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Nats of each continuation.
-
-        Raises:
-            EvaluationError: a prompt with its continuation is too long.
-        """
+    def _measure_whole(self, requests: Sequence[Any]) -> None:
         room = self._lm.max_length + 1  # the last token is not read
         texts = ["".join(request.args) for request in requests]
         self._measure(requests, texts, [room] * len(requests))
-        return self._run("loglikelihood", requests)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
         """Nats of each text, in as many windows as it needs."""
@@ -94,6 +110,24 @@ class Watched:
             return getattr(self._lm, kind)(requests, disable_tqdm=True)
 
 
+@dataclass(frozen=True)
+class Ruler:
+    """In the place of a model of lm_eval's, where only lengths are wanted.
+
+    Tokens that some tokenizers put before a text are not counted: a ruler refuses nothing that the
+    model would take.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    max_gen_toks: int = 256
+
+    def tok_encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+
 class _Hook:
     """Where lm_eval's models report each answer; meant for a cache."""
 
@@ -112,7 +146,7 @@ def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -
     Raises:
         EvaluationError: its tokenizer has no EOS, or puts one after every text.
     """
-    _check(loaded.tokenizer)
+    require_readable(loaded.tokenizer)
     from lm_eval.models.huggingface import HFLM
 
     was_training = loaded.model.training
@@ -130,7 +164,12 @@ def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -
         loaded.model.train(was_training)
 
 
-def _check(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_readable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that lm_eval can use a tokenizer.
+
+    Raises:
+        EvaluationError: it has no EOS, or puts one after every text.
+    """
     if tokenizer.eos_token_id is None:
         raise EvaluationError(
             f"the tokenizer of {tokenizer.name_or_path} has no token that ends a text, and lm_eval "

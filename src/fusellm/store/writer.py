@@ -29,6 +29,7 @@ from fusellm.store.manifest import (
     check_identity,
     segments_of,
 )
+from fusellm.store.run_folder import ASIDE
 
 _LOCK = ".lock"
 _SOFTWARE = ("fusellm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
@@ -196,7 +197,7 @@ def set_aside(run: Path, folders: list[Path]) -> Path | None:
     existing = [folder for folder in folders if folder.exists()]
     if not existing:
         return None
-    parent = run / "aside"
+    parent = run / ASIDE
     parent.mkdir(exist_ok=True)
     number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
     for folder in existing:

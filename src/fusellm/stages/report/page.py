@@ -8,6 +8,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fusellm.evaluation.intervals import MEAN
+from fusellm.evaluation.paper import SOURCE
+from fusellm.evaluation.suite_results import SuiteResults
+from fusellm.evaluation.suites import named
+from fusellm.evaluation.tables import (
+    Table,
+    footer,
+    pairs_of,
+    published_table,
+    table,
+    title_of,
+    verdict,
+)
 from fusellm.stages.report.charts import (
     SITUATIONS,
     Bar,
@@ -21,6 +33,7 @@ from fusellm.stages.report.charts import (
 )
 from fusellm.stages.report.reading import Curve, DomainCounts, Log, Run
 from fusellm.stages.report.results import Results, number
+from fusellm.stages.report.suite_chart import differences_chart
 
 _NO_SOURCE = "no source"
 _EXAMPLE_CHARACTERS = 160
@@ -57,6 +70,18 @@ class Key:
     dashed: bool = False
 
 
+@dataclass(frozen=True)
+class SuiteSection:
+    """A suite as it is shown; a cell's second line says what a difference shows."""
+
+    name: str
+    about: str
+    verdict: str
+    tables: list[Table]
+    charts: list[Panel]
+    notes: list[str]
+
+
 def render(run: Run) -> str:
     """The page as HTML; everything that comes from the run is escaped.
 
@@ -79,6 +104,7 @@ def render(run: Run) -> str:
         tasks=[(task, results.documents(task)) for task in results.tasks],
         rows=results.rows(),
         notes=list(_flat(run.notes)),
+        suites=[_section(one) for one in run.suites],
         training=_training_panels(run.logs),
         validation=_domain_panels(run.logs),
         trained=[Key(_STYLES[k][0], k, dashed=_STYLES[k][1]) for k in run.logs],
@@ -110,6 +136,26 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _section(one: SuiteResults) -> SuiteSection:
+    comparison = one.comparison
+    suite = named(comparison.suite)
+    charts = [
+        Panel(title_of(*pair), svg, "points")
+        for pair in pairs_of(comparison)
+        if (svg := differences_chart(comparison, pair))
+    ]
+    reference = published_table(comparison.suite) if one.published else None
+    shown = [table(comparison)] if comparison.tasks else []
+    return SuiteSection(
+        comparison.suite,
+        f"{suite.about[:1].upper()}{suite.about[1:]}." if suite else "A task of lm_eval.",
+        _unbroken(verdict(comparison)),
+        [*shown, *([reference] if reference else [])],
+        charts,
+        [*footer(comparison), *([f"Published figures: {SOURCE}."] if reference else [])],
+    )
 
 
 def _training_panels(logs: Mapping[str, Log]) -> list[Panel]:

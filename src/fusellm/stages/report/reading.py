@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from fusellm.errors import StoreError
+from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.store.run_folder import SUITES
 
 LOSSES = ("clm_loss", "fusion_loss")
 
@@ -65,6 +67,7 @@ class Run:
     logs: Mapping[str, Log]
     seconds: Mapping[str, float]
     software: Mapping[str, str]
+    suites: list[SuiteResults]
 
     @property
     def sources(self) -> list[str]:
@@ -81,6 +84,7 @@ def read_run(run: Path) -> Run:
 
     Raises:
         StoreError: a file that the report cannot do without is missing, or one is damaged.
+        EvaluationError: models cannot be compared by a suite, or the extra `eval` is missing.
     """
     results = _required(run, "evaluate/results.json", "evaluate")
     counts = _required(run, "fuse/counts.json", "fuse")
@@ -113,6 +117,7 @@ def read_run(run: Path) -> Run:
             if _is_number(manifest.get("seconds"))
         },
         software=_software(manifests),
+        suites=read_suites(run / SUITES),
     )
 
 

@@ -2,31 +2,20 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fusellm.config import RESERVED_NAMES
 from fusellm.errors import StoreError
+from fusellm.evaluation import tables
+from fusellm.evaluation.comparison import Comparison
 from fusellm.evaluation.intervals import BITS_PER_BYTE, MEAN, Record
+from fusellm.evaluation.tables import Table, title_of, title_of_model
 
 COLUMNS = tuple(field.name for field in fields(Record))
 DIFFERENCE = "fused-clm"
 
-_TITLES = {
-    "target": "target before training",
-    "clm": "CLM baseline",
-    "fused": "fused",
-    DIFFERENCE: "fused − CLM",
-}
 _IN_WORDS = {-1: "better", 0: "no difference shown", 1: "worse"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text, for any way of showing them."""
-
-    columns: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -79,13 +68,13 @@ class Results:
             task: min((r.value for m in self.models if (r := self.get(m, task))), default=None)
             for task in self.tasks
         }
-        rows = [
-            Row(model, title(model), [_cell(self.get(model, t), 3, least[t]) for t in self.tasks])
-            for model in self.models
-        ]
+        rows = []
+        for model in self.models:
+            cells = [_cell(self.get(model, task), 3, least[task]) for task in self.tasks]
+            rows.append(Row(model, title_of_model(model), cells))
         if self.has_difference:
             cells = [_cell(self.get(DIFFERENCE, task), 4, None) for task in self.tasks]
-            rows.append(Row(DIFFERENCE, title(DIFFERENCE), cells))
+            rows.append(Row(DIFFERENCE, title_of(*DIFFERENCE.split("-")), cells))
         return rows
 
     def verdict(self) -> str:
@@ -139,6 +128,23 @@ class Results:
         )
 
 
+def suite_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """A suite's scores and differences as records, their task being `<suite>/<task>`."""
+    found = []
+    for line in comparison.lines:
+        scores = [Record(m, "", "", value, None, None, 0) for m, value in line.scores.items()]
+        differences = [
+            Record(one.name, "", "", one.value, one.low, one.high, 0) for one in line.differences
+        ]
+        found += [
+            replace(
+                record, task=f"{comparison.suite}/{line.task}", metric=line.unit, n=line.n
+            ).as_dict()
+            for record in (*scores, *differences)
+        ]
+    return found
+
+
 def results_table(records: Iterable[Mapping[str, Any]]) -> Table:
     """The records in bits per byte as text: models down, tasks across, `*` at a column's best.
 
@@ -156,17 +162,8 @@ def verdict(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A value with a true minus sign, and never a negative zero.
-
-    >>> number(-0.02), number(-0.0001), number(1.23456, 2)
-    ('−0.020', '0.000', '1.23')
-    """
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
-
-
-def title(model: str) -> str:
-    """A model's name as a reader is shown it."""
-    return _TITLES.get(model, model)
+    """Bits per byte, or a share, as text."""
+    return tables.number(value, digits)
 
 
 def _interval(record: Record, digits: int) -> str:

@@ -1,68 +1,15 @@
-"""Running a suite on a model, task by task; a task that has its record is not run again."""
+"""The tasks of a suite, found, read and made ready to run."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.data import find_files, read_rows, read_text
-from fusellm.evaluation.harness import Task, make_task, run_task
+from fusellm.evaluation.harness import Task, make_task
 from fusellm.evaluation.other_tasks import other_tasks
 from fusellm.evaluation.plans import Inputs, Plan
-from fusellm.evaluation.records import TaskRecord, read_record, write_record
-from fusellm.evaluation.settings import Loaded, Settings
+from fusellm.evaluation.settings import Settings
 from fusellm.evaluation.suites import Suite, named
-from fusellm.progress import Progress
-from fusellm.store.files import make_folder
 from fusellm.store.identity import digest
-
-
-def run_suite(
-    suite: str,
-    facts: Mapping[str, str],
-    load: Callable[[], Loaded],
-    settings: Settings,
-    folder: Path,
-    progress: Progress,
-) -> list[TaskRecord]:
-    """Run a suite on a model and write `folder/<suite>/<model>/<task>.jsonl` for each task.
-
-    Args:
-        suite: one of `SUITES`, or a task of lm_eval.
-        facts: what `Header.model` says of the model; its `name` names the folder.
-        load: loads the model; called once, and only if a task has to be run.
-
-    Returns:
-        The records, those that were there already too, in the order of the suite's tasks.
-
-    Raises:
-        EvaluationError: data or a package is missing, or prompts are too long for the model.
-        StoreError: a record cannot be written, or a file in its place is none.
-    """
-    loaded: Loaded | None = None
-    records = []
-    for task in tasks_of(suite, settings):
-        header = task.of_model(facts, settings)
-        path = record_path(folder, suite, facts["name"], header.task)
-        record = read_record(path) if path.exists() else None
-        if record is None or record.header.identity != header.identity:
-            loaded = loaded or load()
-            record = run_task(task, loaded, facts, settings, progress)
-            make_folder(path.parent)
-            write_record(path, record)
-        records.append(record)
-    return records
-
-
-def record_path(folder: Path, suite: str, model: str, task: str) -> Path:
-    """Where a task's record is; a model's name is its folder's, `/` as `--`.
-
-    >>> record_path(Path("out"), "smoke", "zoo/prose", "recall").as_posix()
-    'out/smoke/zoo--prose/recall.jsonl'
-    """
-    parts = (re.sub(r"[^\w.+-]", "-", name.replace("/", "--")) for name in (suite, model, task))
-    suite, model, task = (part.lstrip(".") or "unnamed" for part in parts)
-    return folder / suite / model / f"{task}.jsonl"
 
 
 def tasks_of(name: str, settings: Settings) -> Iterator[Task]:
@@ -104,12 +51,7 @@ def require_data(plans: tuple[Plan, ...], settings: Settings) -> None:
         EvaluationError: some is not; the message has every task without data, with the first
             file that is missing and where to get it.
     """
-    faults: dict[str, str] = {}
-    for plan in plans:
-        for origin in (*plan.texts.values(), *plan.rows.values()):
-            downloadable = origin.hub is not None and settings.allow_download
-            if not downloadable and not find_files(origin, settings.data_dir):
-                faults.setdefault(plan.name, origin.missing(settings.data_dir))
+    faults = without_data(plans, settings)
     if faults:
         name, first = next(iter(faults.items()))
         more = [other for other in faults if other != name]
@@ -118,6 +60,17 @@ def require_data(plans: tuple[Plan, ...], settings: Settings) -> None:
             + (f". The same holds for {', '.join(more)}" if more else "")
             + (". --tasks runs those that have their data" if len(faults) < len(plans) else "")
         )
+
+
+def without_data(plans: tuple[Plan, ...], settings: Settings) -> dict[str, str]:
+    """The tasks whose data is not at hand, with the first file that is missing."""
+    faults: dict[str, str] = {}
+    for plan in plans:
+        for origin in (*plan.texts.values(), *plan.rows.values()):
+            downloadable = origin.hub is not None and settings.allow_download
+            if not downloadable and not find_files(origin, settings.data_dir):
+                faults.setdefault(plan.name, origin.missing(settings.data_dir))
+    return faults
 
 
 def read_task(suite: str, plan: Plan, settings: Settings) -> Task:

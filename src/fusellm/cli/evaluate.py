@@ -1,0 +1,178 @@
+"""`fusellm evaluate`: the models of a run, or any models, by suites."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fusellm.cli import evaluate_options as of
+from fusellm.cli.console import Terminal
+from fusellm.cli.evaluate_list import show_list
+from fusellm.cli.evaluate_screen import (
+    Results,
+    as_object,
+    require_savable,
+    results_of,
+    save,
+    show,
+)
+from fusellm.cli.execute import open_pipeline, open_recipe
+from fusellm.cli.launch import require_one_process
+from fusellm.cli.options import NO_CHANGES, Json
+from fusellm.errors import EvaluationError, ModelError, RecipeError
+from fusellm.recipe_file import changed_evaluation, model_settings
+
+LM = "lm"
+_OUT = Path("runs") / "evaluation"
+_stderr = Console(stderr=True)
+_stdout = Console()
+
+
+def evaluate(
+    places: of.Places = None,
+    suites: of.Suites = None,
+    list_suites: of.ListSuites = False,
+    data_dir: of.DataDir = None,
+    allow_download: of.AllowDownload = False,
+    tasks: of.Tasks = None,
+    limit: of.Limit = None,
+    batch_size: of.BatchSize = None,
+    too_long: of.TooLongOption = None,
+    max_new_tokens: of.MaxNewTokens = None,
+    samples: of.Samples = None,
+    temperature: of.Temperature = None,
+    top_p: of.TopP = None,
+    pass_at: of.PassAt = None,
+    toolchains: of.Toolchains = None,
+    published: of.Published = False,
+    save_as: of.Save = None,
+    out: of.OutOfEvaluation = None,
+    changes: of.SetOfEvaluation = NO_CHANGES,
+    redo: of.RedoOfEvaluation = False,
+    as_json: Json = False,
+) -> None:
+    """Measure models by suites, side by side: each source, the target, the CLM baseline, fused.
+
+    Of a run, differences are fused − target and fused − CLM baseline; of models that no run made,
+    each model's − the first one's. Both are paired by document, with 95 % intervals. Finished tasks
+    are kept: after an interruption, give the same command again. docs/evaluation.md says what each
+    suite is and what may be compared with what.
+
+    Examples: `fusellm evaluate runs/demo --suite smoke`,
+    `fusellm evaluate zoo/prose zoo/python --suite smoke --limit 20`.
+    """
+    given: dict[str, Any] = {
+        "data_dir": data_dir and str(data_dir.absolute()),
+        "allow_download": allow_download or None,
+        "tasks": tasks,
+        "limit": limit,
+        "batch_size": batch_size,
+        "too_long": too_long and too_long.value,
+        "max_new_tokens": max_new_tokens,
+        "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "pass_at": pass_at,
+        "toolchains": toolchains and [str(folder.absolute()) for folder in toolchains],
+        "published": published or None,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    require_one_process("evaluate")
+    require_savable(save_as or [])
+    if list_suites:
+        show_list(places or [], given, as_json, _stdout)
+        return
+    found = _evaluate(places or [], suites, given, out, changes, redo)
+    print(json.dumps(as_object(found), ensure_ascii=False)) if as_json else show(found, _stdout)
+    for path in save_as or []:
+        save(found, path)
+
+
+def _evaluate(
+    places: Sequence[str],
+    suites: Sequence[str] | None,
+    given: dict[str, Any],
+    out: Path | None,
+    changes: Sequence[str],
+    redo: bool,
+) -> Results:
+    if not places:
+        raise EvaluationError(
+            "there is nothing to evaluate: name a run, a recipe, or models; `fusellm evaluate "
+            "--list` shows the suites"
+        )
+    runs = [place for place in places if is_run(place)]
+    if runs and len(places) > 1:
+        raise EvaluationError(
+            f"{runs[0]} is a run or a recipe, which is evaluated alone; name one of these, or "
+            "models only"
+        )
+    if runs:
+        return _evaluate_run(Path(places[0]), suites, given, out, changes, redo)
+    return _evaluate_models(places, suites, given, out or _OUT, changes, redo)
+
+
+def is_run(place: str) -> bool:
+    """Whether a place is the folder of a run, or a recipe, and not a model."""
+    path = Path(place)
+    return path.suffix in (".yaml", ".yml") or path.is_file() or (path / "recipe.yaml").exists()
+
+
+def _evaluate_run(
+    place: Path,
+    suites: Sequence[str] | None,
+    given: dict[str, Any],
+    out: Path | None,
+    changes: Sequence[str],
+    redo: bool,
+) -> Results:
+    from fusellm.store.run_folder import SUITES
+
+    recipe = open_recipe(place, changes)
+    asked = list(suites) if suites else [LM, *recipe.evaluation.suites]
+    named = [suite for suite in dict.fromkeys(asked) if suite != LM]
+    pipeline = open_pipeline(place, out, changes, given=given | {"suites": named})
+    pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
+    return results_of(pipeline.run, LM in asked, named)
+
+
+def _evaluate_models(
+    names: Sequence[str],
+    suites: Sequence[str] | None,
+    given: Mapping[str, Any],
+    out: Path,
+    changes: Sequence[str],
+    redo: bool,
+) -> Results:
+    from fusellm.config import EvaluationSettings
+    from fusellm.evaluation.comparison import Rules
+    from fusellm.evaluation.measure import candidate, prepare
+    from fusellm.evaluation.settings import settings_of
+    from fusellm.evaluation.suite_results import measure_into, read_suites
+    from fusellm.models.load import locate
+
+    if not suites:
+        raise EvaluationError("--suite says what models are measured by; --list shows the suites")
+    if LM in suites:
+        raise EvaluationError(
+            "the suite lm is of a run's held-out text, and these are models; name a run or a "
+            "recipe, or another suite"
+        )
+    if len(set(names)) < len(names):
+        raise RecipeError(f"a model is named twice: {', '.join(names)}; name each once")
+    for name in names:
+        if Path(name).is_dir() and not any(Path(name).glob("*config.json")):
+            raise ModelError(
+                f"{name} is neither a run (it has no recipe.yaml) nor a model (no config.json)"
+            )
+    evaluation = changed_evaluation(EvaluationSettings(), given)
+    settings, shown = settings_of(evaluation), Terminal(_stderr)
+    located = {name: locate(model_settings(name, changes)) for name in names}
+    models = [candidate(name, found) for name, found in located.items()]
+    prepared = prepare(suites, settings, shown)
+    pairs = tuple((name, names[0]) for name in names[1:])
+    rules = Rules(pairs, evaluation.bootstrap, pass_at=evaluation.pass_at)
+    measure_into(out, models, prepared, settings, rules, evaluation.published, shown, redo)
+    return Results(None, read_suites(out, suites))

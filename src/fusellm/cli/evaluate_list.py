@@ -1,0 +1,93 @@
+"""`fusellm evaluate --list`: the suites, and whether their data is at hand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fusellm.cli.execute import open_recipe
+from fusellm.errors import EvaluationError
+from fusellm.recipe_file import changed_evaluation
+
+if TYPE_CHECKING:
+    from fusellm.evaluation.settings import Settings
+    from fusellm.evaluation.suites import Suite
+
+_MOST_NAMED = 4
+
+
+def show_list(
+    places: Sequence[str], given: Mapping[str, Any], as_json: bool, console: Console
+) -> None:
+    """Print the suites.
+
+    Args:
+        places: a run or a recipe, whose `evaluation:` says where data is; or none.
+        given: keys of that block that the command line has other values for.
+    """
+    from fusellm.config import EvaluationSettings
+    from fusellm.evaluation.settings import settings_of
+    from fusellm.evaluation.suites import SUITES
+
+    if len(places) > 1:
+        raise EvaluationError("--list takes a run or a recipe, or none; it shows no models")
+    own = open_recipe(Path(places[0]), ()).evaluation if places else EvaluationSettings()
+    settings = settings_of(changed_evaluation(own, given))
+    rows = [_row(suite, settings) for suite in SUITES.values()]
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
+    for row in rows:
+        documents = f"{row['documents']:,} documents" if row["documents"] else "any number"
+        lines = (
+            f"{row['about']}.",
+            f"{row['contains']}; {documents}.",
+            f"Data: {row['data']}. At hand: {_told(row)}.",
+        )
+        table.add_row(Text(row["suite"], style="bold"), Text("\n".join(lines)))
+    console.print(table)
+    console.print(
+        Text(
+            "Any task of lm_eval goes by its own name too, with --allow-download. --data-dir names "
+            "the folder with the data; docs/evaluation.md says what each suite measures."
+        )
+    )
+
+
+def _row(suite: "Suite", settings: "Settings") -> dict[str, Any]:
+    missing = _missing(suite, settings)
+    return {
+        "suite": suite.name,
+        "about": suite.about,
+        "contains": suite.contains,
+        "tasks": suite.tasks,
+        "documents": suite.documents,
+        "data": suite.data,
+        "at_hand": sorted(set(suite.tasks) - missing.keys()),
+        "missing": missing,
+    }
+
+
+def _missing(suite: "Suite", settings: "Settings") -> dict[str, str]:
+    """Tasks whose data is not at hand, and why."""
+    from fusellm.evaluation.multiple import languages_without_problems
+    from fusellm.evaluation.suite_tasks import without_data
+
+    if suite.others:
+        return languages_without_problems(tuple(suite.others), settings)
+    return without_data(suite.plans, settings)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    missing = list(row["missing"])
+    if not missing:
+        return "yes"
+    if len(missing) == len(row["tasks"]):
+        return "no"
+    names = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
+    return f"all but {names}"

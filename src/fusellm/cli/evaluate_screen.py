@@ -1,0 +1,178 @@
+"""What an evaluation found, for people, as JSON, and as a file."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fusellm.errors import StoreError
+
+if TYPE_CHECKING:
+    from fusellm.evaluation.suite_results import SuiteResults
+    from fusellm.evaluation.tables import Table
+
+ENDINGS = (".md", ".csv", ".json")
+_WIDE = 10_000
+
+
+@dataclass(frozen=True)
+class Results:
+    """What there is to show: bits per byte, where they were measured, and suites."""
+
+    bits_per_byte: "list[dict[str, Any]] | None"
+    suites: "list[SuiteResults]"
+
+    @property
+    def published(self) -> bool:
+        """Whether the paper's figures are to be shown."""
+        return any(one.published for one in self.suites)
+
+
+def results_of(
+    run: Path, bits_per_byte: bool = True, suites: Sequence[str] | None = None
+) -> Results:
+    """The results in a run's folder.
+
+    Args:
+        suites: only these; all that were measured if None.
+    """
+    from fusellm.evaluation.suite_results import read_suites
+    from fusellm.stages.evaluate import read_records
+    from fusellm.store.run_folder import SUITES
+
+    records = [record.as_dict() for record in read_records(run)] if bits_per_byte else None
+    return Results(records, read_suites(run / SUITES, suites))
+
+
+def as_object(found: Results) -> Any:
+    """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
+    from fusellm.evaluation.tables import as_json
+
+    if found.bits_per_byte is not None and not found.suites:
+        return found.bits_per_byte
+    own = {} if found.bits_per_byte is None else {"lm": found.bits_per_byte}
+    return own | as_json([one.comparison for one in found.suites], found.published)
+
+
+def show(found: Results, console: Console) -> None:
+    """Print the tables, each with what its reader needs to know."""
+    if found.bits_per_byte is not None:
+        from fusellm.stages.report import results_table, verdict
+
+        title = "Held-out bits per byte (lower is better), 95 % intervals"
+        console.print(_table(results_table(found.bits_per_byte), title))
+        console.print(Text(verdict(found.bits_per_byte)))
+    for one in found.suites:
+        for part in _suite(one, console):
+            console.print(part)
+
+
+def _suite(one: "SuiteResults", console: Console) -> Iterator[RenderableType]:
+    from fusellm.evaluation.paper import MODELS, SOURCE
+    from fusellm.evaluation.suites import named
+    from fusellm.evaluation.tables import footer, published_table, table, verdict
+
+    comparison = one.comparison
+    suite = named(comparison.suite)
+    yield Text(f"\n{comparison.suite}{f': {suite.about}' if suite else ''}", style="bold")
+    models = len(comparison.models)
+    if comparison.tasks:
+        shown = table(comparison)
+        last = len(shown.columns) - 1
+        parts = [*range(1, models + 1), last], range(models + 1, last)
+        yield from _in_width(shown, parts, console)
+    yield Text("\n".join(footer(comparison)), style="dim")
+    yield Text(verdict(comparison))
+    reference = published_table(comparison.suite) if one.published else None
+    if reference is not None:
+        yield Text(f"\nPublished by the paper's authors ({SOURCE}):")
+        models, last = len(MODELS), len(reference.columns) - 1
+        yield from _in_width(
+            reference, (range(1, models + 1), range(models + 1, last + 1)), console
+        )
+
+
+def _in_width(
+    shown: "Table", parts: Iterable[Sequence[int]], console: Console
+) -> Iterator[RichTable]:
+    """A table whole if the terminal has room, else in several.
+
+    Args:
+        parts: numbers of the columns besides the first that are to stand together.
+    """
+    from fusellm.evaluation.tables import Table
+
+    def of(numbers: Sequence[int]) -> RichTable:
+        columns = [shown.columns[n] for n in numbers]
+        return _table(Table(columns, [[row[n] for n in numbers] for row in shown.rows]))
+
+    whole = of(range(len(shown.columns)))
+    if _width(whole, console) <= console.width:
+        yield whole
+        return
+    for part in parts:
+        numbers = [0]
+        for n in part:
+            if len(numbers) > 1 and _width(of([*numbers, n]), console) > console.width:
+                yield of(numbers)
+                numbers = [0]
+            numbers.append(n)
+        if len(numbers) > 1:
+            yield of(numbers)
+
+
+def _width(shown: RichTable, console: Console) -> int:
+    """In characters, where there is room for all."""
+    return Measurement.get(console, console.options.update(max_width=_WIDE), shown).maximum
+
+
+def _table(shown: "Table", title: str | None = None) -> RichTable:
+    """A table whose cells are shown as they are, brackets too."""
+    found = RichTable(title=title and Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(shown.columns):
+        found.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+    for row in shown.rows:
+        found.add_row(*(Text(cell) for cell in row))
+    return found
+
+
+def require_savable(paths: Sequence[Path]) -> None:
+    """Check before any work that results can be saved in these files.
+
+    Raises:
+        StoreError: a name does not end as it must, or its folder is not there.
+    """
+    for path in paths:
+        if path.suffix not in ENDINGS:
+            raise StoreError(
+                f"--save {path} is no name for a table: end it in {', '.join(ENDINGS)}"
+            )
+        if not path.absolute().parent.is_dir():
+            raise StoreError(f"--save {path}: there is no folder {path.parent}; make it first")
+
+
+def save(found: Results, path: Path) -> None:
+    """Write results as Markdown, CSV or JSON, as the file's name says."""
+    from fusellm.evaluation.tables import csv_text, markdown, markdown_table
+    from fusellm.stages.report import results_table, verdict
+    from fusellm.store.files import write_text
+
+    comparisons = [one.comparison for one in found.suites]
+    records = found.bits_per_byte or []
+    if path.suffix == ".json":
+        text = json.dumps(as_object(found), ensure_ascii=False, indent=1) + "\n"
+    elif path.suffix == ".csv":
+        text = csv_text(comparisons, found.published, records)
+    else:
+        text = markdown(comparisons, found.published)
+        if records:
+            table = markdown_table(results_table(records))
+            text = f"## lm\n\n{table}\n- {verdict(records)}\n\n{text}"
+    write_text(path, text)

@@ -1,0 +1,78 @@
+"""A run's folder: its stages, how far they are, and what can be removed of it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fusellm.errors import StoreError
+from fusellm.store.manifest import MANIFEST, StageFolder
+
+STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
+RECIPE = "recipe.yaml"
+ASIDE = "aside"
+SUITES = "evaluate-suites"
+"""What models answered to the documents of suites: a record a task, and no manifest."""
+INDEX = "index.json"
+"""In that folder: which records belong together."""
+
+
+def suites_of(run: Path) -> tuple[bool, int] | None:
+    """Whether all suites that were begun are finished, and how many records there are.
+
+    Returns:
+        None if none was begun.
+    """
+    begun = [path for path in (run / SUITES).glob("*") if path.is_dir() and path.name != ASIDE]
+    if not begun:
+        return None
+    index = run / SUITES / INDEX
+    finished = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    records = sum(len(list(path.glob("*/*.jsonl"))) for path in begun)
+    return len(finished) >= len(begun), records
+
+
+def records_of(run: Path, models: Sequence[str]) -> list[Path]:
+    """What the trained models among `models` answered to suites, and the index of all answers."""
+    trained = [model for model in models if model in ("fused", "clm")]
+    found = [path for model in trained for path in sorted((run / SUITES).glob(f"*/{model}"))]
+    return [*found, run / SUITES / INDEX] if found else []
+
+
+def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
+    """Files and folders that `clean` removes: what was set aside, checkpoints, and more if asked.
+
+    Nothing is named that a run did not make. With `stores` the manifests and counts of the stores
+    stay, so that the run is still known as finished.
+
+    Raises:
+        StoreError: the folder is no run, or the models that need the stores are not trained yet.
+    """
+    folders = dict(stage_folders(run))
+    if not folders:
+        raise StoreError(f"{run} holds no stage of a run; nothing is removed")
+    if everything:
+        return [path for name in (*STAGES, SUITES, ASIDE, RECIPE) if (path := run / name).exists()]
+    found = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
+    if stores:
+        unfinished = [name for name, folder in folders.items() if not folder.complete]
+        if unfinished or "evaluate" not in folders:
+            raise StoreError(
+                f"{run} is unfinished ({', '.join(unfinished) or 'not evaluated'}) and still needs "
+                "its stores; finish it with `fusellm run`, or give --all"
+            )
+        found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
+    return [path for path in found if path.exists()]
+
+
+def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
+    """The stage folders of a run that have begun, in the order of the stages.
+
+    Raises:
+        StoreError: the folder is no run, or a manifest is damaged.
+    """
+    if not (run / RECIPE).exists():
+        raise StoreError(f"{run} is not a run: it has no {RECIPE}; give the folder of a run")
+    for stage in STAGES:
+        for path in sorted([run / stage, *(run / stage).glob("*")]):
+            if (path / MANIFEST).exists():
+                yield str(path.relative_to(run)), StageFolder(path)
