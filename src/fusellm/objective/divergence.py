@@ -42,19 +42,21 @@ def chunk_losses(
     weights: tuple[torch.Tensor, torch.Tensor],
     divergence: Divergence,
     wants_gradient: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Loss of a chunk, and its gradient in the logits.
 
     Args:
         logits: [C, V] float32.
         weights: [C] of L_CLM and [C] of L_Fusion at each position.
+        out: [C or more, V] float32, which may be used for the gradient.
 
     Returns:
         ([C, V] gradient of the total, or None; [3] float64 total, sum of L_CLM, sum of L_Fusion)
     """
     clm_weight, fusion_weight = weights
     index = torch.arange(len(labels), device=labels.device)
-    p, log_z = _softmax(logits)
+    p, log_z = _softmax(logits, out)
     clm = log_z - logits[index, labels]
     t = divergence.temperature
     if t == 1.0:
@@ -75,10 +77,12 @@ def chunk_losses(
     return p, sums
 
 
-def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax(
+    logits: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """([C, V] probabilities, [C] log of what they were divided by), in two passes."""
     highest, where = logits.max(dim=-1)
-    p = torch.softmax(logits, dim=-1)
+    p = torch.softmax(logits, dim=-1, out=None if out is None else out[: len(logits)])
     return p, highest - torch.log(p.gather(1, where[:, None])[:, 0])
 
 
