@@ -347,7 +347,7 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     inner = chunked.chunk_losses
 
     def recorded(*arguments: object) -> object:
-        asked.append(bool(arguments[-1]))
+        asked.append(bool(arguments[5]))
         return inner(*arguments)
 
     monkeypatch.setattr(chunked, "chunk_losses", recorded)
