@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
-from toolchains import sandbox, support, toolchains  # noqa: F401
+
+pytest_plugins = ["toolchains"]  # fixtures
 
 _TEXT = """the model reads a text and every token of it is a piece that ends at some byte so two
 readers agree where both have read the same return value def class import self print

@@ -19,7 +19,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from fusellm.cli import launch
-from fusellm.cli.launch import require_devices
+from fusellm.cli.launch import require_devices, require_joined
 from fusellm.cli.main import main
 from fusellm.errors import IdentityError, RecipeError, StoreError
 from fusellm.models import batches
@@ -254,6 +254,15 @@ def test_settings_that_several_processes_cannot_have_are_refused(
 def test_a_fault_that_one_process_meets_ends_all(several: Path) -> None:
     """A loss that is no number is told once, by all, where it is known to one alone."""
     assert "loss of step 3 is nan, at the blocks" in (several / "fault").read_text()
+
+
+def test_processes_that_have_not_found_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_joined()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="WORLD_SIZE says 2 processes, and this one is alone"):
+        require_joined()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,6 @@ class Pipeline:
         self.recipe, self.run, self._progress, self._engine = recipe, run, progress, engine
         externalize.require_engine(engine)
         train.check(recipe, run)
-        processes.require_joined()
         self._training_processes = training_processes or processes.count()
         self._evaluation = evaluation or recipe.evaluation
         self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]

@@ -10,7 +10,13 @@ from rich.console import Console
 from fusellm.cli.console import Terminal
 from fusellm.cli.evaluate_screen import as_object, results_of, show
 from fusellm.cli.folder import show_status
-from fusellm.cli.launch import require_devices, require_one_process, speaks, train_on
+from fusellm.cli.launch import (
+    require_devices,
+    require_joined,
+    require_one_process,
+    speaks,
+    train_on,
+)
 from fusellm.errors import StoreError
 from fusellm.recipe_file import changed_evaluation, load_recipe, resolve_paths
 
@@ -80,6 +86,7 @@ def execute(
 
         require_access(push_to)
     pipeline = open_pipeline(place, out, changes, engine, nproc)
+    require_joined()
     if nproc > 1:
         if "evaluate" in stages:
             pipeline.prepare_suites()

@@ -32,14 +32,33 @@ Nproc = Annotated[
 ]
 
 
+def launched() -> int:
+    """How many processes a launcher started this command as; 1 without one."""
+    told = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdigit() else 1
+
+
+def require_joined() -> None:
+    """Check that the processes of a launcher have found each other, which accelerate sees to.
+
+    Raises:
+        RecipeError: each would train alone.
+    """
+    from fusellm.models.processes import count
+
+    if launched() > 1 and count() == 1:
+        raise RecipeError(
+            f"WORLD_SIZE says {launched()} processes, and this one is alone: start them by "
+            "torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+
+
 def require_one_process(command: str) -> None:
     """Refuse a launcher's processes for a command that is the work of one.
 
     Raises:
         RecipeError: there are several.
     """
-    from fusellm.models.processes import launched
-
     if launched() > 1:
         raise RecipeError(
             f"{launched()} processes were started, and `fusellm {command}` is the work of one: "
@@ -54,8 +73,6 @@ def require_devices(count: int) -> None:
         RecipeError: there are fewer.
     """
     import torch
-
-    from fusellm.models.processes import launched
 
     if launched() > 1 and count > 1:
         raise RecipeError(
@@ -110,7 +127,7 @@ def parting() -> Iterator[None]:
         yield
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if _several() and code:
+        if launched() > 1 and code:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
             sys.stdout.flush()
@@ -122,7 +139,7 @@ def parting() -> Iterator[None]:
 
 
 def _leave() -> None:
-    if _several() and "torch.distributed" in sys.modules:
+    if launched() > 1 and "torch.distributed" in sys.modules:
         from fusellm.models.processes import leave
 
         leave()
@@ -149,8 +166,4 @@ def tell_stopped() -> None:
 
 def speaks() -> bool:
     """Whether this process is the one that speaks."""
-    return not _several() or os.environ.get("RANK", "0") == "0"
-
-
-def _several() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"

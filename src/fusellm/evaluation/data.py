@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet
 
 from fusellm.errors import EvaluationError
+from fusellm.models.hub import HUB_FAULTS
 from fusellm.store.files import file_digest
 from fusellm.store.identity import digest
 
@@ -176,7 +177,7 @@ def _download(hub: Hub) -> list[Row]:
         split = datasets.load_dataset(
             hub.dataset, hub.config, split=hub.split, revision=hub.revision
         )
-    except Exception as error:  # whatever datasets and the hub's client raise
+    except (*HUB_FAULTS, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EvaluationError(
             f"{hub} could not be read from the hub ({type(error).__name__}: {reason}); download "

@@ -40,7 +40,7 @@ def other_tasks(name: str, settings: Settings) -> list[Task]:
     try:
         with quiet(), seeded(settings.seed), _no_code_from_the_hub():
             tasks: dict[str, Any] = manager.load([name])["tasks"]
-    except Exception as error:  # whatever tasks, datasets and the hub's client raise
+    except Exception as error:  # a task runs code of its own, and fails as that does
         reason = " ".join(str(error).split())[:300]
         raise EvaluationError(
             f"lm_eval could not load {name} ({type(error).__name__}: {reason}); is the hub "

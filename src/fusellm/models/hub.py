@@ -9,7 +9,8 @@ from huggingface_hub.utils import validate_repo_id
 from fusellm.errors import ModelError
 
 _OWN = ["manifest.json", ".lock", "*.writing"]  # of a run, and of no use elsewhere
-_FAULTS = (HTTPError, OSError, ValueError, RuntimeError)
+HUB_FAULTS = (HTTPError, OSError, ValueError, RuntimeError)
+"""What the hub's client raises."""
 
 
 def require_access(repo: str) -> None:
@@ -26,7 +27,7 @@ def require_access(repo: str) -> None:
         raise ModelError(f"--push-to-hub {repo}: name the owner too, as in owner/{repo}")
     try:
         HfApi().whoami()
-    except _FAULTS as error:
+    except HUB_FAULTS as error:
         raise ModelError(
             f"--push-to-hub {repo}: the hub does not let you in ({_one_line(error)}); log in with "
             "`hf auth login`, or leave --push-to-hub out and give it once you are online: what is "
@@ -51,7 +52,7 @@ def push_model(folder: Path, repo: str, message: str) -> str:
         api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=_OWN
         )
-    except _FAULTS as error:
+    except HUB_FAULTS as error:
         raise ModelError(
             f"{folder} could not be uploaded to {repo} ({_one_line(error)}); it is kept, and the "
             "same command tries again"

@@ -3,37 +3,15 @@
 torchrun and accelerate start them; accelerate joins them when the arguments of a training are made.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed
 from accelerate.utils import gather_object
 
-from fusellm.errors import FusellmError, RecipeError
+from fusellm.errors import FusellmError
 
 Result = TypeVar("Result")
-
-
-def launched() -> int:
-    """How many processes a launcher started this command as; 1 without one."""
-    try:
-        return max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError:
-        return 1
-
-
-def require_joined() -> None:
-    """Check that the processes of a launcher have found each other.
-
-    Raises:
-        RecipeError: each would train alone.
-    """
-    if launched() > 1 and count() == 1:
-        raise RecipeError(
-            f"WORLD_SIZE says {launched()} processes, and this one is alone: start them by "
-            "torchrun or accelerate launch, or unset WORLD_SIZE"
-        )
 
 
 def number() -> int:

@@ -115,9 +115,7 @@ class Rows(Dataset[list[dict[str, Any]]]):
         """
         chance = np.random.default_rng(self._seed)
         blocks, windows = np.array([row[0] for row in self.rows]), self.windows()
-        order = np.concatenate(
-            [chance.permutation(blocks[windows == window]) for window in np.unique(windows)]
-        )
+        order = np.concatenate([chance.permutation(blocks[of]) for of in _by_window(windows)])
         packed: list[list[int]] = []
         rooms: list[tuple[int, int]] = []  # (tokens of room, row), ascending
         for n in order.tolist():
@@ -204,6 +202,16 @@ def _rows(folder: StageFolder, run: Path, corpus: StageFolder, seed: int) -> Row
     return rows
 
 
+def _by_window(windows: np.ndarray) -> list[np.ndarray]:
+    """The indices of each window's entries, ascending, window by window.
+
+    >>> [found.tolist() for found in _by_window(np.array([3, 0, 3, 0]))]
+    [[1, 3], [0, 2]]
+    """
+    order = np.argsort(windows, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(windows[order])) + 1)
+
+
 class RowOrder(Sampler[int]):
     """Rows in an order that is a function of seed and epoch, whichever epoch was read before.
 
@@ -219,7 +227,7 @@ class RowOrder(Sampler[int]):
             step_rows: that all processes read at a time.
         """
         self._rows, self._seed = len(windows), seed
-        self._windows = [np.flatnonzero(windows == window) for window in np.unique(windows)]
+        self._windows = _by_window(windows)
         self._filler = -self._rows % step_rows if processes > 1 else 0
         self._epoch = 0
 

@@ -100,7 +100,8 @@ class ObjectiveTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # accelerate does not reach the sampler of several processes in a resumed epoch.
         self._order.set_epoch(kwargs["epoch"])
-        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+        run: Any = super()._run_epoch
+        return run(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
         """One batch forward and backward.
@@ -167,7 +168,8 @@ class ObjectiveTrainer(Trainer):
         self.require_finite_gradient()
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        get: Any = super()._get_grad_norm
+        norm = get(model, grad_norm)
         self._gradient = norm, self.state.global_step + 1, self._step_blocks
         self._step_blocks = []
         return norm
