@@ -14,7 +14,6 @@ from the tokens' spellings joined, at some positions from the tokenizers' own `d
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from figures import command_line, show
 from fusellm.align.dynamic import least_path
 from fusellm.align.positions import Situation, align_shard
 from fusellm.align.ragged import offsets_of
@@ -308,9 +308,7 @@ def truth(
 
 def arguments_of() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     shared = (_TOKENIZERS / "llama-2").is_dir() and (_TOKENIZERS / "gpt-neox-20b").is_dir()
     parser.add_argument(
         "--target", type=Path, default=_TOKENIZERS / "llama-2" if shared else _ZOO / "prose"
@@ -325,8 +323,6 @@ def arguments_of() -> argparse.Namespace:
         metavar="PATH",
         help="check all pairs of these tokenizers; of all beside the project where none is named",
     )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
@@ -372,11 +368,7 @@ def main() -> None:
     if arguments.pairs is not None:
         folders = arguments.pairs or sorted(f for f in _TOKENIZERS.iterdir() if f.is_dir())
     figures |= coverage(texts, folders, (arguments.source, arguments.target))
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<52} {value:,.3f}")
+    show(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ taken.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from figures import command_line, peak_bytes, show
 from fusellm.config import Recipe
 from fusellm.models.batches import pad, plan_batches
 from fusellm.models.load import ZOO, default_device, load_model
@@ -205,10 +205,10 @@ def memory(run: Path, shards: int, changes: list[str]) -> dict[str, float]:
         def write(shard: str, done: Done) -> None:
             write_encoded(out, shard, done.shard, done.counts)
 
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_bytes()
         read_here(worker, names, lambda shard: read_shard(folder, shard), write, _Nothing())
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"shards": len(names), "before_mb": before / 1024, "peak_mb": after / 1024}
+        after = peak_bytes()
+    return {"shards": len(names), "before_mb": before / 2**20, "peak_mb": after / 2**20}
 
 
 def _child(run: Path, shards: int) -> dict[str, float]:
@@ -220,11 +220,7 @@ def _child(run: Path, shards: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser = command_line(__doc__)
     parser.add_argument("--set", action="append", default=[], help="as in fusellm")
     parser.add_argument("--model", action="append", help="of the zoo; all by default")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
@@ -252,11 +248,7 @@ def main() -> None:
                 "memory_peak_mb": many["peak_mb"],
                 "memory_before_mb": many["before_mb"],
             }
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for key, value in figures.items():
-            print(f"{key:<30} {value:,.3f}")
+    show(figures, arguments.json)
 
 
 if __name__ == "__main__":

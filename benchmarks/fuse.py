@@ -11,10 +11,8 @@ tokenizers over Python's standard library, two further sources, 10 kept a positi
     share_…                      of the CPU seconds: read, align, carry, compare, write
 """
 
-import argparse
 import cProfile
 import json
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +25,7 @@ from types import CodeType
 import numpy as np
 from rich.console import Console
 
+from figures import command_line, peak_bytes, show
 from fusellm.align.ragged import offsets_of
 from fusellm.cli.console import Terminal
 from fusellm.fusion.kept import Kept
@@ -119,7 +118,7 @@ def measure(run: Path, train_bytes: int, profile: bool) -> dict[str, float]:
     for source in pipeline.recipe.sources:
         _made(pipeline, source.name)
     target = StageWriter(externalized_folder(run, TARGET))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     _fuse_warm(run)
     profiler = cProfile.Profile()
     began = time.process_time()
@@ -133,8 +132,8 @@ def measure(run: Path, train_bytes: int, profile: bool) -> dict[str, float]:
         "seconds": seconds,
         "tokens_per_second_per_core": target.counts["tokens"] / seconds,
         "bytes_per_token": _size(run / "fuse") / target.counts["tokens"],
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "start_mb": before / 1024,
+        "peak_mb": peak_bytes() / 2**20,
+        "start_mb": before / 2**20,
     }
     return figures | (_shares(profiler) if profile else {})
 
@@ -186,13 +185,9 @@ def _child(train_bytes: int, *flags: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--bytes", type=int, help="measure one corpus of so many bytes")
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -207,11 +202,7 @@ def main() -> None:
             "peak_mb": large["peak_mb"],
             "bytes_per_token": large["bytes_per_token"],
         } | {name: value for name, value in profiled.items() if name.startswith("share_")}
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<30} {value:,.3f}")
+    show(figures, arguments.json)
 
 
 if __name__ == "__main__":

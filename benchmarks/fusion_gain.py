@@ -7,7 +7,6 @@ Both read the distributions once and train many times. `--set` changes the demo'
 does a fiftieth of the work, `--json` prints one flat object of figures.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from figures import command_line, show
 from fusellm.cli.console import Terminal
 from fusellm.config import Recipe
 from fusellm.pipeline import Pipeline
@@ -111,15 +111,11 @@ def seeds(base: Path, out: Path, changes: list[str], count: int) -> dict[str, fl
 
 def main() -> None:
     """Run one of the two studies."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("study", choices=["search", "seeds"])
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     changes = [*(QUICK if arguments.quick else []), *arguments.set]
     base = arguments.out / "base"
@@ -131,11 +127,7 @@ def main() -> None:
         figures = search(base, arguments.out, changes, rates)
     else:
         figures = seeds(base, arguments.out, changes, 1 if arguments.quick else arguments.seeds)
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<44} {value:.4f}")
+    show(figures, arguments.json, ".4f")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ one batch, all in one run with interleaved rounds; medians of ratios.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from torch.nn.functional import cross_entropy, linear_cross_entropy
 
 from align import _TOKENIZERS as TOKENIZERS
 from align import load as load_encoder
+from figures import command_line, peak_above, show
 from fusellm.align.ragged import offsets_of, take_rows
 from fusellm.align.strategies import STRATEGIES
 from fusellm.config import ModelSettings
@@ -222,18 +222,7 @@ def peak_bytes(batch: Batch, name: str) -> float:
     small = Batch(8, 64, batch.hidden.shape[1])
     clm(small), ours(small, None)
     hidden, weight = batch.leaves()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    held = _resident()
-    ballast = torch.ones(max(0, before - held) // 4)  # what has been freed since the peak
-    before = max(before, _resident())
-    work()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    del ballast
-    return float(after - before - hidden.nbytes - weight.nbytes)
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return float(peak_above(work) - hidden.nbytes - weight.nbytes)
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, float]:
@@ -276,11 +265,7 @@ def error(batch: Batch, outcomes: Outcomes) -> float:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser = command_line(__doc__)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--positions", type=int, default=0)
     parser.add_argument("--size", type=int, default=0, help="of hidden states")
@@ -298,11 +283,7 @@ def main() -> None:
         figures = times(batch, 2 if arguments.quick else arguments.rounds)
         figures |= memory(arguments)
         figures["error"] = max(error(small, small.single()), error(small, small.classes()))
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for key, value in figures.items():
-            print(f"{key:<30} {value:,.7g}")
+    show(figures, arguments.json, ",.7g")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@
 `--quick` repeats less and judges every fourth solution; `--json` prints one flat object of figures.
 """
 
-import argparse
 import gzip
 import importlib
 import json
@@ -22,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from figures import command_line, show
 from fusellm.evaluation.code_problems import judge, read_problems
 from fusellm.evaluation.sandbox import LANGUAGES, Limits, Sandbox, find_sandbox, find_toolchain
 
@@ -77,12 +77,8 @@ def solutions(sandbox: Sandbox, step: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     began = time.perf_counter()
     sandbox = find_sandbox()
@@ -90,11 +86,7 @@ def main() -> None:
     figures |= overhead(sandbox, 20 if arguments.quick else arguments.repeats)
     figures |= attacks(sandbox, quiet=arguments.json)
     figures |= solutions(sandbox, 4 if arguments.quick else 1)
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<18} {value:.4g}")
+    show(figures, arguments.json, ".4g")
 
 
 if __name__ == "__main__":

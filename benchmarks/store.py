@@ -27,8 +27,6 @@ for the whole distribution, which is never stored.
 prints one flat object of figures.
 """
 
-import argparse
-import json
 import random
 import statistics
 import sysconfig
@@ -50,6 +48,7 @@ from transformers import GPTNeoXForCausalLM, PreTrainedModel
 
 from align import _TOKENIZERS as TOKENIZERS
 from align import load as load_encoder
+from figures import command_line, show
 from fusellm.config import ExternalizeSettings, ModelSettings
 from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
 from fusellm.fusion.kept import Kept
@@ -520,12 +519,8 @@ def _arms(
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("what", choices=("sizes", "frontier"), nargs="?", default="sizes")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--models", type=Path, help="folder to keep trained models in")
     parser.add_argument("--seeds", type=int, default=2, help="of the frontier")
     arguments = parser.parse_args()
@@ -536,11 +531,7 @@ def main() -> None:
             figures = sizes(arguments.quick, models)
         else:
             figures = frontier(arguments.quick, models, 1 if arguments.quick else arguments.seeds)
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for key, value in figures.items():
-            print(f"{key:<45} {value:,.4f}")
+    show(figures, arguments.json, ",.4f")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ Rounds are interleaved, and the median of their ratios is taken.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from figures import command_line, peak_above, show
 from fusellm.config import ModelSettings
 from fusellm.models import training_rows
 from fusellm.models.load import load_model, load_tokenizer, locate
@@ -167,12 +167,7 @@ class Bench:
         model = self.model()
         with self.training(kind, steps, model) as trainer:
             gradients = sum(p.nbytes for p in model.parameters())
-            before = _peak()
-            ballast = torch.ones(max(0, before - _resident()) // 4)  # freed since the peak
-            before = max(before, _resident())
-            trainer.train()
-            del ballast
-        return float(_peak() - before - gradients)
+            return float(peak_above(trainer.train) - gradients)
 
 
 _collate = Collator(None, packed=True)
@@ -183,14 +178,6 @@ def without_counts(rows: Any) -> dict[str, Any]:
     batch = _collate(rows)
     del batch["counts"]
     return batch
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(
@@ -215,11 +202,7 @@ def measure(
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser = command_line(__doc__)
     parser.add_argument("--set", action="append", default=[], help="as in fusellm")
     parser.add_argument("--layers", type=int, help="of a target of random weights")
     parser.add_argument("--size", type=int, default=_LARGE[1], help="d of that target")
@@ -257,11 +240,7 @@ def main() -> None:
             large = (min(steps, 5), min(rounds, 3)) if layers else (steps, rounds)
             found = measure(bench, child, *large)
             figures |= {prefix + name: value for name, value in found.items()}
-    if given.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<30} {value:,.3f}")
+    show(figures, given.json)
 
 
 if __name__ == "__main__":

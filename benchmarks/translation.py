@@ -24,7 +24,6 @@ alone, over learning rates and seeds. `--quick` does little of each, `--json` pr
 object.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -37,6 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from figures import command_line
 from fusellm.align.positions import Situation
 from fusellm.align.strategies import STRATEGIES, Tokens
 from fusellm.align.translation import Translation
@@ -329,16 +329,12 @@ def _train(out: Path, base: Path, common: list[str], name: str, rate: str, seed:
 
 def main() -> None:
     """Run one of the three studies."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("study", choices=["measure", "truth", "training"])
     parser.add_argument("--out", type=Path, help="folder for the runs (training)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=["clm", *STRATEGIES], help="training: these")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quick = arguments.quick
     figures: dict[str, float] = {}

@@ -14,7 +14,6 @@ that gives whole characters, the boundary must be there.
 `--quick` throws a hundredth of the texts; `--json` prints one flat object of figures.
 """
 
-import argparse
 import json
 import random
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from figures import command_line
 from fusellm.models.load import ZOO, zoo_folder
 from fusellm.tokens.encode import Encoder
 
@@ -121,13 +121,9 @@ def _special(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     """Throw the texts and print the counts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--texts", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     count = arguments.texts // 100 if arguments.quick else arguments.texts
     texts = list(random_texts(count, arguments.seed))

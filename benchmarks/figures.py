@@ -1,0 +1,48 @@
+"""What the benchmarks have in common: their options, how figures are shown, and peaks of memory."""
+
+import argparse
+import json
+import resource
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser with `--quick` and `--json`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def show(figures: Mapping[str, float], as_json: bool, form: str = ",.3f") -> None:
+    """Print figures: one flat object, or a line each.
+
+    Args:
+        form: of a number.
+    """
+    if as_json:
+        print(json.dumps(figures))
+        return
+    width = max(map(len, figures), default=0)
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:{form}}")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_above(work: Callable[[], object]) -> int:
+    """Bytes of this process' peak during some work, above what it had before."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    ballast = torch.ones(max(0, peak_bytes() - resident) // 4)  # what has been freed since the peak
+    before = peak_bytes()
+    work()
+    del ballast
+    return peak_bytes() - before
