@@ -1,4 +1,7 @@
-"""What the benchmarks have in common: their options, how figures are shown, and peaks of memory."""
+"""What the benchmarks have in common: their options, how figures are shown, and peaks of memory.
+
+Importing it sets up libraries as the command line does.
+"""
 
 import argparse
 import json
@@ -7,6 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+
+from fusellm.cli.main import set_up_libraries
+
+set_up_libraries()
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:

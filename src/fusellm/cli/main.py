@@ -258,9 +258,8 @@ def main() -> None:
     """Run the command line; faults that a user can mend are one line on stderr."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    set_up_libraries()
     try:
-        _quiet_libraries()
         app(args=arguments)
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Ctrl-C, in the seconds of imports as well
@@ -273,7 +272,11 @@ def main() -> None:
         sys.exit(1)
 
 
-def _quiet_libraries() -> None:
+def set_up_libraries() -> None:
+    """Set what libraries read from the environment when they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Arrow's own allocator keeps what its threads have freed: 15 to 30 MB more after 50 shards.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
