@@ -277,6 +277,7 @@ def set_up_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Arrow's own allocator keeps what its threads have freed: 15 to 30 MB more after 50 shards.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, where there are any
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

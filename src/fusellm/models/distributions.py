@@ -6,7 +6,7 @@ once the result has been copied, so that both can run at a time.
 N positions, C positions of a chunk, K kept at a position, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -82,21 +82,28 @@ class Selector:
         """
         budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
         chunk = max(1, budget // self._rows)
+        # A GPU's allocator keeps what is freed; on a CPU new pages cost as much as the numbers.
+        size = (2, min(chunk, len(hidden)), self._rows)
+        scratch = (None, None) if hidden.is_cuda else torch.empty(size).unbind()
         pieces = [
-            self._chunk(hidden[start : start + chunk], true_ids[start : start + chunk], s)
+            self._chunk(hidden[start : start + chunk], true_ids[start : start + chunk], s, scratch)
             for start, s in zip(range(0, len(hidden), chunk), shift.split(chunk), strict=True)
         ]
         return Selected(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
     def _chunk(
-        self, hidden: torch.Tensor, true_ids: torch.Tensor, shift: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        true_ids: torch.Tensor,
+        shift: torch.Tensor,
+        scratch: Sequence[torch.Tensor | None],
     ) -> tuple[torch.Tensor, ...]:
-        logits = self._logits(hidden)[:, : self._vocabulary]
+        logits = self._logits(hidden, scratch[0])[:, : self._vocabulary]
         highest = logits.amax(dim=-1, keepdim=True)
         true = logits.gather(1, true_ids[:, None]) - highest
         if self._settings.scheme == "sampled":
             weights = logits.sub_(highest).exp_()  # one pass through exp serves draws and sum
-            ids, whole = _draw(weights, shift, self._settings.draws)
+            ids, whole = _draw(weights, shift, self._settings.draws, scratch[1])
             log_probs, tail = logits[:, :0], torch.zeros_like(true[:, 0])
             kept = torch.full_like(true_ids, ids.shape[1])
         else:
@@ -106,16 +113,16 @@ class Selector:
         true = (true - torch.log(whole))[:, 0]
         return ids.int(), log_probs, kept.int(), tail, true
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
         if not self._mixed:
-            return self._head.logits(hidden.float())
+            return self._head.logits(hidden.float(), scratch)
         weight, bias = self._head.weight, self._head.bias
         z = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
         return self._head.scaled(z if bias is None else z + bias.float())
 
 
 def _draw(
-    weights: torch.Tensor, shift: torch.Tensor, draws: int
+    weights: torch.Tensor, shift: torch.Tensor, draws: int, scratch: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Systematic draws: one uniform shift a position, then steps of 1/draws along the ids.
 
@@ -124,12 +131,14 @@ def _draw(
 
     Args:
         weights: [C, V] probabilities times a constant of each position.
+        scratch: [C or more, V or more] float32, which may be overwritten.
 
     Returns:
         ([C, draws] ids, ascending; [C, 1] sum of the weights)
     """
     # In place of a float64 cumsum, which costs twice: the error of the last sum is scaled away.
-    cumulative = torch.cumsum(weights, dim=-1)
+    out = None if scratch is None else scratch.view(-1)[: weights.numel()].view(weights.shape)
+    cumulative = torch.cumsum(weights, dim=-1, out=out)
     steps = torch.arange(draws, device=weights.device, dtype=torch.float64)
     points = ((steps + shift[:, None]) / draws * cumulative[:, -1:]).to(cumulative.dtype)
     drawn = torch.searchsorted(cumulative, points, right=True)

@@ -2,7 +2,8 @@
 
 glibc raises the size from which it maps memory of its own to that of the largest array freed so
 far, and keeps the holes between batches of all shapes; oneDNN keeps what it compiled for each of
-the last 1,024 shapes. 50 shards took up to 1.23 times the memory of one, though nothing was held.
+the last 1,024 shapes. 50 shards took up to 1.23 times the memory of one, though nothing was held;
+attention that makes whole matrices (MPT's) left holes of 100 MB and more.
 """
 
 import ctypes
@@ -10,16 +11,16 @@ import os
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MAPPED_BYTES = 4 << 20
+_MAPPED_BYTES = 16 << 20
 _KEPT_BYTES = 64 << 20
 _KEPT_SHAPES = "16"
 
 
 def keep_flat() -> None:
-    """Give arrays of some MB a mapping of their own, which freeing them ends.
+    """Give arrays of 16 MiB and more a mapping of their own, which freeing them ends.
 
-    Smaller ones come from the heap, whose free end is kept up to 64 MiB: giving it back at glibc's
-    128 KiB costs a fifth of the speed.
+    Smaller ones come from the heap, whose free end is kept up to 64 MiB. Lower limits are flatter
+    by a few MB, and cost a fifth of the speed: new pages for every array.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_SHAPES)  # read when first used
     with suppress(OSError, AttributeError):  # another C library
