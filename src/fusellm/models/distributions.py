@@ -84,7 +84,8 @@ class Selector:
         chunk = max(1, budget // self._rows)
         # A GPU's allocator keeps what is freed; on a CPU new pages cost as much as the numbers.
         size = (2, min(chunk, len(hidden)), self._rows)
-        scratch = (None, None) if hidden.is_cuda else torch.empty(size).unbind()
+        on_cpu = hidden.device.type == "cpu"
+        scratch = torch.empty(size).unbind() if on_cpu else (None, None)
         pieces = [
             self._chunk(hidden[start : start + chunk], true_ids[start : start + chunk], s, scratch)
             for start, s in zip(range(0, len(hidden), chunk), shift.split(chunk), strict=True)
@@ -122,7 +123,7 @@ class Selector:
 
 
 def _draw(
-    weights: torch.Tensor, shift: torch.Tensor, draws: int, scratch: torch.Tensor | None = None
+    weights: torch.Tensor, shift: torch.Tensor, draws: int, scratch: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Systematic draws: one uniform shift a position, then steps of 1/draws along the ids.
 
