@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--positions", type=int, default=0)
     parser.add_argument("--size", type=int, default=0, help="of hidden states")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.positions = arguments.positions or (1024 if arguments.quick else 2048)
@@ -286,7 +286,8 @@ def main() -> None:
         return
     figures: dict[str, float] = {}
     for size in sizes:
-        found = times(_batch(arguments, size), 2 if arguments.quick else arguments.rounds)
+        rounds = 2 if arguments.quick else 3 if size >= _LARGE else 11
+        found = times(_batch(arguments, size), arguments.rounds or rounds)
         found |= memory(arguments, size)
         figures |= {f"large_{key}" if figures else key: value for key, value in found.items()}
     small = Batch(24, 3000, 64)
