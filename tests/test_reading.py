@@ -1,6 +1,7 @@
 """What is read of a model, against a plain float64 softmax over each block alone."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import code, prose
 from fusellm.config import ExternalizeSettings, ModelSettings
 from fusellm.models.batches import PADDING, plan_batches, read_blocks
+from fusellm.models.draws import by_cumulative_sum, by_spans
 from fusellm.models.heads import head_of
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.models.reading import Read, SourceReader
@@ -100,6 +102,30 @@ def test_draws_are_as_many_as_their_probability_asks(world: Path, name: str) -> 
             counts[found.kept.ids[entries]] = found.kept.counts[entries]
             assert counts.sum() == DRAWS.draws
             assert np.all(np.abs(counts - DRAWS.draws * position) < 1 + 1e-3)
+
+
+@pytest.mark.parametrize("draw", [by_spans, by_cumulative_sum])
+@given(
+    weights=st.integers(1, 300).flatmap(
+        lambda size: st.lists(
+            st.lists(st.sampled_from([0, 0, 0, 1, 3, 50, 4000]), min_size=size, max_size=size),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    eighths=st.integers(0, 7),
+)
+def test_each_draw_is_the_id_whose_part_of_the_sum_it_falls_into(
+    draw: Callable[..., torch.Tensor], weights: list[list[int]], eighths: int
+) -> None:
+    """Whole numbers, which sum without rounding in whatever order."""
+    counted = np.array(weights)
+    counted[:, -1] += counted.sum(axis=1) == 0
+    shift = torch.full((len(counted),), eighths / 8, dtype=torch.float64)
+    found = draw(torch.from_numpy(counted).float(), shift, 16).numpy()
+    for row, ids in zip(counted, found, strict=True):
+        points = (np.arange(16) + eighths / 8) / 16 * row.sum()
+        assert ids.tolist() == np.repeat(np.arange(len(row)), row)[points.astype(int)].tolist()
 
 
 def test_draws_are_unbiased(world: Path) -> None:

@@ -6,6 +6,7 @@ once the result has been copied, so that both can run at a time.
 N positions, C positions of a chunk, K kept at a position, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -15,10 +16,13 @@ import torch
 from fusellm.align.ragged import offsets_of
 from fusellm.config import ExternalizeSettings
 from fusellm.fusion.kept import Kept
+from fusellm.models.draws import systematic_draws
 from fusellm.objective.chunked import Head
 
-_CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in cache on a CPU
-_CHUNK_ELEMENTS_GPU = 1 << 26
+_CHUNK_ELEMENTS_GPU = 1 << 26  # of C x V logits
+_CHUNK_ELEMENTS = 1 << 22
+_LEAST_ROWS = 256  # of a chunk on a CPU, which reads the head's whole weight for each
+_PIECE_ELEMENTS = 1 << 20  # of a chunk that are looked at together: a few MB, which stay in cache
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Selector:
             bias = None if head.bias is None else head.bias.float()
             head = Head(head.weight.float(), bias, head.scale, head.softcap)
         self._head = head
+        self._on_cpu = head.weight.device.type == "cpu"
+        self._buffers: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def select(self, hidden: torch.Tensor, true_ids: torch.Tensor, shift: torch.Tensor) -> Selected:
@@ -80,85 +86,67 @@ class Selector:
             true_ids: [N] int64.
             shift: [N] float64 in [0, 1), of the draws.
         """
-        budget = _CHUNK_ELEMENTS_GPU if hidden.is_cuda else _CHUNK_ELEMENTS
-        chunk = max(1, budget // self._rows)
-        # A GPU's allocator keeps what is freed; on a CPU new pages cost as much as the numbers.
-        size = (2, min(chunk, len(hidden)), self._rows)
-        on_cpu = hidden.device.type == "cpu"
-        scratch = torch.empty(size).unbind() if on_cpu else (None, None)
-        pieces = [
-            self._chunk(hidden[start : start + chunk], true_ids[start : start + chunk], s, scratch)
-            for start, s in zip(range(0, len(hidden), chunk), shift.split(chunk), strict=True)
-        ]
-        return Selected(*(torch.cat(column) for column in zip(*pieces, strict=True)))
-
-    def _chunk(
-        self,
-        hidden: torch.Tensor,
-        true_ids: torch.Tensor,
-        shift: torch.Tensor,
-        scratch: Sequence[torch.Tensor | None],
-    ) -> tuple[torch.Tensor, ...]:
-        logits = self._logits(hidden, scratch[0])[:, : self._vocabulary]
-        highest = logits.amax(dim=-1, keepdim=True)
-        true = logits.gather(1, true_ids[:, None]) - highest
-        if self._settings.scheme == "sampled":
-            weights = logits.sub_(highest).exp_()  # one pass through exp serves draws and sum
-            ids, whole = _draw(weights, shift, self._settings.draws, scratch[1])
-            log_probs, tail = logits[:, :0], torch.zeros_like(true[:, 0])
-            kept = torch.full_like(true_ids, ids.shape[1])
+        if self._on_cpu:
+            chunk = max(_LEAST_ROWS, _CHUNK_ELEMENTS // self._rows)
+            piece = max(1, _PIECE_ELEMENTS // self._rows)
         else:
-            ids, log_probs, kept, tail, whole = _top(
-                logits, highest, self._settings.k, self._settings.mass
-            )
-        true = (true - torch.log(whole))[:, 0]
-        return ids.int(), log_probs, kept.int(), tail, true
+            chunk = piece = max(1, _CHUNK_ELEMENTS_GPU // self._rows)
+        found: list[tuple[torch.Tensor, ...]] = []
+        for part in zip(
+            hidden.split(chunk), true_ids.split(chunk), shift.split(chunk), strict=True
+        ):
+            logits = self._logits(part[0])[:, : self._vocabulary]
+            pieces = (column.split(piece) for column in (logits, *part[1:]))
+            found += [self._kept(*columns) for columns in zip(*pieces, strict=True)]
+        return Selected(*(torch.cat(column) for column in zip(*found, strict=True)))
 
-    def _logits(self, hidden: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
+    def _kept(
+        self, logits: torch.Tensor, true_ids: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        p = torch.softmax(logits, dim=-1, out=self._buffer("p", logits.shape))
+        # The most probable token's p is exp(0) over the sum: that gives the sum in one quick pass.
+        log_sum = logits.amax(dim=-1, keepdim=True) - torch.log(p.amax(dim=-1, keepdim=True))
+        true = (logits.gather(1, true_ids[:, None]) - log_sum)[:, 0]
+        if self._settings.scheme == "sampled":
+            ids = systematic_draws(p, shift, self._settings.draws)
+            kept = torch.full_like(true_ids, ids.shape[1])
+            return ids, p[:, :0], kept.int(), torch.zeros_like(true), true
+        return *_top(logits, log_sum, self._settings.k, self._settings.mass), true
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self._mixed:
-            return self._head.logits(hidden.float(), scratch)
+            out = self._buffer("logits", (len(hidden), self._rows))
+            return self._head.logits(hidden.float(), out)
         weight, bias = self._head.weight, self._head.bias
         z = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
         return self._head.scaled(z if bias is None else z + bias.float())
 
+    def _buffer(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
+        """Memory to write to again and again: on a CPU new pages cost as much as the numbers.
 
-def _draw(
-    weights: torch.Tensor, shift: torch.Tensor, draws: int, scratch: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Systematic draws: one uniform shift a position, then steps of 1/draws along the ids.
-
-    An id of probability p is drawn floor(draws·p) or ceil(draws·p) times, draws·p on average: as
-    unbiased as independent draws, with less variance.
-
-    Args:
-        weights: [C, V] probabilities times a constant of each position.
-        scratch: [C or more, V or more] float32, which may be overwritten.
-
-    Returns:
-        ([C, draws] ids, ascending; [C, 1] sum of the weights)
-    """
-    # In place of a float64 cumsum, which costs twice: the error of the last sum is scaled away.
-    out = None if scratch is None else scratch.view(-1)[: weights.numel()].view(weights.shape)
-    cumulative = torch.cumsum(weights, dim=-1, out=out)
-    steps = torch.arange(draws, device=weights.device, dtype=torch.float64)
-    points = ((steps + shift[:, None]) / draws * cumulative[:, -1:]).to(cumulative.dtype)
-    drawn = torch.searchsorted(cumulative, points, right=True)
-    return drawn.clamp_(max=weights.shape[1] - 1), cumulative[:, -1:]
+        A GPU's allocator keeps what is freed.
+        """
+        if not self._on_cpu:
+            return None
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = torch.empty(size)
+        return buffer[:size].view(*shape)
 
 
 def _top(
-    logits: torch.Tensor, highest: torch.Tensor, k: int, mass: float | None
+    logits: torch.Tensor, log_sum: torch.Tensor, k: int, mass: float | None
 ) -> tuple[torch.Tensor, ...]:
-    """(ids [C, K], log-probabilities [C, K], kept [C], tail [C], sum of exp(logits − highest))."""
+    """(ids [C, K], log-probabilities [C, K], kept [C], tail [C])."""
     best = torch.topk(logits, min(k, logits.shape[-1]), dim=-1)
-    whole = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-    log_p = best.values - highest - torch.log(whole)
+    log_p = best.values - log_sum
     p = torch.exp(log_p.double())
     kept = torch.isfinite(log_p)
     if mass is not None:
         kept[:, 1:] &= torch.cumsum(p, dim=-1)[:, :-1] < mass
     tail = (1.0 - torch.where(kept, p, 0.0).sum(-1)).clamp_(min=0.0).float()
-    return best.indices, log_p, kept.sum(-1), tail, whole
+    return best.indices.int(), log_p, kept.sum(-1).int(), tail
 
 
 def kept_of_host(selected: Selected, settings: ExternalizeSettings) -> Kept:
