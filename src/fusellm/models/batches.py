@@ -18,7 +18,6 @@ from fusellm.models.heads import input_device, is_sharded, last_hidden
 from fusellm.objective.chunked import Head
 
 _BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
-_CHUNK_ELEMENTS = 1 << 20  # of N x V float32 at a time: a few MB, which stay in cache on a CPU
 PADDING = 0.045
 """Most padding, as a share of the positions of all batches of a shard."""
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
@@ -175,7 +174,7 @@ def cut_rows(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
 def true_log_probs(head: Head, hidden: torch.Tensor, true_ids: torch.Tensor) -> torch.Tensor:
     """[N] float32 nats that a model gives the true next tokens, over all rows of its head."""
     found = torch.empty(len(true_ids), device=hidden.device)
-    chunk = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])
+    chunk = head.rows_to_read()
     for start in range(0, len(true_ids), chunk):
         rows = slice(start, start + chunk)
         logits = head.logits(hidden[rows])

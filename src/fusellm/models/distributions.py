@@ -19,10 +19,7 @@ from fusellm.fusion.kept import Kept
 from fusellm.models.draws import systematic_draws
 from fusellm.objective.chunked import Head
 
-_CHUNK_ELEMENTS_GPU = 1 << 26  # of C x V logits
-_CHUNK_ELEMENTS = 1 << 22
-_LEAST_ROWS = 256  # of a chunk on a CPU, which reads the head's whole weight for each
-_PIECE_ELEMENTS = 1 << 20  # of a chunk that are looked at together: a few MB, which stay in cache
+_PIECE_ELEMENTS = 1 << 20  # of logits that a CPU looks at together: a few MB, which stay in cache
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,8 @@ class Selector:
             true_ids: [N] int64.
             shift: [N] float64 in [0, 1), of the draws.
         """
-        if self._on_cpu:
-            chunk = max(_LEAST_ROWS, _CHUNK_ELEMENTS // self._rows)
-            piece = max(1, _PIECE_ELEMENTS // self._rows)
-        else:
-            chunk = piece = max(1, _CHUNK_ELEMENTS_GPU // self._rows)
+        chunk = self._head.rows_to_read()
+        piece = max(1, _PIECE_ELEMENTS // self._rows) if self._on_cpu else chunk
         found: list[tuple[torch.Tensor, ...]] = []
         for part in zip(
             hidden.split(chunk), true_ids.split(chunk), shift.split(chunk), strict=True

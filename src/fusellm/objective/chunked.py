@@ -18,6 +18,8 @@ from fusellm.objective.outcomes import Outcomes
 
 _CHUNK_ELEMENTS = 1 << 20  # of C x V logits: a few MB, which stay in cache on a CPU
 _CHUNK_ELEMENTS_GPU = 1 << 27
+_READ_ELEMENTS = 1 << 22  # where logits are only read: enough rows for a quick product on a CPU
+_READ_ELEMENTS_GPU = 1 << 26
 _CACHED_WEIGHT = 1 << 22  # elements of a weight that stays in cache beside them
 _LEAST_ROWS = 256  # of a larger weight, which every chunk reads and whose gradient it writes
 
@@ -44,6 +46,11 @@ class Head:
             z = torch.mm(hidden, self.weight.t(), out=out[: len(hidden)])
             return self.scaled(z if self.bias is None else z.add_(self.bias))
         return self.scaled(torch.nn.functional.linear(hidden, self.weight, self.bias).float())
+
+    def rows_to_read(self) -> int:
+        """Positions whose logits are made at a time where they need no gradient."""
+        elements = _READ_ELEMENTS_GPU if self.weight.is_cuda else _READ_ELEMENTS
+        return max(_LEAST_ROWS, elements // self.weight.shape[0])
 
     def _is_plain(self, hidden: torch.Tensor) -> bool:
         """Whether the product is float32 as it is."""
