@@ -76,7 +76,8 @@ class Child:
         output = (self._folder / "output").read_text(errors="replace")
         assert status is not None, f"a child hangs:\n{output}"
         outcome = self._folder / "outcome.json"
-        found = json.loads(outcome.read_text()) if outcome.exists() else {}
+        told = outcome.read_text() if outcome.exists() else ""
+        found = json.loads(told) if told.endswith("}") else {}  # killed as it wrote it
         return Ended(
             status, found.get("error"), found.get("message", ""), found.get("seen", {}), output,
             seconds,
@@ -438,7 +439,7 @@ def memory_is_out(run: Path, most: int, chance: float, seed: int, message: str |
     from fusellm.models.distributions import Selector
 
     rng = random.Random(seed)
-    last_hidden, read_blocks, chunk = batches.last_hidden, reading.read_blocks, Selector._chunk
+    last_hidden, read_blocks, kept = batches.last_hidden, reading.read_blocks, Selector._kept
     calls: list[Any] = []  # "shard", or [blocks, tokens, fits]
     SEEN["calls"] = calls
 
@@ -461,12 +462,12 @@ def memory_is_out(run: Path, most: int, chance: float, seed: int, message: str |
             fail()
         return last_hidden(model, **inputs)
 
-    def my_chunk(self: Selector, *arguments: Any) -> Any:
+    def my_kept(self: Selector, *arguments: Any) -> Any:
         if calls[-1][0] > 1 and rng.random() < chance / 8:
             fail()
-        return chunk(self, *arguments)
+        return kept(self, *arguments)
 
-    batches.last_hidden, reading.read_blocks, Selector._chunk = my_hidden, my_read, my_chunk
+    batches.last_hidden, reading.read_blocks, Selector._kept = my_hidden, my_read, my_kept
 
 
 def not_finite(run: Path, tokens: int, marker: str, seed: int) -> None:
