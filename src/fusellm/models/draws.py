@@ -1,4 +1,4 @@
-"""Systematic draws from distributions.
+"""Seeded draws from distributions: Sparse Logit Sampling (arXiv 2503.16870), drawn systematically.
 
 C positions, V vocabulary.
 """
@@ -19,9 +19,10 @@ def systematic_draws(weights: torch.Tensor, shift: torch.Tensor, draws: int) -> 
     Args:
         weights: [C, V] float32 probabilities times a constant of each position.
         shift: [C] float64 in [0, 1).
+        draws: at each position.
 
     Returns:
-        [C, draws] int32 ids, ascending; any ids where weights are not finite.
+        [C, draws] int32 ids, ascending; some ids or other where weights are not finite.
 
     Example:
         >>> systematic_draws(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([0.5]).double(), 4)
