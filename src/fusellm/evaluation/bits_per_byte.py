@@ -34,7 +34,7 @@ def blocks_nats(
         A [L] float64 array a block, NaN where nothing was predicted (the first token's bytes of a
         model without BOS); None where the tokenizer's walk failed.
     """
-    head = None if is_sharded(model) else head_of(model)
+    head = None if is_sharded(model) else head_of(model).widened()
     found: list[np.ndarray | None] = [
         None if block.ends is None else np.full(length, np.nan)
         for block, length in zip(encoded, lengths_bytes, strict=True)

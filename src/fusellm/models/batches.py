@@ -172,7 +172,11 @@ def cut_rows(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
 
 @torch.no_grad()
 def true_log_probs(head: Head, hidden: torch.Tensor, true_ids: torch.Tensor) -> torch.Tensor:
-    """[N] float32 nats that a model gives the true next tokens, over all rows of its head."""
+    """[N] float32 nats that a model gives the true next tokens, over all rows of its head.
+
+    Args:
+        head: on a CPU best `widened`, once for many batches.
+    """
     found = torch.empty(len(true_ids), device=hidden.device)
     chunk = head.rows_to_read()
     for start in range(0, len(true_ids), chunk):

@@ -65,12 +65,7 @@ class Selector:
         """`vocabulary`: the head's first rows that have a token."""
         self._settings = settings
         self._rows, self._vocabulary = head.weight.shape[0], min(vocabulary, head.weight.shape[0])
-        half = head.weight.dtype != torch.float32
-        self._mixed = half and head.weight.is_cuda  # bf16 in, float32 out, in one product
-        if half and not self._mixed:
-            bias = None if head.bias is None else head.bias.float()
-            head = Head(head.weight.float(), bias, head.scale, head.softcap)
-        self._head = head
+        self._head = head.widened()
         self._on_cpu = head.weight.device.type == "cpu"
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -108,12 +103,7 @@ class Selector:
         return *_top(logits, log_sum, self._settings.k, self._settings.mass), true
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self._mixed:
-            out = self._buffer("logits", (len(hidden), self._rows))
-            return self._head.logits(hidden.float(), out)
-        weight, bias = self._head.weight, self._head.bias
-        z = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
-        return self._head.scaled(z if bias is None else z + bias.float())
+        return self._head.logits(hidden, self._buffer("logits", (len(hidden), self._rows)))
 
     def _buffer(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
         """Memory to write to again and again: on a CPU new pages cost as much as the numbers.

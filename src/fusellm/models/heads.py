@@ -165,8 +165,8 @@ def check_head(model: PreTrainedModel) -> None:
     """
     head = head_of(model)
     ids = torch.arange(min(_PROBE_TOKENS, len(head.weight)), device=input_device(model))[None]
-    mine = head.logits(last_hidden(model, input_ids=ids))
-    theirs = model(input_ids=ids, use_cache=False).logits.float().to(mine.device)
+    mine = head.logits(last_hidden(model, input_ids=ids)[0])
+    theirs = model(input_ids=ids, use_cache=False).logits[0].float().to(mine.device)
     name = type(model).__name__
     if mine.shape != theirs.shape:
         raise ModelError(

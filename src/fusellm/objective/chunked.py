@@ -7,7 +7,7 @@ N positions, d hidden size, V vocabulary, C positions of a chunk.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence, chunk_losses
 from fusellm.objective.outcomes import Outcomes
+from fusellm.objective.products import factors_as_bfloat16
 
 _CHUNK_ELEMENTS = 1 << 20  # of C x V logits: a few MB, which stay in cache on a CPU
 _CHUNK_ELEMENTS_GPU = 1 << 27
@@ -35,27 +36,60 @@ class Head:
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    was_bfloat16: bool = False
+    """Whether `weight` is float32 and holds numbers that bfloat16 has."""
+
+    def widened(self) -> "Head":
+        """The head with its weights in float32, for `logits` on a CPU.
+
+        Where they are half precision, each call would widen them anew. On CUDA as it is.
+        """
+        if self.weight.is_cuda or self.weight.dtype == torch.float32:
+            return self
+        bias = None if self.bias is None else self.bias.float()
+        exact = self.weight.dtype == torch.bfloat16
+        return replace(self, weight=self.weight.float(), bias=bias, was_bfloat16=exact)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[C, V] float32 logits of [C, d] hidden states.
 
+        Where no gradient is to flow through them, they are not rounded to half precision, whatever
+        the factors are: bfloat16 keeps steps of 1/8 of a logit of 20. (But autocast on CUDA rounds
+        them, as it does for Trainer.)
+
         Args:
             out: [C or more, V] float32, which may be used for them.
         """
-        if out is not None and self._is_plain(hidden):
-            z = torch.mm(hidden, self.weight.t(), out=out[: len(hidden)])
-            return self.scaled(z if self.bias is None else z.add_(self.bias))
-        return self.scaled(torch.nn.functional.linear(hidden, self.weight, self.bias).float())
+        if self.weight.is_cuda or _is_differentiated(hidden, self.weight):
+            return self.scaled(self._logits_by_torch(hidden))
+        if out is None:  # and autocast leaves products alone whose place is given
+            out = hidden.new_empty((len(hidden), len(self.weight)), dtype=torch.float32)
+        with factors_as_bfloat16(self.takes_bfloat16(hidden)):
+            z = torch.mm(hidden.float(), self.weight.float().t(), out=out[: len(hidden)])
+        return self.scaled(z if self.bias is None else z.add_(self.bias))
+
+    def _logits_by_torch(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        is_half = hidden.dtype == weight.dtype != torch.float32
+        if not is_half or _is_differentiated(hidden, weight):
+            return torch.nn.functional.linear(hidden, weight, bias).float()
+        z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return z if bias is None else z.add_(bias)
+
+    def takes_bfloat16(self, hidden: torch.Tensor) -> bool:
+        """Whether products on a CPU are of factors rounded to bfloat16.
+
+        Either they are bfloat16 already, or autocast asks for it (`bf16: true`).
+        """
+        if torch.is_autocast_enabled("cpu"):
+            return torch.get_autocast_dtype("cpu") == torch.bfloat16
+        weight_is = self.was_bfloat16 or self.weight.dtype == torch.bfloat16
+        return weight_is and hidden.dtype == torch.bfloat16
 
     def rows_to_read(self) -> int:
         """Positions whose logits are made at a time where they need no gradient."""
         elements = _READ_ELEMENTS_GPU if self.weight.is_cuda else _READ_ELEMENTS
         return max(_LEAST_ROWS, elements // self.weight.shape[0])
-
-    def _is_plain(self, hidden: torch.Tensor) -> bool:
-        """Whether the product is float32 as it is."""
-        types = {hidden.dtype, self.weight.dtype}
-        return types == {torch.float32} and not torch.is_autocast_enabled(hidden.device.type)
 
     def scaled(self, z: torch.Tensor) -> torch.Tensor:
         """[C, V] what the architecture makes of its head's product."""
@@ -138,8 +172,8 @@ class _Objective(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wants = [wants_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        head = Head(weight, bias, head.scale, head.softcap)
-        gradients = _Gradients(hidden, head, wants)
+        gradients = _Gradients(hidden, (weight, bias), wants)
+        head = replace(head, weight=weight, bias=bias).widened()
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
         chunk = _chunk_rows(weight)
         cuts = _Cuts(outcomes, chunk)
@@ -160,7 +194,7 @@ class _Objective(torch.autograd.Function):
             )
             sums += parts
             if d_logits is not None:
-                gradients.add(rows, logits, d_logits)
+                gradients.add(head, rows, logits, d_logits)
         ctx.gradients = gradients.finished()
         total, clm, fusion = (one.to(torch.float32) for one in sums)  # no views
         ctx.mark_non_differentiable(clm, fusion)
@@ -181,22 +215,52 @@ class _Objective(torch.autograd.Function):
 class _Gradients:
     """Gradients of hidden states, weight and bias, those that are wanted, added up in float32."""
 
-    def __init__(self, hidden: torch.Tensor, head: Head, wants: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor | None],
+        wants: Sequence[bool],
+    ) -> None:
+        """`inputs`: weight and bias as they came, whose types the gradients have in the end."""
+
         def zeros(like: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(like, dtype=torch.float32)
 
-        self._inputs, self._head = hidden, head
+        weight, bias = inputs
+        self._inputs, self._types = hidden, (weight.dtype, None if bias is None else bias.dtype)
         self._hidden = torch.empty_like(hidden) if wants[0] else None
-        self._weight = zeros(head.weight) if wants[1] else None
-        self._bias = zeros(head.bias) if wants[2] and head.bias is not None else None
+        self._weight = zeros(weight) if wants[1] else None
+        self._bias = zeros(bias) if wants[2] and bias is not None else None
 
-    def add(self, rows: slice, logits: torch.Tensor, d_logits: torch.Tensor) -> None:
+    def add(self, head: Head, rows: slice, logits: torch.Tensor, d_logits: torch.Tensor) -> None:
         """Take a chunk's [C, V] gradient in its logits, which is changed."""
-        head, weight = self._head, self._head.weight
         if head.softcap is not None:
             d_logits *= 1 - (logits / head.softcap) ** 2
         if head.scale != 1.0:
             d_logits *= head.scale
+        if self._bias is not None:
+            self._bias += d_logits.sum(0)
+        if head.weight.is_cuda:
+            self._multiply_on_cuda(head.weight, rows, d_logits)
+            return
+        with factors_as_bfloat16(head.takes_bfloat16(self._inputs)):
+            self._multiply(head.weight, rows, d_logits)
+
+    def _multiply(self, weight: torch.Tensor, rows: slice, d_logits: torch.Tensor) -> None:
+        """d_hidden = d_logits W and d_W += d_logitsᵀ h, on a CPU, in float32.
+
+        All products have a place for their result: autocast leaves them alone.
+        """
+        if self._hidden is not None:
+            is_float = self._hidden.dtype == torch.float32
+            place = self._hidden[rows] if is_float else weight.new_empty(self._hidden[rows].shape)
+            torch.mm(d_logits, weight, out=place)
+            if not is_float:
+                self._hidden[rows] = place
+        if self._weight is not None:
+            self._weight.addmm_(d_logits.t(), self._inputs[rows].float())
+
+    def _multiply_on_cuda(self, weight: torch.Tensor, rows: slice, d_logits: torch.Tensor) -> None:
         narrow, hidden = d_logits.to(weight.dtype), self._inputs[rows]
         if self._hidden is not None:
             if self._hidden.dtype == weight.dtype:
@@ -208,17 +272,19 @@ class _Gradients:
                 self._weight.addmm_(narrow.t(), hidden)
             else:
                 self._weight += narrow.t() @ hidden
-        if self._bias is not None:
-            self._bias += d_logits.sum(0)
 
     def finished(self) -> list[torch.Tensor | None]:
         """In the order and the types of what they belong to."""
-        weight, bias = self._head.weight, self._head.bias
+        weight_type, bias_type = self._types
         return [
             self._hidden,
-            None if self._weight is None else self._weight.to(weight.dtype),
-            None if self._bias is None or bias is None else self._bias.to(bias.dtype),
+            None if self._weight is None else self._weight.to(weight_type),
+            None if self._bias is None or bias_type is None else self._bias.to(bias_type),
         ]
+
+
+def _is_differentiated(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _chunk_rows(weight: torch.Tensor) -> int:
