@@ -110,7 +110,7 @@ def continuation_nats(
             continuation.
         answered: called with a pair's number when its nats are known.
     """
-    head = head_of(model)
+    head = head_of(model).widened()
     alike: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
         read = tuple(context + continuation)[-(max_length + 1) :][:-1]
