@@ -53,6 +53,7 @@ _SMALL = Path(__file__).parent.parent / "src" / "fusellm" / "recipes" / "small.y
 _ZOO = ["target.model=zoo/prose", "sources.0.model=zoo/python", "sources.1.model=zoo/cpp"]
 _LITTLE = ["training.max_steps=75", "training.validations=2"]  # some 100,000 tokens
 _RATES = ("2.5e-5", "5e-5", "1e-4", "2e-4")
+_RECENT_BYTES, _BEGINNING_BYTES = 150_000, 4096
 SELF = "itself"
 """Name of the target where it is one of its own sources."""
 
@@ -166,13 +167,26 @@ def held_out(study: Study, recent: Path | None) -> list[Held]:
         joined[key] = joined.get(key, "") + block.text
     found = [Held("installed", [(*key, text) for key, text in joined.items()])]
     if recent is not None:
-        documents = [
-            (path.stem, str(row["name"]), str(row["text"]))
-            for path in sorted(recent.glob("*.jsonl"))
-            for row in map(json.loads, path.read_text("utf-8").splitlines())
-        ]
+        documents = [d for path in sorted(recent.glob("*.jsonl")) for d in beginnings(path)]
         found.append(Held("recent", documents))
     return found
+
+
+def beginnings(file: Path) -> list[tuple[str, str, str]]:
+    """Beginnings of a domain's documents, in the order of a hash, up to a number of bytes.
+
+    Many documents tell more than long ones: intervals are over documents.
+    """
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    rows.sort(key=lambda row: digest(row["name"]))
+    chosen, left = [], _RECENT_BYTES
+    for row in rows:
+        text = next(cut(row["text"], _BEGINNING_BYTES))
+        left -= len(text.encode())
+        if left < 0:
+            break
+        chosen.append((file.stem, str(row["name"]), text))
+    return chosen
 
 
 def nats_of(settings: ModelSettings, held: Held, block_bytes: int, cache: Path) -> list[np.ndarray]:
