@@ -18,8 +18,8 @@ built-in corpus: documents of its three domains, cut at 2,048 bytes, most of the
     padding          share of padded positions in our batches; most of the models
     memory_growth    peak memory of a process that reads 50 shards over that of one that reads 1
 
-With --recipe the sources of another recipe are read, in its precision, and the authors' loop and
-the growth of memory are left out.
+With --recipe the sources of another recipe are read, in its precision, over a little text; the
+authors' loop and the growth of memory are left out.
 
 Speeds are in real tokens per second. Rounds are interleaved, and the median of their ratios is
 taken. The stage's settings of the C library's allocator hold for ours alone.
@@ -291,8 +291,9 @@ def main() -> None:
         names = names or [s.name for s in load_recipe(arguments.recipe, arguments.set).sources]
         size, rounds = (40_000, 3) if arguments.quick else (300_000, 8)
         if not is_demo:
-            size, rounds = (10_000, 1) if arguments.quick else (40_000, 3)
-        changes = [_LITTLE, *arguments.set] if arguments.quick else arguments.set
+            size, rounds = (4_000, 1) if arguments.quick else (8_000, 3)
+        little = arguments.quick or not is_demo
+        changes = [_LITTLE, *arguments.set] if little else arguments.set
         found = {name: measure(name, size, rounds, changes, arguments.recipe) for name in names}
         worst = {"over_forward": min, "over_forward_float32": min, "over_textbook": min}
         figures = {
