@@ -37,7 +37,8 @@ import torch
 from figures import command_line, peak_bytes, show
 from fusellm.config import Recipe
 from fusellm.models.batches import pad, plan_batches
-from fusellm.models.load import ZOO, default_device, load_model
+from fusellm.models.load import default_device, load_model
+from fusellm.models.places import ZOO
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe

@@ -33,10 +33,21 @@ class Encoded:
 class Encoder:
     """A tokenizer with its tokens as bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises TokenizerError where the tokens cannot be told as bytes."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> None:
+        """Read a tokenizer's tokens.
+
+        Args:
+            rows: of the head of its model. Special tokens beyond them are left out: the model
+                neither reads nor predicts them.
+
+        Raises:
+            TokenizerError: the tokens cannot be told as bytes.
+        """
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
+        self.is_cut = rows is not None and rows < len(self.vocabulary)
+        if rows is not None and self.is_cut:
+            self.vocabulary = self.vocabulary.below(rows)
         self._text_ids = text_ids_of(tokenizer)
 
     @cached_property
