@@ -83,6 +83,8 @@ def _write_without_weights(header: GgufHeader, path: Path) -> None:
         elif field.value:
             writer.add_key_value(key, field.value, gguf.GGUFValueType.ARRAY, kind)
     writer.add_token_list(["token"])
+    if header.rows is not None and header.own("vocab_size") is None:
+        writer.add_vocab_size(header.rows)
     for name in header.tensors:
         writer.add_tensor(name, np.zeros(1, np.float32))
     writer.write_header_to_file()

@@ -208,8 +208,9 @@ def _with_model(
     try:
         return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **settings))
     except Exception as error:  # the library has no class of its own for it
+        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{header.path} has merges that do not fit its tokens ({error}); {_CURE}"
+            f"{header.path} has merges that do not fit its tokens ({reason}); {_CURE}"
         ) from error
 
 

@@ -54,7 +54,7 @@ def gguf_file(settings: ModelSettings) -> tuple[Path, str | None] | None:
             raise ModelError(f"{model} names a file already; leave gguf_file: {name} out")
         if not path.is_file():
             raise ModelError(f"there is no GGUF file {model}; check the path")
-        return path, None
+        return path.absolute(), None
     if name is None:
         return None
     require_gguf(model)
@@ -64,7 +64,7 @@ def gguf_file(settings: ModelSettings) -> tuple[Path, str | None] | None:
         if not (path / name).is_file():
             there = ", ".join(sorted(p.name for p in path.glob(f"*{SUFFIX}"))[:6]) or "none"
             raise ModelError(f"{model} has no {name}; its GGUF files: {there}")
-        return path / name, None
+        return (path / name).absolute(), None
     return _of_hub(settings, name)
 
 
