@@ -168,7 +168,8 @@ def tiny(architecture: str, rows: int, tied: bool = True, **changes: Any) -> Pre
         "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     }
     config, model = kinds[architecture]
-    own = {"head_dim": 16, "sliding_window": 8} if architecture == "gemma3" else {}
+    gemma = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    own = gemma if architecture == "gemma3" else {}
     torch.manual_seed(0)
     made = model(config(vocab_size=rows, tie_word_embeddings=tied, **(_SIZES | own | changes)))
     with torch.no_grad():

@@ -392,6 +392,18 @@ def test_an_unknown_rotation_is_refused(small: Any, changes: dict[str, Any], par
     assert fault.endswith("give the model as a folder of safetensors")
 
 
+def test_the_largest_gemma_has_a_scale_of_its_own(tmp_path: Path) -> None:
+    """The real one has 5,376 columns and 32 heads of 128, and divides scores by √168."""
+    vocabulary = VOCABULARIES["gemma3"]()
+    scales = {}
+    for layers in (2, 62):
+        sizes = {"num_hidden_layers": layers, "hidden_size": 96, "intermediate_size": 32}
+        model = ggufs.tiny("gemma3", vocabulary.rows, **sizes)
+        path = ggufs.write(tmp_path / f"{layers}.gguf", model, vocabulary.fields)
+        scales[layers] = locate(ModelSettings(model=str(path))).config.query_pre_attn_scalar
+    assert scales == {2: 16, 62: 24}
+
+
 # Words of pre-tokenization
 
 PIECES = {

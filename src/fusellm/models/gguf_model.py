@@ -1,8 +1,8 @@
 """A model from a GGUF file: its configuration, and how transformers is asked to load it.
 
 transformers takes most of a configuration from the file's metadata, and leaves some of it at the
-defaults of the architecture, in silence. How positions are rotated (RoPE) is mended here or
-refused, since a wrong rotation gives another model.
+defaults of the architecture, in silence. How positions are rotated (RoPE) and how attention is
+scaled is mended here or refused, since another rotation or scale gives another model.
 """
 
 import math
@@ -36,6 +36,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 _SCALED_BY_TRANSFORMERS = ("gpt-oss", "gpt_oss")
+# Layers of Gemma's models of 27B, whose scale no file says; llama.cpp tells it by them too.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
 
 
 def config_of(header: GgufHeader) -> PretrainedConfig:
@@ -61,6 +63,7 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
     config.architectures = [name] if isinstance(name, str) else None
     config.name_or_path = str(header.path)
     _mend_rotation(config, header)
+    _mend_attention(config, header)
     return config
 
 
@@ -129,6 +132,19 @@ def as_ordinary(model: PreTrainedModel, path: Path) -> PreTrainedModel:
     model.config.name_or_path = str(path)
     model.name_or_path = str(path)
     return model
+
+
+def _mend_attention(config: PretrainedConfig, header: GgufHeader) -> None:
+    """Have scores of Gemma 2 and 3 scaled, and capped, as llama.cpp does."""
+    layers = _LARGEST_GEMMA.get(header.architecture)
+    if layers is None:
+        return
+    is_largest = header.own("block_count") == layers
+    whole = config.hidden_size // config.num_attention_heads
+    config.query_pre_attn_scalar = whole if is_largest else config.head_dim
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (value := header.own(cap)) is not None:
+            setattr(config, cap, value)
 
 
 def _mend_rotation(config: PretrainedConfig, header: GgufHeader) -> None:
