@@ -251,7 +251,8 @@ def test_a_whole_run_from_a_file_ends_in_an_ordinary_model(
 ) -> None:
     path, folder = made("qwen2", "Q8_0", False)
     run = tmp_path / "run"
-    changes = (f"target.model={path}", f"sources.1.model={path}", "sources.1.dtype=bfloat16")
+    target = (f"target.model={path.parent}", f"target.gguf_file={path.name}")
+    changes = (*target, f"sources.1.model={path}", "sources.1.dtype=bfloat16")
     whole = pipeline(world, run, *changes)
     whole.execute(["corpus", "externalize", "fuse", "train", "evaluate"])
     fused = run / "train" / "fused"
@@ -360,6 +361,18 @@ def test_frequencies_of_llama_3_1_are_those_of_the_file(small: Any) -> None:
     model: Any = load_model(locate(ModelSettings(model=str(path))), CPU)
     found = model.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(found, base ** -(np.arange(8) / 8) / wanted, rtol=1e-5)
+
+
+def test_each_kind_of_layer_has_the_base_that_the_file_says(tmp_path: Path) -> None:
+    """transformers reads one of the two, and for some architectures none."""
+    vocabulary = VOCABULARIES["gemma3"]()
+    bases = {"gemma3.rope.freq_base": 12_345.0, "gemma3.rope.freq_base_swa": 678.0}
+    path = ggufs.write(
+        tmp_path / "bases.gguf", ggufs.tiny("gemma3", vocabulary.rows), vocabulary.fields | bases
+    )
+    rope = rope_of(path)
+    assert rope["full_attention"]["rope_theta"] == 12_345.0
+    assert rope["sliding_attention"]["rope_theta"] == 678.0
 
 
 def test_a_linear_scaling_is_taken_over(small: Any) -> None:

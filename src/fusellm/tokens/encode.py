@@ -37,15 +37,16 @@ class Encoder:
         """Read a tokenizer's tokens.
 
         Args:
-            rows: of the head of its model. Special tokens beyond them are left out: the model
-                neither reads nor predicts them.
+            rows: of the head of its model. Special tokens beyond them are left out, where there
+                are no others: the model neither reads nor predicts them.
 
         Raises:
             TokenizerError: the tokens cannot be told as bytes.
         """
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
-        self.is_cut = rows is not None and rows < len(self.vocabulary)
+        beyond = () if rows is None else self.vocabulary.token_bytes[rows:]
+        self.is_cut = len(beyond) > 0 and not any(beyond)
         if rows is not None and self.is_cut:
             self.vocabulary = self.vocabulary.below(rows)
         self._text_ids = text_ids_of(tokenizer)
