@@ -1,6 +1,6 @@
 """How fast distributions are read: over the model's own forward, and over the authors' loop.
 
-    python benchmarks/externalize.py [--quick] [--json] [--memory]
+    python benchmarks/externalize.py [--quick] [--json] [--recipe FILE --set KEY=VALUE]
 
 Ours is what the stage does with a loaded model, from a finished corpus to shards on disk: it
 tokenizes, runs the model, selects, encodes, writes and syncs. All read the same blocks of the
@@ -9,11 +9,17 @@ built-in corpus: documents of its three domains, cut at 2,048 bytes, most of the
 
     over_forward     speed of ours over the bare forward `model(ids, mask)`, logits and all, on the
                      same batches; tokenized beforehand; least of the models
+    over_forward_float32
+                     the same where the reference's logits are float32 too, as ours are: the
+                     model's body, and its head's product in float32; only of half-precision models
     over_textbook    speed of ours over the authors' loop: blocks padded to the model's context,
                      whole logits in half precision to the host, cross-entropy and top 10 of these;
                      least of the models
     padding          share of padded positions in our batches; most of the models
     memory_growth    peak memory of a process that reads 50 shards over that of one that reads 1
+
+With --recipe the sources of another recipe are read, in its precision, and the authors' loop and
+the growth of memory are left out.
 
 Speeds are in real tokens per second. Rounds are interleaved, and the median of their ratios is
 taken. The stage's settings of the C library's allocator hold for ours alone.
@@ -37,8 +43,8 @@ import torch
 from figures import command_line, peak_bytes, show
 from fusellm.config import Recipe
 from fusellm.models.batches import pad, plan_batches
+from fusellm.models.heads import head_of, last_hidden
 from fusellm.models.load import default_device, load_model
-from fusellm.models.places import ZOO
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe
@@ -67,10 +73,12 @@ class _Nothing:
         pass
 
 
-def corpus(run: Path, train_bytes: int, shard_blocks: int, changes: list[str]) -> Pipeline:
+def corpus(
+    run: Path, train_bytes: int, shard_blocks: int, changes: list[str], recipe_file: Path = _DEMO
+) -> Pipeline:
     """A run with its corpus made, here or before."""
     recipe = load_recipe(
-        _DEMO,
+        recipe_file,
         [
             f"corpus.train_bytes={train_bytes}",
             "corpus.block_bytes=2048",
@@ -93,6 +101,9 @@ class Contest:
         self.device = default_device()
         self.worker = Worker(self.recipe, reader.located, reader.encoder, self.device)
         self.model = load_model(reader.located, self.device)
+        weight = head_of(self.model).weight.detach()
+        self.is_half = weight.dtype != torch.float32
+        self.float32_weight = weight.float()
         self.context = int(reader.located.context_tokens or 2048)
         folder = open_corpus(pipeline.run)
         self.blocks: dict[str, list[Block]] = {
@@ -140,6 +151,16 @@ class Contest:
             for batch in plan:
                 ids, mask = pad([self.ids[shard][n] for n in batch], self.device)
                 self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        self._wait()
+
+    @torch.no_grad()
+    def float32_forward(self) -> None:
+        """The model's body, and all logits in float32 by a float32 product."""
+        for shard, plan in self.plan.items():
+            for batch in plan:
+                ids, mask = pad([self.ids[shard][n] for n in batch], self.device)
+                hidden = last_hidden(self.model, input_ids=ids, attention_mask=mask)
+                hidden.float() @ self.float32_weight.t()
         self._wait()
 
     @torch.no_grad()
@@ -196,21 +217,34 @@ def _ratios(
     return found
 
 
-def measure(name: str, train_bytes: int, rounds: int, changes: list[str]) -> dict[str, float]:
+def measure(
+    name: str, train_bytes: int, rounds: int, changes: list[str], recipe_file: Path
+) -> dict[str, float]:
     """Figures of one model."""
     with tempfile.TemporaryDirectory() as place:
-        contest = Contest(corpus(Path(place), train_bytes, 64, changes), name)
+        run = corpus(Path(place), train_bytes, 64, changes, recipe_file)
+        contest = Contest(run, name)
         contest.forward(), contest.ours()
         forward = _ratios(contest.forward, contest.ours, rounds)
-        textbook = _ratios(contest.textbook, contest.ours, min(rounds, _TEXTBOOK_ROUNDS))
-    seconds = statistics.median(ours for _, ours in forward)
-    return {
-        "tokens_per_second": contest.tokens / seconds,
-        "over_forward": statistics.median(theirs / ours for theirs, ours in forward),
-        "over_textbook": statistics.median(theirs / ours for theirs, ours in textbook),
-        "padding": contest.padding(),
-        "mean_tokens": float(np.mean([len(r) for rows in contest.ids.values() for r in rows])),
-    }
+        figures = {
+            "tokens_per_second": contest.tokens / statistics.median(ours for _, ours in forward),
+            "over_forward": statistics.median(theirs / ours for theirs, ours in forward),
+            "padding": contest.padding(),
+            "mean_tokens": float(np.mean([len(r) for rows in contest.ids.values() for r in rows])),
+        }
+        if contest.is_half:
+            figures["over_forward_float32"] = statistics.median(
+                theirs / ours
+                for theirs, ours in _ratios(contest.float32_forward, contest.ours, rounds)
+            )
+        if recipe_file == _DEMO:
+            figures["over_textbook"] = statistics.median(
+                theirs / ours
+                for theirs, ours in _ratios(
+                    contest.textbook, contest.ours, min(rounds, _TEXTBOOK_ROUNDS)
+                )
+            )
+    return figures
 
 
 def memory(run: Path, shards: int, changes: list[str]) -> dict[str, float]:
@@ -244,23 +278,29 @@ def main() -> None:
     """Measure, and print."""
     parser = command_line(__doc__)
     parser.add_argument("--set", action="append", default=[], help="as in fusellm")
-    parser.add_argument("--model", action="append", help="of the zoo; all by default")
+    parser.add_argument("--recipe", type=Path, default=_DEMO, help="whose sources are read")
+    parser.add_argument("--model", action="append", help="name of a source; all by default")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.shards:
         figures = memory(arguments.run, arguments.shards, arguments.set)
     else:
-        names = arguments.model or (("python",) if arguments.quick else ZOO)
+        is_demo = arguments.recipe == _DEMO
+        names = arguments.model or (("python",) if arguments.quick and is_demo else ())
+        names = names or [s.name for s in load_recipe(arguments.recipe, arguments.set).sources]
         size, rounds = (40_000, 3) if arguments.quick else (300_000, 8)
+        if not is_demo:
+            size, rounds = (10_000, 1) if arguments.quick else (40_000, 3)
         changes = [_LITTLE, *arguments.set] if arguments.quick else arguments.set
-        found = {name: measure(name, size, rounds, changes) for name in names}
+        found = {name: measure(name, size, rounds, changes, arguments.recipe) for name in names}
+        worst = {"over_forward": min, "over_forward_float32": min, "over_textbook": min}
         figures = {
-            "over_forward": min(row["over_forward"] for row in found.values()),
-            "over_textbook": min(row["over_textbook"] for row in found.values()),
-            "padding": max(row["padding"] for row in found.values()),
+            key: take(row[key] for row in found.values() if key in row)
+            for key, take in (worst | {"padding": max}).items()
+            if any(key in row for row in found.values())
         } | {f"{name}_{key}": value for name, row in found.items() for key, value in row.items()}
-        if not arguments.quick:
+        if not arguments.quick and is_demo:
             with tempfile.TemporaryDirectory() as place:
                 corpus(Path(place), _MEMORY_BYTES, 8, [_LITTLE, *arguments.set])
                 one, many = _child(Path(place), 1), _child(Path(place), 50)

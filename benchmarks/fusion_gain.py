@@ -36,12 +36,12 @@ QUICK = [
 _RATES = ("1.0e-4", "5.0e-4", "1.0e-3", "2.0e-3")
 
 
-def variant(base: Path, out: Path, changes: list[str]) -> Pipeline:
+def variant(base: Path, out: Path, recipe: Recipe) -> Pipeline:
     """A run that shares the base's corpus and distributions."""
     for name in ("corpus", "externalize"):
         if not (out / name).exists():
             shutil.copytree(base / name, out / name, copy_function=_link)
-    return Pipeline(demo_recipe(changes), out, Terminal(Console(stderr=True)))
+    return Pipeline(recipe, out, Terminal(Console(stderr=True)))
 
 
 def _link(source: str, target: str) -> None:
@@ -85,7 +85,7 @@ def _searched(
         f"training.lr_scheduler_type={schedule}",
     ]
     stages = [f"train/{which}"] if which == CLM else ["fuse", f"train/{which}"]
-    variant(base, run, settings).execute(stages)
+    variant(base, run, demo_recipe(settings)).execute(stages)
     return validation(run, which)
 
 
@@ -94,7 +94,8 @@ def seeds(base: Path, out: Path, changes: list[str], count: int) -> dict[str, fl
     figures: dict[str, float] = {}
     for seed in range(count):
         run = out / f"seed-{seed}"
-        variant(base, run, [*changes, f"training.seed={seed}"]).execute()
+        recipe = demo_recipe([*changes, f"training.seed={seed}"])
+        variant(base, run, recipe).execute()
         for record in read_records(run):
             if record.task == "mean" or record.model in ("clm", "fused", "fused-clm"):
                 figures[f"{record.model} {record.task} seed={seed}"] = record.value

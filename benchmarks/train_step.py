@@ -1,12 +1,13 @@
 """What a step of fusion training costs over a step of transformers' own Trainer.
 
-    python benchmarks/train_step.py [--quick] [--json] [--set KEY=VALUE] [--layers L --size D]
+    python benchmarks/train_step.py [--quick] [--json] [--recipe FILE] [--set KEY=VALUE]
+                                    [--layers L --size D]
 
 The demo's target on the demo's corpus, fused beforehand: ours is the stage's trainer with fused
 distributions, the reference is `Trainer` with the model's own loss, on the same rows in the same
 order. A step is all from the end of one to the end of the next: the loader, forward, backward,
 clipping, AdamW, logging. In a full run also with a target of 6 layers and d = 512 of random
-weights (`large_…`).
+weights (`large_…`). With --recipe it is another recipe's target, in that recipe's precision.
 
     time_over_clm         seconds of a step of ours over one of Trainer's
     memory_over_clm       peak of a process that trains by ours over one that trains by Trainer,
@@ -79,13 +80,15 @@ class Clock(TrainerCallback):
 class Bench:
     """A fused run, and trainings on it."""
 
-    def __init__(self, run: Path, changes: Sequence[str], layers: int | None, size: int) -> None:
-        """Open a run.
+    def __init__(
+        self, run: Path, file: Path, changes: Sequence[str], layers: int | None, size: int
+    ) -> None:
+        """Open a run of a recipe.
 
         Args:
             layers: of a target of random weights; None for the recipe's.
         """
-        recipe = resolve_paths(load_recipe(_DEMO, changes), _DEMO.parent)
+        recipe = resolve_paths(load_recipe(file, changes), file.parent)
         self.pipeline = Pipeline(recipe, run, Silent())
         self.recipe, self.run, self._layers, self._size = recipe, run, layers, size
 
@@ -203,40 +206,47 @@ def measure(
 def main() -> None:
     """Measure, and print."""
     parser = command_line(__doc__)
+    parser.add_argument("--recipe", type=Path, default=_DEMO, help="whose target is trained")
     parser.add_argument("--set", action="append", default=[], help="as in fusellm")
     parser.add_argument("--layers", type=int, help="of a target of random weights")
     parser.add_argument("--size", type=int, default=_LARGE[1], help="d of that target")
     parser.add_argument("--peak", choices=[_OURS, _CLM], help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    is_demo = given.recipe == _DEMO
     size, steps, rounds = (30_000, 4, 2) if given.quick else (1_500_000, 10, 5)
     rows = 4 if given.quick else 8
+    if not is_demo:
+        size, steps, rounds, rows = (10_000, 3, 1, 1) if given.quick else (30_000, 5, 3, 2)
     changes = [
         *(_CORPUS, f"corpus.train_bytes={size}", "training.validations=0"),
         *(f"training.per_device_train_batch_size={rows}", "training.num_train_epochs=9"),
         *given.set,
     ]
     if given.peak:
-        bench = Bench(given.run, changes, given.layers, given.size)
+        bench = Bench(given.run, given.recipe, changes, given.layers, given.size)
         print(json.dumps(bench.peak_bytes(given.peak, 3)))
         return
     targets = [("", given.layers)]
-    if not given.quick and given.layers is None:
+    if not given.quick and given.layers is None and is_demo:
         targets.append(("large_", _LARGE[0]))
     figures = {}
     with tempfile.TemporaryDirectory() as place:
         run = Path(place) / "run"
-        Bench(run, changes, None, 0).pipeline.execute(["corpus", "externalize", "fuse"])
+        Bench(run, given.recipe, changes, None, 0).pipeline.execute(
+            ["corpus", "externalize", "fuse"]
+        )
         for prefix, layers in targets:
 
             def child(kind: str, layers: int | None = layers) -> float:
                 command = [sys.executable, __file__, f"--peak={kind}", f"--run={run}"]
+                command += [f"--recipe={given.recipe}"]
                 command += ["--quick"] * given.quick + [f"--set={change}" for change in given.set]
                 command += [f"--layers={layers}", f"--size={given.size}"] if layers else []
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 return float(json.loads(done.stdout.splitlines()[-1]))
 
-            bench = Bench(run, changes, layers, given.size)
+            bench = Bench(run, given.recipe, changes, layers, given.size)
             large = (min(steps, 5), min(rounds, 3)) if layers else (steps, rounds)
             found = measure(bench, child, *large)
             figures |= {prefix + name: value for name, value in found.items()}

@@ -321,7 +321,7 @@ def _train(out: Path, base: Path, common: list[str], name: str, rate: str, seed:
     run = out / f"{name}-{rate}-{seed}"
     chosen = [] if name == "clm" else [f"fusion.strategy={name}"]
     settings = [*common, *chosen, f"training.learning_rate={rate}", f"training.seed={seed}"]
-    pipeline = variant(base, run, settings)
+    pipeline = variant(base, run, demo_recipe(settings))
     which = "clm" if name == "clm" else "fused"
     pipeline.execute([f"train/{which}"] if name == "clm" else ["fuse", f"train/{which}"])
     return validation(run, which)

@@ -80,6 +80,9 @@ def test_rows_of_human_eval(tmp_path: Path) -> None:
     assert read.prompt == 'def f(n):\n    """Doubles."""'
     assert read.tests.endswith("== 2\n\ncheck(f)\n")
     assert read.stop_tokens == PYTHON_STOP_TOKENS
+    (published,) = read_problems(tmp_path / "x.jsonl.gz", "python", verbatim=True)
+    assert published.prompt == OPENAI["prompt"]
+    assert published.document != read.document
 
 
 @pytest.mark.parametrize("changes", [{"prompt": "x"}, {"tests": "x"}, {"stop_tokens": ["\nx"]}])
@@ -132,6 +135,7 @@ def test_python_falls_back_on_human_eval(tmp_path: Path) -> None:
     (tmp_path / "multipl-e").mkdir()
     first = written(tmp_path / "multipl-e" / "humaneval-python.jsonl", OPENAI)
     assert problems_file(tmp_path, "python") == first
+    assert problems_file(tmp_path, "python", published=True) == own
     with pytest.raises(EvaluationError):
         problems_file(tmp_path, "js")
 
@@ -258,16 +262,21 @@ def test_judged_in_the_sandbox(toolchains: Toolchains) -> None:
     assert reasons[4] == "timeout"
 
 
-def human_eval() -> tuple[list[Problem], list[str]]:
+def human_eval(verbatim: bool) -> tuple[list[Problem], list[str]]:
     path = EVAL / "HumanEval.jsonl.gz"
     rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    return read_problems(path, "python"), ["\n" + row["canonical_solution"] for row in rows]
+    before = "" if verbatim else "\n"
+    solutions = [before + row["canonical_solution"] for row in rows]
+    return read_problems(path, "python", verbatim), solutions
 
 
 @needs_shared
 @pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_solutions_of_human_eval_pass_and_stubs_do_not(step: int, toolchains: Toolchains) -> None:
-    problems, solutions = (found[::step] for found in human_eval())
+@pytest.mark.parametrize("verbatim", [False, True])
+def test_solutions_of_human_eval_pass_and_stubs_do_not(
+    verbatim: bool, step: int, toolchains: Toolchains
+) -> None:
+    problems, solutions = (found[::step] for found in human_eval(verbatim))
     completions = [[solution, "\n    pass"] for solution in solutions]
     answers = judge(problems, completions, toolchains("python"))
     assert [a.reason for a in answers[::2]] == [""] * len(problems)

@@ -375,12 +375,13 @@ def test_the_list_of_suites(models: Path, command: Command) -> None:
     listed = json.loads(command("evaluate", "--list", "--data-dir", "data", "--json"))
     rows = {row["suite"]: row for row in listed}
     assert list(rows) == [
-        *("smoke", "lm", "bbh", "bbh_harness", "commonsense", "textgen", "multiple")
+        *("smoke", "lm", "bbh", "bbh_harness", "commonsense", "textgen", "multiple", "humaneval")
     ]
     assert rows["smoke"]["at_hand"] == sorted(TASKS)
     assert rows["bbh_harness"]["at_hand"] == ["navigate"]
     assert rows["bbh"]["at_hand"] == []  # its prompt is missing
     assert rows["multiple"]["at_hand"] == ["python"]
+    assert rows["humaneval"]["at_hand"] == ["humaneval"]
     assert "MultiPL-E" in rows["multiple"]["missing"]["cpp"]
     assert rows["bbh"]["documents"] == 6511
     shown = command("evaluate", "--list")
@@ -466,6 +467,32 @@ def test_programs_are_judged_in_the_sandbox(
     assert of_two[0]["unit"] == "pass@2"
     assert of_two[0]["scores"] == {"two": 100.0}
     assert command.loaded == ["two"]
+
+
+def test_humaneval_gives_prompts_as_published(
+    sandbox: Sandbox, problems: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the line end that `multiple` takes away, from HumanEval's own file."""
+    row = {key: PROBLEMS["python"][key] for key in ("prompt", "name")}
+    row |= {"test": "def check(f):\n    assert f() == 1\n", "entry_point": "one"}
+    (problems / "HumanEval.jsonl").write_text(json.dumps(row) + "\n")
+    seen: list[str] = []
+
+    def complete(_loaded: Any, prompts: Sequence[str], *_: Any) -> list[Written]:
+        seen.extend(prompts)
+        return [Written(["    return 1"], False) for _ in prompts]
+
+    monkeypatch.setattr(multiple, "complete", complete)
+    suites = ("--suite", "humaneval", "--suite", "multiple")
+    asked = ("--tasks", "humaneval", "--tasks", "python", "--data-dir", problems)
+    asked += ("--max-new-tokens", "16")
+    document = json.loads(command("evaluate", "two", *suites, *asked, "--json"))
+    published, stripped = document["suites"]
+    assert seen == ["def one():\n", "def one():", "def one():"]
+    assert [line["scores"]["two"] for line in published["tasks"]] == [100.0]
+    assert [line["task"] for line in stripped["tasks"]] == ["python"]
+    fault = command.fault("evaluate", "two", *suites[:2], "--tasks", "go", "--data-dir", problems)
+    assert "humaneval has no task 'go'; it has humaneval" in fault
 
 
 def test_a_model_writes_programs(sandbox: Sandbox, problems: Path, command: Command) -> None:

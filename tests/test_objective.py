@@ -12,6 +12,7 @@ from fusellm.objective import chunked
 from fusellm.objective.chunked import Head, Losses, objective
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.outcomes import Outcomes
+from fusellm.objective.products import factors_as_bfloat16
 from fusellm.objective.textbook import objective_textbook
 
 CROSS_ENTROPY = Divergence()
@@ -498,3 +499,64 @@ def test_autocast_over_float32_weights(hidden_dtype: torch.dtype) -> None:
     assert (hidden.grad.dtype, weight.grad.dtype) == (hidden_dtype, torch.float32)
     found = Result(losses.total.detach(), [hidden.grad, weight.grad])
     check_close(found, replace(expected, gradients=expected.gradients[:2]), 0.03)
+
+
+def bfloat16_valued(rows: int, columns: int, scale: float) -> torch.Tensor:
+    """Float32 numbers that bfloat16 has."""
+    return (scale * torch.randn(rows, columns)).bfloat16().float()
+
+
+def test_autocast_rounds_factors_and_not_logits() -> None:
+    """Of factors that bfloat16 has nothing is lost: logits of 20 in bfloat16 are 1/16 off."""
+    torch.manual_seed(0)
+    hidden, weight = bfloat16_valued(70, 64, 2.0), bfloat16_valued(90, 64, 0.5)
+    labels = torch.randint(90, (70,))
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = objective(leaves[0], Head(leaves[1]), labels)
+    losses.total.backward()
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum")
+    expected.backward()
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    rounded = torch.nn.functional.cross_entropy(
+        (hidden @ weight.t()).bfloat16().float(), labels, reduction="sum"
+    )
+    assert abs(rounded.item() - expected.item()) > 1e-5 * expected.item()
+    for mine, theirs in zip(leaves, exact, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        size = theirs.grad.abs().max()
+        assert (mine.grad - theirs.grad).abs().max() < 0.01 * size  # d_logits are rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_float32_widened_or_not(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 64).to(dtype), torch.randn(90, 64).to(dtype)
+    bias = torch.randn(90).to(dtype)
+    head = Head(weight, bias, scale=0.5, softcap=30.0)
+    exact = 0.5 * (hidden.double() @ weight.double().t() + bias.double())
+    exact = 30 * torch.tanh(exact / 30)
+    for one in (head, head.widened()):
+        logits = one.logits(hidden, torch.empty(64, 90))
+        assert logits.dtype == torch.float32
+        assert torch.allclose(logits.double(), exact, atol=1e-4)
+        assert torch.equal(one.logits(hidden), logits)
+    assert head.widened().weight.dtype == torch.float32
+
+
+def test_products_are_as_before_after_an_error() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+
+    def failing() -> None:
+        with factors_as_bfloat16():
+            assert matmul.fp32_precision == "bf16"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert matmul.fp32_precision == before
+    with factors_as_bfloat16(wanted=False):
+        assert matmul.fp32_precision == before

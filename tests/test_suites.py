@@ -29,7 +29,7 @@ from fusellm.errors import EvaluationError, IdentityError
 from fusellm.evaluation import answers, layouts, own_tasks
 from fusellm.evaluation.completions import Writing, complete
 from fusellm.evaluation.data import Hub, Origin, of_task, read_rows, read_text
-from fusellm.evaluation.harness import Task, answers_of, make_task, run_task
+from fusellm.evaluation.harness import Task, answers_of, make_task, requests_of, run_task
 from fusellm.evaluation.measure import (
     Candidate,
     find_records,
@@ -229,7 +229,7 @@ def test_an_oracle_scores_1_and_its_opposite_0(suite: str, plan: Plan, data: Pat
 
 def test_the_table_of_suites() -> None:
     assert list(SUITES) == [
-        *("smoke", "lm", "bbh", "bbh_harness", "commonsense", "textgen", "multiple")
+        *("smoke", "lm", "bbh", "bbh_harness", "commonsense", "textgen", "multiple", "humaneval")
     ]
     assert SUITES["multiple"].documents == 1596
     assert SUITES["bbh"].documents == SUITES["bbh_harness"].documents == 6511
@@ -305,6 +305,36 @@ def test_commonsense_records_load_in_full(name: str) -> None:
             f"answer{doc['choices']['label'].index(doc['answerKey']) + 1}" for doc in documents
         ]
         assert right == [record["answer"] for record in records]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "rows"),
+    [("arc_easy", "ARC-Easy", ARC), ("openbookqa", "openbookqa", OPENBOOK)],
+)
+def test_a_record_asks_what_the_hubs_row_asks(
+    name: str, file: str, rows: Any, data: Path, tmp_path: Path
+) -> None:
+    """Instructions show the choices; lm_eval's prompts do not: each is a continuation to score."""
+    records = [
+        {
+            "instruction": spelled(row),
+            "answer": f"answer{row['choices']['label'].index(row['answerKey']) + 1}",
+        }
+        for row in rows
+    ]
+    folder = tmp_path / "commonsense"
+    folder.mkdir()
+    (folder / f"{file}.test.json").write_text(json.dumps(records), encoding="utf-8")
+    asked, right = [], []
+    for place in (data, tmp_path):
+        settings = Settings(data_dir=place, only=(name,))
+        (task,) = tasks_of("commonsense", settings)
+        asked.append([request.args for request in requests_of(task, settings)])
+        right.append([task.task.doc_to_target(document) for document in task.task.eval_docs])
+    assert asked[0] == asked[1]
+    assert right[0] == right[1] == [1, 0]
+    assert asked[0][0][1] == " fire"
+    assert not any("Answer1" in prompt for prompt, _ in asked[0])
 
 
 def find_record(name: str) -> Path:

@@ -75,11 +75,11 @@ def _row(suite: "Suite", settings: "Settings") -> dict[str, Any]:
 
 def _missing(suite: "Suite", settings: "Settings") -> dict[str, str]:
     """Tasks whose data is not at hand, and why."""
-    from fusellm.evaluation.multiple import languages_without_problems
+    from fusellm.evaluation.multiple import CODE_SUITES, without_problems
     from fusellm.evaluation.suite_tasks import without_data
 
-    if suite.others:
-        return languages_without_problems(tuple(suite.others), settings)
+    if suite.name in CODE_SUITES:
+        return without_problems(CODE_SUITES[suite.name], settings)
     return without_data(suite.plans, settings)
 
 

@@ -78,14 +78,15 @@ MaxNewTokens = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", metavar="N", min=1, help="Programs for each problem of multiple."),
+    typer.Option("--samples", metavar="N", min=1, help="Programs for each problem."),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option("--temperature", min=0.0, help="Of multiple; 0, the default, is greedy."),
+    typer.Option("--temperature", min=0.0, help="Of programs; 0, the default, is greedy."),
 ]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Of multiple, if it samples.")
+    float | None,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Of programs, if they are sampled."),
 ]
 PassAt = Annotated[
     int | None, typer.Option("--pass-at", metavar="K", min=1, help="k of pass@k; 1 if not given.")
@@ -95,7 +96,7 @@ Toolchains = Annotated[
     typer.Option(
         "--toolchain",
         metavar="FOLDER",
-        help="A folder outside of /usr with a compiler in its bin, which programs of multiple may "
+        help="A folder outside of /usr with a compiler in its bin, which generated programs may "
         "read; may be repeated.",
     ),
 ]

@@ -188,8 +188,8 @@ class EvaluationSettings(SettingsBlock):
     """Resamplings of the documents for the 95 % intervals."""
     suites: list[str] = Field(default_factory=list)
     """What is measured besides bits per byte: `smoke`, `bbh`, `bbh_harness`, `commonsense`,
-    `textgen`, `multiple`, or tasks of lm_eval by their names (`fusellm[eval]`). The keys below are
-    of these suites."""
+    `textgen`, `multiple`, `humaneval`, or tasks of lm_eval by their names (`fusellm[eval]`). The
+    keys below are of these suites."""
     data_dir: str | None = None
     """Folder with their data."""
     allow_download: bool = False
@@ -206,9 +206,9 @@ class EvaluationSettings(SettingsBlock):
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
     """Most tokens that a model writes, where a task allows more; for small contexts."""
     samples: Annotated[int, Field(gt=0)] = 1
-    """Programs for each problem of `multiple`."""
+    """Programs for each problem of `multiple` and `humaneval`."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Of `multiple`; 0 takes the likeliest token each time."""
+    """Of programs; 0 takes the likeliest token each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the mass that programs are sampled from, with a temperature."""
     pass_at: Annotated[int, Field(gt=0)] = 1

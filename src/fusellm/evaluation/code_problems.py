@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ class Problem:
 
     Attributes:
         name: in its file.
-        prompt: without white space at its ends.
+        prompt: what a model continues.
         tests: what follows prompt, completion and a line end.
         stop_tokens: a completion ends before the first of them.
     """
@@ -56,11 +56,12 @@ class Complete(Protocol):
         """What it writes after each prompt; it may end at any of the stop tokens, or go on."""
 
 
-def problems_file(data_dir: Path, key: str) -> Path:
+def problems_file(data_dir: Path, key: str, published: bool = False) -> Path:
     """The file with a language's problems.
 
     Args:
         key: the language's name in MultiPL-E's files.
+        published: whether HumanEval's own file comes first, where it has the language.
 
     Raises:
         EvaluationError: it is not there, with where to get it.
@@ -70,7 +71,8 @@ def problems_file(data_dir: Path, key: str) -> Path:
     source = f"{MULTIPL_E}, configuration humaneval-{key}, its test split as JSON lines"
     if key == "python":
         choices += [folder / "humaneval-py.jsonl" for folder in (data_dir / "multipl-e", data_dir)]
-        choices += [data_dir / "HumanEval.jsonl.gz", data_dir / "HumanEval.jsonl"]
+        own = [data_dir / "HumanEval.jsonl.gz", data_dir / "HumanEval.jsonl"]
+        choices = own + choices if published else choices + own
         source = f"{HUMAN_EVAL}, as {data_dir / 'HumanEval.jsonl.gz'}"
     for path in choices:
         if path.is_file():
@@ -78,8 +80,11 @@ def problems_file(data_dir: Path, key: str) -> Path:
     raise EvaluationError(f"{choices[0]} is missing: get it from {source}")
 
 
-def read_problems(path: Path, key: str) -> list[Problem]:
+def read_problems(path: Path, key: str, verbatim: bool = False) -> list[Problem]:
     """Problems of one language: rows of MultiPL-E, or of HumanEval for Python.
+
+    Args:
+        verbatim: whether prompts keep the white space at their ends.
 
     Raises:
         EvaluationError: the file cannot be read, or a row of it is none of these.
@@ -93,6 +98,8 @@ def read_problems(path: Path, key: str) -> list[Problem]:
     if not rows:
         raise EvaluationError(f"{path} is empty; get it again")
     problems = [_problem(row, f"{path}, row {n}", key) for n, row in enumerate(rows, start=1)]
+    if not verbatim:
+        problems = [replace(problem, prompt=problem.prompt.strip()) for problem in problems]
     if len({problem.name for problem in problems}) < len(problems):
         raise EvaluationError(f"{path} has two problems of one name; get it again")
     return problems
@@ -118,7 +125,7 @@ def _problem(row: Any, place: str, key: str) -> Problem:
     assert name is not None
     assert prompt is not None
     assert tests is not None
-    return Problem(name, prompt.strip(), tests, tuple(stop_tokens))
+    return Problem(name, prompt, tests, tuple(stop_tokens))
 
 
 def cut(completion: str, stop_tokens: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ import torch
 from fusellm.errors import EvaluationError, IdentityError
 from fusellm.evaluation.comparison import NotRun
 from fusellm.evaluation.harness import Task, requests_of, run_task
-from fusellm.evaluation.multiple import NAME as MULTIPLE
 from fusellm.evaluation.multiple import (
+    CODE_SUITES,
     CodeTask,
     prepare_languages,
     requests_of_language,
@@ -101,8 +101,8 @@ def prepare(suites: Sequence[str], settings: Settings, progress: Progress) -> li
     found = []
     for name in dict.fromkeys(suites):
         own = replace(settings, only=_only_of(name, suites, settings.only))
-        if name == MULTIPLE:
-            found.append(Prepared(name, *prepare_languages(own, progress)))
+        if name in CODE_SUITES:
+            found.append(Prepared(name, *prepare_languages(CODE_SUITES[name], own, progress)))
         else:
             found.append(Prepared(name, tuple(tasks_of(name, own))))
     return found

@@ -1,6 +1,12 @@
-"""The suite `multiple`: programs in ten languages, written by a model and judged in the sandbox."""
+"""The suites of programs, `multiple` and `humaneval`: written by a model, judged in the sandbox.
 
-from collections.abc import Mapping, Sequence
+`multiple` has ten languages; its prompts are without white space at their ends, as
+bigcode-evaluation-harness has them, which the paper's authors used. `humaneval` is HumanEval as
+published: a prompt ends with its line end. Models that were trained on chats write another thing
+after the one than after the other.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -21,8 +27,30 @@ from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.progress import Progress
 from fusellm.store.files import file_digest
 
-NAME = "multiple"
 MOST_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class CodeSuite:
+    """A suite of programs.
+
+    Attributes:
+        languages: keys of `LANGUAGES`, by the names of its tasks.
+        published: whether prompts are as their file has them, and HumanEval's own file comes first.
+    """
+
+    name: str
+    languages: Mapping[str, str]
+    published: bool = False
+
+
+CODE_SUITES = {
+    suite.name: suite
+    for suite in (
+        CodeSuite("multiple", {key: key for key in LANGUAGES}),
+        CodeSuite("humaneval", {"humaneval": "python"}, published=True),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -44,54 +72,56 @@ class CodeTask:
 
 
 def prepare_languages(
-    settings: Settings, progress: Progress
+    suite: CodeSuite, settings: Settings, progress: Progress
 ) -> tuple[tuple[CodeTask, ...], tuple[NotRun, ...]]:
-    """The languages that can be run here, and why each of the others cannot.
+    """The tasks that can be run here, and why each of the others cannot.
 
     Raises:
-        EvaluationError: there is no working sandbox, no language can be run, there is none of a
-            name that is asked for, or lm_eval is not installed.
+        EvaluationError: there is no working sandbox, no task can be run, there is none of a name
+            that is asked for, or lm_eval is not installed.
     """
     extra("lm_eval")
-    wanted = settings.only or tuple(LANGUAGES)
-    for key in wanted:
-        if key not in LANGUAGES:
-            raise EvaluationError(f"{NAME} has no task {key!r}; it has {', '.join(LANGUAGES)}")
+    wanted = settings.only or tuple(suite.languages)
+    for task in wanted:
+        if task not in suite.languages:
+            names = ", ".join(suite.languages)
+            raise EvaluationError(f"{suite.name} has no task {task!r}; it has {names}")
     writing = _writing(settings)
     require_different(writing)
     if settings.data_dir is None or not settings.data_dir.is_dir():
+        there = settings.data_dir or "none"
         raise EvaluationError(
-            f"{NAME} reads its problems from a data folder, and {settings.data_dir or 'none'} is "
-            "there; name it with --data-dir (docs/evaluation.md says what is in it)"
+            f"{suite.name} reads its problems from a data folder, and {there} is there; name it "
+            "with --data-dir (docs/evaluation.md says what is in it)"
         )
     sandbox = find_sandbox(settings.toolchains)
     tasks, not_run = [], []
     with progress.start("trying toolchains", len(wanted), "languages") as bar:
-        for key in wanted:
+        for task in wanted:
             try:
-                tasks.append(_prepare(key, sandbox, writing, settings))
+                tasks.append(_prepare(suite, task, sandbox, writing, settings))
             except EvaluationError as error:
-                not_run.append(NotRun(NAME, key, str(error)))
+                not_run.append(NotRun(suite.name, task, str(error)))
             bar.advance()
     if not tasks:
         raise EvaluationError(
-            f"{NAME}: {not_run[0].task} cannot be run here: {not_run[0].reason}"
+            f"{suite.name}: {not_run[0].task} cannot be run here: {not_run[0].reason}"
             + (f". Nor can {', '.join(one.task for one in not_run[1:])}" if not_run[1:] else "")
         )
     return tuple(tasks), tuple(not_run)
 
 
-def languages_without_problems(keys: Sequence[str], settings: Settings) -> dict[str, str]:
-    """The languages whose problems are not at hand, and why."""
+def without_problems(suite: CodeSuite, settings: Settings) -> dict[str, str]:
+    """The tasks whose problems are not at hand, and why."""
     faults = {}
-    for key in keys:
+    for task, key in suite.languages.items():
         if settings.data_dir is None:
-            faults[key] = "no data folder was given"
+            faults[task] = "no data folder was given"
             continue
         try:
-            problems_file(settings.data_dir, key)
+            problems_file(settings.data_dir, key, suite.published)
         except EvaluationError as error:
-            faults[key] = str(error)
+            faults[task] = str(error)
     return faults
 
 
@@ -100,10 +130,13 @@ def _writing(settings: Settings) -> Writing:
     return Writing(most, settings.samples, settings.temperature, settings.top_p)
 
 
-def _prepare(key: str, sandbox: Sandbox, writing: Writing, settings: Settings) -> CodeTask:
+def _prepare(
+    suite: CodeSuite, task: str, sandbox: Sandbox, writing: Writing, settings: Settings
+) -> CodeTask:
     assert settings.data_dir is not None
-    path = problems_file(settings.data_dir, key)
-    problems = tuple(read_problems(path, key)[: settings.limit])
+    key = suite.languages[task]
+    path = problems_file(settings.data_dir, key, suite.published)
+    problems = tuple(read_problems(path, key, suite.published)[: settings.limit])
     toolchain = find_toolchain(LANGUAGES[key], sandbox, settings.data_dir)
     protocol = toolchain.language.protocol | {
         "writing": {
@@ -121,7 +154,7 @@ def _prepare(key: str, sandbox: Sandbox, writing: Writing, settings: Settings) -
     software = {package: version(package) for package in ("lm_eval", "transformers", "torch")}
     software |= {"toolchain": toolchain.version, "bubblewrap": sandbox.version}
     data = {path.relative_to(settings.data_dir).as_posix(): file_digest(path)}
-    header = Header(NAME, key, protocol, "samples", data, {}, software)
+    header = Header(suite.name, task, protocol, "samples", data, {}, software)
     return CodeTask(header, problems, toolchain, writing)
 
 
@@ -144,7 +177,7 @@ def run_language(
         EvaluationError: a prompt does not fit the model's context and is not to be cut, or the
             sandbox failed; nothing is scored then.
     """
-    what = f"{NAME}/{task.header.task}"
+    what = f"{task.header.suite}/{task.header.task}"
     written = sample(
         task.problems,
         lambda prompts, stop: complete(

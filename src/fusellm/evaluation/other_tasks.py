@@ -55,7 +55,8 @@ def other_tasks(name: str, settings: Settings) -> list[Task]:
 def _ready(suite: str, label: str, task: Any, settings: Settings) -> Task:
     if getattr(task, "UNSAFE_CODE", False):
         raise EvaluationError(
-            f"{label} runs generated code with no sandbox; the suite multiple runs such code in one"
+            f"{label} runs generated code with no sandbox; the suites multiple and humaneval have "
+            "one"
         )
     if getattr(task, "MULTIMODAL", False):
         raise EvaluationError(f"{label} has documents that are not text; take another task")

@@ -362,6 +362,13 @@ SUITES: dict[str, Suite] = {
             "nuprl/MultiPL-E: humaneval-<language>.jsonl; openai/human-eval for Python",
             others=MULTIPL_E_SIZES,
         ),
+        Suite(
+            "humaneval",
+            "Python programs that pass their tests (HumanEval as published), run in a sandbox",
+            "164 functions to be written; pass@k",
+            "openai/human-eval: HumanEval.jsonl.gz",
+            others={"humaneval": MULTIPL_E_SIZES["python"]},
+        ),
     )
 }
 

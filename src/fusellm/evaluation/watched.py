@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.harness_model import harness_model
 from fusellm.evaluation.quiet import quiet
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.progress import Bar, Progress
@@ -147,17 +148,9 @@ def watched(loaded: Loaded, settings: Settings, progress: Progress, what: str) -
         EvaluationError: its tokenizer has no EOS, or puts one after every text.
     """
     require_readable(loaded.tokenizer)
-    from lm_eval.models.huggingface import HFLM
-
     was_training = loaded.model.training
     with quiet():
-        lm = HFLM(
-            pretrained=loaded.model,
-            tokenizer=deepcopy(loaded.tokenizer),
-            batch_size=settings.batch_size,
-            max_length=loaded.context_tokens,
-            softmax_dtype="float32",
-        )
+        lm = harness_model(loaded, deepcopy(loaded.tokenizer), settings.batch_size)
     try:
         yield Watched(lm, settings.too_long, progress, what)
     finally:

@@ -1,0 +1,365 @@
+"""What fusion gains on real language models: the suspects, the search, and the result.
+
+    python benchmarks/real.py STUDY --out DIR [--recipe FILE] [--set KEY=VALUE] [--json]
+
+    suspects   one thing changed at a time, on little text: validation part
+    search     rates of CLM and of fused, searched alike: validation part
+    result     CLM and fused by seed, with and without the target as a source: text of the installed
+               packages that was held out, and text of `--recent DIR` (benchmarks/recent_text.py),
+               with intervals over documents, paired
+    stages     the recipe itself: seconds, tokens a second and peak memory of each stage and model
+
+All but `stages` read the distributions once (DIR/base) and train many times; what is finished is
+kept, and an interrupted study goes on from its last checkpoint. Figures go to DIR/figures.jsonl, a
+line a training. The recipe is recipes/small.yaml; its models come from the hub, or from folders:
+
+    --set target.model=M/smollm2 --set sources.0.model=M/qwen-coder --set sources.1.model=M/gemma3
+
+`--device cpu` hides the GPUs. `--quick` does it with the zoo's models and next to no text.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from figures import command_line, peak_bytes, show
+from fusellm.cli.console import Terminal
+from fusellm.config import ModelSettings, Recipe
+from fusellm.evaluation.bits_per_byte import blocks_nats
+from fusellm.evaluation.intervals import MEAN, Record, Scores, records
+from fusellm.models.load import default_device, load_model, load_tokenizer, locate
+from fusellm.pipeline import Pipeline
+from fusellm.recipe_file import load_recipe
+from fusellm.stages.train import CLM, FUSED
+from fusellm.store.blocks import open_corpus, read_part
+from fusellm.store.identity import digest
+from fusellm.store.manifest import StageFolder
+from fusellm.tokens.blocks import cut
+from fusellm.tokens.encode import Encoder
+from fusion_gain import QUICK, validation, variant
+
+_SMALL = Path(__file__).parent.parent / "src" / "fusellm" / "recipes" / "small.yaml"
+_ZOO = ["target.model=zoo/prose", "sources.0.model=zoo/python", "sources.1.model=zoo/cpp"]
+_LITTLE = ["training.max_steps=75", "training.validations=2"]  # some 100,000 tokens
+_RATES = ("2.5e-5", "5e-5", "1e-4", "2e-4")
+_RECENT_BYTES, _BEGINNING_BYTES = 150_000, 4096
+SELF = "itself"
+"""Name of the target where it is one of its own sources."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training.
+
+    Attributes:
+        which: `clm` or `fused`.
+        changes: of the recipe.
+        sources: names of those that it is fused from; all if empty.
+    """
+
+    which: str
+    changes: Sequence[str] = ()
+    sources: Sequence[str] = ()
+    seed: int = 0
+
+
+@dataclass
+class Study:
+    """A recipe, whose sources are read once, and trainings on what was read."""
+
+    file: Path
+    out: Path
+    changes: Sequence[str]
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.base = self.out / "base"
+        self.all = [source.name for source in load_recipe(self.file, self.changes).sources]
+
+    def recipe(self, changes: Sequence[str] = ()) -> Recipe:
+        """With the target as one more source, whose distributions any arm may use."""
+        own = load_recipe(self.file, [*self.changes, *changes])
+        raw = own.model_dump(by_alias=True)
+        raw["sources"].append(raw["target"] | {"name": SELF})
+        return Recipe.model_validate(raw)
+
+    def read(self) -> None:
+        """Read all sources, and the target as one."""
+        Pipeline(self.recipe(), self.base, terminal()).execute(["corpus", "externalize"])
+
+    def train(self, name: str, arm: Arm) -> Path:
+        """Train an arm, or go on with it; the run's folder."""
+        changes = [*arm.changes, f"training.seed={arm.seed}", "training.clm={}"]
+        recipe = self.recipe(changes)
+        wanted = arm.sources or self.all
+        recipe = recipe.model_copy(
+            update={"sources": [s for s in recipe.sources if s.name in wanted]}
+        )
+        began = time.perf_counter()
+        run = self.out / name
+        stages = [f"train/{CLM}"] if arm.which == CLM else ["fuse", f"train/{FUSED}"]
+        variant(self.base, run, recipe).execute(stages)
+        self.figures[name] = validation(run, arm.which)
+        lines = [f"{time.perf_counter() - began:.0f} s", *arm.changes]
+        with (self.out / "figures.jsonl").open("a", encoding="utf-8") as file:
+            row = {"name": name, "validation": self.figures[name], "how": lines}
+            file.write(json.dumps(row) + "\n")
+        return run
+
+
+def terminal() -> Terminal:
+    """Where progress is shown."""
+    return Terminal(Console(stderr=True))
+
+
+def suspects() -> dict[str, Arm]:
+    """What may have kept the first run from a gain, one thing at a time."""
+    rate, little = "training.learning_rate=1e-4", _LITTLE
+    one = ("qwen-coder",)
+
+    def fused(*changes: str, sources: Sequence[str] = one) -> Arm:
+        return Arm(FUSED, [*little, rate, *changes], sources)
+
+    return {
+        "clm": Arm(CLM, [*little, rate]),
+        "fused": fused(),
+        "self-source": fused(sources=(*one, SELF)),
+        "rate-3e-4": fused("training.learning_rate=3e-4"),
+        "rate-5e-5": fused("training.learning_rate=5e-5"),
+        "clm-rate-5e-5": Arm(CLM, [*little, "training.learning_rate=5e-5"]),
+        "lambda-0.1": fused("fusion.lambda=0.1"),
+        "bytes": fused("fusion.lambda=0.1", "fusion.strategy=bytes"),
+    }
+
+
+def search(study: Study, rates: Sequence[str]) -> dict[str, float]:
+    """Bits per byte on the validation part by rate; the target is none of the sources."""
+    for rate in rates:
+        for which in (CLM, FUSED):
+            study.train(f"{which}-{rate}", Arm(which, [f"training.learning_rate={rate}"]))
+    return study.figures
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out documents: (domain, name, text)."""
+
+    name: str
+    documents: Sequence[tuple[str, str, str]]
+
+
+def held_out(study: Study, recent: Path | None) -> list[Held]:
+    """Text of installed packages, and text that is newer than the models."""
+    joined: dict[tuple[str, str], str] = {}
+    for block in read_part(open_corpus(study.base), "held_out"):
+        key = block.domain, block.document
+        joined[key] = joined.get(key, "") + block.text
+    found = [Held("installed", [(*key, text) for key, text in joined.items()])]
+    if recent is not None:
+        documents = [d for path in sorted(recent.glob("*.jsonl")) for d in beginnings(path)]
+        found.append(Held("recent", documents))
+    return found
+
+
+def beginnings(file: Path) -> list[tuple[str, str, str]]:
+    """Beginnings of a domain's documents, in the order of a hash, up to a number of bytes.
+
+    Many documents tell more than long ones: intervals are over documents.
+    """
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    rows.sort(key=lambda row: digest(row["name"]))
+    chosen, left = [], _RECENT_BYTES
+    for row in rows:
+        text = next(cut(row["text"], _BEGINNING_BYTES))
+        left -= len(text.encode())
+        if left < 0:
+            break
+        chosen.append((file.stem, str(row["name"]), text))
+    return chosen
+
+
+def nats_of(settings: ModelSettings, held: Held, block_bytes: int, cache: Path) -> list[np.ndarray]:
+    """Each document's nats by byte under a model, kept in a file."""
+    located = locate(settings)
+    key = digest([located.fingerprint, settings.precision, block_bytes, list(held.documents)])
+    file = cache / f"{key}.npz"
+    if not file.exists():
+        encoder = Encoder(load_tokenizer(located))
+        pieces = [list(cut(text, block_bytes)) for _, _, text in held.documents]
+        texts = [piece for document in pieces for piece in document]
+        last = [n + 1 == len(d) for d in pieces for n in range(len(d))]
+        sizes = [len(piece.encode()) for piece in texts]
+        model = load_model(located, default_device())
+        with terminal().start(f"{held.name}: {settings.model}", len(texts), "blocks") as bar:
+            encoded = encoder.encode(texts, last)
+            read = iter(blocks_nats(model, encoded, sizes, None, bar.advance))
+        rows = [
+            np.concatenate([np.full(len(p.encode()), np.nan) if r is None else r for p, r in part])
+            for part in ([(p, next(read)) for p in document] for document in pieces)
+        ]
+        cache.mkdir(parents=True, exist_ok=True)
+        np.savez(file, *rows)
+    with np.load(file, allow_pickle=False) as arrays:
+        return [arrays[name] for name in arrays.files]
+
+
+def compare(held: Held, nats: Mapping[str, Sequence[np.ndarray]], clm: str) -> list[Record]:
+    """Bits per byte of all models over bytes that all scored, and differences from `clm`."""
+    sums = {name: np.zeros(len(held.documents)) for name in nats}
+    scored_bytes = np.zeros(len(held.documents), dtype=np.int64)
+    for n in range(len(held.documents)):
+        scored = np.isfinite(np.stack([rows[n] for rows in nats.values()])).all(axis=0)
+        scored_bytes[n] = scored.sum()
+        for name, rows in nats.items():
+            sums[name][n] = rows[n][scored].sum()
+    scores = Scores([domain for domain, _, _ in held.documents], scored_bytes, sums)
+    return records(scores, 10_000, 0, [(name, clm) for name in nats if name != clm])
+
+
+def result(study: Study, arms: Mapping[str, Arm], recent: Path | None) -> dict[str, float]:
+    """Held-out bits per byte of sources, target and arms, and each arm's difference from CLM."""
+    recipe = study.recipe()
+    models = {s.name: ModelSettings(**s.model_dump(exclude={"name"})) for s in recipe.sources}
+    for name, arm in arms.items():
+        folder = study.train(name, arm) / "train" / arm.which
+        models[name] = recipe.target.model_copy(update={"model": str(folder), "revision": None})
+    figures = dict(study.figures)
+    baseline = next(name for name, arm in arms.items() if arm.which == CLM)
+    for held in held_out(study, recent):
+        nats = {
+            name: nats_of(settings, held, recipe.corpus.block_bytes, study.out / "held-out")
+            for name, settings in models.items()
+        }
+        found = compare(held, nats, baseline)
+        text = json.dumps([record.as_dict() for record in found], indent=1)
+        (study.out / f"{held.name}.json").write_text(text + "\n", encoding="utf-8")
+        (study.out / f"{held.name}.md").write_text(table(found), encoding="utf-8")
+        figures |= {f"{held.name} {r.model} {r.task}": r.value for r in found}
+        figures |= {
+            f"{held.name} {r.model} {MEAN} {end}": float(value)
+            for r in found
+            if r.task == MEAN and "-" in r.model
+            for end, value in (("low", r.low or 0.0), ("high", r.high or 0.0))
+        }
+    return figures
+
+
+def table(found: Sequence[Record]) -> str:
+    """Markdown: a row a model, a column a domain, intervals in brackets."""
+    tasks = list(dict.fromkeys(record.task for record in found))
+    tasks = [MEAN, *(task for task in tasks if task != MEAN)]
+    cells = {(r.model, r.task): f"{r.value:.4f} ({r.low:.4f} to {r.high:.4f})" for r in found}
+    rows = [["", *tasks], ["---"] * (len(tasks) + 1)]
+    rows += [[m, *(cells[m, t] for t in tasks)] for m in dict.fromkeys(r.model for r in found)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seeds: int) -> Any:
+    """CLM, fused, and fused with the target as a source, by seed; CLM of seed 0 comes first."""
+    return {
+        f"{name}-seed{seed}": Arm(which, changes[which], sources, seed)
+        for seed in range(seeds)
+        for name, which, sources in (
+            (CLM, CLM, ()),
+            (FUSED, FUSED, ()),
+            (f"{FUSED}-{SELF}", FUSED, (*names, SELF)),
+        )
+    }
+
+
+def stages(study: Study) -> dict[str, float]:
+    """Run the recipe stage by stage, each in a process of its own."""
+    recipe = load_recipe(study.file, study.changes)
+    run = study.out / recipe.name
+    names = [f"externalize/{source.name}" for source in recipe.sources]
+    order = ["corpus", "externalize/target", *names, "fuse"]
+    order += [f"train/{FUSED}", f"train/{CLM}", "evaluate", "report"]
+    figures = {}
+    for stage in order:
+        command = [sys.executable, __file__, "stages", f"--out={study.out}", "--json"]
+        command += [f"--recipe={study.file}", f"--stage={stage}", f"--run={run}"]
+        done = subprocess.run(
+            [*command, *(f"--set={change}" for change in study.changes)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        figures |= {f"{stage} {name}": value for name, value in found.items()}
+    return figures
+
+
+def one_stage(study: Study, run: Path, stage: str) -> dict[str, float]:
+    """Run one stage here; seconds and tokens a second are those that its manifest has."""
+    recipe = load_recipe(study.file, study.changes)
+    Pipeline(recipe, run, terminal()).execute([stage])
+    figures = {"peak_mb": peak_bytes() / 2**20}
+    folder = run / stage
+    if (folder / "manifest.json").exists():
+        manifest = StageFolder(folder)
+        figures["seconds"] = manifest.seconds
+        tokens = manifest.counts.get("tokens")
+        if tokens and manifest.seconds:
+            figures |= {"tokens": tokens, "tokens_per_second": tokens / manifest.seconds}
+    return figures
+
+
+def main() -> None:
+    """Run a study."""
+    parser = command_line(__doc__)
+    parser.add_argument("study", choices=["suspects", "search", "result", "stages"])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--recipe", type=Path, default=_SMALL)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--only", action="append", default=[], help="of the suspects")
+    parser.add_argument("--recent", type=Path, help="folder of recent_text.py")
+    parser.add_argument("--seeds", type=int, default=2)
+    for which in (CLM, FUSED):
+        parser.add_argument(f"--{which}", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU here; leave it out, or install a CUDA build")
+    quick = [*_ZOO, *QUICK, "training.row_tokens=576", "training.bf16=false"]
+    study = Study(given.recipe, given.out, [*(quick if given.quick else []), *given.set])
+    if given.stage:
+        figures = one_stage(study, given.run, given.stage)
+    elif given.study == "stages":
+        figures = stages(study)
+    else:
+        study.read()
+        figures = studied(study, given)
+    show(figures, given.json, ".4f")
+
+
+def studied(study: Study, given: argparse.Namespace) -> dict[str, float]:
+    """The figures of a study over what has been read."""
+    if given.study == "suspects":
+        for name, arm in suspects().items():
+            if not given.only or name in given.only:
+                study.train(f"suspect-{name}", arm)
+        return study.figures
+    if given.study == "search":
+        return search(study, _RATES[:1] if given.quick else _RATES)
+    changes = {CLM: given.clm, FUSED: given.fused}
+    seeds = 1 if given.quick else given.seeds
+    return result(study, result_arms(changes, study.all, seeds), given.recent)
+
+
+if __name__ == "__main__":
+    main()
