@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from figures import command_line
-from fusellm.models.load import ZOO, zoo_folder
+from fusellm.models.places import ZOO, zoo_folder
 from fusellm.tokens.encode import Encoder
 
 _REAL = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"

@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import EvaluationSettings, FileDocuments, ModelSettings, Recipe
-from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError
+from fusellm.config import EvaluationSettings, FileDocuments, Recipe
+from fusellm.errors import CorpusError, IdentityError, StoreError
 from fusellm.evaluation.measure import Prepared, prepare
 from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
-from fusellm.models.load import Located, describe, load_tokenizer, locate
+from fusellm.models.load import Located, describe, locate
+from fusellm.models.readers import plain_text_note, reader_of
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.documents import files_of
@@ -28,12 +29,11 @@ from fusellm.stages.suites import run_suites
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, write_text
-from fusellm.store.identity import Identity, digest, tokenizer_fingerprint
+from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
 from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
-from fusellm.tokens.encode import Encoder
 
 # A block has no more tokens than bytes, but for BOS, EOS and a dummy prefix.
 _MORE_THAN_BYTES = 3
@@ -41,15 +41,6 @@ _MORE_THAN_BYTES = 3
 # the demo (docs/results.md).
 _BYTES_PER_KEPT = 2.3
 _DISTINCT_DRAWS = 0.65
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A model that reads the corpus: found, with its tokenizer, weights not loaded."""
-
-    located: Located
-    encoder: Encoder
-    tokenizer_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -95,20 +86,9 @@ class Pipeline:
         for entry in recipe.corpus.documents:
             if isinstance(entry, FileDocuments):
                 files_of(entry)
-        self.readers = {TARGET: self._reader(recipe.target)}
+        self.readers = {TARGET: reader_of(recipe.target)}
         for source in recipe.sources:
-            self.readers[source.name] = self._reader(source)
-
-    def _reader(self, settings: ModelSettings) -> Reader:
-        located = locate(settings)
-        encoder = Encoder(load_tokenizer(located))
-        rows = located.config.get_text_config().vocab_size
-        if rows < len(encoder.vocabulary):
-            raise ModelError(
-                f"{settings.model} has {rows} rows in its head and {len(encoder.vocabulary)} "
-                "tokens in its tokenizer; resize its embeddings, or give it its own tokenizer"
-            )
-        return Reader(located, encoder, tokenizer_fingerprint(encoder))
+            self.readers[source.name] = reader_of(source)
 
     def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
         """Run stages, or go on with them; finished work is kept.
@@ -130,6 +110,8 @@ class Pipeline:
         if suites:
             self.prepare_suites()
         processes.first(partial(self._begin, parts, redo))
+        if any(part.stage == "externalize" and not self._complete(part.name) for part in asked):
+            self._say_note()
         for part in asked:
             processes.first(partial(self._ready, part, parts, redo))
             part.run(part.identity())
@@ -137,6 +119,11 @@ class Pipeline:
             self._run_suites(parts, redo)
         if "report" in stages:
             write_report(self.run)
+
+    def _say_note(self) -> None:
+        note = plain_text_note(self.readers)
+        if note is not None:
+            self._progress.say(note)
 
     def _begin(self, parts: Sequence[_Part], redo: bool) -> None:
         for part in parts:
@@ -297,16 +284,24 @@ class Pipeline:
         found[TARGET] = self.readers[TARGET].located
         trained = [train.CLM, train.FUSED] if self.recipe.training.clm_baseline else [train.FUSED]
         for which in trained:
-            at = {"model": str(train.folder_of(self.run, which)), "revision": None}
+            # What was trained is a folder with everything in it, whatever it was trained from.
+            at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
+            at |= {"model": str(train.folder_of(self.run, which))}
             found[which] = locate(self.recipe.target.model_copy(update=at))
         return found
 
     def _evaluate_identity(self) -> Identity:
         models = {
-            name: digest([located.fingerprint, located.settings.precision])
+            name: digest([located.fingerprint, located.settings.precision, *self._beside(name)])
             for name, located in self._evaluated().items()
         }
         return evaluate.identity(self.recipe, models, self._fingerprint("corpus"))
+
+    def _beside(self, name: str) -> list[str]:
+        """Fingerprint of the tokenizer that a recipe gives a source or the target."""
+        reader = self.readers.get(name)
+        given = reader is not None and reader.located.settings.tokenizer is not None
+        return [reader.tokenizer_fingerprint] if reader is not None and given else []
 
     def _evaluate(self, identity: Identity) -> None:
         encoders = {name: reader.encoder for name, reader in self.readers.items()}
@@ -376,6 +371,7 @@ class Pipeline:
         """
         longest = self.recipe.corpus.block_bytes + _MORE_THAN_BYTES
         self.prepare_suites()
+        self._say_note()
         cut = self._complete("corpus")
         models = {}
         for name, reader in self.readers.items():

@@ -184,10 +184,14 @@ def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
 def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
     """The recipe with its local paths made absolute, so that a run's copy of it finds them too."""
 
+    def place(name: str) -> str:
+        local = recipe_folder / Path(name).expanduser()
+        is_local = local.is_dir() or (local.is_file() and local.suffix == ".gguf")
+        return str(local.resolve()) if is_local and not name.startswith("zoo/") else name
+
     def model(block: dict[str, Any]) -> dict[str, Any]:
-        local = recipe_folder / Path(block["model"]).expanduser()
-        is_zoo = block["model"].startswith("zoo/")
-        return block | ({"model": str(local.resolve())} if local.is_dir() and not is_zoo else {})
+        given = {key: block[key] for key in ("model", "tokenizer") if block[key] is not None}
+        return block | {key: place(name) for key, name in given.items()}
 
     def documents(entry: dict[str, Any]) -> dict[str, Any]:
         if "files" not in entry:

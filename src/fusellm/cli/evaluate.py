@@ -117,6 +117,8 @@ def _evaluate(
 def is_run(place: str) -> bool:
     """Whether a place is the folder of a run, or a recipe, and not a model."""
     path = Path(place)
+    if path.suffix == ".gguf":
+        return False
     return path.suffix in (".yaml", ".yml") or path.is_file() or (path / "recipe.yaml").exists()
 
 
@@ -163,7 +165,8 @@ def _evaluate_models(
     if len(set(names)) < len(names):
         raise RecipeError(f"a model is named twice: {', '.join(names)}; name each once")
     for name in names:
-        if Path(name).is_dir() and not any(Path(name).glob("*config.json")):
+        patterns = ("*config.json", "*.gguf")
+        if Path(name).is_dir() and not any(any(Path(name).glob(p)) for p in patterns):
             raise ModelError(
                 f"{name} is neither a run (it has no recipe.yaml) nor a model (no config.json)"
             )

@@ -10,7 +10,8 @@ Places = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RUN|RECIPE|MODEL…",
-        help="The folder of a run or its recipe; or models: folders, names on the hub, zoo/NAME.",
+        help="The folder of a run or its recipe; or models: folders, GGUF files, names on the hub, "
+        "zoo/NAME.",
         show_default=False,
     ),
 ]

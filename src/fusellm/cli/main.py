@@ -163,9 +163,8 @@ def check(
     for name, model in found["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
-        table.add_row(
-            name, model["model"], model["architecture"], str(model["tokens"]), context, fits
-        )
+        place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
+        table.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
     _stdout.print(table)
     projected, free = found["projected_store_bytes"], found["free_bytes"]
     size = "unknown (the corpus has no budget)" if projected is None else _gigabytes(projected)

@@ -206,7 +206,7 @@ def _encoder(store: "DistributionStore", given: str | None, terminal: Terminal) 
     if given is not None:
         from fusellm.cli.tokenizers import load_encoder
 
-        encoder = load_encoder(given, trust_remote_code=False, terminal=terminal)
+        encoder = load_encoder(given, False, terminal, store.facts.vocabulary)
         if tokenizer_fingerprint(encoder) != expected:
             raise StoreError(
                 f"--tokenizer {given} is not the one that {store.path} was made with, so its ids "
@@ -234,16 +234,15 @@ def _encoder_of_recipe(store: "DistributionStore") -> "Encoder | None":
     path = store.path.resolve().parents[1] / "recipe.yaml"
     if not path.exists():
         return None
-    from fusellm.models.load import load_tokenizer, locate
+    from fusellm.models.readers import reader_of
     from fusellm.recipe_file import load_recipe
-    from fusellm.tokens.encode import Encoder
 
     name = store.facts.identity.stage.removeprefix("externalize/")
     source = next((one for one in load_recipe(path).sources if one.name == name), None)
     if source is None:
         return None
     revision = store.facts.commit or source.revision
-    return Encoder(load_tokenizer(locate(source.model_copy(update={"revision": revision}))))
+    return reader_of(source.model_copy(update={"revision": revision})).encoder
 
 
 def _sizes(store: "DistributionStore") -> tuple[dict[str, float], str | None]:

@@ -14,11 +14,12 @@ RECIPE_TEMPLATE = """\
 name: my-run
 seed: 0
 
-# The model that is trained: a folder, a hub name, or zoo/prose, zoo/python, zoo/cpp.
+# The model that is trained: a folder, a GGUF file, a hub name, or zoo/prose, zoo/python, zoo/cpp.
 target:
   model: zoo/prose
   # revision: main            # hub only
   # dtype: bfloat16           # float32, bfloat16 or float16
+  # tokenizer: owner/name     # a folder or a hub name, in place of the model's own
 
 # The models whose distributions are read, any number of them. Naming the target too is the
 # paper's setting: where it wins, its own beginning holds the training back.

@@ -14,11 +14,9 @@ from rich.console import Console
 
 from fusellm.cli.console import Terminal
 from fusellm.cli.tokenizers_screen import screen, verdict
-from fusellm.errors import CorpusError, ModelError
+from fusellm.errors import CorpusError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fusellm.align.comparison import Comparison
     from fusellm.tokens.encode import Encoder
 
@@ -54,10 +52,10 @@ def tokenizers(
 ) -> None:
     """Compare two tokenizers: what a target could learn from a source, before any model is loaded.
 
-    A is the source's tokenizer, B the target's: each a folder, a hub name or zoo/NAME. Shown are
-    the tokens that both have, bytes per token, at how many of the target's positions the source
-    has read the same text and how it cuts what follows, and the classes of tokens that the two can
-    tell apart.
+    A is the source's tokenizer, B the target's: each a folder, a GGUF file, a hub name or zoo/NAME.
+    Shown are the tokens that both have, bytes per token, at how many of the target's positions the
+    source has read the same text and how it cuts what follows, and the classes of tokens that the
+    two can tell apart.
     """
     from fusellm.align.comparison import compare, parts_of
 
@@ -75,59 +73,31 @@ def tokenizers(
         console.print(part)
 
 
-def load_encoder(name: str, trust_remote_code: bool, terminal: Terminal) -> "Encoder":
-    """A tokenizer by its folder, hub name or zoo/NAME.
+def load_encoder(
+    name: str, trust_remote_code: bool, terminal: Terminal, rows: int | None = None
+) -> "Encoder":
+    """A tokenizer by its folder, GGUF file, hub name or zoo/NAME.
+
+    Args:
+        rows: of the head of its model; if not given, what stands beside the tokenizer says.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or the model beside it has too few rows for it.
         TokenizerError: its tokens cannot be told as bytes.
     """
+    from fusellm.models.tokenizers import require_rows, rows_beside, tokenizer_at
     from fusellm.tokens.encode import Encoder
 
-    tokenizer = _tokenizer(name, trust_remote_code)
-    tokenizer.name_or_path = name  # what an error calls it
+    tokenizer = tokenizer_at(name, trust_remote_code)
     if tokenizer.eos_token is None:
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         usual = next((token for token in _USUAL_EOS if token in special), None)
         if usual is not None:
             tokenizer.eos_token = usual
             terminal.say(f"{name} does not say which token ends a text; taken to be {usual}")
-    return Encoder(tokenizer)
-
-
-def _tokenizer(name: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    place = _place(name)
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if Path(place).is_dir():
-            held = ", ".join(sorted(path.name for path in Path(place).iterdir())[:6]) or "nothing"
-            raise ModelError(
-                f"{name} holds no tokenizer that can be loaded (it holds: {held}); give a folder "
-                f"with a tokenizer.json: {reason}"
-            ) from error
-        raise ModelError(
-            f"tokenizer {name} could not be found, neither as a folder nor on the hub: {reason}"
-        ) from error
-    return loaded
-
-
-def _place(name: str) -> str:
-    from fusellm.models.load import zoo_folder
-
-    if name.startswith("zoo/"):
-        return str(zoo_folder(name.removeprefix("zoo/")))
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise ModelError(f"{name} is a file; give the folder that it is in")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"there is no folder {name}; check the path")
-    return str(folder) if folder.is_dir() else name
+    if rows is None and (rows := rows_beside(name)) is not None:
+        require_rows(name, tokenizer, rows)
+    return Encoder(tokenizer, rows)
 
 
 def _texts_of(paths: Sequence[Path]) -> dict[str, list[str]]:

@@ -26,9 +26,13 @@ class ModelSettings(SettingsBlock):
     """Where a model is and how it is loaded."""
 
     model: str
-    """A folder, a name on the Hugging Face hub, or zoo/prose, zoo/python, zoo/cpp."""
+    """A folder, a GGUF file, a name on the Hugging Face hub, or zoo/prose, zoo/python, zoo/cpp."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in that folder or repository (`fusellm[gguf]`); it is dequantized."""
+    tokenizer: str | None = None
+    """Folder or hub name of a tokenizer that the model is read with in place of its own."""
     dtype: Dtype = "float32"
     """Precision of the weights while the model runs."""
     quantization: Literal["8bit", "4bit"] | None = None

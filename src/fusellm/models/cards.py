@@ -21,7 +21,7 @@ def training_card(
     lora = recipe.training.lora
     library = "transformers" if lora is None or lora.merge else "peft"
     front: dict[str, Any] = {"library_name": library, "tags": ["fusellm", which]}
-    if not target.place.startswith(("/", ".")):
+    if target.commit is not None:  # of the hub
         front["base_model"] = target.settings.model
     rows = [("target", target), *sources] if which == "fused" else [("target", target)]
     table = "\n".join(

@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,14 +24,17 @@ from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
 from fusellm.models.adapters import ADAPTER_FILES, adapter_base, holds_adapters, merge_from
 from fusellm.models.attention import choose_attention
+from fusellm.models.gguf import model_header
+from fusellm.models.gguf_model import as_ordinary, config_of, loading_arguments, without_bar
+from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
 from fusellm.models.heads import check_head
+from fusellm.models.places import gguf_file, local_folder
+from fusellm.models.tokenizers import require_rows, tokenizer_at
 from fusellm.models.weights import cached_digest, weight_files
 from fusellm.store.identity import digest
 
-ZOO = ("prose", "python", "cpp")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 _LOADING_ERRORS = (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Located:
         context_tokens: longest input, or None where the architecture has no limit.
         weight_bytes: size of its weights' files, where they are local.
         adapters: folder of the adapters that are merged into it, where `settings` names one.
+        gguf: the GGUF file that it is loaded from, if it is; `place` is then its folder.
     """
 
     settings: ModelSettings
@@ -58,19 +61,7 @@ class Located:
     context_tokens: int | None
     weight_bytes: int | None
     adapters: Path | None = None
-
-
-def zoo_folder(name: str) -> Path:
-    """Folder of a model of the zoo, inside the installed package.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    if name not in ZOO:
-        raise ModelError(
-            f"there is no zoo/{name}; the zoo has {', '.join('zoo/' + n for n in ZOO)}"
-        )
-    return Path(str(files("fusellm.zoo"))) / "weights" / name
+    gguf: Path | None = None
 
 
 def locate(settings: ModelSettings) -> Located:
@@ -80,7 +71,10 @@ def locate(settings: ModelSettings) -> Located:
         ModelError: nothing is there, its weights are pickles only, it is no language model, it
             comes with code that is not trusted, or it is to be quantized a second time.
     """
-    folder = _local_folder(settings.model)
+    found = gguf_file(settings)
+    if found is not None:
+        return _locate_gguf(settings, *found)
+    folder = local_folder(settings.model)
     if folder is not None and holds_adapters(folder):
         return _locate_adapters(settings, folder)
     place = str(folder) if folder is not None else settings.model
@@ -96,10 +90,7 @@ def locate(settings: ModelSettings) -> Located:
             f"{settings.model} is stored quantized ({stored}), so it cannot be loaded with "
             f"quantization: {settings.quantization}; leave that out"
         )
-    text_config = config.get_text_config()
-    context = next(
-        (int(v) for key in _CONTEXT_KEYS if (v := getattr(text_config, key, None))), None
-    )
+    context = _context_tokens(config)
     if folder is None:
         commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
@@ -110,6 +101,26 @@ def locate(settings: ModelSettings) -> Located:
     return Located(settings, place, None, config, digest(sums), context, weight_bytes)
 
 
+def _locate_gguf(settings: ModelSettings, path: Path, commit: str | None) -> Located:
+    """The model of a GGUF file, which is there; `commit` is that of a repository of the hub."""
+    if settings.quantization is not None:
+        raise ModelError(
+            f"{settings.model} is dequantized as it is loaded, so it cannot be loaded with "
+            f"quantization: {settings.quantization}; leave that out"
+        )
+    config = config_of(model_header(path))
+    fingerprint = digest({"gguf": cached_digest(path)})
+    context, size = _context_tokens(config), path.stat().st_size
+    return Located(
+        settings, str(path.parent), commit, config, fingerprint, context, size, gguf=path
+    )
+
+
+def _context_tokens(config: PretrainedConfig) -> int | None:
+    text = config.get_text_config()
+    return next((int(v) for key in _CONTEXT_KEYS if (v := getattr(text, key, None))), None)
+
+
 def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
     """The model that a folder of adapters is on, with the folder."""
     if settings.quantization is not None or settings.device_map is not None:
@@ -118,7 +129,8 @@ def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
             "quantization and device_map out"
         )
     base, revision = adapter_base(folder)
-    found = locate(settings.model_copy(update={"model": base, "revision": revision}))
+    of_base = {"model": base, "revision": revision, "tokenizer": None}
+    found = locate(settings.model_copy(update=of_base))
     sums = {name: cached_digest(folder / name) for name in ADAPTER_FILES}
     fingerprint = digest([found.fingerprint, sums])
     return replace(found, settings=settings, fingerprint=fingerprint, adapters=folder)
@@ -133,19 +145,36 @@ def weights_digest(located: Located) -> str:
     Raises:
         ModelError: the files are not there.
     """
-    named = getattr(located.config, "transformers_weights", None)
-    files = weight_files(located.settings.model, located.place, located.commit, named)
+    if located.gguf is not None:
+        files = {located.gguf.name: located.gguf}
+    else:
+        named = getattr(located.config, "transformers_weights", None)
+        files = weight_files(located.settings.model, located.place, located.commit, named)
     if located.adapters is not None:
         files |= {name: located.adapters / name for name in ADAPTER_FILES}
     return digest({name: cached_digest(path) for name, path in files.items()})
 
 
 def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
-    """A model's tokenizer.
+    """A model's tokenizer: the one that its settings name, or its own.
 
     Raises:
-        ModelError: it has none that can be loaded.
+        ModelError: it has none that can be loaded, or one that does not fit it.
     """
+    settings = located.settings
+    if settings.tokenizer is not None:
+        tokenizer = tokenizer_at(settings.tokenizer, settings.trust_remote_code)
+        if located.gguf is not None:
+            require_same_tokens(model_header(located.gguf), tokenizer, settings.tokenizer)
+    elif located.gguf is not None:
+        tokenizer = tokenizer_of(model_header(located.gguf))
+    else:
+        tokenizer = _own_tokenizer(located)
+    require_rows(settings.model, tokenizer, located.config.get_text_config().vocab_size)
+    return tokenizer
+
+
+def _own_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             located.place,
@@ -154,7 +183,10 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
         )
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{located.settings.model} has no tokenizer to load: {reason}") from error
+        raise ModelError(
+            f"{located.settings.model} has no tokenizer to load: {reason}; put one beside it, as "
+            "`tokenizer:` with a folder or a hub name"
+        ) from error
     return tokenizer
 
 
@@ -193,9 +225,10 @@ def load_model(
     arguments = _loading_arguments(located, device, dtype)
     offload = TemporaryDirectory(prefix="fusellm-offload-")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            located.place, **arguments, offload_folder=offload.name, output_loading_info=True
-        )
+        with without_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                located.place, **arguments, offload_folder=offload.name, output_loading_info=True
+            )
     except _LOADING_ERRORS as error:
         offload.cleanup()
         raise ModelError(_why_not_loaded(located, error)) from error
@@ -209,6 +242,8 @@ def load_model(
         )
     if "device_map" not in arguments:  # else it is where it belongs, and must not be moved
         model.to(device)
+    if located.gguf is not None:
+        model = as_ordinary(model, located.gguf)
     if located.adapters is not None:
         model = merge_from(model, located.adapters)
     model.eval()
@@ -241,6 +276,8 @@ def _loading_arguments(
         "use_safetensors": True,
         "attn_implementation": choose_attention(wanted, config, device, dtype),
     }
+    if located.gguf is not None:
+        arguments |= {"revision": None} | loading_arguments(config, located.gguf)
     if settings.quantization is not None:
         arguments["quantization_config"] = _bitsandbytes(settings.quantization, dtype)
     if places is not None:
@@ -308,33 +345,6 @@ def _hub_commit(settings: ModelSettings) -> str:
     return Path(found).parent.name
 
 
-def _local_folder(name: str) -> Path | None:
-    if name.startswith("zoo/"):
-        folder = zoo_folder(name.removeprefix("zoo/"))
-        if not (folder / "config.json").exists():
-            raise ModelError(f"{name} is not in this installation ({folder}); `fusellm zoo train`")
-        return folder
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"there is no model folder {name}; check the path")
-        return None
-    if holds_adapters(folder):
-        return folder
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} holds no model: it has no config.json")
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{folder} has its weights as pickles only ({', '.join(pickles[:3])}), which can "
-                "run code when loaded; convert them with save_pretrained(), which writes "
-                "safetensors, where you trust them"
-            )
-        raise ModelError(f"{folder} has no weights (no *.safetensors)")
-    return folder
-
-
 def _why_not_found(settings: ModelSettings, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
@@ -347,7 +357,8 @@ def _why_not_found(settings: ModelSettings, error: Exception) -> str:
     where = (
         settings.model if settings.revision is None else f"{settings.model} at {settings.revision}"
     )
-    return f"model {where} could not be found, neither as a folder nor on the hub: {reason}"
+    cure = "; name its file, as gguf_file: NAME.gguf" if "gguf" in settings.model.lower() else ""
+    return f"model {where} could not be found, neither as a folder nor on the hub: {reason}{cure}"
 
 
 def describe(located: Located) -> dict[str, Any]:
@@ -359,4 +370,5 @@ def describe(located: Located) -> dict[str, Any]:
         "architecture": (located.config.architectures or ["unknown"])[0],
         "context_tokens": located.context_tokens,
         "fingerprint": located.fingerprint,
+        **located.settings.model_dump(include={"gguf_file", "tokenizer"}, exclude_none=True),
     }

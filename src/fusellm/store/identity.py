@@ -22,7 +22,9 @@ def digest(value: Any) -> str:
 
 def tokenizer_fingerprint(encoder: "Encoder") -> str:
     """Digest of how a tokenizer cuts text and of what it puts before and after it."""
-    return digest([encoder.rules, [encoder.vocabulary.bos_id, encoder.vocabulary.eos_id]])
+    vocabulary = encoder.vocabulary
+    parts = [encoder.rules, [vocabulary.bos_id, vocabulary.eos_id]]
+    return digest([*parts, len(vocabulary)] if encoder.is_cut else parts)
 
 
 @dataclass(frozen=True)

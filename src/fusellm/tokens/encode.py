@@ -33,10 +33,22 @@ class Encoded:
 class Encoder:
     """A tokenizer with its tokens as bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises TokenizerError where the tokens cannot be told as bytes."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> None:
+        """Read a tokenizer's tokens.
+
+        Args:
+            rows: of the head of its model. Special tokens beyond them are left out, where there
+                are no others: the model neither reads nor predicts them.
+
+        Raises:
+            TokenizerError: the tokens cannot be told as bytes.
+        """
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
+        beyond = () if rows is None else self.vocabulary.token_bytes[rows:]
+        self.is_cut = len(beyond) > 0 and not any(beyond)
+        if rows is not None and self.is_cut:
+            self.vocabulary = self.vocabulary.below(rows)
         self._text_ids = text_ids_of(tokenizer)
 
     @cached_property

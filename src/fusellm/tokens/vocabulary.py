@@ -5,7 +5,7 @@ the rows of a padded head above it, never have bytes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -96,6 +96,17 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.token_bytes)
+
+    def below(self, rows: int) -> "Vocabulary":
+        """The same without the ids from `rows` on, which must stand for no text."""
+        assert not any(self.token_bytes[rows:])
+        return replace(
+            self,
+            token_bytes=self.token_bytes[:rows],
+            is_fallback=self.is_fallback[:rows],
+            restarts=self.restarts[:rows],
+            is_added=self.is_added[:rows],
+        )
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

@@ -11,13 +11,13 @@ import torch
 
 from fusellm.config import ModelSettings, Recipe
 from fusellm.errors import ClusterError, ModelError
-from fusellm.models.load import default_device, load_tokenizer, locate, weights_digest
+from fusellm.models.load import default_device, locate, weights_digest
+from fusellm.models.readers import encoder_of
 from fusellm.stages.externalize.task import Task
 from fusellm.stages.externalize.work import Done, Worker, device_name
 from fusellm.store.blocks import Block
 from fusellm.store.identity import tokenizer_fingerprint
 from fusellm.store.writer import software_versions
-from fusellm.tokens.encode import Encoder
 
 IN_FLIGHT = 3
 """Shards that a worker has at a time: one is tokenized, one read, one encoded and sent."""
@@ -90,7 +90,7 @@ class Reader:
             )
         try:
             located = locate(orders.settings)
-            encoder = Encoder(load_tokenizer(located))
+            encoder = encoder_of(located)
         except ModelError as error:
             raise ModelError(f"{error} (on {node}, where a worker runs)") from error
         found = (located.fingerprint, tokenizer_fingerprint(encoder))

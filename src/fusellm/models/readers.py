@@ -1,0 +1,62 @@
+"""A model that reads the corpus, found with its tokenizer; no weight is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fusellm.config import ModelSettings
+from fusellm.models.gguf import read_header
+from fusellm.models.gguf_tokenizer import CHAT_TEMPLATE
+from fusellm.models.load import Located, load_tokenizer, locate
+from fusellm.store.identity import tokenizer_fingerprint
+from fusellm.tokens.encode import Encoder
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads the corpus: found, with its tokenizer, weights not loaded."""
+
+    located: Located
+    encoder: Encoder
+    tokenizer_fingerprint: str
+
+    @property
+    def for_dialogue(self) -> bool:
+        """Whether it comes with a chat template, as models tuned for dialogue do."""
+        if getattr(self.encoder.tokenizer, "chat_template", None):
+            return True
+        path = self.located.gguf
+        return path is not None and bool(read_header(path).get(CHAT_TEMPLATE))
+
+
+def reader_of(settings: ModelSettings) -> Reader:
+    """Find a model and its tokenizer.
+
+    Raises:
+        ModelError: as `locate` and `load_tokenizer` do.
+        TokenizerError: its tokens cannot be told as bytes.
+    """
+    located = locate(settings)
+    encoder = encoder_of(located)
+    return Reader(located, encoder, tokenizer_fingerprint(encoder))
+
+
+def encoder_of(located: Located) -> Encoder:
+    """A located model's tokenizer, with its tokens as bytes.
+
+    Raises:
+        ModelError: as `load_tokenizer` does.
+        TokenizerError: its tokens cannot be told as bytes.
+    """
+    return Encoder(load_tokenizer(located), located.config.get_text_config().vocab_size)
+
+
+def plain_text_note(readers: Mapping[str, Reader]) -> str | None:
+    """What a user should know whose models were tuned for dialogue, and read plain text."""
+    named = [name for name, reader in readers.items() if reader.for_dialogue]
+    if not named:
+        return None
+    has = "has a chat template" if len(named) == 1 else "have chat templates"
+    return (
+        f"note: {', '.join(named)} {has}, as models tuned for dialogue have; here plain text is "
+        "read, as by base models"
+    )

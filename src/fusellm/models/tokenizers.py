@@ -1,0 +1,93 @@
+"""Finding and loading a tokenizer that a user names, and whether it fits a model's head."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fusellm.errors import ModelError
+from fusellm.models.gguf import SUFFIX, read_header, require_gguf
+from fusellm.models.gguf_tokenizer import tokenizer_of
+from fusellm.models.places import looks_local, zoo_folder
+
+_FAULTS = (ImportError, KeyError, OSError, ValueError)
+
+
+def tokenizer_at(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a GGUF file, a hub name or zoo/NAME.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+    """
+    if name.endswith(SUFFIX) and Path(name).expanduser().is_file():
+        require_gguf(name)
+        return tokenizer_of(read_header(Path(name).expanduser()))
+    place = _place(name)
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=trust_remote_code
+        )
+    except _FAULTS as error:
+        reason = " ".join(str(error).split())[:200]
+        if Path(place).is_dir():
+            held = ", ".join(sorted(path.name for path in Path(place).iterdir())[:6]) or "nothing"
+            raise ModelError(
+                f"{name} holds no tokenizer that can be loaded (it holds: {held}); give a folder "
+                f"with a tokenizer.json: {reason}"
+            ) from error
+        raise ModelError(
+            f"tokenizer {name} could not be found, neither as a folder nor on the hub: {reason}"
+        ) from error
+    loaded.name_or_path = name  # what an error calls it
+    return loaded
+
+
+def _place(name: str) -> str:
+    if name.startswith("zoo/"):
+        return str(zoo_folder(name.removeprefix("zoo/")))
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{name} is a file; give the folder that it is in")
+    if not folder.is_dir() and (looks_local(name) or name.endswith(SUFFIX)):
+        raise ModelError(f"there is no folder {name}; check the path")
+    return str(folder) if folder.is_dir() else name
+
+
+def rows_beside(name: str) -> int | None:
+    """Rows of the head of the model that is in the same folder or GGUF file; None without one."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_header(path).rows
+    try:
+        found = json.loads((Path(_place(name)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    text = found.get("text_config") or found
+    rows = text.get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def require_rows(model: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Check that a head has a row for every token of a text, and for those around it.
+
+    A special token that no text has may lie beyond: Gemma 3's models without vision have no row
+    for the token of an image.
+
+    Args:
+        model: what the recipe calls it.
+        rows: of the head.
+
+    Raises:
+        ModelError: a token has none; the message has the cure.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(id_ for id_, token in added if token.special)}
+    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    beyond = [
+        id_ for id_ in tokenizer.get_vocab().values() if id_ >= rows and id_ not in special - needed
+    ]
+    if beyond:
+        raise ModelError(
+            f"{model} has {rows} rows in its head and {max(beyond) + 1} tokens in its tokenizer; "
+            "resize its embeddings, or give it its own tokenizer (`tokenizer:`)"
+        )
