@@ -107,6 +107,28 @@ def weights_of(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+# Validation
+
+
+def test_validation_is_in_the_precision_that_is_trained_in(
+    trained: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 it took a third of a training in bfloat16."""
+    kinds: list[torch.dtype | None] = []
+    measure = Validation.measure
+
+    def recorded(self: Validation, model: Any) -> dict[str, float]:
+        is_on = torch.is_autocast_enabled("cpu")
+        kinds.append(torch.get_autocast_dtype("cpu") if is_on else None)
+        return measure(self, model)
+
+    monkeypatch.setattr(Validation, "measure", recorded)
+    half = validations_of(trained("training.bf16=true"))
+    plain = validations_of(trained())
+    assert kinds == [torch.bfloat16] * len(half) + [None] * len(plain)
+    assert half == pytest.approx(plain, rel=0.02)
+
+
 # λ and divergences
 
 

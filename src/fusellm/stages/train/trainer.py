@@ -235,7 +235,7 @@ class ObjectiveTrainer(Trainer):
         whole = self.accelerator.unwrap_model(self.model)
         training = whole.training
         whole.eval()
-        with self.compute_loss_context_manager():  # in the precision that is trained in
+        with self.accelerator.autocast():  # in the precision that is trained in
             found = self._measured(whole)
         whole.train(training)
         metrics = {f"eval_{domain}": value for domain, value in found.items()}
