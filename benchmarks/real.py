@@ -51,7 +51,11 @@ from fusion_gain import QUICK, validation, variant
 
 _SMALL = Path(__file__).parent.parent / "src" / "fusellm" / "recipes" / "small.yaml"
 _ZOO = ["target.model=zoo/prose", "sources.0.model=zoo/python", "sources.1.model=zoo/cpp"]
-_LITTLE = ["training.max_steps=75", "training.validations=2"]  # some 100,000 tokens
+_LITTLE = [  # some 100,000 tokens
+    "training.max_steps=75",
+    "training.per_device_train_batch_size=2",
+    "training.validations=2",
+]
 _RATES = ("2.5e-5", "5e-5", "1e-4", "2e-4")
 _RECENT_BYTES, _BEGINNING_BYTES = 150_000, 4096
 SELF = "itself"
@@ -109,8 +113,11 @@ class Study:
         began = time.perf_counter()
         run = self.out / name
         stages = [f"train/{CLM}"] if arm.which == CLM else ["fuse", f"train/{FUSED}"]
+        is_new = not (run / "train" / arm.which / "log.jsonl").exists()
         variant(self.base, run, recipe).execute(stages)
         self.figures[name] = validation(run, arm.which)
+        if not is_new:
+            return run
         lines = [f"{time.perf_counter() - began:.0f} s", *arm.changes]
         with (self.out / "figures.jsonl").open("a", encoding="utf-8") as file:
             row = {"name": name, "validation": self.figures[name], "how": lines}
@@ -124,8 +131,12 @@ def terminal() -> Terminal:
 
 
 def suspects() -> dict[str, Arm]:
-    """What may have kept the first run from a gain, one thing at a time."""
+    """What may have kept the first run from a gain, one thing at a time.
+
+    That run had `corpus.train_bytes=360_000`.
+    """
     rate, little = "training.learning_rate=1e-4", _LITTLE
+    half = ["training.per_device_train_batch_size=1", "training.max_steps=150"]
     one = ("qwen-coder",)
 
     def fused(*changes: str, sources: Sequence[str] = one) -> Arm:
@@ -138,6 +149,8 @@ def suspects() -> dict[str, Arm]:
         "rate-3e-4": fused("training.learning_rate=3e-4"),
         "rate-5e-5": fused("training.learning_rate=5e-5"),
         "clm-rate-5e-5": Arm(CLM, [*little, "training.learning_rate=5e-5"]),
+        "half-batch": fused(*half),
+        "clm-half-batch": Arm(CLM, [*little, rate, *half]),
         "lambda-0.1": fused("fusion.lambda=0.1"),
         "bytes": fused("fusion.lambda=0.1", "fusion.strategy=bytes"),
     }

@@ -32,6 +32,7 @@ from urllib.parse import urljoin
 # pip has no public interface. These two calls give its settings (index, certificates, proxies).
 # `pip download` will not do: to know a source archive's name it runs the archive's build code.
 from pip._internal.commands import create_command
+from pip._vendor.requests import RequestException
 
 from figures import command_line, show
 from fusellm.errors import CorpusError, FusellmError
@@ -266,7 +267,7 @@ class Index:
             reply = self._session.get(address, headers=headers)
             reply.raise_for_status()
             return bytes(reply.content)
-        except Exception as error:  # of pip's copy of requests, which is not ours to import
+        except RequestException as error:
             raise CorpusError(
                 f"{package.name}: pip's index cannot be read ({type(error).__name__}); "
                 "check the network and `pip config list`"

@@ -25,7 +25,7 @@ from transformers import (
 
 from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
 
-pytest_plugins = ["toolchains"]  # fixtures
+pytest_plugins = ["hubs", "toolchains"]  # fixtures
 
 _TEXT = """the model reads a text and every token of it is a piece that ends at some byte so two
 readers agree where both have read the same return value def class import self print

@@ -39,7 +39,7 @@ from fusellm.progress import Silent
 from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
 from fusellm.store.manifest import StageFolder
 from fusellm.tokens.encode import Encoder
-from test_loading import FIRST, SECOND, hub, put_in_cache  # noqa: F401
+from hubs import FIRST, SECOND, put_in_cache
 from worlds import SHARED, TRICKY, layout_of
 
 CPU = torch.device("cpu")
@@ -210,7 +210,7 @@ def test_a_file_is_known_by_its_bytes(made: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_file_of_a_hub_repository(made: Any, hub: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_of_a_hub_repository(made: Any, hub: Path, tmp_path: Path) -> None:
     path, folder = made("llama", "Q8_0")
     repository = tmp_path / "repository"
     repository.mkdir()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -35,6 +34,7 @@ from fusellm.models import attention, load
 from fusellm.models.attention import choose_attention, implementations
 from fusellm.models.heads import head_of, input_device, last_hidden
 from fusellm.models.load import load_model, locate, require_packages, weights_digest
+from hubs import FIRST, SECOND, put_in_cache
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -472,32 +472,6 @@ def test_code_of_a_model_does_not_run_unless_it_is_trusted(llama: Path, tmp_path
 
 
 # The hub
-
-FIRST, SECOND = "a" * 40, "b" * 40
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def put_in_cache(hub: Path, model: Path, commit: str, branch: str = "main") -> Path:
-    """Lay out a model as the hub's client does after a download: blobs, and links to them."""
-    repo = hub / "models--someone--tiny"
-    snapshot = repo / "snapshots" / commit
-    for folder in (repo / "blobs", repo / "refs", snapshot):
-        folder.mkdir(parents=True, exist_ok=True)
-    (repo / "refs" / branch).write_text(commit)
-    for path in model.iterdir():
-        blob = repo / "blobs" / f"{commit[:4]}-{path.name}"
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-    return snapshot
 
 
 def test_a_hub_model_is_read_at_the_commit_that_was_located(

@@ -98,29 +98,36 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reading_agrees_with_a_plain_forward(name: str) -> None:
-    """Logits of the model in bfloat16, its head's product in float64, one text alone."""
+    """The model's body in bfloat16, its head's product in float64, one text at a time.
+
+    In a batch with others a body in bfloat16 gives other numbers: of Gemma-3's, half are more than
+    0.02 nats off.
+    """
     located = locate(ModelSettings(model=str(FOLDER / name), dtype="bfloat16"))
     encoder = Encoder(load_tokenizer(located))
     model = load_model(located, CPU)
-    encoded = encoder.encode(TEXTS, [True] * len(TEXTS))
-    assert all(block.ends is not None for block in encoded)
     settings = ExternalizeSettings(scheme="top", k=8, mass=None)
-    found = SourceReader(model, len(encoder.vocabulary), settings, seed=0).read(TEXTS, encoded)
-    assert found.usable.all()
-    for n, block in enumerate(encoded):
-        exact = plain_log_probs(model, block.ids, len(encoder.vocabulary))
-        rows = slice(*found.position_offsets[n : n + 2])
-        true = exact[np.arange(len(exact)), block.ids[1:]]
-        # bfloat16 bodies differ by the shape of their batch; a rounded logit would be off by more.
-        assert np.median(np.abs(found.kept.true_log_prob[rows] - true)) < 0.02
-        best = found.kept.ids[found.kept.offsets[:-1][rows]]
-        assert np.mean(best == exact.argmax(-1)) > 0.9
+    reader = SourceReader(model, len(encoder.vocabulary), settings, seed=0)
+    for text in TEXTS:
+        encoded = encoder.encode([text], [True])
+        assert encoded[0].ends is not None
+        found = reader.read([text], encoded)
+        assert found.usable.all()
+        ids = encoded[0].ids
+        exact = plain_log_probs(model, ids, len(encoder.vocabulary))
+        place = np.arange(len(exact))
+        assert found.kept.true_log_prob == pytest.approx(exact[place, ids[1:]], abs=1e-3)
+        kept = exact[np.repeat(place, np.diff(found.kept.offsets)), found.kept.ids]
+        assert found.kept.log_probs == pytest.approx(kept, abs=1e-3)
+        least = np.sort(exact, axis=-1)[:, -settings.k]
+        assert np.minimum.reduceat(kept, found.kept.offsets[:-1]) == pytest.approx(least, abs=2e-3)
 
 
 @torch.no_grad()
 def plain_log_probs(model: Any, ids: np.ndarray, vocabulary: int) -> np.ndarray:
     """[T-1, V] float64, by the model's own body and its head's weights."""
-    hidden = model.base_model(torch.from_numpy(ids)[None]).last_hidden_state[0, :-1]
+    row = torch.from_numpy(ids)[None]
+    hidden = model.base_model(row, attention_mask=torch.ones_like(row)).last_hidden_state[0, :-1]
     logits = hidden.double() @ model.get_output_embeddings().weight[:vocabulary].double().t()
     return np.asarray(torch.log_softmax(logits, -1))
 

@@ -5,7 +5,8 @@ in float32. Torch rounds the sum to bfloat16 all the same: of a logit of 20 that
 1/8. On CUDA `torch.mm(..., out_dtype=torch.float32)` does not round; on a CPU there is no such
 argument. But oneDNN can be told to multiply float32 matrices as if they were bfloat16. Factors that
 are bfloat16 by value lose nothing by that, and processors with instructions for it (AVX512-BF16,
-AMX) are several times as fast as in float32. Others go on in float32, with the same result.
+AMX) are several times as fast as in float32. Others do not round the factors: bfloat16 ones give
+the same result there, float32 ones under autocast a more exact one.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def factors_as_bfloat16(wanted: bool = True) -> Iterator[None]:
     >>> bool((found == 64 * (1 + 2**-7) ** 2).all())  # which bfloat16 has not
     True
     """
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend: Any = torch.backends.mkldnn
+    matmul = backend.matmul
     before = matmul.fp32_precision
     if wanted:
         matmul.fp32_precision = "bf16"
