@@ -291,15 +291,15 @@ def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seed
     }
 
 
-def stages(study: Study) -> dict[str, float]:
-    """Run the recipe stage by stage, each in a process of its own."""
+def stages(study: Study, most: int | None = None) -> dict[str, float]:
+    """Run the recipe stage by stage, each in a process of its own; the first so many."""
     recipe = load_recipe(study.file, study.changes)
     run = study.out / recipe.name
     names = [f"externalize/{source.name}" for source in recipe.sources]
     order = ["corpus", "externalize/target", *names, "fuse"]
     order += [f"train/{FUSED}", f"train/{CLM}", "evaluate", "report"]
     figures = {}
-    for stage in order:
+    for stage in order[:most]:
         command = [sys.executable, __file__, "stages", f"--out={study.out}", "--json"]
         command += [f"--recipe={study.file}", f"--stage={stage}", f"--run={run}"]
         done = subprocess.run(
@@ -335,7 +335,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--recipe", type=Path, default=_SMALL)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--only", action="append", default=[], help="of the suspects")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=list(suspects()), help="of the suspects"
+    )
     parser.add_argument("--recent", type=Path, help="folder of recent_text.py")
     parser.add_argument("--seeds", type=int, default=2)
     for which in (CLM, FUSED):
@@ -353,7 +355,7 @@ def main() -> None:
     if given.stage:
         figures = one_stage(study, given.run, given.stage)
     elif given.study == "stages":
-        figures = stages(study)
+        figures = stages(study, 3 if given.quick else None)
     else:
         study.read()
         figures = studied(study, given)
@@ -363,9 +365,12 @@ def main() -> None:
 def studied(study: Study, given: argparse.Namespace) -> dict[str, float]:
     """The figures of a study over what has been read."""
     if given.study == "suspects":
-        for name, arm in suspects().items():
-            if not given.only or name in given.only:
-                study.train(f"suspect-{name}", arm)
+        arms = suspects()
+        for name in given.only or (list(arms)[:2] if given.quick else arms):
+            arm = arms[name]
+            if given.quick:
+                arm = Arm(arm.which, [*arm.changes, "training.max_steps=4"], arm.sources)
+            study.train(f"suspect-{name}", arm)
         return study.figures
     if given.study == "search":
         return search(study, _RATES[:1] if given.quick else _RATES)
