@@ -280,14 +280,11 @@ def table(found: Sequence[Record]) -> str:
 
 def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seeds: int) -> Any:
     """CLM, fused, and fused with the target as a source, by seed; CLM of seed 0 comes first."""
+    kinds = (CLM, CLM, ()), (FUSED, FUSED, ()), (f"{FUSED}-{SELF}", FUSED, (*names, SELF))
     return {
         f"{name}-seed{seed}": Arm(which, changes[which], sources, seed)
+        for name, which, sources in kinds
         for seed in range(seeds)
-        for name, which, sources in (
-            (CLM, CLM, ()),
-            (FUSED, FUSED, ()),
-            (f"{FUSED}-{SELF}", FUSED, (*names, SELF)),
-        )
     }
 
 
