@@ -329,10 +329,11 @@ class Pipeline:
                 if stale.intersection(later.after):
                     stale.add(later.name)
             folders = [self.run / name for name in sorted(stale)]
+            there = [str(path.relative_to(self.run)) for path in folders if path.exists()]
             checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
             answers = records_of(self.run, [name.removeprefix("train/") for name in stale])
             place = set_aside(self.run, [*folders, *checkpoints, *answers, self.run / "report"])
-            self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
+            self._progress.say(f"moved {', '.join(there)} to {place}")
 
     def _fits(self, name: str) -> None:
         """Check that every block fits a model's context, before its weights are loaded."""
