@@ -277,6 +277,21 @@ def test_another_identity_stops_and_redo_moves_it_aside(
     assert after["externalize/second"] == before["externalize/second"]
 
 
+def test_redo_names_what_it_moved_and_nothing_else(world: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Telling(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    run = tmp_path / "run"
+    pipeline(world, run).execute(["corpus"])
+    recipe = load_recipe(world / "recipe.yaml", ["corpus.block_bytes=200"])
+    changed = Pipeline(resolve_paths(recipe, world), run, Telling())
+    changed.execute(["corpus"], redo=True)
+    assert said == [f"moved corpus to {run / 'aside' / '1'}"]
+
+
 def test_another_lambda_redoes_only_training(world: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -20,6 +20,7 @@ from fusellm.store.files import (
     require_no_links,
     sync_files,
     write_text,
+    writing_explained,
 )
 from fusellm.store.tables import folder_bytes
 
@@ -33,8 +34,10 @@ def seal(checkpoint: Path) -> None:
     Raises:
         StoreError: it cannot be written.
     """
-    sync_files(checkpoint)
-    write_text(checkpoint / _WHOLE, json.dumps(_sums(checkpoint), indent=1) + "\n")
+    with writing_explained(checkpoint):
+        sync_files(checkpoint)
+        sums = _sums(checkpoint)
+    write_text(checkpoint / _WHOLE, json.dumps(sums, indent=1) + "\n")
 
 
 def last_checkpoint(checkpoints: Path, progress: Progress) -> str | None:
