@@ -48,7 +48,8 @@ class ModelSettings(SettingsBlock):
     """Attention implementation; `auto` takes the fastest that the architecture and the machine
     have. `flash_attention_2` and `_3` need a GPU and half precision."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run. Off unless you have read it."""
+    """Whether code that comes with the model is wanted. It runs if who types the command has read
+    it, and gives --trust-remote-code as well."""
 
     @property
     def precision(self) -> str:

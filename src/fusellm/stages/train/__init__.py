@@ -32,6 +32,7 @@ from fusellm.stages.train.arguments import (
 )
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.model import load_target, save_model
+from fusellm.stages.train.stop import Stop
 from fusellm.stages.train.trainer import ObjectiveTrainer, last_checkpoint
 from fusellm.stages.train.validation import Validation
 from fusellm.stages.train.watch import Watch
@@ -178,6 +179,7 @@ def run_train(
         if packed:
             require_packing(without_adapters(model))
             rows = rows.pack(training.row_tokens)
+        stop = Stop()
         trainer = ObjectiveTrainer(
             model,
             chosen,
@@ -186,13 +188,14 @@ def run_train(
             lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
             Validation(encoder, read_part(corpus, "validation"), recipe),
             Blame(corpus, checkpoints),
+            stop,
         )
         objective = objective_forward(
             without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
         )
         shown = progress.start(f"training {which}", 0, "steps")
-        with objective, without_warnings(), shown as bar:
-            trainer.add_callback(Watch(bar, training.early_stop_validations))
+        with objective, without_warnings(), shown as bar, stop:
+            trainer.add_callback(Watch(bar, training.early_stop_validations, stop))
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             trainer.require_finite()
         weights = trainer.whole_weights()
