@@ -71,7 +71,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(model: Path | str, **settings: Any) -> PreTrainedModel:
-    return load_model(locate(ModelSettings(model=str(model), **settings)), CPU)
+    return load_model(locate(ModelSettings(model=str(model), **settings), trusted=True), CPU)
 
 
 @torch.no_grad()
