@@ -6,13 +6,13 @@ corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train �
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fusellm.config import EvaluationSettings, FileDocuments, Recipe
+from fusellm.config import EvaluationSettings, Recipe
 from fusellm.errors import CorpusError, IdentityError, StoreError
 from fusellm.evaluation.measure import Prepared, prepare
 from fusellm.evaluation.settings import settings_of
@@ -22,7 +22,7 @@ from fusellm.models.load import Located, describe, locate
 from fusellm.models.readers import plain_text_note, reader_of
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
-from fusellm.stages.corpus.documents import files_of
+from fusellm.stages.corpus.look import look_at
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
 from fusellm.stages.suites import run_suites
@@ -66,7 +66,7 @@ class Pipeline:
         training_processes: int | None = None,
         evaluation: EvaluationSettings | None = None,
     ) -> None:
-        """Find every model, tokenizer and file of a recipe; no weight is loaded.
+        """Find every model and tokenizer of a recipe; no weight is loaded.
 
         Args:
             engine: where sources are read.
@@ -83,12 +83,12 @@ class Pipeline:
         self._evaluation = evaluation or recipe.evaluation
         self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]
         self._prepared: list[Prepared] | None = None
-        for entry in recipe.corpus.documents:
-            if isinstance(entry, FileDocuments):
-                files_of(entry)
         self.readers = {TARGET: reader_of(recipe.target)}
         for source in recipe.sources:
             self.readers[source.name] = reader_of(source)
+        tokenizer = self.readers[TARGET].tokenizer_fingerprint
+        # Once, as it reads whole files.
+        self._corpus_identity = cache(partial(corpus.identity, recipe, tokenizer, progress))
 
     def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
         """Run stages, or go on with them; finished work is kept.
@@ -126,6 +126,8 @@ class Pipeline:
             self._progress.say(note)
 
     def _begin(self, parts: Sequence[_Part], redo: bool) -> None:
+        if not self._complete("corpus"):
+            look_at(self.recipe.corpus, self._progress)
         for part in parts:
             if all(self._complete(name) for name in part.after):
                 self._ensure(part, parts, redo)
@@ -203,9 +205,6 @@ class Pipeline:
             _Part("evaluate", "evaluate", measured, self._evaluate_identity, self._evaluate)
         )
         return parts
-
-    def _corpus_identity(self) -> Identity:
-        return corpus.identity(self.recipe, self.readers[TARGET].tokenizer_fingerprint)
 
     def _run_corpus(self, identity: Identity) -> None:
         encode = self.readers[TARGET].encoder.encode
@@ -319,6 +318,8 @@ class Pipeline:
         return StageFolder(self.run / name).fingerprint
 
     def _ensure(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
+        if part.name == "corpus" and not self._complete("corpus"):
+            return  # it is begun anew: what there is of it stands in nobody's way
         try:
             check_identity(self.run / part.name, part.identity())
         except IdentityError:
@@ -331,8 +332,10 @@ class Pipeline:
             folders = [self.run / name for name in sorted(stale)]
             checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
             answers = records_of(self.run, [name.removeprefix("train/") for name in stale])
-            place = set_aside(self.run, [*folders, *checkpoints, *answers, self.run / "report"])
-            self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
+            moved = [*folders, *checkpoints, *answers, self.run / "report"]
+            names = [str(path.relative_to(self.run)) for path in moved if path.exists()]
+            place = set_aside(self.run, moved)
+            self._progress.say(f"moved {', '.join(names)} to {place}")
 
     def _fits(self, name: str) -> None:
         """Check that every block fits a model's context, before its weights are loaded."""
@@ -373,6 +376,7 @@ class Pipeline:
         self.prepare_suites()
         self._say_note()
         cut = self._complete("corpus")
+        look_at(self.recipe.corpus, self._progress)
         models = {}
         for name, reader in self.readers.items():
             if cut:

@@ -28,9 +28,13 @@ class _Done(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
-        total = f"/{_short(task.total)}" if task.total else ""
         rate = f"  {_short(task.speed)} {unit}/s" if task.speed else ""
-        return Text(f"{_short(task.completed)}{total} {unit}{rate}", style="progress.download")
+        done = _done(task.completed, task.total, unit)
+        return Text(f"{done}{rate}", style="progress.download")
+
+
+def _done(amount: float, total: float | None, unit: str) -> str:
+    return f"{_short(amount)}{f'/{_short(total)}' if total else ''} {unit}"
 
 
 def _short(amount: float) -> str:
@@ -64,7 +68,7 @@ class _PlainBar:
         self._note = note or self._note
         if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
             self._said = time.monotonic()
-            self.say(f"{_short(self._done)}/{_short(self._total)} {self._unit}{self._left()}")
+            self.say(f"{_done(self._done, self._total, self._unit)}{self._left()}")
 
     def resize(self, total: float) -> None:
         self._total = total

@@ -40,8 +40,12 @@ class StageWriter(StageFolder):
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, identity: Identity) -> Iterator["StageWriter"]:
+    def open(cls, path: Path, identity: Identity, resume: bool = True) -> Iterator["StageWriter"]:
         """Begin a stage, or go on with it.
+
+        Args:
+            resume: whether to go on with a folder that is not finished, or to begin it anew
+                whatever it was made from.
 
         Raises:
             IdentityError: the folder was made from something else.
@@ -49,6 +53,11 @@ class StageWriter(StageFolder):
         """
         make_folder(path)
         with _locked(path):
+            if (path / MANIFEST).exists() and not resume:
+                writer = cls(path)
+                if not writer.complete:
+                    writer.forget(list(writer.shards))
+                    (path / MANIFEST).unlink()
             if (path / MANIFEST).exists():
                 check_identity(path, identity)
             else:
