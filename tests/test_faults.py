@@ -35,6 +35,7 @@ from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.externalize import work
 from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.store.externalized import layout_of
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
 
@@ -538,7 +539,7 @@ def _by_shard(calls: list[Any]) -> list[list[Any]]:
 def _rows(run: Path) -> Iterator[dict[str, Any]]:
     folder = StageFolder(run / PART)
     for name in shard_names(folder):
-        shard = Shard(folder, name)
+        shard = Shard(folder, name, layout_of(folder))
         for n in range(len(shard)):
             yield {key: np.asarray(value) for key, value in shard.block(n).items()}
 
@@ -740,9 +741,9 @@ def test_a_reader_of_a_finished_run_says_which_file_is_damaged(
     folder = StageFolder(run / PART)
     for name in shard_names(folder):
         if name != path.name:
-            Shard(folder, name)
+            Shard(folder, name, layout_of(folder))
     with pytest.raises(StoreError) as refused:
-        Shard(folder, path.name)
+        Shard(folder, path.name, layout_of(folder))
     assert f"{path} is {'missing' if how == 'missing' else 'damaged'}" in str(refused.value)
     assert f"fusellm store verify {run / PART} --repair" in str(refused.value)
 

@@ -75,6 +75,6 @@ def clean(
         _stderr.print(f"{path}  {folder_bytes(path) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
     if yes or typer.confirm("Remove these?"):
         for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if everything and not any(run.iterdir()):
             run.rmdir()

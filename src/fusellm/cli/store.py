@@ -202,7 +202,7 @@ def _encoder(store: "DistributionStore", given: str | None, terminal: Terminal) 
     """
     from fusellm.store.identity import tokenizer_fingerprint
 
-    expected = store.facts.identity.inputs["tokenizer"]
+    expected = store.facts.identity.inputs.get("tokenizer")
     if given is not None:
         from fusellm.cli.tokenizers import load_encoder
 
