@@ -19,7 +19,7 @@ from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, locate
-from fusellm.models.readers import plain_text_note, reader_of
+from fusellm.models.readers import plain_text_note, readers_of
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.look import look_at
@@ -65,6 +65,7 @@ class Pipeline:
         engine: EngineSettings = LOCAL,
         training_processes: int | None = None,
         evaluation: EvaluationSettings | None = None,
+        trusted: bool = False,
     ) -> None:
         """Find every model and tokenizer of a recipe; no weight is loaded.
 
@@ -72,6 +73,7 @@ class Pipeline:
             engine: where sources are read.
             training_processes: how many are to train a model; those that there are if None.
             evaluation: what is measured, where it is not what the recipe says.
+            trusted: whether code may run that comes with models, where the recipe wants it.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -83,9 +85,7 @@ class Pipeline:
         self._evaluation = evaluation or recipe.evaluation
         self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]
         self._prepared: list[Prepared] | None = None
-        self.readers = {TARGET: reader_of(recipe.target)}
-        for source in recipe.sources:
-            self.readers[source.name] = reader_of(source)
+        self.readers, self._trusted = readers_of(recipe, trusted), trusted
         tokenizer = self.readers[TARGET].tokenizer_fingerprint
         # Once, as it reads whole files.
         self._corpus_identity = cache(partial(corpus.identity, recipe, tokenizer, progress))
@@ -286,7 +286,7 @@ class Pipeline:
             # What was trained is a folder with everything in it, whatever it was trained from.
             at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
             at |= {"model": str(train.folder_of(self.run, which))}
-            found[which] = locate(self.recipe.target.model_copy(update=at))
+            found[which] = locate(self.recipe.target.model_copy(update=at), self._trusted)
         return found
 
     def _evaluate_identity(self) -> Identity:

@@ -29,6 +29,7 @@ from fusellm.models.gguf_model import as_ordinary, config_of, loading_arguments,
 from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
 from fusellm.models.heads import check_head
 from fusellm.models.places import gguf_file, local_folder
+from fusellm.models.remote_code import not_trusted
 from fusellm.models.tokenizers import require_rows, tokenizer_at
 from fusellm.models.weights import cached_digest, weight_files
 from fusellm.store.identity import digest
@@ -51,6 +52,7 @@ class Located:
         weight_bytes: size of its weights' files, where they are local.
         adapters: folder of the adapters that are merged into it, where `settings` names one.
         gguf: the GGUF file that it is loaded from, if it is; `place` is then its folder.
+        runs_code: whether code that comes with it may run.
     """
 
     settings: ModelSettings
@@ -62,25 +64,30 @@ class Located:
     weight_bytes: int | None
     adapters: Path | None = None
     gguf: Path | None = None
+    runs_code: bool = False
 
 
-def locate(settings: ModelSettings) -> Located:
+def locate(settings: ModelSettings, trusted: bool = False) -> Located:
     """Find a model and check what can be checked without loading it.
+
+    Args:
+        trusted: whether code may run where the settings want it; by who types a command.
 
     Raises:
         ModelError: nothing is there, its weights are pickles only, it is no language model, it
             comes with code that is not trusted, or it is to be quantized a second time.
     """
+    runs_code = trusted and settings.trust_remote_code
     found = gguf_file(settings)
     if found is not None:
-        return _locate_gguf(settings, *found)
+        return replace(_locate_gguf(settings, *found), runs_code=runs_code)
     folder = local_folder(settings.model)
     if folder is not None and holds_adapters(folder):
-        return _locate_adapters(settings, folder)
+        return _locate_adapters(settings, folder, trusted)
     place = str(folder) if folder is not None else settings.model
     try:
         config = AutoConfig.from_pretrained(
-            place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            place, revision=settings.revision, trust_remote_code=runs_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(_why_not_found(settings, error)) from error
@@ -94,11 +101,22 @@ def locate(settings: ModelSettings) -> Located:
     if folder is None:
         commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
-        return Located(settings, place, commit, config, fingerprint, context, None)
+        return Located(
+            settings, place, commit, config, fingerprint, context, None, runs_code=runs_code
+        )
     weights = sorted(folder.glob("*.safetensors"))
     sums = {path.name: cached_digest(path) for path in [*weights, folder / "config.json"]}
     weight_bytes = sum(path.stat().st_size for path in weights)
-    return Located(settings, place, None, config, digest(sums), context, weight_bytes)
+    return Located(
+        settings,
+        place,
+        None,
+        config,
+        digest(sums),
+        context,
+        weight_bytes,
+        runs_code=runs_code,
+    )
 
 
 def _locate_gguf(settings: ModelSettings, path: Path, commit: str | None) -> Located:
@@ -121,7 +139,7 @@ def _context_tokens(config: PretrainedConfig) -> int | None:
     return next((int(v) for key in _CONTEXT_KEYS if (v := getattr(text, key, None))), None)
 
 
-def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
+def _locate_adapters(settings: ModelSettings, folder: Path, trusted: bool) -> Located:
     """The model that a folder of adapters is on, with the folder."""
     if settings.quantization is not None or settings.device_map is not None:
         raise ModelError(
@@ -130,7 +148,7 @@ def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
         )
     base, revision = adapter_base(folder)
     of_base = {"model": base, "revision": revision, "tokenizer": None}
-    found = locate(settings.model_copy(update=of_base))
+    found = locate(settings.model_copy(update=of_base), trusted)
     sums = {name: cached_digest(folder / name) for name in ADAPTER_FILES}
     fingerprint = digest([found.fingerprint, sums])
     return replace(found, settings=settings, fingerprint=fingerprint, adapters=folder)
@@ -163,7 +181,7 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     """
     settings = located.settings
     if settings.tokenizer is not None:
-        tokenizer = tokenizer_at(settings.tokenizer, settings.trust_remote_code)
+        tokenizer = tokenizer_at(settings.tokenizer, located.runs_code)
         if located.gguf is not None:
             require_same_tokens(model_header(located.gguf), tokenizer, settings.tokenizer)
     elif located.gguf is not None:
@@ -179,13 +197,14 @@ def _own_tokenizer(located: Located) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             located.place,
             revision=located.commit,
-            trust_remote_code=located.settings.trust_remote_code,
+            trust_remote_code=located.runs_code,
         )
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"{located.settings.model} has no tokenizer to load: {reason}; put one beside it, as "
-            "`tokenizer:` with a folder or a hub name"
+            not_trusted(error, f"the tokenizer of {located.settings.model}")
+            or f"{located.settings.model} has no tokenizer to load: {reason}; put one beside it, "
+            "as `tokenizer:` with a folder or a hub name"
         ) from error
     return tokenizer
 
@@ -271,7 +290,7 @@ def _loading_arguments(
         device = torch.device("cpu")
     arguments: dict[str, Any] = {
         "revision": located.commit,
-        "trust_remote_code": settings.trust_remote_code,
+        "trust_remote_code": located.runs_code,
         "dtype": dtype,
         "use_safetensors": True,
         "attn_implementation": choose_attention(wanted, config, device, dtype),
@@ -346,12 +365,10 @@ def _hub_commit(settings: ModelSettings) -> str:
 
 
 def _why_not_found(settings: ModelSettings, error: Exception) -> str:
+    untrusted = not_trusted(error, f"model {settings.model}")
+    if untrusted is not None:
+        return untrusted
     reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
-        return (
-            f"model {settings.model} comes with code of its own, which does not run unless you "
-            "trust it; set trust_remote_code: true once you have read it"
-        )
     if len(reason) > 300:
         reason = reason[:300] + "…"
     where = (

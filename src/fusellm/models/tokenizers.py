@@ -9,6 +9,7 @@ from fusellm.errors import ModelError
 from fusellm.models.gguf import SUFFIX, read_header, require_gguf
 from fusellm.models.gguf_tokenizer import tokenizer_of
 from fusellm.models.places import looks_local, zoo_folder
+from fusellm.models.remote_code import not_trusted
 
 _FAULTS = (ImportError, KeyError, OSError, ValueError)
 
@@ -28,6 +29,9 @@ def tokenizer_at(name: str, trust_remote_code: bool = False) -> PreTrainedTokeni
             place, trust_remote_code=trust_remote_code
         )
     except _FAULTS as error:
+        untrusted = not_trusted(error, f"tokenizer {name}")
+        if untrusted is not None:
+            raise ModelError(untrusted) from error
         reason = " ".join(str(error).split())[:200]
         if Path(place).is_dir():
             held = ", ".join(sorted(path.name for path in Path(place).iterdir())[:6]) or "nothing"

@@ -33,6 +33,7 @@ from fusellm.stages.train.arguments import (
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.checkpoints import last_checkpoint
 from fusellm.stages.train.model import load_target, save_model
+from fusellm.stages.train.stop import Stop
 from fusellm.stages.train.trainer import ObjectiveTrainer
 from fusellm.stages.train.validation import Validation
 from fusellm.stages.train.watch import Watch
@@ -184,6 +185,7 @@ def run_train(
         if packed:
             require_packing(without_adapters(model))
             rows = rows.pack(training.row_tokens)
+        stop = Stop()
         trainer = ObjectiveTrainer(
             model,
             chosen,
@@ -192,13 +194,14 @@ def run_train(
             lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
             Validation(encoder, read_part(corpus, "validation"), recipe),
             Blame(corpus, checkpoints),
+            stop,
         )
         objective = objective_forward(
             without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
         )
         shown = progress.start(f"training {which}", 0, "steps")
-        with objective, without_warnings(), shown as bar:
-            trainer.add_callback(Watch(bar, training.early_stop_validations))
+        with objective, without_warnings(), shown as bar, stop:
+            trainer.add_callback(Watch(bar, training.early_stop_validations, stop))
             trainer.train(resume_from_checkpoint=resume_from)
             trainer.require_finite()
         weights = trainer.whole_weights()

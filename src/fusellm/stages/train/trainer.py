@@ -21,6 +21,7 @@ from fusellm.models.training_rows import RowOrder, Rows, RowsInOrder, RowsOfLike
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.train.blame import Blame
 from fusellm.stages.train.checkpoints import require_intact, seal
+from fusellm.stages.train.stop import Stop
 from fusellm.stages.train.sums import Sums
 from fusellm.stages.train.validation import Validation
 from fusellm.store.files import saving_explained
@@ -42,6 +43,7 @@ class ObjectiveTrainer(Trainer):
         schedule: LambdaSchedule,
         validation: Validation,
         blame: Blame,
+        stop: Stop,
     ) -> None:
         # The signature of forward decides whether Trainer counts the predicted tokens of a batch.
         with objective_forward(without_adapters(model)):
@@ -53,6 +55,7 @@ class ObjectiveTrainer(Trainer):
                 data_collator=collator,
             )
         self._schedule, self._validation, self._blame = schedule, validation, blame
+        self._stop = stop
         self._row_tokens, self._windows = rows.row_tokens(), rows.windows()
         self._lambda = schedule.start
         self._sums = Sums(arguments.device)
@@ -132,13 +135,15 @@ class ObjectiveTrainer(Trainer):
         self.state.num_input_tokens_seen += tokens
 
     def _told(self, tokens: int) -> int:
-        """Tokens of all processes together.
+        """Tokens of all processes together; and all know what one has been told or has met.
 
         Raises:
             NumericsError: in each of them, if one has met a loss that is no number.
         """
-        mine = torch.tensor([[tokens, int(self._fault is not None)]], device=self.args.device)
-        found, faults = self.accelerator.gather(mine).sum(0).tolist()
+        told = [tokens, int(self._fault is not None), int(self._stop.asked)]
+        mine = torch.tensor([told], device=self.args.device)
+        found, faults, stops = self.accelerator.gather(mine).sum(0).tolist()
+        self._stop.agreed = bool(stops)
         if faults:
             raise NumericsError(processes.gathered([self._fault] if self._fault else [])[0])
         return int(found)
