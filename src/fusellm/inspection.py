@@ -70,7 +70,7 @@ def inspect_block(
             )
     shard, row, blocks = _place(corpus, number)
     block = read_shard(corpus, shard)[row]
-    target = tokens_of(_one(folders[TARGET], shard, row))
+    target = tokens_of(_one(folders[TARGET], shard, row), encoders[TARGET].prefix_tokens)
     positions = len(target.predicting)
     if position is not None and not 0 <= position < positions:
         numbers = f", from 0 to {positions - 1}" if positions else ""
@@ -82,7 +82,7 @@ def inspect_block(
     readings = []
     for name in names:
         columns = _one(folders[name], shard, row)
-        tokens = tokens_of(columns)
+        tokens = tokens_of(columns, encoders[name].prefix_tokens)
         aligned = aligners[name](target, tokens)
         readings.append(Reading(tokens, kept_of(columns), translations[name], aligned))
     material = Material(

@@ -19,7 +19,7 @@ from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, locate
-from fusellm.models.readers import plain_text_note, reader_of
+from fusellm.models.readers import Reader, plain_text_note, reader_of
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.documents import files_of
@@ -35,8 +35,9 @@ from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
 from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
 
-# A block has no more tokens than bytes, but for BOS, EOS and a dummy prefix.
-_MORE_THAN_BYTES = 3
+# A block has no more tokens than bytes, but for what its tokenizer puts before it, EOS and a dummy
+# prefix.
+_MORE_THAN_BYTES = 2
 # What an entry of a distribution takes on disk, and how many of 32 draws are distinct: measured on
 # the demo (docs/results.md).
 _BYTES_PER_KEPT = 2.3
@@ -298,10 +299,13 @@ class Pipeline:
         return evaluate.identity(self.recipe, models, self._fingerprint("corpus"))
 
     def _beside(self, name: str) -> list[str]:
-        """Fingerprint of the tokenizer that a recipe gives a source or the target."""
+        """Fingerprint of the tokenizer, where a recipe says which, or what it puts before a text."""
         reader = self.readers.get(name)
-        given = reader is not None and reader.located.settings.tokenizer is not None
-        return [reader.tokenizer_fingerprint] if reader is not None and given else []
+        if reader is None:
+            return []
+        settings = reader.located.settings
+        given = settings.tokenizer is not None or settings.prefix is not None
+        return [reader.tokenizer_fingerprint] if given else []
 
     def _evaluate(self, identity: Identity) -> None:
         encoders = {name: reader.encoder for name, reader in self.readers.items()}
@@ -341,7 +345,7 @@ class Pipeline:
         folder = open_corpus(self.run)
         names = shard_names(folder)
         longest_bytes = max(folder.shards[n]["counts"]["longest_bytes"] for n in names)
-        if context is None or longest_bytes + _MORE_THAN_BYTES <= context:
+        if context is None or longest_bytes + _most_beside(reader) <= context:
             return
         with self._progress.start(f"checking lengths for {name}", len(names), "shards") as bar:
             for shard in names:
@@ -369,7 +373,7 @@ class Pipeline:
             CorpusError: the corpus is cut already, and a block exceeds a model's context.
             EvaluationError: data, packages or the sandbox of the recipe's suites are missing.
         """
-        longest = self.recipe.corpus.block_bytes + _MORE_THAN_BYTES
+        longest_bytes = self.recipe.corpus.block_bytes
         self.prepare_suites()
         self._say_note()
         cut = self._complete("corpus")
@@ -378,7 +382,7 @@ class Pipeline:
             if cut:
                 self._fits(name)
             context = reader.located.context_tokens
-            sure = cut or context is None or longest <= context
+            sure = cut or context is None or longest_bytes + _most_beside(reader) <= context
             tokens = len(reader.encoder.vocabulary)
             models[name] = describe(reader.located) | {"tokens": tokens, "every_block_fits": sure}
         budget = self.recipe.corpus.train_tokens or (self.recipe.corpus.train_bytes or 0) / 3.5
@@ -393,3 +397,8 @@ class Pipeline:
             "projected_store_bytes": int(budget * per_token) or None,
             "free_bytes": shutil.disk_usage(existing).free,
         }
+
+
+def _most_beside(reader: Reader) -> int:
+    """Most tokens of a block beside one for each of its bytes."""
+    return reader.encoder.prefix_tokens + _MORE_THAN_BYTES

@@ -33,6 +33,9 @@ class ModelSettings(SettingsBlock):
     """Name of a GGUF file in that folder or repository (`fusellm[gguf]`); it is dequantized."""
     tokenizer: str | None = None
     """Folder or hub name of a tokenizer that the model is read with in place of its own."""
+    prefix: list[str] | None = None
+    """Tokens that are put before each block in place of those that the tokenizer puts before a text
+    by itself, as in ["[gMASK]", "<sop>"]; [] puts none. null leaves it to the tokenizer."""
     dtype: Dtype = "float32"
     """Precision of the weights while the model runs."""
     quantization: Literal["8bit", "4bit"] | None = None

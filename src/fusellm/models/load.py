@@ -29,7 +29,7 @@ from fusellm.models.gguf_model import as_ordinary, config_of, loading_arguments,
 from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
 from fusellm.models.heads import check_head
 from fusellm.models.places import gguf_file, local_folder
-from fusellm.models.tokenizers import require_rows, tokenizer_at
+from fusellm.models.tokenizers import put_before, require_rows, tokenizer_at
 from fusellm.models.weights import cached_digest, weight_files
 from fusellm.store.identity import digest
 
@@ -170,6 +170,8 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
         tokenizer = tokenizer_of(model_header(located.gguf))
     else:
         tokenizer = _own_tokenizer(located)
+    if settings.prefix is not None:
+        put_before(settings.model, tokenizer, settings.prefix)
     require_rows(settings.model, tokenizer, located.config.get_text_config().vocab_size)
     return tokenizer
 
@@ -370,5 +372,7 @@ def describe(located: Located) -> dict[str, Any]:
         "architecture": (located.config.architectures or ["unknown"])[0],
         "context_tokens": located.context_tokens,
         "fingerprint": located.fingerprint,
-        **located.settings.model_dump(include={"gguf_file", "tokenizer"}, exclude_none=True),
+        **located.settings.model_dump(
+            include={"gguf_file", "tokenizer", "prefix"}, exclude_none=True
+        ),
     }

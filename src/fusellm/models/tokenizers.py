@@ -1,8 +1,10 @@
 """Finding and loading a tokenizer that a user names, and whether it fits a model's head."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusellm.errors import ModelError
@@ -11,6 +13,8 @@ from fusellm.models.gguf_tokenizer import tokenizer_of
 from fusellm.models.places import looks_local, zoo_folder
 
 _FAULTS = (ImportError, KeyError, OSError, ValueError)
+# Settings by which transformers builds a template of its own as it loads a tokenizer.
+_BUILD_TEMPLATES = ("add_bos_token", "add_eos_token")
 
 
 def tokenizer_at(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -51,6 +55,39 @@ def _place(name: str) -> str:
     if not folder.is_dir() and (looks_local(name) or name.endswith(SUFFIX)):
         raise ModelError(f"there is no folder {name}; check the path")
     return str(folder) if folder.is_dir() else name
+
+
+def put_before(model: str, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[str]) -> None:
+    """Let a tokenizer put these tokens before every text, and nothing after it.
+
+    It keeps to that when it is saved, so that a trained model is used as it was trained.
+
+    Args:
+        model: what the recipe calls it.
+
+    Raises:
+        ModelError: there is no such token, or the tokenizer is written in Python.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"prefix of {model}: its tokenizer is written in Python, where what is put before a "
+            "text is part of its code; leave prefix out, or name a fast tokenizer (`tokenizer:`)"
+        )
+    known = tokenizer.get_vocab()
+    unknown = [token for token in prefix if token not in known]
+    if unknown:
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        raise ModelError(
+            f"prefix of {model}: its tokenizer has no token {unknown[0]!r}; special tokens that it "
+            f"has: {', '.join(special[:8]) or 'none'}"
+        )
+    whole = {"id": "prefix", "ids": [known[token] for token in prefix], "tokens": list(prefix)}
+    before = "prefix " if prefix else ""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{before}$A", pair=f"{before}$A $B:1", special_tokens=[whole] if prefix else []
+    )
+    for name in _BUILD_TEMPLATES:
+        tokenizer.init_kwargs.pop(name, None)
 
 
 def rows_beside(name: str) -> int | None:

@@ -80,7 +80,7 @@ def run_evaluate(
 
 def _twin(located: Located, encoder: Encoder) -> str:
     """Equal for models that must give equal results."""
-    specials = encoder.vocabulary.bos_id, encoder.vocabulary.eos_id
+    specials = encoder.vocabulary.prefix_ids, encoder.vocabulary.eos_id
     return digest([located.fingerprint, located.settings.precision, encoder.rules, *specials])
 
 

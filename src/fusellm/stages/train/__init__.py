@@ -173,7 +173,8 @@ def run_train(
         torch.manual_seed(chosen.seed)
         model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
-        rows = (fused_rows if which == FUSED else clm_rows)(run, corpus, chosen.seed)
+        rows_of = fused_rows if which == FUSED else clm_rows
+        rows = rows_of(run, corpus, chosen.seed, encoder.prefix_tokens)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
