@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -166,6 +166,8 @@ def check(
         place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
         table.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
     _stdout.print(table)
+    for name, model in found["models"].items():
+        _stdout.print(_tried(name, model), highlight=False, markup=False, soft_wrap=True)
     projected, free = found["projected_store_bytes"], found["free_bytes"]
     size = "unknown (the corpus has no budget)" if projected is None else _gigabytes(projected)
     _stdout.print(f"Distributions on disk: about {size}; free: {_gigabytes(free)}", highlight=False)
@@ -246,6 +248,13 @@ def _stages() -> tuple[str, ...]:
 
 def _demo_recipe() -> Path:
     return Path(__file__).parent.parent / "recipes" / "demo.yaml"
+
+
+def _tried(name: str, model: dict[str, Any]) -> str:
+    """What a model's tokenizer made of some blocks of the corpus."""
+    blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
+    read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
+    return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
 
 
 def _gigabytes(size: float) -> str:

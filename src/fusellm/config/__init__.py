@@ -89,6 +89,9 @@ class ExternalizeSettings(SettingsBlock):
     where a batch should stay in its caches."""
     not_finite_share: Share = 0.01
     """Most blocks that may give NaN or infinity, as a share of all; they are put aside."""
+    changed_share: Share = 0.5
+    """Most blocks that a tokenizer may change (lower case, NFC, unknown characters), as a share of
+    all; they are left out for its model. Above it nothing is read."""
 
 
 class FusionSettings(SettingsBlock):

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fusellm.errors import TokenizerError
 from fusellm.tokens.text_ids import rules_of, text_ids_of
 from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
 from fusellm.tokens.walk import boundaries
@@ -43,15 +44,26 @@ class Encoder:
                 are no others: the model neither reads nor predicts them.
 
         Raises:
-            TokenizerError: the tokens cannot be told as bytes.
+            TokenizerError: the tokens cannot be told as bytes, or a token that is put before each
+                text is beyond the rows.
         """
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
         beyond = () if rows is None else self.vocabulary.token_bytes[rows:]
         self.is_cut = len(beyond) > 0 and not any(beyond)
         if rows is not None and self.is_cut:
+            self._require_prefix_below(rows)
             self.vocabulary = self.vocabulary.below(rows)
         self._text_ids = text_ids_of(tokenizer)
+
+    def _require_prefix_below(self, rows: int) -> None:
+        beyond = [id_ for id_ in self.vocabulary.prefix_ids if id_ >= rows]
+        if beyond:
+            raise TokenizerError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} puts {self.spelled(beyond[0])} "
+                f"({beyond[0]}) before each text, and its model has {rows} rows in its head; say "
+                "what is to be put, as prefix: [], or resize its embeddings"
+            )
 
     @cached_property
     def rules(self) -> str:

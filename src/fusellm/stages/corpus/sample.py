@@ -1,0 +1,42 @@
+"""A few blocks of a corpus, before it is made."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, HubDocuments
+from fusellm.progress import Silent
+from fusellm.stages.corpus.documents import BuiltinReader, read_documents
+from fusellm.tokens.blocks import cut
+from fusellm.zoo import text as zoo_text
+
+_BLOCKS_OF_AN_ENTRY = 64
+_BLOCKS_OF_A_DOCUMENT = 4  # the beginnings of many documents say more than a few whole ones
+
+
+def first_blocks(corpus: CorpusSettings) -> list[str]:
+    """Blocks of the first documents of each entry, some 64 of each.
+
+    Of a dataset of the hub there are none unless it is streamed: it would be downloaded.
+
+    Raises:
+        CorpusError: a document cannot be read.
+    """
+    found: list[str] = []
+    for entry in corpus.documents:
+        blocks = (
+            block
+            for text in _texts(entry, corpus)
+            for block in itertools.islice(cut(text, corpus.block_bytes), _BLOCKS_OF_A_DOCUMENT)
+        )
+        found += itertools.islice(blocks, _BLOCKS_OF_AN_ENTRY)
+    return found
+
+
+def _texts(entry: Documents, corpus: CorpusSettings) -> Iterator[str]:
+    if isinstance(entry, BuiltinDocuments):
+        return (found.text for found in zoo_text.documents(["train"], [entry.builtin]))
+    if isinstance(entry, HubDocuments) and not entry.streaming:
+        return iter(())
+    read = read_documents(entry, corpus, Counter(), BuiltinReader(corpus, Silent()))
+    return (found.text for found in read)
