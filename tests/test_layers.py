@@ -203,7 +203,7 @@ UNKNOWN = [
     (
         raw(externalize={"zzzzzz": 1}),
         "unknown key externalize.zzzzzz; known: scheme, draws, k, mass, batch_tokens, "
-        "not_finite_share",
+        "not_finite_share, changed_share",
     ),
 ]
 

@@ -110,10 +110,10 @@ class Pipeline:
             train.check_processes(self.recipe, self.run, self._training_processes)
         if suites:
             self.prepare_suites()
-        processes.first(partial(self._begin, parts, redo))
         if any(part.stage == "externalize" and not self._complete(part.name) for part in asked):
-            self._say_note()
             require_models(self.readers)
+            self._say_note()
+        processes.first(partial(self._begin, parts, redo))
         for part in asked:
             processes.first(partial(self._ready, part, parts, redo))
             part.run(part.identity())

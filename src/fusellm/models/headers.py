@@ -4,20 +4,24 @@ A safetensors file begins with the name, type and shape of each of its tensors, 
 are read in milliseconds, be the model as large as it will.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    HTTPError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from fusellm.errors import ModelError
 from fusellm.models.configurations import class_of, stored_quantization
-from fusellm.models.hub import HUB_FAULTS
 from fusellm.models.load import Located, lacking, require_packages
 from fusellm.models.weights import INDEX, loaded_files, read_index, require_content
 
@@ -125,6 +129,8 @@ def _headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
 
 
 def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
+    from huggingface_hub import HfApi  # not above: to import it prints, and most are local
+
     model = located.settings.model
     try:
         found = HfApi().get_safetensors_metadata(located.place, revision=located.commit)
@@ -133,7 +139,7 @@ def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
             f"{model} has no safetensors weights, and fusellm reads no pickles, which can run code "
             "when loaded; convert them with save_pretrained() where you trust them"
         ) from error
-    except (*HUB_FAULTS, SafetensorsParsingError) as error:
+    except (HTTPError, OSError, SafetensorsParsingError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the weights of {model} cannot be looked at on the hub: {reason}"
@@ -167,16 +173,17 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
     whole, text = located.config, located.config.get_text_config()
     state = {name: torch.empty(t.shape, device="meta") for name, t in tensors.items()}
     try:
-        _, found = architecture.from_pretrained(
-            None,
-            config=deepcopy(text if architecture.config_class is type(text) else whole),
-            state_dict=state,
-            device_map={"": "meta"},
-            dtype=torch.float32,
-            attn_implementation="eager",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with _quiet():
+            _, found = architecture.from_pretrained(
+                None,
+                config=deepcopy(text if architecture.config_class is type(text) else whole),
+                state_dict=state,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except _BUILDING_FAULTS:
         return []
     model = located.settings.model
@@ -186,6 +193,20 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
         for name, mine, theirs in sorted(found["mismatched_keys"])
     ]
     return problems or ([lacking(model, found["missing_keys"])] if found["missing_keys"] else [])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and report: no model is loaded, and what is wrong is told here."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _size(shape: Sequence[int]) -> str:

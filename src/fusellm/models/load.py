@@ -154,6 +154,11 @@ def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
 
 def _with_adapters(found: Located, settings: ModelSettings, folder: Path) -> Located:
     """A model with the adapters of a folder."""
+    if found.adapters is not None:
+        raise ModelError(
+            f"the model that the adapters of {folder} are on has adapters itself "
+            f"({found.adapters}); merge those into it first, as `fusellm` does where it trains them"
+        )
     if settings.quantization is not None or settings.device_map is not None:
         raise ModelError(
             f"{folder} holds adapters, which are merged into their model as it is loaded; leave "

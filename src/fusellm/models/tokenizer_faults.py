@@ -29,8 +29,7 @@ def why_not_loaded(name: str, place: str, revision: str | None, error: Exception
         place, revision: folder, or hub name with a commit; looked up in the local cache.
         error: what transformers raised.
     """
-    reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
-    if "trust_remote_code" in reason:
+    if "trust_remote_code" in str(error):
         return (
             f"the tokenizer of {name} comes with code of its own, which does not run unless you "
             "trust it (trust_remote_code: true, or --trust-remote-code); read it first"
@@ -42,6 +41,7 @@ def why_not_loaded(name: str, place: str, revision: str | None, error: Exception
     table = next((path for path in tables if path is not None), None)
     if layout is None and table is not None and (fault := _fault_of_table(name, table)) is not None:
         return fault
+    reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
     if not Path(place).is_dir():
         return f"tokenizer {name} could not be found, neither as a folder nor on the hub: {reason}"
     held = ", ".join(sorted(path.name for path in Path(place).iterdir())[:6]) or "nothing"
