@@ -82,7 +82,8 @@ def inspect_block(
     read = {
         name: _one(folder, corpus, shard, row, encoders[name]) for name, folder in folders.items()
     }
-    target = tokens_of(read[TARGET])
+    tokens = {name: tokens_of(read[name], encoders[name].prefix_tokens) for name in folders}
+    target = tokens[TARGET]
     positions = len(target.predicting)
     if position is not None and not 0 <= position < positions:
         raise _no_position(position, number, positions)
@@ -90,9 +91,8 @@ def inspect_block(
     aligners = aligners_of(recipe.fusion, encoders, translations)
     readings = []
     for name in names:
-        tokens = tokens_of(read[name])
-        aligned = aligners[name](target, tokens)
-        readings.append(Reading(tokens, kept_of(read[name]), translations[name], aligned))
+        aligned = aligners[name](target, tokens[name])
+        readings.append(Reading(tokens[name], kept_of(read[name]), translations[name], aligned))
     material = Material(
         len(block.text.encode()),
         target,

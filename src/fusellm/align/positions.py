@@ -82,8 +82,8 @@ def align_shard(
     aligned. The situation says how the source cuts the target's next piece (DESIGN).
 
     Args:
-        target_ends: flat boundaries of all blocks, non-decreasing within each, BOS and EOS
-            included.
+        target_ends: flat boundaries of all blocks, non-decreasing within each, prefix and
+            EOS included.
         target_offsets: [B+1] where each block's begin.
         source_ends, source_offsets: likewise; a block that the source could not read has none.
 

@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table as RichTable
@@ -232,6 +232,8 @@ def check(
         place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
         table.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
     STDOUT.print(table)
+    for name, model in found["models"].items():
+        STDOUT.say(_tried(name, model))
     projected, free = found["projected_store_bytes"], found["free_bytes"]
     size = "unknown (the corpus has no budget)" if projected is None else _gigabytes(projected)
     STDOUT.print(f"Distributions on disk: about {size}; free: {_gigabytes(free)}")
@@ -313,6 +315,13 @@ def _stages() -> tuple[str, ...]:
 
 def _demo_recipe() -> Path:
     return Path(__file__).parent.parent / "recipes" / "demo.yaml"
+
+
+def _tried(name: str, model: dict[str, Any]) -> str:
+    """What a model's tokenizer made of some blocks of the corpus."""
+    blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
+    read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
+    return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
 
 
 def _gigabytes(size: float) -> str:

@@ -35,6 +35,9 @@ class ModelSettings(SettingsBlock):
     """Name of a GGUF file in that folder or repository (`fusellm[gguf]`); it is dequantized."""
     tokenizer: str | None = None
     """Folder or hub name of a tokenizer that the model is read with in place of its own."""
+    prefix: list[str] | None = None
+    """Tokens that are put before each block in place of those that the tokenizer puts before a text
+    by itself, as in ["[gMASK]", "<sop>"]; [] puts none. null leaves it to the tokenizer."""
     dtype: Dtype = "float32"
     """Precision of the weights while the model runs."""
     quantization: Literal["8bit", "4bit"] | None = None
@@ -111,6 +114,9 @@ class ExternalizeSettings(SettingsBlock):
     where a batch should stay in its caches."""
     not_finite_share: Share = 0.01
     """Most blocks that may give NaN or infinity, as a share of all; they are put aside."""
+    changed_share: Share = 0.5
+    """Most blocks that a tokenizer may change (lower case, NFC, unknown characters), as a share of
+    all; they are left out for its model. Above it nothing is read."""
 
 
 class FusionSettings(SettingsBlock):

@@ -1,7 +1,8 @@
 """The rows that a training reads, from the fused store or the target's tokens, and their order.
 
 Both stores give the same blocks in the same order. A token all of whose bytes are context is read
-and not predicted, by neither loss. T positions of a block.
+and not predicted, by neither loss; nor is one that the tokenizer puts before a text. T positions of
+a block.
 
 A store that is kept in memory is shuffled as a whole. A larger one is read by windows of record
 batches, in a shuffled order, each shuffled in itself, so that each is read about once an epoch.
@@ -69,8 +70,8 @@ class TokenContext:
         self._blocks[shard].forget(batch)
         self._tokens[shard].forget(batch)
 
-    def predicted(self) -> np.ndarray:
-        """[blocks] tokens of each block that are predicted.
+    def predicted(self, first: int) -> np.ndarray:
+        """[blocks] tokens of each block that are predicted, from the one of number `first` on.
 
         Raises:
             StoreError: tokens and texts are not of the same blocks.
@@ -82,7 +83,7 @@ class TokenContext:
                 columns = blocks.columns(batch)
                 place = columns["block"], text_bytes(columns)
                 require_text(tokens, batch, tokens.columns(batch), *place)
-            found += [int((~self.of(n, row)[1:]).sum()) for row in range(len(blocks))]
+            found += [int((~self.of(n, row)[first:]).sum()) for row in range(len(blocks))]
             for batch in range(blocks.record_batches):
                 self.forget(n, batch)
         return np.array(found, dtype=np.int64)
@@ -105,18 +106,20 @@ class Rows(Dataset[list[dict[str, Any]]]):
         corpus_shards: Sequence[str],
         context: TokenContext | None = None,
         seed: int = 0,
+        prefix_tokens: int = 0,
     ) -> None:
         self._shards = [Shard(folder, name, layout, None) for name in corpus_shards]
         self._seed, self._whole = seed, folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
         self._kept: dict[tuple[int, int], None] = {}  # record batches, the last used last
         self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
         self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
-        self._context = context
+        self._context, self._prefix_tokens = context, prefix_tokens
         if context is not None and not np.array_equal(context.lengths(), self.lengths):
             raise StoreError(
                 f"{folder.path} has blocks of other lengths than the target's tokens; make it anew"
             )
-        predicted = self.lengths - 1 if context is None else context.predicted()
+        first = max(prefix_tokens, 1)  # a block's first token is never predicted
+        predicted = self.lengths - first if context is None else context.predicted(first)
         self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(predicted > 0)[0]]
         self._windows = self._drawn_windows()
 
@@ -185,7 +188,12 @@ class Rows(Dataset[list[dict[str, Any]]]):
         row = number - int(self._starts[shard])
         self._keep(shard, self._shards[shard].place(row)[0])
         block = self._shards[shard].block(row)
-        return block if self._context is None else block | {CONTEXT: self._context.of(shard, row)}
+        if self._context is None and self._prefix_tokens <= 1:
+            return block
+        read_only = np.arange(len(block["ids"])) < self._prefix_tokens
+        if self._context is not None:
+            read_only |= self._context.of(shard, row)
+        return block | {CONTEXT: read_only}
 
     def _keep(self, shard: int, batch: int) -> None:
         """Keep a record batch in memory, and of a large store as many as are read by turns."""
@@ -200,42 +208,63 @@ class Rows(Dataset[list[dict[str, Any]]]):
             self._context.forget(shard, batch)
 
 
-def clm_rows(run: Path, corpus: StageFolder, seed: int = 0, vocabulary: int | None = None) -> Rows:
+def clm_rows(
+    run: Path,
+    corpus: StageFolder,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    prefix_tokens: int = 0,
+) -> Rows:
     """Rows for the CLM baseline.
 
     Args:
         vocabulary: tokens of the target's tokenizer, if it is at hand.
+        prefix_tokens: that it puts before each block.
 
     Raises:
         CorpusError: there is nothing to predict.
         StoreError: something is unfinished or damaged.
     """
     folder = open_externalized(run, TARGET)
-    return _rows(folder, externalized.layout_of(folder, vocabulary), run, corpus, seed)
+    layout = externalized.layout_of(folder, vocabulary)
+    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
 
 
 def fused_rows(
-    run: Path, corpus: StageFolder, seed: int = 0, vocabulary: int | None = None
+    run: Path,
+    corpus: StageFolder,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    prefix_tokens: int = 0,
 ) -> Rows:
     """Rows with fused distributions.
 
     Args:
         vocabulary: tokens of the target's tokenizer, if it is at hand.
+        prefix_tokens: that it puts before each block.
 
     Raises:
         CorpusError: there is nothing to predict.
         StoreError: something is unfinished or damaged.
     """
     folder = open_fused(run)
-    return _rows(folder, fused.layout_of(folder, vocabulary), run, corpus, seed)
+    layout = fused.layout_of(folder, vocabulary)
+    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
 
 
-def _rows(folder: StageFolder, layout: Layout, run: Path, corpus: StageFolder, seed: int) -> Rows:
+def _rows(
+    folder: StageFolder,
+    layout: Layout,
+    run: Path,
+    corpus: StageFolder,
+    seed: int,
+    prefix_tokens: int,
+) -> Rows:
     names = shard_names(corpus, "train-")
     context = None
     if names and CONTEXT in Shard(corpus, names[0], BLOCKS).schema.names:
         context = TokenContext(corpus, open_externalized(run, TARGET), names)
-    rows = Rows(folder, layout, names, context, seed)
+    rows = Rows(folder, layout, names, context, seed, prefix_tokens)
     if not len(rows):
         raise CorpusError(
             f"no block of {corpus.path} has a token to predict: each is one token, or all context; "

@@ -77,6 +77,7 @@ def run_fuse(
         for name, translation in translations.items():
             write_members(folder, name, *translation.members())
         aligners = aligners_of(recipe.fusion, encoders, translations)
+        prefixes = {name: encoder.prefix_tokens for name, encoder in encoders.items()}
         outcomes = max(t.outcomes for t in translations.values()) + 1
         schema = fused_schema(len(encoders[TARGET].vocabulary), outcomes)
         layouts = {
@@ -95,6 +96,7 @@ def run_fuse(
                         {s: Shard(source, name, layouts[s]) for s, source in sources.items()},
                         translations,
                         aligners,
+                        prefixes,
                         rules_of(recipe.fusion),
                         schema,
                     )
@@ -167,6 +169,7 @@ def _fuse_shard(
     sources: Mapping[str, Shard],
     translations: Mapping[str, Translation],
     aligners: Mapping[str, Aligner],
+    prefixes: Mapping[str, int],
     rules: Rules,
     schema: pa.Schema,
 ) -> None:
@@ -180,9 +183,9 @@ def _fuse_shard(
         lengths = text_bytes(blocks)
         for shard, columns in zip(read, (mine, *theirs), strict=True):
             require_text(shard, n, columns, blocks["block"], lengths)
-        tokens = tokens_of(mine)
+        tokens = tokens_of(mine, prefixes[TARGET])
         readings = [
-            _reading(columns, tokens, translations[source], aligners[source])
+            _reading(columns, tokens, translations[source], aligners[source], prefixes[source])
             for source, columns in zip(sources, theirs, strict=True)
         ]
         fused, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
@@ -192,9 +195,13 @@ def _fuse_shard(
 
 
 def _reading(
-    columns: Mapping[str, Any], target: Tokens, translation: Translation, aligner: Aligner
+    columns: Mapping[str, Any],
+    target: Tokens,
+    translation: Translation,
+    aligner: Aligner,
+    prefix_tokens: int,
 ) -> Reading:
-    tokens = tokens_of(columns)
+    tokens = tokens_of(columns, prefix_tokens)
     return Reading(tokens, kept_of(columns), translation, aligner(target, tokens))
 
 

@@ -278,19 +278,20 @@ def _span(numbers: tuple[int, int]) -> str:
     return f"{numbers[0]} to {numbers[1] - 1}"
 
 
-def tokens_of(columns: Mapping[str, Any]) -> Tokens:
+def tokens_of(columns: Mapping[str, Any], prefix_tokens: int = 0) -> Tokens:
     """Tokens with boundaries, of the blocks of a record batch.
 
     A block that could not be read has none.
 
     Args:
         columns: as `Shard.batches` gives them.
+        prefix_tokens: that the model's tokenizer puts before each block.
     """
     ids, length = columns["ids"], columns["bytes"]
     there = np.repeat(columns["read"].astype(np.bool_), np.diff(ids.offsets))
     sums = np.concatenate([[0], np.cumsum(length.values, dtype=np.int64)])
     ends = sums[1:] - np.repeat(sums[length.offsets[:-1]], np.diff(length.offsets))
-    return Tokens(length.offsets, ids.values[there].astype(np.int64), ends)
+    return Tokens(length.offsets, ids.values[there].astype(np.int64), ends, prefix_tokens)
 
 
 def kept_of(columns: Mapping[str, Any]) -> Kept:

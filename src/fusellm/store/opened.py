@@ -66,7 +66,7 @@ class StoredBlock:
         number: within the corpus' part train.
         usable: whether it was read; if not, it has ids only.
         reason: why it is not usable.
-        ids: [T] int64 token ids, BOS and EOS included.
+        ids: [T] int64 token ids, prefix and EOS included.
         ends: [T] int64, byte of the block's text where each token ends; [0] where not usable.
         kept: the distributions at all tokens but the last, each about the token that follows.
     """

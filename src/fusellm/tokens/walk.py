@@ -56,7 +56,7 @@ def boundaries(
 
     Args:
         text: UTF-8 of one block.
-        ids: [T] token ids, without BOS and EOS.
+        ids: [T] token ids, without prefix and EOS.
 
     Returns:
         [T] int64, non-decreasing, the last equal to len(text); None where the walk fails, which

@@ -179,8 +179,9 @@ def run_train(
         torch.manual_seed(chosen.seed)
         model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
-        read = fused_rows if which == FUSED else clm_rows
-        rows = read(run, corpus, chosen.seed, len(encoder.vocabulary))
+        rows_of = fused_rows if which == FUSED else clm_rows
+        size, prefix_tokens = len(encoder.vocabulary), encoder.prefix_tokens
+        rows = rows_of(run, corpus, chosen.seed, size, prefix_tokens)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
