@@ -280,14 +280,11 @@ def table(found: Sequence[Record]) -> str:
 
 def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seeds: int) -> Any:
     """CLM, fused, and fused with the target as a source, by seed; CLM of seed 0 comes first."""
+    kinds = (CLM, CLM, ()), (FUSED, FUSED, ()), (f"{FUSED}-{SELF}", FUSED, (*names, SELF))
     return {
         f"{name}-seed{seed}": Arm(which, changes[which], sources, seed)
+        for name, which, sources in kinds
         for seed in range(seeds)
-        for name, which, sources in (
-            (CLM, CLM, ()),
-            (FUSED, FUSED, ()),
-            (f"{FUSED}-{SELF}", FUSED, (*names, SELF)),
-        )
     }
 
 
@@ -338,6 +335,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", default=[], choices=list(suspects()), help="of the suspects"
     )
+    parser.add_argument("--rates", nargs="+", default=_RATES, help="of the search")
     parser.add_argument("--recent", type=Path, help="folder of recent_text.py")
     parser.add_argument("--seeds", type=int, default=2)
     for which in (CLM, FUSED):
@@ -373,7 +371,7 @@ def studied(study: Study, given: argparse.Namespace) -> dict[str, float]:
             study.train(f"suspect-{name}", arm)
         return study.figures
     if given.study == "search":
-        return search(study, _RATES[:1] if given.quick else _RATES)
+        return search(study, given.rates[:1] if given.quick else given.rates)
     changes = {CLM: given.clm, FUSED: given.fused}
     seeds = 1 if given.quick else given.seeds
     return result(study, result_arms(changes, study.all, seeds), given.recent)

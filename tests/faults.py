@@ -346,13 +346,19 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         if at is not None and (len(calls) - 1 == at or (stays and len(calls) > at)):
             raise OSError(number, os.strerror(number))
 
-    path_open, mkdir, replace, fsync = Path.open, os.mkdir, os.replace, os.fsync
+    path_open, os_open = Path.open, os.open
+    mkdir, replace, fsync = os.mkdir, os.replace, os.fsync
 
     def my_open(self: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
-        if "w" not in mode:
+        if not set(mode) & set("wxa"):
             return path_open(self, mode, *arguments, **named)
         maybe_fail("open", self)
         return _Failing(path_open(self, mode, *arguments, **named), self, maybe_fail)
+
+    def my_os_open(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            maybe_fail("open", path)
+        return os_open(path, flags, *arguments, **named)
 
     def my_mkdir(path: Any, *arguments: Any, **named: Any) -> None:
         if not Path(path).is_dir():
@@ -367,7 +373,7 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         maybe_fail("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
         fsync(descriptor)
 
-    Path.open = my_open
+    Path.open, os.open = my_open, my_os_open
     os.mkdir, os.replace, os.fsync = my_mkdir, my_replace, my_fsync
 
 

@@ -15,7 +15,7 @@ from fusellm.recipe_file import check_recipe, load_recipe
 ROOT = Path(fusellm.__file__).resolve().parent
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-WORDS = ("errors", "config", "recipe_file", "progress")
+WORDS = ("errors", "config", "recipe_file", "progress", "compiled")
 MATHS = ("tokens", "align", "fusion", "objective")
 EDGES = ("store", "models", "zoo", "evaluation")
 DOORS = ("preflight", "pipeline", "inspection", "cli", "__main__")

@@ -21,7 +21,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.blocks import open_corpus, read_part
-from fusellm.store.externalized import open_externalized
+from fusellm.store.externalized import layout_of, open_externalized
 from fusellm.store.tables import Shard
 from fusellm.tokens.encode import Encoder
 from fusellm.zoo.tokenizers import byte_level_bpe
@@ -78,7 +78,7 @@ def prefix_ids(glm: Path) -> list[int]:
 @pytest.mark.parametrize("name", ["target", "first"])
 def test_every_block_of_a_store_begins_with_it(finished: Path, glm: Path, name: str) -> None:
     folder = open_externalized(finished, name)
-    for shard in (Shard(folder, one) for one in folder.shards):
+    for shard in (Shard(folder, one, layout_of(folder)) for one in folder.shards):
         for row in range(len(shard)):
             block = shard.block(row)
             assert block["ids"][:2].tolist() == prefix_ids(glm)
@@ -116,9 +116,9 @@ def test_training_reads_it_and_does_not_predict_it(finished: Path, glm: Path, pa
 def test_a_block_of_nothing_else_is_no_row(finished: Path) -> None:
     folder = open_externalized(finished, "target")
     names = [name for name in folder.shards if name.startswith("train-")]
-    whole = Rows(folder, names, prefix_tokens=2)
+    whole = Rows(folder, layout_of(folder), names, prefix_tokens=2)
     longest = int(whole.lengths.max())
-    assert len(Rows(folder, names, prefix_tokens=longest)) == 0
+    assert len(Rows(folder, layout_of(folder), names, prefix_tokens=longest)) == 0
     assert len(whole) == len(whole.lengths)
 
 

@@ -36,6 +36,7 @@ from fusellm.store.externalized import (
 )
 from fusellm.store.fused import fused_schema
 from fusellm.store.identity import Identity
+from fusellm.store.layout import Layout
 from fusellm.store.manifest import FORMAT, MANIFEST, StageFolder, segments_of
 from fusellm.store.opened import DistributionStore, StoredBlock, open_store
 from fusellm.store.quantized import ERROR_NATS, STEP_NATS
@@ -103,7 +104,7 @@ def written_and_read(columns: dict[str, Any], schema: pa.Schema) -> dict[str, An
         StageWriter.open(Path(place) / "s", IDENTITY) as folder,
     ):
         write_encoded(folder, "a.arrow", encode_table(columns, schema))
-        (found,) = Shard(folder, "a.arrow").batches()
+        (found,) = Shard(folder, "a.arrow", Layout((schema,))).batches()
     return found
 
 

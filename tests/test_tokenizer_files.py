@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "own code": (
         code_of_its_own,
-        "the tokenizer of .* comes with code of its own, which does not run unless you trust it",
+        "the tokenizer of .* comes with code of its own, which runs only where",
     ),
 }
 

@@ -6,20 +6,20 @@ corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train �
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fusellm.config import EvaluationSettings, FileDocuments, Recipe
+from fusellm.config import EvaluationSettings, Recipe
 from fusellm.errors import IdentityError, StoreError
 from fusellm.evaluation.measure import Prepared, prepare
 from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, locate
-from fusellm.models.readers import plain_text_note, reader_of
+from fusellm.models.readers import plain_text_note, readers_of
 from fusellm.preflight import (
     blocks_of,
     fits,
@@ -31,7 +31,7 @@ from fusellm.preflight import (
 )
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
-from fusellm.stages.corpus.documents import files_of
+from fusellm.stages.corpus.look import look_at
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
 from fusellm.stages.suites import run_suites
@@ -65,13 +65,15 @@ class Pipeline:
         engine: EngineSettings = LOCAL,
         training_processes: int | None = None,
         evaluation: EvaluationSettings | None = None,
+        trusted: bool = False,
     ) -> None:
-        """Find every model, tokenizer and file of a recipe; no weight is loaded.
+        """Find every model and tokenizer of a recipe; no weight is loaded.
 
         Args:
             engine: where sources are read.
             training_processes: how many are to train a model; those that there are if None.
             evaluation: what is measured, where it is not what the recipe says.
+            trusted: whether code may run that comes with models, where the recipe wants it.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -84,12 +86,10 @@ class Pipeline:
         self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]
         self._prepared: list[Prepared] | None = None
         self._tried = False
-        for entry in recipe.corpus.documents:
-            if isinstance(entry, FileDocuments):
-                files_of(entry)
-        self.readers = {TARGET: reader_of(recipe.target)}
-        for source in recipe.sources:
-            self.readers[source.name] = reader_of(source)
+        self.readers, self._trusted = readers_of(recipe, trusted), trusted
+        tokenizer = self.readers[TARGET].tokenizer_fingerprint
+        # Once, as it reads whole files.
+        self._corpus_identity = cache(partial(corpus.identity, recipe, tokenizer, progress))
 
     def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
         """Run stages, or go on with them; finished work is kept.
@@ -128,6 +128,8 @@ class Pipeline:
             self._progress.say(note)
 
     def _begin(self, parts: Sequence[_Part], redo: bool) -> None:
+        if not self._complete("corpus"):
+            look_at(self.recipe.corpus, self._progress)
         for part in parts:
             if all(self._complete(name) for name in part.after):
                 self._ensure(part, parts, redo)
@@ -219,9 +221,6 @@ class Pipeline:
         )
         return parts
 
-    def _corpus_identity(self) -> Identity:
-        return corpus.identity(self.recipe, self.readers[TARGET].tokenizer_fingerprint)
-
     def _run_corpus(self, identity: Identity) -> None:
         encode = self.readers[TARGET].encoder.encode
         corpus.run_corpus(
@@ -302,7 +301,7 @@ class Pipeline:
             # What was trained is a folder with everything in it, whatever it was trained from.
             at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
             at |= {"model": str(train.folder_of(self.run, which))}
-            found[which] = locate(self.recipe.target.model_copy(update=at))
+            found[which] = locate(self.recipe.target.model_copy(update=at), self._trusted)
         return found
 
     def _evaluate_identity(self) -> Identity:
@@ -337,6 +336,8 @@ class Pipeline:
         return StageFolder(self.run / name).fingerprint
 
     def _ensure(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
+        if part.name == "corpus" and not self._complete("corpus"):
+            return  # it is begun anew: what there is of it stands in nobody's way
         try:
             check_identity(self.run / part.name, part.identity())
         except IdentityError:
@@ -349,8 +350,10 @@ class Pipeline:
             folders = [self.run / name for name in sorted(stale)]
             checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
             answers = records_of(self.run, [name.removeprefix("train/") for name in stale])
-            place = set_aside(self.run, [*folders, *checkpoints, *answers, self.run / "report"])
-            self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
+            moved = [*folders, *checkpoints, *answers, self.run / "report"]
+            names = [str(path.relative_to(self.run)) for path in moved if path.exists()]
+            place = set_aside(self.run, moved)
+            self._progress.say(f"moved {', '.join(names)} to {place}")
 
     def _write_recipe(self) -> None:
         settings = self.recipe.model_dump(mode="json", by_alias=True)
@@ -372,6 +375,7 @@ class Pipeline:
         self.prepare_suites()
         self._say_note()
         cut = self._complete("corpus")
+        look_at(recipe.corpus, self._progress)
         blocks = blocks_of(self.run, recipe.corpus, cut)
         tried = try_tokenizers(self.readers, blocks, recipe.externalize.changed_share)
         if cut:

@@ -11,13 +11,13 @@ Vs, Vt vocabulary sizes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from fusellm.align.ragged import offsets_of
 from fusellm.align.vocabulary_maps import least_dtype, same_spellings, spellings
+from fusellm.compiled import compiled
 from fusellm.tokens.encode import Encoder
 
 _BOTH, _SOURCE, _TARGET = 0, 1, 2  # who has moved; of equal costs the first, as the authors do
@@ -46,7 +46,7 @@ class Path:
     target_offsets: np.ndarray
 
 
-@numba.njit(cache=True)
+@compiled()
 def _fill(distances: np.ndarray, rows: np.ndarray, columns: np.ndarray, moves: np.ndarray) -> int:
     """Write who has moved last on the best path to each cell; return the cost of the last cell."""
     costs = np.empty(len(columns), dtype=np.int64)  # of the row before, then of this one
@@ -74,7 +74,7 @@ def _fill(distances: np.ndarray, rows: np.ndarray, columns: np.ndarray, moves: n
     return int(costs[-1])
 
 
-@numba.njit(cache=True)
+@compiled()
 def _trace(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> int:
     """Write the path, its end first; return its length."""
     i, j = moves.shape[0] - 1, moves.shape[1] - 1

@@ -20,6 +20,14 @@ Redo = Annotated[
     bool,
     typer.Option("--redo", help="Move stages made from other settings aside and make them anew."),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the models whose recipe says trust_remote_code: true; its "
+        "files are named first. Only if you have read it: it can do whatever you can.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
 PushToHub = Annotated[
     str | None,

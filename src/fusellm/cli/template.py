@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fusellm.cli.console import STDERR
 from fusellm.errors import RecipeError
 
 RECIPE_TEMPLATE = """\
@@ -82,7 +82,7 @@ def init(
     """Write a commented recipe to start from."""
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file or move it away")
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"there is no folder {path.parent} for {path.name}; make it first")
     path.write_text(RECIPE_TEMPLATE, encoding="utf-8")
-    Console(stderr=True).print(
-        f"wrote {path}; edit it, then: fusellm check {path}", highlight=False
-    )
+    STDERR.say(f"wrote {path}; edit it, then: fusellm check {path}")

@@ -6,13 +6,14 @@ predict, L bytes, in all; S sources.
 
 import math
 
-import numba
 import numpy as np
+
+from fusellm.compiled import compiled
 
 NATS_PER_BIT = math.log(2)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _nats_by_byte(
     ends: np.ndarray,
     token_offsets: np.ndarray,
@@ -21,6 +22,7 @@ def _nats_by_byte(
     prefix_tokens: int,
     by_byte: np.ndarray,
 ) -> None:
+    # Relies on: ends that ascend within a block to no more than its bytes (require_text).
     position = 0
     for b in range(len(token_offsets) - 1):
         pending = 0.0
@@ -69,7 +71,7 @@ def nats_by_byte(
     return by_byte
 
 
-@numba.njit(cache=True)
+@compiled()
 def _span_nats(
     by_byte: np.ndarray,
     read: np.ndarray,
@@ -80,6 +82,7 @@ def _span_nats(
     nats: np.ndarray,
     scored: np.ndarray,
 ) -> None:
+    # Relies on the same as `_nats_by_byte`.
     sources = len(by_byte)
     position = 0
     for b in range(len(token_offsets) - 1):

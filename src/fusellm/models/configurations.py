@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
+from fusellm.models.remote_code import not_trusted
 from fusellm.models.weights import require_content
 
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
@@ -36,11 +37,12 @@ _NOT_CAUSAL = (
 )
 
 
-def read_configuration(settings: ModelSettings, place: str) -> PretrainedConfig:
+def read_configuration(settings: ModelSettings, place: str, runs_code: bool) -> PretrainedConfig:
     """The configuration of a causal language model.
 
     Args:
         place: folder, or name on the hub.
+        runs_code: whether code that comes with it may run.
 
     Raises:
         ModelError: there is none, it is of another kind of model, or of an architecture that the
@@ -49,7 +51,7 @@ def read_configuration(settings: ModelSettings, place: str) -> PretrainedConfig:
     require_content(settings.model, Path(place) / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            place, revision=settings.revision, trust_remote_code=runs_code
         )
     except _FAULTS as error:
         raise ModelError(_why_not_read(settings, place, error)) from error
@@ -124,11 +126,9 @@ def _require_causal(model: str, config: PretrainedConfig) -> None:
 
 def _why_not_read(settings: ModelSettings, place: str, error: Exception) -> str:
     model, reason = settings.model, " ".join(str(error).split())
-    if "trust_remote_code" in reason:
-        return (
-            f"model {model} comes with code of its own, which does not run unless you trust it; "
-            "set trust_remote_code: true once you have read it"
-        )
+    untrusted = not_trusted(error, f"model {model}")
+    if untrusted is not None:
+        return untrusted
     unknown = re.search(r"has model type `([^`]*)`", reason)
     if unknown:
         return (

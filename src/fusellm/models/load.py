@@ -42,12 +42,7 @@ from fusellm.models.gguf_model import as_ordinary, config_of, loading_arguments,
 from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
 from fusellm.models.heads import check_head
 from fusellm.models.places import gguf_file, local_folder
-from fusellm.models.tokenizers import (
-    put_before,
-    read_tokenizer,
-    require_rows,
-    tokenizer_at,
-)
+from fusellm.models.tokenizers import put_before, read_tokenizer, require_rows, tokenizer_at
 from fusellm.models.weights import cached_digest, loaded_files, require_content, weight_files
 from fusellm.store.identity import digest
 
@@ -71,6 +66,7 @@ class Located:
         weight_bytes: size of its weights' files, where they are local.
         adapters: folder of the adapters that are merged into it, where `settings` names one.
         gguf: the GGUF file that it is loaded from, if it is; `place` is then its folder.
+        runs_code: whether code that comes with it may run.
     """
 
     settings: ModelSettings
@@ -82,23 +78,28 @@ class Located:
     weight_bytes: int | None
     adapters: Path | None = None
     gguf: Path | None = None
+    runs_code: bool = False
 
 
-def locate(settings: ModelSettings) -> Located:
+def locate(settings: ModelSettings, trusted: bool = False) -> Located:
     """Find a model and check what can be checked without loading it.
+
+    Args:
+        trusted: whether code may run where the settings want it; by who types a command.
 
     Raises:
         ModelError: nothing is there, its weights are pickles only, it is no language model, it
             comes with code that is not trusted, or it is to be quantized a second time.
     """
+    runs_code = trusted and settings.trust_remote_code
     found = gguf_file(settings)
     if found is not None:
-        return _locate_gguf(settings, *found)
+        return replace(_locate_gguf(settings, *found), runs_code=runs_code)
     folder = local_folder(settings.model)
     if folder is not None and holds_adapters(folder):
-        return _locate_adapters(settings, folder)
+        return _locate_adapters(settings, folder, trusted)
     place = str(folder) if folder is not None else settings.model
-    config = read_configuration(settings, place)
+    config = read_configuration(settings, place, runs_code)
     stored = stored_quantization(config)
     if settings.quantization is not None and stored is not None:
         raise ModelError(
@@ -109,8 +110,10 @@ def locate(settings: ModelSettings) -> Located:
     if folder is None:
         commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
-        return Located(settings, place, commit, config, fingerprint, context, None)
-    return _locate_folder(settings, folder, config, context)
+        return Located(
+            settings, place, commit, config, fingerprint, context, None, runs_code=runs_code
+        )
+    return replace(_locate_folder(settings, folder, config, context), runs_code=runs_code)
 
 
 def _locate_folder(
@@ -145,11 +148,12 @@ def _locate_gguf(settings: ModelSettings, path: Path, commit: str | None) -> Loc
     )
 
 
-def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
+def _locate_adapters(settings: ModelSettings, folder: Path, trusted: bool) -> Located:
     """The model that a folder of adapters is on, with the folder."""
     base, revision = adapter_base(folder)
     of_base = {"model": base, "revision": revision, "tokenizer": None}
-    return _with_adapters(locate(settings.model_copy(update=of_base)), settings, folder)
+    found = locate(settings.model_copy(update=of_base), trusted)
+    return _with_adapters(found, settings, folder)
 
 
 def _with_adapters(found: Located, settings: ModelSettings, folder: Path) -> Located:
@@ -196,14 +200,14 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     """
     settings = located.settings
     if settings.tokenizer is not None:
-        tokenizer = tokenizer_at(settings.tokenizer, settings.trust_remote_code)
+        tokenizer = tokenizer_at(settings.tokenizer, located.runs_code)
         if located.gguf is not None:
             require_same_tokens(model_header(located.gguf), tokenizer, settings.tokenizer)
     elif located.gguf is not None:
         tokenizer = tokenizer_of(model_header(located.gguf))
     else:
-        place, trusted = located.place, settings.trust_remote_code
-        tokenizer = read_tokenizer(settings.model, place, located.commit, trusted)
+        place, commit = located.place, located.commit
+        tokenizer = read_tokenizer(settings.model, place, commit, located.runs_code)
     if settings.prefix is not None:
         put_before(settings.model, tokenizer, settings.prefix)
     require_rows(settings.model, tokenizer, located.config.get_text_config().vocab_size)
@@ -297,7 +301,7 @@ def _loading_arguments(
         device = torch.device("cpu")
     arguments: dict[str, Any] = {
         "revision": located.commit,
-        "trust_remote_code": settings.trust_remote_code,
+        "trust_remote_code": located.runs_code,
         "dtype": dtype,
         "use_safetensors": True,
         "attn_implementation": choose_attention(wanted, config, device, dtype),

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from fusellm.errors import ModelError
+from fusellm.models.remote_code import not_trusted
 from fusellm.models.weights import require_content
 
 _LAYOUT = "tokenizer.json"
@@ -29,11 +30,9 @@ def why_not_loaded(name: str, place: str, revision: str | None, error: Exception
         place, revision: folder, or hub name with a commit; looked up in the local cache.
         error: what transformers raised.
     """
-    if "trust_remote_code" in str(error):
-        return (
-            f"the tokenizer of {name} comes with code of its own, which does not run unless you "
-            "trust it (trust_remote_code: true, or --trust-remote-code); read it first"
-        )
+    untrusted = not_trusted(error, f"the tokenizer of {name}")
+    if untrusted is not None:
+        return untrusted
     layout = _file(place, revision, _LAYOUT)
     if layout is not None and (fault := _fault_of_layout(name, layout)) is not None:
         return fault

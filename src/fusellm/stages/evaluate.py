@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fusellm.config import Recipe
 from fusellm.errors import CorpusError
@@ -17,14 +16,13 @@ from fusellm.progress import Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
+from fusellm.store.measured import NATS, NATS_SCHEMA
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
 
 FOLDER = "evaluate"
 RESULTS = "results.json"
-
-_SCHEMA = pa.schema([("block", pa.int64()), ("nats", pa.list_(pa.float32()))])
 
 
 def identity(recipe: Recipe, models: Mapping[str, str], corpus: str) -> Identity:
@@ -62,12 +60,12 @@ def run_evaluate(
                     "block": [block.number for block in blocks],
                     "nats": [np.zeros(0) if found is None else found for found in nats],
                 }
-                write_table(folder, _shard(name), columns, _SCHEMA)
+                write_table(folder, _shard(name), columns, NATS_SCHEMA)
         shards = {
             name: _shard(measured[_twin(located, encoder)])
             for name, (located, encoder) in models.items()
         }
-        read = {name: _read(folder, shard, len(blocks)) for name, shard in shards.items()}
+        read = {name: _read(folder, shard, blocks) for name, shard in shards.items()}
         scores = _common(blocks, read)
         unread = {name: [len(row) == 0 for row in rows] for name, rows in read.items()}
         require_comparable(
@@ -114,9 +112,16 @@ def _measure(
     return without_context(nats, [block.context for block in blocks])
 
 
-def _read(folder: StageFolder, shard: str, blocks: int) -> list[np.ndarray]:
-    table = Shard(folder, shard)
-    return [table.block(n)["nats"].astype(np.float64) for n in range(blocks)]
+def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
+    """The nats of each block's bytes; none of one that the model could not read."""
+    shard = Shard(folder, name, NATS)
+    found = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
+    sizes = [len(block.text.encode()) for block in blocks]
+    if len(found) != len(sizes) or any(
+        len(nats) not in (0, size) for nats, size in zip(found, sizes, strict=True)
+    ):
+        raise folder.damaged(name, "its blocks are not those of the corpus")
+    return found
 
 
 def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -> Scores:

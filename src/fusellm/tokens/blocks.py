@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+_LONGEST_CHARACTER = 4  # bytes
 _LAST_SPACE = re.compile(rb"[ \t\r\f\v\n](?=[^ \t\r\f\v\n]*$)")
 
 
@@ -27,12 +28,21 @@ def cut(text: str, block_bytes: int) -> Iterator[str]:
     while start < len(data):
         end = min(start + block_bytes, len(data))
         if end < len(data):
-            end = start + _cut_point(data[start:end], data[end])
+            end = start + cut_point(data[start:end], data[end])
         yield data[start:end].decode("utf-8")
         start = end
 
 
-def _cut_point(window: bytes, following: int) -> int:
+def cut_point(window: bytes, following: int) -> int:
+    """Where text that begins with `window` is cut: how many of the window's bytes come before.
+
+    Args:
+        window: at least 4 bytes.
+        following: the byte after them.
+
+    >>> cut_point(b"one\\ntwo", ord(" "))
+    4
+    """
     line_end = window.rfind(b"\n")
     if line_end >= 0:
         return line_end + 1
@@ -42,6 +52,6 @@ def _cut_point(window: bytes, following: int) -> int:
     at = len(window)
     if following & 0xC0 == 0x80:  # the window ends inside a character: go back to where it begins
         at -= 1
-        while window[at] & 0xC0 == 0x80:
+        while window[at] & 0xC0 == 0x80 and at > len(window) - _LONGEST_CHARACTER:
             at -= 1
     return at

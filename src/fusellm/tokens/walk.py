@@ -5,16 +5,16 @@ T tokens of one block.
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from fusellm.compiled import compiled
 from fusellm.tokens.vocabulary import Vocabulary
 
 _COVERED = -1
 _SPACE = 0x20
 
 
-@numba.njit(cache=True)
+@compiled()
 def _walk(
     text: np.ndarray,
     ids: np.ndarray,
