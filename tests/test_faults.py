@@ -481,6 +481,79 @@ def test_a_file_system_that_is_full(ground: Ground, tmp_path: Path, options: str
     print(f"\n{options}: {ended.seen['before']} shards kept")
 
 
+@some(1, 20)
+@pytest.mark.timeout(3600)
+def test_a_file_system_that_is_full_in_a_training(
+    ground: Ground, tmp_path: Path, cases: int
+) -> None:
+    """Of some size between what is there and what a training takes, so that it is full at some
+    instant: before the first step, in a checkpoint, or as the model is saved."""
+    done = tmp_path / "done"
+    arguments = ground._arguments(done, (), ()) | {"parts": ["corpus", "externalize", "fuse"]}
+    assert (ended := ground.server.do("stages", **arguments)).well, ended
+    there = _pages(path for path in done.rglob("*") if path.is_file()) + 12
+    shutil.copytree(done, whole := tmp_path / "whole")
+    assert ground.server.do(
+        "stages", **ground._arguments(whole, (), ()) | {"parts": ["train/fused"]}
+    )
+    trained = _pages((whole / "train" / "fused").iterdir())
+    expected = (whole / "train" / "fused" / "model.safetensors").read_bytes()
+    full = case = 0
+    where: Counter[str] = Counter()
+    while full < cases:
+        more = random.Random(f"training {case}").randrange(2, 6 * trained)
+        run = tmp_path / str(case)
+        ended = ground.server.do(
+            "small_disk_of_a_training",
+            world=ground.world,
+            run=run,
+            done=done,
+            changes=CHANGES,
+            options=f"size={(there + more) * 4}k",
+        )
+        if ended.error == "NoMountsError":
+            pytest.skip(f"no file system can be mounted here: {ended.message}")
+        what = f"case {case}, {more} pages more than there are: {ended}"
+        assert ended.well, what
+        for kind, message in ended.seen.get("errors", []):
+            assert kind == "StoreError", what
+            assert "the disk is full" in message, what
+            assert "/disk/" in message, what
+        assert (run / "train" / "fused" / "model.safetensors").read_bytes() == expected, what
+        assert not list((run / "train").glob("*-checkpoints")), what
+        saved = ended.seen["checkpoints"][0]
+        where[saved[-1].rpartition("/")[2] if saved else "none"] += bool(ended.seen.get("errors"))
+        full += bool(ended.seen.get("errors"))
+        case += 1
+        shutil.rmtree(run)
+        assert case < 3 * cases + 10, "most disks were large enough"
+    print(f"\n{full} full disks in a training; the last checkpoint then: {dict(where)}")
+
+
+def test_a_finished_run_on_a_disk_that_cannot_be_written_to(ground: Ground, tmp_path: Path) -> None:
+    """Every stage of it is finished, and its report is there."""
+    run = tmp_path / "run"
+    every = ["corpus", "externalize", "fuse", "train", "evaluate", "report"]
+    arguments = ground._arguments(run, (), ()) | {"parts": every}
+    assert (ended := ground.server.do("stages", **arguments)).well, ended
+    before = store_of_files(run)
+    named = {"world": ground.world, "run": run, "changes": CHANGES}
+    ended = ground.server.do("read_only", **named, parts=every)
+    if ended.error == "NoMountsError":
+        pytest.skip(f"no file system can be mounted here: {ended.message}")
+    assert ended.well, ended
+    assert store_of_files(run) == before
+    (run / "report" / "index.html").unlink()
+    ended = ground.server.do("read_only", **named, parts=["report"])
+    assert ended.error == "StoreError", ended
+    assert f"{run / 'report' / 'index.html'} could not be written: Read-only" in ended.message
+
+
+def store_of_files(run: Path) -> dict[str, bytes]:
+    """All files of a run."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.*")}
+
+
 def _pages(paths: Iterator[Path]) -> int:
     return sum(path.stat().st_size // 4096 + 1 for path in paths)
 

@@ -72,6 +72,15 @@ class SafeConsole(Console):
 STDOUT, STDERR = SafeConsole(), SafeConsole(stderr=True)
 
 
+def counted(amount: str, units: str) -> str:
+    """An amount with its unit.
+
+    >>> counted("1", "tokens"), counted("1.2M", "tokens")
+    ('1 token', '1.2M tokens')
+    """
+    return f"{amount} {units.removesuffix('s') if amount == '1' else units}"
+
+
 class _Done(ProgressColumn):
     """How much is done of how much, and at what rate."""
 
@@ -128,7 +137,7 @@ class _PlainBar:
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._began
-        self.say(f"{_short(self._done)} {self._unit} in {seconds:.1f} s")
+        self.say(f"{counted(_short(self._done), self._unit)} in {seconds:.1f} s")
 
     def _left(self) -> str:
         seconds = time.monotonic() - self._began

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from fusellm.cli.console import STDERR
 from fusellm.errors import RecipeError
 
 _GRACE_SECONDS = 3.0
@@ -181,15 +182,15 @@ def tell(what: str) -> None:
     """
     if not speaks():
         time.sleep(_GRACE_SECONDS)
-        print(f"fusellm (process {os.environ['RANK']}): {what}", file=sys.stderr)
+        STDERR.say(f"fusellm (process {os.environ['RANK']}): {what}")
         return
-    print(f"fusellm: {what}", file=sys.stderr)
+    STDERR.say(f"fusellm: {what}")
 
 
 def tell_stopped() -> None:
     """Say once, after Ctrl-C and its like, that nothing is lost."""
     if "RANK" not in os.environ or (speaks() and _BY_US not in os.environ):
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        STDERR.say("stopped; the same command goes on from here")
 
 
 def speaks() -> bool:

@@ -7,15 +7,19 @@ from typing import Annotated
 import typer
 
 from fusellm.cli.console import STDERR, STDOUT, Terminal
+from fusellm.cli.options import folder
 
 zoo_app = typer.Typer(no_args_is_help=True, help="The small models that come with fusellm.")
 
 
 @zoo_app.command("train")
 def zoo_train(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the models to.")] = Path(
-        "zoo"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FOLDER", parser=folder, help="Folder to write the models to."
+        ),
+    ] = Path("zoo"),
     only: Annotated[
         list[str] | None, typer.Option("--only", help="One of prose, python, cpp; may be repeated.")
     ] = None,

@@ -37,7 +37,8 @@ _SPARE = 3
 """Documents that differ beyond those that a test needs at all; below, Student's does not serve."""
 _ROUNDING = 1e-9
 _UNLIKELY = 1e-12
-_MOST_SPREADS = 100.0
+_MOST_SPREADS = 10.0
+"""Of a mean over the spread of the differences: with it, none could be missed."""
 _ORDERS = 4
 _CELLS_AT_ONCE = 1 << 22
 
@@ -103,15 +104,20 @@ class Estimate:
         return min(1.0, 2 * (1 + min(sides)) / (1 + len(self.drawn)))
 
     @property
+    def bounded(self) -> bool:
+        """Whether any p is below 5 %: with 5 documents it is at least 1/16."""
+        return LEVEL * (1 + len(self.drawn)) >= 2
+
+    @property
     def interval(self) -> tuple[float, float] | None:
-        """All x of p above 5 %; None if every x is one: with 5 documents p is at least 1/16.
+        """All x of p above 5 %; None if every x is one.
 
         >>> Estimate(3.0, 0.0, np.arange(1.0, 64.0)).interval
         (1.0, 63.0)
         """
-        beyond = int(LEVEL * (1 + len(self.drawn)) / 2)
-        if not beyond:
+        if not self.bounded:
             return None
+        beyond = int(LEVEL * (1 + len(self.drawn)) / 2)
         ordered = np.sort(self.drawn)
         low, high = float(ordered[beyond - 1]), float(ordered[-beyond])
         if self.known_p is None:
@@ -136,14 +142,16 @@ def estimates(
     """
     sums = _subset_sums(np.column_stack([weights, columns]), draws, rng)
     sums = sums[sums[:, 0] > 0]  # without the empty subset
-    sums[np.abs(sums) < _ROUNDING * np.abs(columns).max(initial=0.0)] = 0.0
+    of_columns = sums[:, 1:]
+    of_columns[np.abs(of_columns) < _ROUNDING * np.abs(columns).max(axis=0)] = 0.0
     whole = weights.sum()
     values = columns.sum(axis=0) / whole
     left = columns - weights[:, None] * values
     errors = np.sqrt((left**2).sum(axis=0) * len(left) / max(1, len(left) - 1)) / whole
+    drawn = np.ascontiguousarray(of_columns.T) / sums[:, 0]
     return [
-        Estimate(float(value), float(error), drawn)
-        for value, error, drawn in zip(values, errors, (sums[:, 1:] / sums[:, :1]).T, strict=True)
+        Estimate(float(value), float(error), of_column)
+        for value, error, of_column in zip(values, errors, drawn, strict=True)
     ]
 
 
@@ -169,7 +177,7 @@ def mean_of(parts: Sequence[Estimate], draws: int, rng: np.random.Generator) -> 
     Its subsets are one of each part's. Where one part has too few documents for an interval of its
     own, the mean has none.
     """
-    bounded = all(part.interval for part in parts)
+    bounded = all(part.bounded for part in parts)
     drawn = [rng.choice(part.drawn, draws if bounded else 0) for part in parts]
     return Estimate(
         float(np.mean([part.value for part in parts])),
@@ -248,14 +256,18 @@ def smallest_mean_shown(differences: np.ndarray, level: float = LEVEL) -> float 
     needed = max(len(differing), ceil(1 - log2(level)) + _SPARE)
     if len(differing) < 2 or needed > len(differences):
         return None
-    student = extra("scipy.stats").t
+    stats = extra("scipy.stats")
     numbers, chances = _numbers(len(differences), needed / len(differences))
-    freedom = np.maximum(1, numbers - 1)
-    limits = np.where(2.0 ** (1 - numbers) > level, np.inf, student.isf(level / 2, freedom))
+    enough = 2.0 ** (1 - numbers) <= level
+    numbers, chances = numbers[enough], chances[enough]
+    limits = stats.t.isf(level / 2, numbers - 1)
 
     def missing(spreads: float) -> float:
-        return float(chances @ student.cdf(spreads * np.sqrt(numbers) - limits, freedom)) - POWER
+        shown = stats.nct.sf(limits, numbers - 1, spreads * np.sqrt(numbers))
+        return float(chances @ shown) - POWER
 
+    if missing(_MOST_SPREADS) < 0:
+        return None
     spreads = extra("scipy.optimize").brentq(missing, 0.0, _MOST_SPREADS)
     return float(needed / len(differences) * spreads * differing.std(ddof=1)) or None
 

@@ -58,13 +58,18 @@ def from_drops(drops: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def steps_of(drops: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[K] int64 steps below 0 of each entry.
+    """[K] uint32 steps below 0 of each entry.
 
     Args:
-        lengths: [N] entries of each position.
+        lengths: [N] entries of each position, fewer than 65,536.
+
+    >>> steps_of(np.array([32, 32, 16], dtype=np.uint16), np.array([2, 1])).tolist()
+    [32, 64, 16]
     """
-    sums = np.cumsum(drops, dtype=np.int64)
-    before = np.concatenate([[0], sums])[np.cumsum(lengths, dtype=np.int64) - lengths]
+    # Sums over all positions may pass 2**32; the differences within one are right all the same.
+    sums = np.cumsum(drops, dtype=np.uint32)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    before = np.concatenate([np.zeros(1, dtype=np.uint32), sums])[starts]
     return np.asarray(sums - np.repeat(before, lengths))
 
 
@@ -74,7 +79,7 @@ def probabilities(steps: np.ndarray) -> np.ndarray:
     >>> probabilities(np.array([0, 64, 70_000])).round(3).tolist()
     [1.0, 0.368, 0.0]
     """
-    return np.asarray(_PROBABILITIES[np.minimum(steps, _MOST_STEPS)])
+    return _PROBABILITIES.take(steps, mode="clip")
 
 
 def to_sum_one(

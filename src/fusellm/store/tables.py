@@ -221,19 +221,19 @@ class Shard:
         self._verify(n + 1)
         with self._arrow_explained(f"record batch {n}"):
             batch = self._reader.get_batch(n)
-            if not self._checked[n]:
-                batch.validate(full=True)  # offsets and text: what a crash would come of
         if not self._checked[n]:
             self._check(n, batch)
             self._checked[n] = True
         return batch
 
     def _check(self, n: int, batch: pa.RecordBatch) -> None:
-        """Check what Arrow does not know of: the rows, nulls, and the values by the layout.
+        """Check what Arrow does not by itself: its own offsets, rows, nulls, and all values.
 
         Raises:
             StoreError: something cannot be.
         """
+        with self._arrow_explained(f"record batch {n}"):
+            batch.validate(full=True)
         rows = min(BATCH_BLOCKS, self._blocks - n * BATCH_BLOCKS)
         if batch.num_rows != rows:
             how = f"record batch {n} has {batch.num_rows} blocks, and {rows} belong there"

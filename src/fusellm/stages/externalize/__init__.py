@@ -76,6 +76,7 @@ def run_target(run: Path, identity: Identity, encoder: Encoder, progress: Progre
     with StageWriter.open(externalized_folder(run, TARGET), identity) as folder:
         if folder.complete:
             return
+        folder.describe({"vocabulary": len(encoder.vocabulary)})
         names = shard_names(corpus, "train-")
         with progress.start("tokenizing for the target", len(names), "shards") as bar:
             for name in names:
