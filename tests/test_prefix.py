@@ -102,7 +102,8 @@ def test_positions_are_counted_without_it(finished: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_reads_it_and_does_not_predict_it(finished: Path, glm: Path, packed: bool) -> None:
-    rows = clm_rows(finished, open_corpus(finished), prefix_tokens=2)
+    encoder = Encoder(AutoTokenizer.from_pretrained(glm))
+    rows = clm_rows(finished, open_corpus(finished), encoder=encoder)
     blocks = [rows[n][0] for n in range(3)]
     batch = Collator(None, packed)([blocks] if packed else [[block] for block in blocks])
     ids, labels = batch["input_ids"].numpy().ravel(), batch["labels"].numpy().ravel()

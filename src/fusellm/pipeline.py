@@ -384,13 +384,12 @@ class Pipeline:
         for name, reader in self.readers.items():
             if cut:
                 require_fits(self.run, name, reader, recipe.corpus, self._progress)
-            encoder = reader.encoder
             models[name] = describe(reader.located) | {
-                "tokens": len(encoder.vocabulary),
+                "tokens": len(reader.encoder.vocabulary),
                 "every_block_fits": cut or fits(reader, recipe.corpus.block_bytes),
                 "blocks_tried": tried[name].blocks,
                 "blocks_changed": tried[name].changed,
-                "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
+                "put_before": list(reader.encoder.prefix),
             }
         existing = next(path for path in [self.run, *self.run.absolute().parents] if path.exists())
         return {

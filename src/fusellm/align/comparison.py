@@ -191,7 +191,7 @@ def _side(encoder: Encoder, others: set[bytes]) -> Side:
         shared_tokens=sum(token in others for token in text),
         kind=str(vocabulary.kind),
         dummy_prefix=dummy if vocabulary.space_mark else "none",
-        prefix=_spellings(encoder, vocabulary.prefix_ids),
+        prefix=encoder.prefix,
         eos=None if vocabulary.eos_id is None else _spellings(encoder, [vocabulary.eos_id])[0],
         special=_spellings(encoder, sorted(special)),
         fallback_tokens=int(vocabulary.is_fallback.sum()),

@@ -9,7 +9,7 @@ batches, in a shuffled order, each shuffled in itself, so that each is read abou
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fusellm.store.layout import Layout
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
 from fusellm.tokens.context import context_tokens
+from fusellm.tokens.encode import Encoder
 
 FILLER = -1
 """Number of a row that is read and predicts nothing, where processes have rows left over."""
@@ -208,62 +209,51 @@ class Rows(Dataset[list[dict[str, Any]]]):
             self._context.forget(shard, batch)
 
 
-def clm_rows(
-    run: Path,
-    corpus: StageFolder,
-    seed: int = 0,
-    vocabulary: int | None = None,
-    prefix_tokens: int = 0,
-) -> Rows:
+def clm_rows(run: Path, corpus: StageFolder, seed: int = 0, encoder: Encoder | None = None) -> Rows:
     """Rows for the CLM baseline.
 
     Args:
-        vocabulary: tokens of the target's tokenizer, if it is at hand.
-        prefix_tokens: that it puts before each block.
+        encoder: of the target, if it is at hand: what it puts before a block is not predicted.
 
     Raises:
         CorpusError: there is nothing to predict.
         StoreError: something is unfinished or damaged.
     """
     folder = open_externalized(run, TARGET)
-    layout = externalized.layout_of(folder, vocabulary)
-    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
+    return _rows(folder, externalized.layout_of, run, corpus, seed, encoder)
 
 
 def fused_rows(
-    run: Path,
-    corpus: StageFolder,
-    seed: int = 0,
-    vocabulary: int | None = None,
-    prefix_tokens: int = 0,
+    run: Path, corpus: StageFolder, seed: int = 0, encoder: Encoder | None = None
 ) -> Rows:
     """Rows with fused distributions.
 
     Args:
-        vocabulary: tokens of the target's tokenizer, if it is at hand.
-        prefix_tokens: that it puts before each block.
+        encoder: of the target, if it is at hand: what it puts before a block is not predicted.
 
     Raises:
         CorpusError: there is nothing to predict.
         StoreError: something is unfinished or damaged.
     """
-    folder = open_fused(run)
-    layout = fused.layout_of(folder, vocabulary)
-    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
+    return _rows(open_fused(run), fused.layout_of, run, corpus, seed, encoder)
 
 
 def _rows(
     folder: StageFolder,
-    layout: Layout,
+    layout_of: Callable[[StageFolder, int | None], Layout],
     run: Path,
     corpus: StageFolder,
     seed: int,
-    prefix_tokens: int,
+    encoder: Encoder | None,
 ) -> Rows:
+    vocabulary, prefix_tokens = None, 0
+    if encoder is not None:
+        vocabulary, prefix_tokens = len(encoder.vocabulary), encoder.prefix_tokens
     names = shard_names(corpus, "train-")
     context = None
     if names and CONTEXT in Shard(corpus, names[0], BLOCKS).schema.names:
         context = TokenContext(corpus, open_externalized(run, TARGET), names)
+    layout = layout_of(folder, vocabulary)
     rows = Rows(folder, layout, names, context, seed, prefix_tokens)
     if not len(rows):
         raise CorpusError(

@@ -75,6 +75,11 @@ class Encoder:
         """How many tokens are put before each text."""
         return len(self.vocabulary.prefix_ids)
 
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The tokens that are put before each text, as the tokenizer writes them."""
+        return tuple(self.spelled(id_) for id_ in self.vocabulary.prefix_ids)
+
     def spelled(self, id_: int) -> str:
         """A token as text: its bytes, or for a special or byte token what its tokenizer writes."""
         known = self.vocabulary.token_bytes

@@ -180,8 +180,7 @@ def run_train(
         model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
         read = fused_rows if which == FUSED else clm_rows
-        vocabulary, prefix_tokens = len(encoder.vocabulary), encoder.prefix_tokens
-        rows = read(run, corpus, chosen.seed, vocabulary, prefix_tokens)
+        rows = read(run, corpus, chosen.seed, encoder)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
