@@ -21,13 +21,11 @@ from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, locate
 from fusellm.models.readers import plain_text_note, readers_of
 from fusellm.preflight import (
-    blocks_of,
     fits,
     projected_store_bytes,
     require_fits,
-    require_measurable,
     require_models,
-    try_tokenizers,
+    try_text,
 )
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
@@ -150,9 +148,7 @@ class Pipeline:
     def _try_text(self) -> None:
         """Check, once, what the tokenizers make of the text, before any model is loaded for it."""
         if not self._tried:
-            blocks = blocks_of(self.run, self.recipe.corpus, cut=True)
-            try_tokenizers(self.readers, blocks, self.recipe.externalize.changed_share)
-            require_measurable(self.run, self.readers)
+            try_text(self.recipe, self.run, self.readers, cut=True)
             self._tried = True
 
     def prepare_suites(self) -> list[Prepared]:
@@ -376,10 +372,7 @@ class Pipeline:
         self._say_note()
         cut = self._complete("corpus")
         look_at(recipe.corpus, self._progress)
-        blocks = blocks_of(self.run, recipe.corpus, cut)
-        tried = try_tokenizers(self.readers, blocks, recipe.externalize.changed_share)
-        if cut:
-            require_measurable(self.run, self.readers)
+        tried = try_text(recipe, self.run, self.readers, cut)
         models = {}
         for name, reader in self.readers.items():
             if cut:

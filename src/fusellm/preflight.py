@@ -44,6 +44,27 @@ def require_models(readers: Mapping[str, Reader]) -> None:
         raise ModelError("; ".join(problems))
 
 
+def try_text(
+    recipe: Recipe, run: Path, readers: Mapping[str, Reader], cut: bool
+) -> dict[str, Sample]:
+    """Check what the tokenizers make of the text, before any model is loaded for it.
+
+    Args:
+        cut: whether the corpus has been.
+
+    Returns:
+        What each made of some blocks.
+
+    Raises:
+        TokenizerError, CorpusError: as `try_tokenizers` and `require_measurable` do.
+    """
+    blocks = blocks_of(run, recipe.corpus, cut)
+    found = try_tokenizers(readers, blocks, recipe.externalize.changed_share)
+    if cut:
+        require_measurable(run, readers)
+    return found
+
+
 def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[str]:
     """Some blocks to try tokenizers on, from all over the corpus where it has been cut.
 

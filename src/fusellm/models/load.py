@@ -112,15 +112,15 @@ def locate(settings: ModelSettings, trusted: bool = False) -> Located:
             f"{settings.model} is stored quantized ({method_of(stored)}), so it cannot be loaded "
             f"with quantization: {settings.quantization}; leave that out"
         )
-    context = context_tokens(config)
     if folder is None:
+        context = context_tokens(config)
         commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
         return Located(
             settings, place, commit, config, fingerprint, context, None, runs_code=runs_code
         )
-    found = _locate_folder(settings, folder, config, runs_code)
-    return _with_adapters(found, settings, folder) if adapters_beside(folder) else found
+    model = _locate_folder(settings, folder, config, runs_code)
+    return _with_adapters(model, settings, folder) if adapters_beside(folder) else model
 
 
 def _locate_folder(

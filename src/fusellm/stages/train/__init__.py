@@ -19,7 +19,7 @@ from fusellm.models.adapters import require_peft, without_adapters, without_warn
 from fusellm.models.load import Located
 from fusellm.models.objective_forward import objective_forward, require_packing
 from fusellm.models.training_batches import Collator, OutcomeTable
-from fusellm.models.training_rows import clm_rows, fused_rows
+from fusellm.models.training_rows import Rows, clm_rows, fused_rows
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
@@ -179,13 +179,10 @@ def run_train(
         torch.manual_seed(chosen.seed)
         model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
-        rows_of = fused_rows if which == FUSED else clm_rows
-        size, prefix_tokens = len(encoder.vocabulary), encoder.prefix_tokens
-        rows = rows_of(run, corpus, chosen.seed, size, prefix_tokens)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
-            rows = rows.pack(training.row_tokens)
+        rows = _rows(recipe, run, which, corpus, encoder, chosen.seed)
         stop = Stop()
         trainer = ObjectiveTrainer(
             model,
@@ -212,6 +209,16 @@ def run_train(
                 model.load_state_dict(weights)
             save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
             folder.finish(trainer.counts())
+
+
+def _rows(
+    recipe: Recipe, run: Path, which: str, corpus: StageFolder, encoder: Encoder, seed: int
+) -> Rows:
+    """What a model is trained on, packed where the recipe says so."""
+    read = fused_rows if which == FUSED else clm_rows
+    rows = read(run, corpus, seed, len(encoder.vocabulary), encoder.prefix_tokens)
+    training = recipe.training
+    return rows.pack(training.row_tokens) if training.rows == "packed" else rows
 
 
 @contextmanager
