@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import prose
-from fusellm import pipeline as pipeline_module
+from fusellm import preflight
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
 from fusellm.errors import CorpusError, ModelError, TokenizerError
@@ -138,7 +138,7 @@ def test_a_run_stops_before_any_model_is_loaded(
 def test_blocks_that_the_sample_has_missed_are_counted_as_they_are_read(
     world: Path, lower: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "try_tokenizers", lambda *_: {})
+    monkeypatch.setattr(preflight, "try_tokenizers", lambda *_: {})
     changes = (*of(lower, texts), "externalize.changed_share=0.1")
     message = r"source 'second' changes \d+ of \d+ blocks \(the first is block \d+, document"
     with pytest.raises(TokenizerError, match=message):
