@@ -463,8 +463,8 @@ def test_one_long_text_is_cut_into_parts_by_place(tmp_path: Path) -> None:
     found = cut_up(tmp_path, [entry], spoken)
     assert "".join(block.text for part in PARTS for block in found[part]) == BOOK
     sizes = {part: sum(len(block.text) for block in blocks) for part, blocks in found.items()}
-    assert sizes["validation"] == pytest.approx(0.1 * len(BOOK), rel=0.01)
-    assert sizes["held_out"] == pytest.approx(0.2 * len(BOOK), rel=0.01)
+    assert sizes["validation"] == pytest.approx(0.1 * len(BOOK), rel=0.02)
+    assert sizes["held_out"] == pytest.approx(0.2 * len(BOOK), rel=0.02)
     ends = [(part, n) for part in PARTS for n, block in enumerate(found[part]) if block.last]
     assert ends == [("held_out", len(found["held_out"]) - 1)]
     # Pieces of 8 kB at most are documents of their own, as intervals need some.

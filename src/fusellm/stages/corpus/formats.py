@@ -244,7 +244,8 @@ def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
                     if len(text) - at > _RECORD_BYTES:
                         raise _too_long(place) from None
                     break  # the rest of it is still to be read
-                fault = str(error).partition(":")[0]  # places in it are of what is read at once
+                # Without the place, which is one in what is read at once.
+                fault = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise CorpusError(f"{place}, is not JSON: {fault}; mend or drop it") from None
             is_utf8 = _NO_UTF8.search(text, at, end) is None
             if not is_utf8:
