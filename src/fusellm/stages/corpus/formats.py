@@ -130,7 +130,7 @@ def read_records(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
             _require_text(path, stream)
             yield from _OF_LINES[kind.format](stream, path, fields)
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise CorpusError(
             f"{path} cannot be read as {kind}: {reason}; fetch or make it anew, or leave it out "
             "of files"
