@@ -283,7 +283,7 @@ def test_folders_of_a_recipe_are_beside_it(world: Path, tmp_path: Path) -> None:
     assert found.data_dir == str(world / "data")
     assert found.toolchains == [str(world / "tools"), "/opt/x"]
     assert resolve_paths(load_recipe(world / "recipe.yaml"), world).evaluation == (
-        EvaluationSettings(bootstrap=200)
+        EvaluationSettings(resamplings=200)
     )
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.bleu import Translations
 from fusellm.evaluation.statistics import (
     LEVEL,
     Estimate,
-    Translations,
     compare,
     compare_means,
     estimates,
