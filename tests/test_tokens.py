@@ -694,6 +694,19 @@ def test_near_duplicates_are_documents_half_of_which_is_kept_apart(
     assert dropped == 2 - len(left)
 
 
+@pytest.mark.parametrize("start", range(0, 20_000, 1000))
+def test_half_of_a_document_is_half_of_all_its_word_8_grams(start: int) -> None:
+    apart = [Document("a", "prose", "held_out", numbered(start, start + 400))]
+    # Of 200 8-grams 102 and 98 stand in the document kept apart.
+    texts = [
+        f"{numbered(start, start + count)} {numbered(50_000, 50_207 - count)}"
+        for count in (109, 105)
+    ]
+    training = [Document(text[:9], "prose", "train", text) for text in texts]
+    left, _ = drop_near_duplicates(apart, training)
+    assert left == training[1:]
+
+
 PADDING = "".join(f"padding_{n} = {n}\n" for n in range(20))
 PROSE = " ".join(worlds.WORDS * 3)
 SOURCES = {

@@ -39,7 +39,7 @@ corpus:
     #   validation_split: validation
     #   held_out_split: test
     #   domain: minipile
-    # - files: data/**/*.jsonl     # or .parquet, or text files
+    # - files: data/**/*.jsonl     # or json, csv, parquet, arrow, text; plain, gz, bz2, zst or xz
     #   text_field: text           # or several: [prompt, answer]
     #   # context_fields: [prompt]   # those that are read and not predicted
     #   domain: mine

@@ -1,10 +1,9 @@
 """Cutting a document into blocks that, joined, are the document."""
 
-import re
 from collections.abc import Iterator
 
 _LONGEST_CHARACTER = 4  # bytes
-_LAST_SPACE = re.compile(rb"[ \t\r\f\v\n](?=[^ \t\r\f\v\n]*$)")
+_SPACES = (b" ", b"\t", b"\r", b"\f", b"\v")
 
 
 def cut(text: str, block_bytes: int) -> Iterator[str]:
@@ -46,9 +45,9 @@ def cut_point(window: bytes, following: int) -> int:
     line_end = window.rfind(b"\n")
     if line_end >= 0:
         return line_end + 1
-    space = _LAST_SPACE.search(window)
-    if space is not None:
-        return space.end()
+    space = max(map(window.rfind, _SPACES))
+    if space >= 0:
+        return space + 1
     at = len(window)
     if following & 0xC0 == 0x80:  # the window ends inside a character: go back to where it begins
         at -= 1

@@ -125,7 +125,8 @@ def drop_near_duplicates(
     left = []
     for document in training:
         shingles = _shingles(document.text)
-        met = np.isin(shingles, seen, assume_unique=True).sum()
+        after, before = (np.searchsorted(seen, shingles, side) for side in ("right", "left"))
+        met = (after - before).sum()
         if not len(shingles) or met < _NEAR_DUPLICATE_SHARE * len(shingles):
             left.append(document)
     return left, len(training) - len(left)

@@ -178,8 +178,8 @@ class _Cutter:
         by_place = self.counts["documents_cut_by_place"]
         if by_place:
             progress.say(
-                f"documents cut by place: {by_place}. A hash of each would leave a part of the "
-                "corpus empty; the last text is held out, what comes before it validates"
+                f"documents cut by place: {by_place}, as their hashes leave a part of the corpus "
+                "without any; the end of the text is held out, and what is before it validates"
             )
         invalid = self.counts["documents_with_invalid_utf8"]
         if invalid:

@@ -55,6 +55,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
+_LONGEST_WORD = len(r"\ud83d\ude00")  # that JSON may be cut inside of
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 
 
@@ -129,7 +130,7 @@ def read_records(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
             _require_text(path, stream)
             yield from _OF_LINES[kind.format](stream, path, fields)
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise CorpusError(
             f"{path} cannot be read as {kind}: {reason}; fetch or make it anew, or leave it out "
             "of files"
@@ -239,11 +240,12 @@ def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
             try:
                 row, end = scan(text, at)
             except (ValueError, RecursionError) as error:
-                if more and len(text) - at <= _RECORD_BYTES:
+                if more and _is_cut(error, text):
+                    if len(text) - at > _RECORD_BYTES:
+                        raise _too_long(place) from None
                     break  # the rest of it is still to be read
-                if more:
-                    raise _too_long(place) from None
-                fault = str(error).partition(":")[0]  # places in it are of what is read at once
+                # Without the place, which is one in what is read at once.
+                fault = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise CorpusError(f"{place}, is not JSON: {fault}; mend or drop it") from None
             is_utf8 = _NO_UTF8.search(text, at, end) is None
             if not is_utf8:
@@ -252,6 +254,13 @@ def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
             at, number = end, number + 1
     if lists:
         raise CorpusError(f"{path} ends inside a list: it is cut off; fetch or make it anew")
+
+
+def _is_cut(error: Exception, text: str) -> bool:
+    """Whether JSON could be right if the text went on: its fault is at the end, or a string's."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.pos > len(text) - _LONGEST_WORD or error.msg.startswith("Unterminated string")
 
 
 def _with_marks(text: str) -> str:
