@@ -229,11 +229,13 @@ def _software(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _to_be_shown(recipe: str) -> str:
-    """The recipe without the folders of this machine; as it stands where it cannot be read."""
+    """The recipe without the folders of this machine; nothing where it cannot be read."""
     try:
         parsed = yaml.safe_load(recipe)
     except yaml.YAMLError:
-        return recipe
+        return ""
+    if parsed is None:
+        return ""
     return yaml.safe_dump(without_folders(parsed), sort_keys=False, allow_unicode=True)
 
 
