@@ -263,7 +263,8 @@ def result(study: Study, arms: Mapping[str, Arm], recent: Path | None) -> dict[s
             f"{held.name} {r.model} {MEAN} {end}": float(value)
             for r in found
             if r.task == MEAN and "-" in r.model
-            for end, value in (("low", r.low or 0.0), ("high", r.high or 0.0))
+            for end, value in (("low", r.low), ("high", r.high))
+            if value is not None
         }
     return figures
 
@@ -272,7 +273,11 @@ def table(found: Sequence[Record]) -> str:
     """Markdown: a row a model, a column a domain, intervals in brackets."""
     tasks = list(dict.fromkeys(record.task for record in found))
     tasks = [MEAN, *(task for task in tasks if task != MEAN)]
-    cells = {(r.model, r.task): f"{r.value:.4f} ({r.low:.4f} to {r.high:.4f})" for r in found}
+    cells = {
+        (r.model, r.task): f"{r.value:.4f}"
+        + ("" if r.low is None or r.high is None else f" ({r.low:.4f} to {r.high:.4f})")
+        for r in found
+    }
     rows = [["", *tasks], ["---"] * (len(tasks) + 1)]
     rows += [[m, *(cells[m, t] for t in tasks)] for m in dict.fromkeys(r.model for r in found)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -18,7 +18,7 @@ from fusellm.errors import EvaluationError
 from fusellm.evaluation.comparison import Comparison, NotRun, Rules, compare
 from fusellm.evaluation.paper import MODELS, PUBLISHED
 from fusellm.evaluation.records import Answer, Header, Kind, TaskRecord
-from fusellm.evaluation.statistics import holm, mcnemar
+from fusellm.evaluation.statistics import LEVEL, holm, mcnemar, smallest_shown
 from fusellm.evaluation.tables import (
     CSV_COLUMNS,
     as_json,
@@ -115,10 +115,14 @@ def test_swapped_models_have_the_negative_difference(kind: Kind, n: int, seed: i
     back = only(*compare(records, SWAPPED)).tasks[0].differences[0]
     assert (there.name, back.name) == ("fused-clm", "clm-fused")
     assert there.value == -back.value
-    assert there.low == pytest.approx(-back.high, abs=1e-9)
-    assert there.high == pytest.approx(-back.low, abs=1e-9)
     assert (there.p, there.could_show, there.sign) == (back.p, back.could_show, -back.sign)
-    assert there.low - 1e-9 <= there.value <= there.high + 1e-9 or kind == "bleu" or n < 10
+    if n < 6:
+        assert there.interval is back.interval is None
+        return
+    low, high = there.interval or (np.nan, np.nan)
+    assert back.interval == pytest.approx((-high, -low), abs=1e-9)
+    assert low - 1e-9 <= there.value <= high + 1e-9
+    assert (low <= 0 <= high) == (there.p > LEVEL)
 
 
 @quick
@@ -126,7 +130,8 @@ def test_swapped_models_have_the_negative_difference(kind: Kind, n: int, seed: i
 def test_equal_answers_differ_by_nothing(kind: Kind, n: int, seed: int) -> None:
     records = {m: [draw_record(m, kind, n, np.random.default_rng(seed))] for m in ("clm", "fused")}
     one = only(*compare(records, FEW)).tasks[0].differences[0]
-    assert (one.value, one.low, one.high, one.p, one.sign) == (0, 0, 0, 1, 0)
+    assert (one.value, one.p, one.sign) == (0, 1, 0)
+    assert one.interval == ((0, 0) if n > 5 else None)
     assert one.relative in (0, None)
 
 
@@ -190,7 +195,7 @@ def test_the_mean_counts_every_task_the_same() -> None:
     assert found.mean.differences[0].value == pytest.approx(0.5)
 
 
-def test_the_bootstrap_of_a_mean_is_drawn_within_tasks() -> None:
+def test_the_mean_varies_as_its_tasks_do() -> None:
     """Its spread is that of the tasks' standard errors; tasks of one outcome have none."""
     rng = np.random.default_rng(0)
     a = [rng.integers(2, size=n).astype(float) for n in (50, 400)]
@@ -204,7 +209,8 @@ def test_the_bootstrap_of_a_mean_is_drawn_within_tasks() -> None:
     one = mean.differences[0]
     variances = [(x - y).var() / len(x) for x, y in zip(a, b, strict=True)]
     spread = 100 * sum(variances) ** 0.5 / 2
-    assert (one.high - one.low) / (2 * 1.96) == pytest.approx(spread, rel=0.05)
+    low, high = one.interval or (np.nan, np.nan)
+    assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.05)
     assert one.could_show == pytest.approx(2.8016 * spread, rel=0.05)
 
 
@@ -213,7 +219,8 @@ def test_tasks_are_drawn_apart() -> None:
     scores = {m: list(np.random.default_rng(i).integers(2, size=200)) for i, m in enumerate("ab")}
     records = {m: [make(m, of, f"t{i}") for i in range(4)] for m, of in scores.items()}
     found = only(*compare(records, Rules(pairs=[("a", "b")])))
-    widths = [one.high - one.low for line in found.lines for one in line.differences]
+    ends = [one.interval or (np.nan, np.nan) for ln in found.lines for one in ln.differences]
+    widths = [high - low for low, high in ends]
     assert widths[:4] == pytest.approx([widths[0]] * 4, rel=0.05)
     assert widths[4] == pytest.approx(widths[0] / 2, rel=0.05)
 
@@ -256,7 +263,51 @@ def test_marks_are_corrected_over_the_tasks() -> None:
     assert one.p == alone.tasks[0].differences[0].p == 1 / 64
     assert one.corrected_p == holm([1 / 64] + [1] * 7)[0] == 8 / 64
     assert one.sign == 0
-    assert "no difference shown after correction" in table(among).rows[0][-2]
+    assert "no difference shown after correction (≥ " in table(among).rows[0][-2]
+
+
+def test_the_difference_that_would_be_shown_is_that_of_the_corrected_test() -> None:
+    """8.1 points of 250 documents alone, 11.1 among 27 tasks."""
+    a, b = [1] * 150 + [0] * 100, [1] * 125 + [0] * 25 + [1] * 25 + [0] * 75
+    for tasks, points in ((1, 8.1), (27, 11.1)):
+        records = {
+            m: [make(m, of, f"t{i}") for i in range(tasks)] for m, of in (("fused", a), ("clm", b))
+        }
+        one = only(*compare(records, FEW)).tasks[0].differences[0]
+        assert one.could_show == 100 * (smallest_shown(250, 50, LEVEL / tasks) or 0)
+        assert one.could_show == pytest.approx(points, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("documents", "tasks", "enough"), [(5, 1, False), (6, 1, True), (9, 27, False), (11, 27, True)]
+)
+def test_too_few_documents_for_so_many_tasks_are_said(
+    documents: int, tasks: int, enough: bool
+) -> None:
+    """2 of 2^n choices of signs are as clear as can be; that is corrected by Holm too."""
+    for kind, loser in (("binary", 0.0), ("value", 0.5)):
+        records = {
+            m: [make(m, [x] * documents, f"t{i:02}", kind=kind) for i in range(tasks)]
+            for m, x in (("fused", 1.0), ("clm", loser))
+        }
+        found = only(*compare(records, FEW))
+        one = found.tasks[0].differences[0]
+        assert one.p == pytest.approx(2 ** (1 - documents))
+        assert one.corrected_p == one.least_p == min(1, tasks * one.p)
+        assert one.sign == int(enough)
+        words = "better" if enough else "too few documents to show any difference"
+        assert table(found).rows[0][-2].endswith(f"\n{words}")
+
+
+def test_what_has_no_interval_is_written_without_one() -> None:
+    records = {m: [make(m, [x] * 3)] for m, x in (("fused", 1), ("clm", 0))}
+    found = only(*compare(records, FEW))
+    cell = table(found).rows[0][-2]
+    assert cell == "100.00\ntoo few documents to show any difference"
+    row = list(csv.DictReader(io.StringIO(csv_text([found]))))[-1]
+    assert (row["value"], row["low"], row["high"]) == ("100.0", "", "")
+    json.dumps(as_json([found]), allow_nan=False)
+    assert "arc 100.00, no interval" in differences_chart(found)
 
 
 def test_documents_asked_twice_are_two() -> None:

@@ -1,7 +1,7 @@
 """Statistics of paired scores: by hand, against scipy and sacrebleu, and by simulation."""
 
 import sys
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from math import comb
 
 import numpy as np
@@ -10,21 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.bleu import Translations
 from fusellm.evaluation.statistics import (
-    BLEU_RESAMPLINGS,
-    Translations,
-    bleu_p,
-    bootstrap_p,
-    compare_scores,
-    compare_translations,
+    LEVEL,
+    Estimate,
+    compare,
+    compare_means,
+    estimates,
     holm,
-    interval,
+    least_p,
     mcnemar,
+    mean_of,
     pass_at_k,
-    resampled_bleu,
-    resampled_means,
+    smallest_mean_shown,
     smallest_shown,
-    smallest_shown_by,
 )
 
 REASON = "needs the extra: pip install 'fusellm[eval]'"
@@ -69,86 +68,183 @@ def test_mcnemar_is_twice_the_smaller_tail(wins: int, losses: int) -> None:
     assert mcnemar(wins, losses) == mcnemar(losses, wins)
 
 
-# Bootstrap
+# The test of signs, and its interval
 
 
-@pytest.mark.parametrize("decimals", [0, 3], ids=["few values", "many values"])
-def test_intervals_are_those_of_scipy(decimals: int) -> None:
+def estimate(values: np.ndarray, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Of the mean of some differences [D]."""
+    (found,) = estimates(values[:, None], np.ones(len(values)), draws, np.random.default_rng(seed))
+    return found
+
+
+def p_of_signs(values: np.ndarray) -> float:
+    """By its definition: the share of all choices of signs with as large a sum, on either side."""
+    sums = np.array(list(product([1, -1], repeat=len(values)))) @ values
+    sides = (sums >= values.sum() - 1e-9).mean(), (sums <= values.sum() + 1e-9).mean()
+    return float(min(1.0, 2 * min(sides)))
+
+
+some_values = st.lists(st.integers(-9, 9), min_size=1, max_size=9).map(np.array)
+
+
+@quick
+@given(some_values)
+def test_p_is_that_of_all_signs(values: np.ndarray) -> None:
+    assert estimate(values / 7).p == pytest.approx(p_of_signs(values / 7))
+
+
+@quick
+@given(st.lists(st.integers(-9, 9), min_size=6, max_size=9).map(np.array))
+def test_the_interval_is_what_the_same_test_does_not_reject(values: np.ndarray) -> None:
+    low, high = estimate(values / 7).interval or (np.nan, np.nan)
+    step = 1e-6
+    for inside, outside in ((low, low - step), (high, high + step)):
+        assert p_of_signs(values / 7 - inside) > LEVEL
+        assert p_of_signs(values / 7 - outside) <= LEVEL
+
+
+def test_p_is_that_of_scipy() -> None:
     rng = np.random.default_rng(3)
-    a, b = (np.round(rng.normal(size=300) + shift, decimals) for shift in (0.2, 0.0))
-    ours = interval(resampled_means(a - b, 20_000, rng))
-    theirs = scipy_stats.bootstrap(
-        (a, b),
+    values = np.round(rng.normal(0.25, 1, 60), 1)
+    theirs = scipy_stats.permutation_test(
+        (values, np.zeros(60)),
         lambda x, y, axis: (x - y).mean(axis=axis),
-        paired=True,
+        permutation_type="samples",
         vectorized=True,
         n_resamples=20_000,
-        batch=500,
-        method="percentile",
         rng=rng,
     )
-    spread = theirs.standard_error
-    assert len(np.unique(a - b)) < 64 or decimals
-    assert ours[0] == pytest.approx(theirs.confidence_interval.low, abs=0.06 * spread)
-    assert ours[1] == pytest.approx(theirs.confidence_interval.high, abs=0.06 * spread)
+    assert 0.02 < theirs.pvalue < 0.2
+    assert estimate(values, 20_000).p == pytest.approx(theirs.pvalue, abs=0.008)
 
 
-def test_intervals_cover_and_tests_hold_their_level() -> None:
+def test_intervals_of_normal_differences_are_students() -> None:
+    values = np.random.default_rng(5).normal(size=40)
+    ours, theirs = estimate(values, 20_000), scipy_stats.ttest_1samp(values, 0)
+    assert ours.error == pytest.approx(theirs._standard_error)
+    assert ours.p == pytest.approx(theirs.pvalue, abs=0.015)
+    assert ours.interval == pytest.approx(theirs.confidence_interval(), abs=0.06 * ours.error)
+
+
+def test_a_ratio_is_tested_by_its_own_signs() -> None:
+    """Σ y / Σ w is not rejected as x where the signs of y − x w do not reject 0."""
+    rng = np.random.default_rng(2)
+    weights = rng.integers(1, 50, 8).astype(float)
+    y = weights * rng.normal(0.3, 0.5, 8)
+    (found,) = estimates(y[:, None], weights, 1000, rng)
+    assert found.value == pytest.approx(y.sum() / weights.sum())
+    assert found.p == pytest.approx(p_of_signs(y))
+    low, high = found.interval or (np.nan, np.nan)
+    for end, out in ((low, -1e-6), (high, 1e-6)):
+        assert p_of_signs(y - weights * end) > LEVEL >= p_of_signs(y - weights * (end + out))
+
+
+@pytest.mark.parametrize("documents", [4, 6, 12, 40, 300])
+@pytest.mark.parametrize("kind", ["right or wrong", "few values", "many values"])
+def test_p_and_interval_say_the_same(kind: str, documents: int) -> None:
+    rng = np.random.default_rng(documents)
+    said = []
+    for shift in np.linspace(-0.5, 0.5, 11):
+        if kind == "right or wrong":
+            a, b = rng.random(documents) < 0.5 + shift, rng.random(documents) < 0.5
+        else:
+            a, b = rng.normal(shift, 1, documents), rng.normal(0, 1, documents)
+        if kind == "few values":
+            a, b = np.round(a), np.round(b)
+        found = compare(a * 1.0, b * 1.0, 200, rng, right=1.0).estimate
+        low, high = found.interval or (-np.inf, np.inf)
+        assert (found.p > LEVEL) == (low <= 0 <= high)
+        said.append(found.p > LEVEL)
+    assert any(said)
+    assert documents < 12 or not all(said)
+
+
+def test_draws_do_not_contradict_an_exact_p() -> None:
+    """Where p is known, the interval's end is on its side of 0 whatever was drawn."""
+    drawn = np.linspace(-1, 9, 99)
+    for known in (0.049, 0.051):
+        for sign in (1, -1):
+            found = Estimate(4.0 * sign, 1.0, sign * (drawn + 0.8), known)
+            low, high = found.interval or (np.nan, np.nan)
+            assert (low <= 0 <= high) == (known > LEVEL)
+
+
+def test_tests_hold_their_level_and_intervals_cover() -> None:
     """400 samples of two models of 40 and 45 percent, and of two that are equally good."""
     rng = np.random.default_rng(0)
-    covered, wrong = 0, {"mcnemar": 0, "bootstrap": 0}
-    for _ in range(400):
-        hard = rng.random(300)
-        b = (hard + rng.normal(0, 0.1, 300) < 0.40).astype(float)
-        a = (hard + rng.normal(0, 0.1, 300) < 0.45).astype(float)
-        low, high = interval(resampled_means(a - b, 1000, rng))
-        covered += low <= 0.05 <= high
-        same = (hard + rng.normal(0, 0.1, 300) < 0.40).astype(float)
-        tested = compare_scores(same, b, 1000, rng)
-        wrong["mcnemar"] += tested.p <= 0.05
-        wrong["bootstrap"] += bootstrap_p(tested.drawn) <= 0.05
-    assert 0.92 <= covered / 400 <= 0.98
-    assert 0.005 <= wrong["mcnemar"] / 400 <= 0.06
-    assert 0.02 <= wrong["bootstrap"] / 400 <= 0.09
+    hard = rng.random((300, 400))
+    a, b, same = (hard + rng.normal(0, 0.1, (300, 400)) < share for share in (0.45, 0.40, 0.40))
+    found = estimates(1.0 * a - b, np.ones(300), 1000, rng)
+    ends = [one.interval or (np.nan, np.nan) for one in found]
+    assert 0.92 <= np.mean([low <= 0.05 <= high for low, high in ends]) <= 0.98
+    counts = zip((same & ~b).sum(axis=0), (b & ~same).sum(axis=0), strict=True)
+    p = [mcnemar(int(wins), int(losses)) for wins, losses in counts]
+    assert 0.005 <= np.mean(np.array(p) <= LEVEL) <= 0.06
+
+
+@pytest.mark.parametrize(("documents", "share"), [(10, 1.0), (20, 1.0), (164, 0.05)])
+def test_scores_of_equally_good_models_are_rarely_told_apart(documents: int, share: float) -> None:
+    """Skewed scores, few documents, few that differ: where a bootstrap rejects 7 to 11 %."""
+    rng = np.random.default_rng(1)
+    scores = rng.lognormal(0, 1, (2, documents, 3000))
+    differences = (scores[0] - scores[1]) * (rng.random((documents, 3000)) < share)
+    found = estimates(differences, np.ones(documents), 1000, rng)
+    assert np.mean([one.p <= LEVEL for one in found]) <= 0.06
 
 
 @quick
 @given(st.lists(st.sampled_from([0.0, 0.25, 1.0, 7.5]), min_size=2, max_size=200), st.data())
-def test_the_negative_has_the_negative_bootstrap(values: list[float], data: st.DataObject) -> None:
+def test_the_negative_has_the_negative_draws(values: list[float], data: st.DataObject) -> None:
     a = np.array(values)
     b = np.array(data.draw(st.permutations(values)))
-    there, back = (compare_scores(x, y, 200, np.random.default_rng(1)) for x, y in ((a, b), (b, a)))
-    np.testing.assert_array_equal(there.drawn, -back.drawn)
-    assert there.p == back.p
+    there, back = (compare(x, y, 200, np.random.default_rng(1)) for x, y in ((a, b), (b, a)))
+    np.testing.assert_array_equal(there.estimate.drawn, -back.estimate.drawn)
+    assert there.estimate.p == back.estimate.p
     assert there.could_show == back.could_show
-
-
-def test_many_values_have_the_negative_bootstrap_too() -> None:
-    values = np.random.default_rng(2).normal(size=500)
-    there, back = (
-        resampled_means(sign * values, 300, np.random.default_rng(5)) for sign in (1, -1)
-    )
-    np.testing.assert_array_equal(there, -back)
-    assert there.std() == pytest.approx(values.std() / 500**0.5, rel=0.15)
-
-
-def test_p_and_interval_say_the_same() -> None:
-    rng = np.random.default_rng(8)
-    for shift in np.linspace(0, 4, 80):
-        drawn = rng.normal(shift, 1, 2000)
-        low, high = interval(drawn)
-        if min(abs(low), abs(high)) > 0.02:
-            assert (bootstrap_p(drawn) < 0.05) == (low > 0 or high < 0)
 
 
 def test_equal_scores_differ_by_nothing() -> None:
     a = np.random.default_rng(0).random(100)
-    tested = compare_scores(a, a, 500, np.random.default_rng(0))
-    assert interval(tested.drawn) == (0, 0)
-    assert tested.p == 1
+    tested = compare(a, a, 500, np.random.default_rng(0))
+    assert tested.estimate.interval == (0, 0)
+    assert tested.estimate.p == 1
     assert tested.could_show is None
     right = (a > 0.5).astype(float)
-    assert compare_scores(right, right, 500, np.random.default_rng(0)).p == 1
+    assert compare(right, right, 500, np.random.default_rng(0), right=1.0).estimate.p == 1
+
+
+def test_five_documents_can_show_nothing() -> None:
+    for documents, bounded in ((1, False), (5, False), (6, True)):
+        found = estimate(np.arange(1.0, documents + 1))
+        assert (found.interval is not None) == bounded
+        assert found.p == least_p(documents)
+        assert (found.p <= LEVEL) == bounded
+
+
+def test_many_tasks_have_as_many_draws_as_their_correction_needs() -> None:
+    """With 100 draws p is at least 0.02, which is above 0.05 / 27."""
+    better = np.random.default_rng(0).normal(1, 1, 100)
+    found = compare(better, np.zeros(100), 100, np.random.default_rng(0), tasks=27).estimate
+    assert 27 * found.p <= LEVEL
+
+
+# Means of tasks
+
+
+def test_the_mean_of_one_task_is_that_task() -> None:
+    one = estimate(np.random.default_rng(1).normal(0.3, 1, 50), 10_000)
+    mean = mean_of([one], 10_000, np.random.default_rng(0))
+    assert (mean.value, mean.error) == (one.value, one.error)
+    assert mean.p == pytest.approx(one.p, abs=0.02)
+    assert mean.interval == pytest.approx(one.interval, abs=0.1 * one.error)
+
+
+def test_a_task_of_too_few_documents_leaves_the_mean_without_an_interval() -> None:
+    many, few = estimate(np.ones(50)), estimate(np.ones(5))
+    assert mean_of([many, many], 500, np.random.default_rng(0)).p <= LEVEL
+    tested = compare_means([many, few], 500, np.random.default_rng(0))
+    assert (tested.estimate.value, tested.estimate.p, tested.least_p) == (1, 1, 1)
+    assert tested.estimate.interval is None
 
 
 # Holm
@@ -223,12 +319,46 @@ def test_more_documents_show_less() -> None:
     assert all(a is not None and b is not None and a > b for a, b in pairwise(shown))
 
 
-def test_the_spread_of_a_bootstrap_gives_the_same() -> None:
-    a = np.repeat([1.0, 0.0, 1.0], [150, 150, 700])
-    b = np.repeat([0.0, 1.0, 1.0], [150, 150, 700])
-    tested = compare_scores(a, b, 10_000, np.random.default_rng(0))
-    assert smallest_shown_by(tested.drawn) == pytest.approx(tested.could_show, rel=0.05)
-    assert smallest_shown_by(np.zeros(10)) is None
+@pytest.mark.parametrize("tasks", [1, 5, 27])
+def test_among_tasks_it_is_shown_in_four_of_five_samples_after_holm(tasks: int) -> None:
+    """One of so many tasks differs; the p of the others are those of models that do not."""
+    rng = np.random.default_rng(tasks)
+    share = smallest_shown(250, 50, LEVEL / tasks)
+    assert share is not None
+    counts = rng.multinomial(250, [0.1 + share / 2, 0.1 - share / 2, 0.8], 2000)
+    equal = [mcnemar(int(w), int(loss)) for w, loss, _ in rng.multinomial(250, [0.1, 0.1, 0.8], 99)]
+    shown = [
+        w > loss and holm([mcnemar(int(w), int(loss)), *rng.choice(equal, tasks - 1)])[0] <= LEVEL
+        for w, loss, _ in counts
+    ]
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.045)
+
+
+def test_what_scores_could_show_is_that_of_right_and_wrong() -> None:
+    """Differences of +1 and −1 are told apart alike by either formula, where there are many."""
+    differences = np.repeat([1.0, -1.0, 0.0], [150, 150, 700])
+    for level in (LEVEL, LEVEL / 27):
+        by_counts = smallest_shown(1000, 300, level)
+        assert smallest_mean_shown(differences, level) == pytest.approx(by_counts, rel=0.03)
+
+
+def test_what_scores_could_show_is_that_of_students_test() -> None:
+    """20 documents, power by the noncentral distribution."""
+    values = np.random.default_rng(0).normal(size=20)
+    shown = smallest_mean_shown(values)
+    assert shown is not None
+    limit = scipy_stats.t.isf(0.025, 19)
+    noncentrality = 20**0.5 * shown / values.std(ddof=1)
+    assert scipy_stats.nct.sf(limit, 19, noncentrality) == pytest.approx(0.8, abs=0.01)
+
+
+def test_nothing_is_said_where_too_little_is_known() -> None:
+    assert smallest_mean_shown(np.zeros(100)) is None
+    assert smallest_mean_shown(np.repeat([1.0, 0.0], [1, 99])) is None
+    six = np.array([1.0, -2.0, 3.0, 1.0, -1.0, 0.5])
+    assert smallest_mean_shown(six) is None
+    assert smallest_mean_shown(np.tile(six, 4), LEVEL / 27) is not None
+    assert smallest_mean_shown(np.repeat([1.0, -1.0, 0.0], [2, 1, 9997]), 1e-9) is None
 
 
 # pass@k
@@ -272,65 +402,63 @@ def test_bleu_is_that_of_sacrebleu() -> None:
     assert silent.bleu == 0
 
 
-def test_resampled_bleu_is_the_bleu_of_the_resampled() -> None:
-    """sacrebleu's own resamples, and ours, of one system against references that it lacks."""
+def test_points_of_documents_have_bleu_as_their_mean_and_its_error() -> None:
+    """Against BLEU of documents drawn with replacement, by sacrebleu itself."""
     references, rng = corpus(60, 1)
-    a, b = (Translations(noisy(references, share, rng), references) for share in (0.3, 0.4))
-    drawn = resampled_bleu(a, b, 2000, np.random.default_rng(0))
+    texts = [noisy(references, share, rng) for share in (0.3, 0.4)]
+    a, b = (Translations(of, references) for of in texts)
+    assert a.points.mean() == pytest.approx(a.bleu)
     slow = []
     for _ in range(400):
         chosen = rng.integers(60, size=60)
         scores = [
-            sacrebleu.corpus_bleu(
-                [system.responses[i] for i in chosen], [[references[i] for i in chosen]]
-            ).score
-            for system in (a, b)
+            sacrebleu.corpus_bleu([of[i] for i in chosen], [[references[i] for i in chosen]]).score
+            for of in texts
         ]
         slow.append(scores[0] - scores[1])
-    assert drawn.mean() == pytest.approx(np.mean(slow), abs=0.25 * np.std(slow))
-    assert drawn.std() == pytest.approx(np.std(slow), rel=0.12)
+    found = estimate(a.points - b.points)
+    assert found.value == pytest.approx(a.bleu - b.bleu)
+    assert found.error == pytest.approx(np.std(slow), rel=0.12)
 
 
-def test_p_of_bleu_is_twice_that_of_sacrebleu() -> None:
+def test_p_of_bleu_is_near_those_of_sacrebleu() -> None:
+    """Of its randomization, and twice that of its bootstrap, which is of one side."""
     references, rng = corpus(60, 2)
     texts = {name: noisy(references, share, rng) for name, share in (("a", 0.36), ("b", 0.4))}
-    a, b = (Translations(of, references) for of in texts.values())
-    _, found = significance.PairedTest(
-        [("b", texts["b"]), ("a", texts["a"])],
-        {"BLEU": sacrebleu.metrics.BLEU()},
-        [references],
-        test_type="bs",
-        n_samples=BLEU_RESAMPLINGS,
-    )()
-    assert 0.001 < found["BLEU"][1].p_value < 0.5
-    assert bleu_p(a, b) == pytest.approx(2 * found["BLEU"][1].p_value)
-    assert bleu_p(b, a) == bleu_p(a, b)
-    assert bleu_p(a, a) == 1
+    a, b = (Translations(of, references).points for of in texts.values())
+    theirs = {}
+    for kind in ("ar", "bs"):
+        _, found = significance.PairedTest(
+            [("b", texts["b"]), ("a", texts["a"])],
+            {"BLEU": sacrebleu.metrics.BLEU()},
+            [references],
+            test_type=kind,
+            n_samples=2000,
+        )()
+        theirs[kind] = found["BLEU"][1].p_value
+    ours = compare(a, b, 10_000, rng).estimate.p
+    assert 0.001 < ours < 0.5
+    assert ours == pytest.approx(theirs["ar"], abs=0.05)
+    assert ours == pytest.approx(2 * theirs["bs"], abs=0.05)
 
 
 def test_translations_compared() -> None:
     references, rng = corpus(100, 3)
     good, bad = (Translations(noisy(references, share, rng), references) for share in (0.1, 0.5))
-    tested = compare_translations(good, bad, 500, np.random.default_rng(0))
-    low, high = interval(tested.drawn)
-    assert low < good.bleu - bad.bleu < high
-    assert low > 0
-    assert tested.p < 0.05
-    back = compare_translations(bad, good, 500, np.random.default_rng(0))
-    np.testing.assert_array_equal(tested.drawn, -back.drawn)
+    found = compare(good.points, bad.points, 500, np.random.default_rng(0)).estimate
+    low, high = found.interval or (np.nan, np.nan)
+    assert 0 < low < good.bleu - bad.bleu < high
+    assert found.p < 0.05
 
 
 @pytest.mark.slow
 def test_level_of_the_test_of_bleu() -> None:
-    """sacrebleu's p is of one side: two equally good systems differ by it in 1 of 10 cases."""
     rejected = []
-    for seed in range(200):
+    for seed in range(400):
         references, rng = corpus(60, seed)
-        a, b = (Translations(noisy(references, 0.3, rng), references) for _ in range(2))
-        rejected.append([bleu_p(a, b) / 2 <= 0.05, bleu_p(a, b) <= 0.05])
-    ones, twos = np.mean(rejected, axis=0)
-    assert ones > 0.065
-    assert 0.02 <= twos <= 0.08
+        a, b = (Translations(noisy(references, 0.3, rng), references).points for _ in range(2))
+        rejected.append(compare(a, b, 1000, rng).estimate.p <= LEVEL)
+    assert 0.02 <= np.mean(rejected) <= 0.08
 
 
 # The extra

@@ -184,8 +184,8 @@ class EvaluationSettings(SettingsBlock):
     batch_tokens: Annotated[int, Field(gt=0)] | None = None
     """Tokens in one forward pass, padding included; null takes 16,384 on a GPU, and 2,048 on a CPU,
     where a batch should stay in its caches."""
-    bootstrap: Annotated[int, Field(ge=100)] = 10_000
-    """Resamplings of the documents for the 95 % intervals."""
+    resamplings: Annotated[int, Field(ge=100)] = 10_000
+    """How many subsets of the documents are drawn for tests and 95 % intervals."""
     suites: list[str] = Field(default_factory=list)
     """What is measured besides bits per byte: `smoke`, `bbh`, `bbh_harness`, `commonsense`,
     `textgen`, `multiple`, `humaneval`, or tasks of lm_eval by their names (`fusellm[eval]`). The
@@ -240,7 +240,7 @@ class Recipe(SettingsBlock):
     name: Name
     """Name of the run; its folder is runs/<name> unless --out says another."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of draws, order and bootstrap."""
+    """Seed of draws, order and subsets of documents."""
     target: ModelSettings
     """The model that is trained."""
     sources: Annotated[list[SourceSettings], Field(min_length=1)]

@@ -16,7 +16,7 @@ from fusellm.evaluation.extra import extra
 from fusellm.evaluation.intervals import MEAN
 from fusellm.evaluation.joined import BLEU, SCORE, WHOLE, JoinedTask, join
 from fusellm.evaluation.records import TaskRecord
-from fusellm.evaluation.statistics import Tested, Translations
+from fusellm.evaluation.statistics import Tested
 from fusellm.store.identity import digest
 
 PAIRS = (("fused", "target"), ("fused", "clm"))
@@ -44,21 +44,24 @@ class Difference:
 
     Attributes:
         value: in points.
-        low, high: of its 95 % interval, not corrected for the number of tasks.
+        low, high: of its 95 % interval, which has 0 in it where p is above 0.05; not corrected for
+            the number of tasks. None if there are too few documents for any.
         p: chance of a difference at least as large between models that are equally good.
         corrected_p: p by Holm over the tasks of the suite; the mean's is its p, being one question.
+        least_p: the least corrected p that so many documents, in so many tasks, could have given.
         relative: in percent of b's score, as the paper prints gains; None if b's is not above 0.
-        could_show: the least true difference, in points, that this sample would have shown in 4 of
-            5 cases; None if none.
+        could_show: the least true difference, in points, that is shown in 4 of 5 such samples if no
+            other task of the suite differs; None if none, or if too little is known to say.
     """
 
     a: str
     b: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     corrected_p: float
+    least_p: float
     relative: float | None
     could_show: float | None
 
@@ -71,6 +74,11 @@ class Difference:
     def name(self) -> str:
         """`a-b`."""
         return f"{self.a}-{self.b}"
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """(low, high), where there are both."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def sign(self) -> int:
@@ -137,7 +145,7 @@ class Rules:
 
     Attributes:
         pairs: (a, b) for which a − b is given, where both models are there.
-        resamplings: of every bootstrap.
+        resamplings: subsets of documents that are drawn for every test and interval.
         pass_at: k of pass@k, for tasks with several samples of a document.
     """
 
@@ -206,15 +214,15 @@ def _compare_suite(
         *(model for model in _LAST if model in present),
     )
     pairs = [(a, b) for a, b in rules.pairs if a in present and b in present]
+    shared = {pair: [t for t in found if set(pair) <= t.values.keys()] for pair in pairs}
     tested = {
-        (task.name, pair): _tested(task, pair, rules)
-        for task in found
-        for pair in pairs
-        if set(pair) <= task.values.keys()
+        (task.name, pair): _tested(task, pair, len(tasks), rules)
+        for pair, tasks in shared.items()
+        for task in tasks
     }
     lines = _corrected([_line(task, models, pairs, tested) for task in found], pairs)
     averaged = [t for t in found if t.unit != SCORE and len(t.values) == len(models)]
-    mean = _mean(lines, averaged, pairs, tested) if len(averaged) > 1 else None
+    mean = _mean(suite, lines, averaged, pairs, tested, rules) if len(averaged) > 1 else None
     return Comparison(
         suite,
         models,
@@ -247,16 +255,16 @@ def _with_missing(
     ]
 
 
-def _tested(task: JoinedTask, pair: Pair, rules: Rules) -> Tested:
-    """Every pair sees the same resampled documents."""
-    rng = np.random.default_rng([rules.seed, *f"{task.header.suite}/{task.name}".encode()])
+def _tested(task: JoinedTask, pair: Pair, tasks: int, rules: Rules) -> Tested:
+    """A pair on one of so many tasks; every pair sees the same subsets of documents."""
     a, b = (task.values[model] for model in pair)
-    if isinstance(a, Translations) and isinstance(b, Translations):
-        return statistics.compare_translations(a, b, rules.resamplings, rng)
-    assert isinstance(a, np.ndarray)
-    assert isinstance(b, np.ndarray)
-    right = 1.0 if task.unit == SCORE else WHOLE
-    return statistics.compare_scores(a, b, rules.resamplings, rng, right)
+    rng = _rng(rules, f"{task.header.suite}/{task.name}")
+    right = {SCORE: 1.0, BLEU: None}.get(task.unit, WHOLE)
+    return statistics.compare(a, b, rules.resamplings, rng, tasks, right)
+
+
+def _rng(rules: Rules, place: str) -> np.random.Generator:
+    return np.random.default_rng([rules.seed, *place.encode()])
 
 
 def _line(
@@ -282,40 +290,35 @@ def _line(
 def _difference(pair: Pair, scores: Sequence[float], tested: Tested) -> Difference:
     of_a, of_b = scores
     relative = 100 * (of_a - of_b) / of_b if of_b > 0 else None
+    p = tested.estimate.p
+    low, high = tested.estimate.interval or (None, None)
     return Difference(
-        *pair,
-        of_a - of_b,
-        *statistics.interval(tested.drawn),
-        tested.p,
-        tested.p,
-        relative,
-        tested.could_show,
+        *pair, of_a - of_b, low, high, p, p, tested.least_p, relative, tested.could_show
     )
 
 
 def _corrected(lines: Sequence[Line], pairs: Iterable[Pair]) -> list[Line]:
     """The lines with p values corrected over the tasks, pair by pair."""
-    corrected: dict[tuple[str, Pair], float] = {}
+    corrected: dict[tuple[str, Pair], Difference] = {}
     for pair in pairs:
-        places = [(ln.task, pair) for ln in lines for one in ln.differences if one.pair == pair]
-        found = [one.p for ln in lines for one in ln.differences if one.pair == pair]
-        corrected |= zip(places, statistics.holm(found), strict=True)
+        found = {ln.task: one for ln in lines for one in ln.differences if one.pair == pair}
+        p_values = statistics.holm([one.p for one in found.values()])
+        least = statistics.holm([one.least_p for one in found.values()])
+        for (task, one), p, least_p in zip(found.items(), p_values, least, strict=True):
+            corrected[task, pair] = replace(one, corrected_p=p, least_p=least_p)
     return [
-        replace(
-            line,
-            differences=tuple(
-                replace(one, corrected_p=corrected[line.task, one.pair]) for one in line.differences
-            ),
-        )
+        replace(line, differences=tuple(corrected[line.task, one.pair] for one in line.differences))
         for line in lines
     ]
 
 
 def _mean(
+    suite: str,
     lines: Sequence[Line],
     averaged: Sequence[JoinedTask],
     pairs: Iterable[Pair],
     tested: Mapping[tuple[str, Pair], Tested],
+    rules: Rules,
 ) -> Line:
     """Every task counts the same; its documents are drawn within it."""
     names = [task.name for task in averaged]
@@ -326,9 +329,8 @@ def _mean(
     }
     differences = []
     for a, b in pairs:
-        drawn = np.mean([tested[name, (a, b)].drawn for name in names], axis=0)
-        p, could_show = statistics.bootstrap_p(drawn), statistics.smallest_shown_by(drawn)
-        found = Tested(drawn, p, could_show)
+        parts = [tested[name, (a, b)].estimate for name in names]
+        found = statistics.compare_means(parts, rules.resamplings, _rng(rules, suite))
         differences.append(_difference((a, b), [scores[a], scores[b]], found))
     return Line(
         MEAN,

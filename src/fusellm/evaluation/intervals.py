@@ -1,7 +1,4 @@
-"""Bits per byte with intervals, paired by document.
-
-D documents, R resamplings.
-"""
+"""Bits per byte with intervals, paired by document. D documents."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from fusellm.evaluation.statistics import Estimate, estimates, mean_of
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 
 MEAN = "mean"
 BITS_PER_BYTE = "bits_per_byte"
-_WEIGHTS_AT_ONCE = 1 << 22
-_PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -61,59 +57,35 @@ def records(
 ) -> list[Record]:
     """Bits per byte of every model in every domain, and of the mean over domains.
 
-    Intervals are percentiles of a bootstrap over documents, domain by domain; all models see the
-    same resamplings, so that the difference of two is paired by document.
+    A difference of two models is of their nats in the same documents, over the bytes of these. A
+    domain of fewer than 6 documents has no interval, nor then has the mean.
 
     Args:
+        resamplings: subsets of documents that are drawn for intervals.
         differences: pairs (a, b) for which a − b is given as model `a-b`.
     """
-    names = list(dict.fromkeys(scores.domains))
     labels = np.array(scores.domains)
-    point: dict[str, dict[str, float]] = {model: {} for model in scores.nats}
-    drawn: dict[str, dict[str, np.ndarray]] = {model: {} for model in scores.nats}
+    nats = dict(scores.nats) | {f"{a}-{b}": scores.nats[a] - scores.nats[b] for a, b in differences}
+    found: dict[str, list[Estimate]] = {}
     sizes: dict[str, int] = {}
-    for place, domain in enumerate(names):
-        chosen = np.nonzero((labels == domain) & (scores.scored_bytes > 0))[0]
-        sizes[domain] = len(chosen)
+    for place, domain in enumerate(dict.fromkeys(scores.domains)):
+        chosen = (labels == domain) & (scores.scored_bytes > 0)
+        sizes[domain] = int(chosen.sum())
+        bits = np.stack([of_model[chosen] for of_model in nats.values()], axis=1) / NATS_PER_BIT
         rng = np.random.default_rng([seed, place])
-        scored = scores.scored_bytes[chosen].astype(np.float64)
-        columns = np.stack([scored, *(nats[chosen] for nats in scores.nats.values())], axis=1)
-        sums = _resampled_sums(columns, resamplings, rng)
-        for n, model in enumerate(scores.nats, start=1):
-            whole = columns[:, n].sum() / columns[:, 0].sum() / NATS_PER_BIT
-            point[model][domain] = float(whole)
-            drawn[model][domain] = sums[:, n] / sums[:, 0] / NATS_PER_BIT
+        found[domain] = estimates(bits, scores.scored_bytes[chosen], resamplings, rng)
+    found[MEAN] = [
+        mean_of(parts, resamplings, np.random.default_rng([seed, len(sizes)]))
+        for parts in zip(*found.values(), strict=True)
+    ]
     sizes[MEAN] = sum(sizes.values())
-    for model in scores.nats:
-        point[model][MEAN] = float(np.mean([point[model][domain] for domain in names]))
-        drawn[model][MEAN] = np.mean([drawn[model][domain] for domain in names], axis=0)
-    for a, b in differences:
-        name = f"{a}-{b}"
-        point[name] = {task: point[a][task] - point[b][task] for task in point[a]}
-        drawn[name] = {task: drawn[a][task] - drawn[b][task] for task in drawn[a]}
     return [
-        Record(
-            model,
-            task,
-            BITS_PER_BYTE,
-            value,
-            float(np.percentile(drawn[model][task], _PERCENTILES[0])),
-            float(np.percentile(drawn[model][task], _PERCENTILES[1])),
-            sizes[task],
-        )
-        for model, tasks in point.items()
-        for task, value in tasks.items()
+        _record(model, task, one, sizes[task])
+        for model, of_model in zip(nats, zip(*found.values(), strict=True), strict=True)
+        for task, one in zip(found, of_model, strict=True)
     ]
 
 
-def _resampled_sums(columns: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
-    """[resamplings, C] sums of the rows of `columns` [D, C], D drawn with replacement each time."""
-    documents = len(columns)
-    chances = np.full(documents, 1 / documents)
-    at_once = max(1, _WEIGHTS_AT_ONCE // documents)
-    return np.concatenate(
-        [
-            rng.multinomial(documents, chances, min(at_once, resamplings - start)) @ columns
-            for start in range(0, resamplings, at_once)
-        ]
-    )
+def _record(model: str, task: str, found: Estimate, n: int) -> Record:
+    low, high = found.interval or (None, None)
+    return Record(model, task, BITS_PER_BYTE, found.value, low, high, n)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.bleu import Translations
 from fusellm.evaluation.records import Answer, Header, TaskRecord
-from fusellm.evaluation.statistics import Translations, pass_at_k
+from fusellm.evaluation.statistics import pass_at_k
 
 PERCENT, BLEU, SCORE = "%", "BLEU", "score"
 
@@ -34,14 +35,15 @@ class JoinedTask:
     Attributes:
         header: of one of them; they agree on all that scores depend on, but for the model.
         unit: `%`, `pass@k`, `BLEU`, or `score` for numbers that are not all of 0 to 1.
-        values: [D] points of each model, in the order of the documents' digests.
+        values: [D] points of each model, in the order of the documents' digests; their mean is its
+            score.
         truncated: documents whose prompt had to be cut, of each model.
         prompts_differ: prompts that were not the same for all models.
     """
 
     header: Header
     unit: str
-    values: Mapping[str, np.ndarray | Translations]
+    values: Mapping[str, np.ndarray]
     truncated: Mapping[str, int]
     prompts_differ: int
 
@@ -57,8 +59,7 @@ class JoinedTask:
 
     def score(self, model: str) -> float:
         """Points of a model over the whole task."""
-        values = self.values[model]
-        return values.bleu if isinstance(values, Translations) else float(values.mean())
+        return float(self.values[model].mean())
 
 
 def join(records: Mapping[str, TaskRecord], pass_at: int) -> JoinedTask:
@@ -162,11 +163,11 @@ def _require_same_documents(
 
 def _values(
     place: str, header: Header, answers: Mapping[str, list[Answer]], pass_at: int
-) -> tuple[str, Mapping[str, np.ndarray | Translations]]:
+) -> tuple[str, Mapping[str, np.ndarray]]:
     """The unit, and each model's points a document."""
     if header.kind == "bleu":
         return BLEU, {
-            model: Translations([a.response for a in of], [a.reference for a in of])
+            model: Translations([a.response for a in of], [a.reference for a in of]).points
             for model, of in answers.items()
         }
     for model, of in answers.items():

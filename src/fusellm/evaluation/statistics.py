@@ -1,12 +1,26 @@
 """Whether a difference between two models is more than chance, and which could have been shown.
 
-Everything is paired: both models answered the same documents. D documents, R resamplings. Scores
-and differences are in the caller's unit; p values are of two sides.
+Everything is paired: both models answered the same documents. What is tested is that they are
+equally good in this sense: in every document either could as well have got the other's score, so
+that differences are symmetric about 0. Then every choice of signs for the D differences is equally
+likely, whatever their sizes, and a test that compares their sum with its 2^D values under all signs
+holds its level with any D, exactly. McNemar's exact test is this test where scores are right or
+wrong. (A mean of 0 of differences that lean to one side is less than symmetry; there the level is
+approached with D. No test holds it for all of them with few: Bahadur and Savage 1956.)
+
+The same test says which differences x are not rejected, the 95 % interval: that of d − x. Flipping
+the signs of a subset B raises the sum of d − x if and only if the mean of d over B is below x. So
+the means over all B, and nothing else, give p (at x = 0) and the interval (Hartigan 1969). They
+are drawn where there are too many. Sums of d over sums of other numbers w, such as bytes, are
+tested by d − x w in the same way: by their ratios over B.
+
+D documents, R subsets, C columns. Scores and differences are in the caller's unit; p values are of
+two sides.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import comb
+from dataclasses import dataclass, replace
+from math import ceil, comb, log2, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -16,15 +30,16 @@ from fusellm.evaluation.extra import extra
 
 LEVEL = 0.05
 POWER = 0.8
-BLEU_RESAMPLINGS = 1_000
-"""Of sacrebleu's test, which holds all of them in memory at once; its own default."""
 
-_PERCENTILES = (50 * LEVEL, 100 - 50 * LEVEL)
+_BEYOND = 10
+"""Draws beyond each limit of any test; with fewer, p would be too rough."""
+_SPARE = 3
+"""Documents that differ beyond those that a test needs at all; below, Student's does not serve."""
 _ROUNDING = 1e-9
 _UNLIKELY = 1e-12
-_ORDERS = 4
-_FEW_VALUES = 64
-_DRAWS_AT_ONCE = 1 << 21
+_MOST_SPREADS = 10.0
+"""Of a mean over the spread of the differences: with it, none could be missed."""
+_CELLS_AT_ONCE = 1 << 22
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -59,53 +74,115 @@ def mcnemar(wins: int, losses: int) -> float:
     return float(extra("scipy.stats").binomtest(wins, wins + losses, 0.5).pvalue)
 
 
-def resampled_means(values: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
-    """[R] means of documents that are drawn with replacement, as many as there are.
+@dataclass(frozen=True)
+class Estimate:
+    """A number over documents, with p of its being 0 and the interval that agrees with it.
 
-    Where values are few, as those of a binary task, documents of equal value are drawn together,
-    in the order in which values first come: so −values gives exactly the negative.
+    Attributes:
+        value: over all documents.
+        error: its standard error.
+        drawn: [R] the same over subsets of the documents.
+        known_p: p, where it is known without draws.
+    """
+
+    value: float
+    error: float
+    drawn: np.ndarray
+    known_p: float | None = None
+
+    @property
+    def p(self) -> float:
+        """p of 0, never 0 itself: the empty subset changes no sign, and counts for either side.
+
+        >>> Estimate(1.0, 0.0, np.ones(63)).p, Estimate(0.0, 0.0, np.zeros(63)).p
+        (0.03125, 1.0)
+        """
+        if self.known_p is not None:
+            return self.known_p
+        sides = int((self.drawn <= 0).sum()), int((self.drawn >= 0).sum())
+        return min(1.0, 2 * (1 + min(sides)) / (1 + len(self.drawn)))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether any p is below 5 %: with 5 documents it is at least 1/16."""
+        return LEVEL * (1 + len(self.drawn)) >= 2
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """All x of p above 5 %; None if every x is one.
+
+        >>> Estimate(3.0, 0.0, np.arange(1.0, 64.0)).interval
+        (1.0, 63.0)
+        """
+        if not self.bounded:
+            return None
+        beyond = int(LEVEL * (1 + len(self.drawn)) / 2)
+        ordered = np.sort(self.drawn)
+        low, high = float(ordered[beyond - 1]), float(ordered[-beyond])
+        if self.known_p is None:
+            return low, high
+        # Draws have an error, by which they must not contradict what is known of 0.
+        if self.known_p > LEVEL:
+            return min(low, 0.0), max(high, 0.0)
+        if self.value > 0:
+            return max(low, float(ordered[ordered > 0][0])), high
+        return low, min(high, float(ordered[ordered < 0][-1]))
+
+
+def estimates(
+    columns: np.ndarray, weights: np.ndarray, draws: int, rng: np.random.Generator
+) -> list[Estimate]:
+    """Each column's sum over that of the weights; all columns see the same subsets.
 
     Args:
-        values: [D] float64, D > 0, one for each document, or for each problem of several samples.
+        columns: [D, C] float64, D > 0; −columns gives exactly the negative.
+        weights: [D] above 0; ones for means.
+        draws: R, for more documents than have so few subsets.
     """
-    different, first, counts = np.unique(values, return_index=True, return_counts=True)
-    if len(different) > _FEW_VALUES:
-        return _resampled_sums(values[:, None], resamplings, rng)[:, 0] / len(values)
-    order = np.argsort(first)
-    drawn = rng.multinomial(len(values), counts[order] / len(values), resamplings)
-    return np.asarray(drawn @ different[order] / len(values))
+    sums = _subset_sums(np.column_stack([weights, columns]), draws, rng)
+    sums = sums[sums[:, 0] > 0]  # without the empty subset
+    of_columns = sums[:, 1:]
+    of_columns[np.abs(of_columns) < _ROUNDING * np.abs(columns).max(axis=0)] = 0.0
+    whole = weights.sum()
+    values = columns.sum(axis=0) / whole
+    left = columns - weights[:, None] * values
+    errors = np.sqrt((left**2).sum(axis=0) * len(left) / max(1, len(left) - 1)) / whole
+    drawn = np.ascontiguousarray(of_columns.T) / sums[:, 0]
+    return [
+        Estimate(float(value), float(error), of_column)
+        for value, error, of_column in zip(values, errors, drawn, strict=True)
+    ]
 
 
-def _resampled_sums(columns: np.ndarray, resamplings: int, rng: np.random.Generator) -> np.ndarray:
-    """[R, C] sums of the rows of `columns` [D, C] float64, D drawn with replacement each time."""
+def _subset_sums(columns: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """[R, C] sums over subsets of the rows of [D, C]: over all of them, or over so many drawn."""
     documents = len(columns)
-    at_once = max(1, _DRAWS_AT_ONCE // documents)
+    if 2**documents - 1 <= draws:
+        every = np.arange(2**documents)[:, None] >> np.arange(documents) & 1
+        return np.asarray(every @ columns)
+    at_once = max(1, _CELLS_AT_ONCE // documents)
     sums = []
-    for start in range(0, resamplings, at_once):
-        rows = min(at_once, resamplings - start)
-        drawn = rng.integers(documents, size=(rows, documents))
-        drawn += documents * np.arange(rows)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=rows * documents)
-        sums.append(weights.reshape(rows, documents).astype(np.float64) @ columns)
+    for start in range(0, draws, at_once):
+        rows = min(at_once, draws - start)
+        bits = np.frombuffer(rng.bytes(rows * documents // 8 + 1), np.uint8)
+        members = np.unpackbits(bits, count=rows * documents).reshape(rows, documents)
+        sums.append(members.astype(np.float64) @ columns)
     return np.concatenate(sums)
 
 
-def interval(drawn: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of a bootstrap. Too narrow where few documents differ."""
-    low, high = np.percentile(drawn, _PERCENTILES)
-    return float(low), float(high)
+def mean_of(parts: Sequence[Estimate], draws: int, rng: np.random.Generator) -> Estimate:
+    """The mean of numbers over documents of their own, each counting the same.
 
-
-def bootstrap_p(drawn: np.ndarray) -> float:
-    """p of a difference whose bootstrap is `drawn`: below 0.05 where its interval excludes 0.
-
-    Never 0: the observed difference is counted as one draw.
-
-    >>> bootstrap_p(np.zeros(99)), bootstrap_p(np.ones(99))
-    (1.0, 0.02)
+    Its subsets are one of each part's. Where one part has too few documents for an interval of its
+    own, the mean has none.
     """
-    sides = (drawn <= _ROUNDING).sum(), (drawn >= -_ROUNDING).sum()
-    return min(1.0, 2 * (1 + int(min(sides))) / (1 + len(drawn)))
+    bounded = all(part.bounded for part in parts)
+    drawn = [rng.choice(part.drawn, draws if bounded else 0) for part in parts]
+    return Estimate(
+        float(np.mean([part.value for part in parts])),
+        sqrt(sum(part.error**2 for part in parts)) / len(parts),
+        np.mean(drawn, axis=0),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -122,8 +199,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def smallest_shown(documents: int, discordant: int) -> float | None:
-    """The least true difference that McNemar's test shows in 4 of 5 such samples, at 5 %.
+def least_p(documents: int) -> float:
+    """The p of the clearest outcome that so many documents can have: all for one model.
+
+    >>> least_p(5), least_p(6), least_p(0)
+    (0.0625, 0.03125, 1.0)
+    """
+    return min(1.0, 2.0 ** (1 - documents))
+
+
+def smallest_shown(documents: int, discordant: int, level: float = LEVEL) -> float | None:
+    """The least true difference that McNemar's test shows in 4 of 5 such samples.
 
     The share of documents on which the two models differ is taken as the observed one, or as the
     difference itself where that is larger. Exact, over all numbers of documents that may differ.
@@ -131,6 +217,7 @@ def smallest_shown(documents: int, discordant: int) -> float | None:
     Args:
         documents: in the sample.
         discordant: those that one model got right and the other wrong.
+        level: of the test: 5 % over the number of tasks, where one of them differs (Holm).
 
     Returns:
         A share of the documents; None where even the largest difference would not be shown.
@@ -140,106 +227,65 @@ def smallest_shown(documents: int, discordant: int) -> float | None:
     """
 
     def missing(difference: float) -> float:
-        return _power(documents, discordant / documents, difference) - POWER
+        differ = max(discordant / documents, difference)
+        numbers, chances = _numbers(documents, differ)
+        too_few = binomial.isf(level / 2, numbers, 0.5)
+        shown = binomial.sf(too_few, numbers, (1 + difference / differ) / 2 if differ else 0.5)
+        return float(chances @ shown) - POWER
 
+    binomial = extra("scipy.stats").binom
     if documents == 0 or missing(1.0) < 0:
         return None
     return float(extra("scipy.optimize").brentq(missing, 0.0, 1.0, xtol=1e-6))
 
 
-def _power(documents: int, discordance: float, difference: float) -> float:
-    """How often McNemar's test shows a true difference, in the right direction."""
+def smallest_mean_shown(differences: np.ndarray, level: float = LEVEL) -> float | None:
+    """The least true mean of such differences that is shown in 4 of 5 such samples.
+
+    As `smallest_shown`, with as many documents that differ as here, or as such a test needs. Their
+    differences are taken as normal, of the observed spread: the test of signs is nearly Student's.
+
+    Args:
+        differences: [D].
+
+    Returns:
+        None where there are too few documents, or too few that differ to know by how much.
+    """
+    differing = differences[differences != 0]
+    needed = max(len(differing), ceil(1 - log2(level)) + _SPARE)
+    if len(differing) < 2 or needed > len(differences):
+        return None
+    stats = extra("scipy.stats")
+    numbers, chances = _numbers(len(differences), needed / len(differences))
+    enough = 2.0 ** (1 - numbers) <= level
+    numbers, chances = numbers[enough], chances[enough]
+    limits = stats.t.isf(level / 2, numbers - 1)
+
+    def missing(spreads: float) -> float:
+        shown = stats.nct.sf(limits, numbers - 1, spreads * np.sqrt(numbers))
+        return float(chances @ shown) - POWER
+
+    if missing(_MOST_SPREADS) < 0:
+        return None
+    spreads = extra("scipy.optimize").brentq(missing, 0.0, _MOST_SPREADS)
+    return float(needed / len(differences) * spreads * differing.std(ddof=1)) or None
+
+
+def _numbers(documents: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """How many of the documents may differ if this share does, and the chance of each number."""
     binomial = extra("scipy.stats").binom
-    discordance = max(discordance, difference)
-    if discordance == 0:
-        return 0.0
-    least, most = binomial.ppf([_UNLIKELY, 1 - _UNLIKELY], documents, discordance)
-    differing = np.arange(least, most + 1)
-    too_few = binomial.isf(LEVEL / 2, differing, 0.5)
-    shown = binomial.sf(too_few, differing, (1 + difference / discordance) / 2)
-    return float(binomial.pmf(differing, documents, discordance) @ shown)
+    least, most = binomial.ppf([_UNLIKELY, 1 - _UNLIKELY], documents, share)
+    numbers = np.arange(max(0, least), most + 1)
+    return numbers, binomial.pmf(numbers, documents, share)
 
 
-def smallest_shown_by(drawn: np.ndarray) -> float | None:
-    """The least true difference that a bootstrap like `drawn` shows in 4 of 5 samples, at 5 %.
+def draws_for(tasks: int) -> int:
+    """R that tells p of one of so many tasks well enough for Holm's rule.
 
-    By the normal distribution, from the spread of the draws; None if they have none.
+    >>> draws_for(27)
+    10800
     """
-    spread = float(drawn.std())
-    normal = NormalDist()
-    return (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * spread or None
-
-
-class Translations:
-    """A corpus of translations by one model, as the counts that BLEU is made of.
-
-    BLEU is sacrebleu's with its defaults; one reference to a document.
-
-    Raises:
-        EvaluationError: sacrebleu is not installed.
-    """
-
-    def __init__(self, responses: Sequence[str], references: Sequence[str]) -> None:
-        metric = extra("sacrebleu.metrics").BLEU
-        of_one = metric(effective_order=True)
-        found = [of_one.sentence_score(r, [t]) for r, t in zip(responses, references, strict=True)]
-        self.responses, self.references = list(responses), list(references)
-        self.counts = np.array(
-            [[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found],
-            dtype=np.float64,
-        ).reshape(len(found), 2 * _ORDERS + 2)
-        self._of_counts = metric.compute_bleu
-        self._smoothing = metric().smooth_method
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    @property
-    def bleu(self) -> float:
-        """BLEU of the corpus, 0 to 100."""
-        return float(self.of_sums(self.counts.sum(axis=0)[None])[0])
-
-    def of_sums(self, sums: np.ndarray) -> np.ndarray:
-        """[R] BLEU of [R, 10] summed counts."""
-        return np.array(
-            [
-                self._of_counts(
-                    row[:_ORDERS],
-                    row[_ORDERS : 2 * _ORDERS],
-                    *row[2 * _ORDERS :],
-                    smooth_method=self._smoothing,
-                ).score
-                for row in sums.astype(np.int64).tolist()
-            ]
-        )
-
-
-def resampled_bleu(
-    a: Translations, b: Translations, resamplings: int, rng: np.random.Generator
-) -> np.ndarray:
-    """[R] BLEU of a − BLEU of b, over the same documents drawn with replacement."""
-    sums = _resampled_sums(np.concatenate([a.counts, b.counts], axis=1), resamplings, rng)
-    columns = a.counts.shape[1]
-    return np.asarray(a.of_sums(sums[:, :columns]) - b.of_sums(sums[:, columns:]))
-
-
-def bleu_p(a: Translations, b: Translations) -> float:
-    """p of sacrebleu's paired bootstrap test (Koehn 2004), doubled.
-
-    sacrebleu's own p is of one side: of two equally good systems it calls 9.5 % different at
-    0.05, and doubled 5 % (200 simulated pairs). It also calls a system different from itself.
-    """
-    if np.array_equal(a.counts, b.counts):
-        return 1.0
-    test = extra("sacrebleu.significance").PairedTest(
-        [("b", b.responses), ("a", a.responses)],
-        {"BLEU": extra("sacrebleu.metrics").BLEU()},
-        [a.references],
-        test_type="bs",
-        n_samples=BLEU_RESAMPLINGS,
-    )
-    _, results = test()
-    return min(1.0, 2 * float(results["BLEU"][1].p_value))
+    return ceil(2 * _BEYOND * tasks / LEVEL)
 
 
 @dataclass(frozen=True)
@@ -247,35 +293,51 @@ class Tested:
     """What is known of a difference.
 
     Attributes:
-        drawn: [R] its bootstrap.
-        p: of no difference.
-        could_show: the least true difference that would have been shown in 4 of 5 such samples.
+        least_p: of the clearest outcome that such documents can have.
+        could_show: the least true difference that would be shown in 4 of 5 such samples; None if
+            none, or if too little is known.
     """
 
-    drawn: np.ndarray
-    p: float
+    estimate: Estimate
+    least_p: float
     could_show: float | None
 
 
-def compare_scores(
-    a: np.ndarray, b: np.ndarray, resamplings: int, rng: np.random.Generator, right: float = 1.0
+def compare(
+    a: np.ndarray,
+    b: np.ndarray,
+    draws: int,
+    rng: np.random.Generator,
+    tasks: int = 1,
+    right: float | None = None,
 ) -> Tested:
-    """The mean of a − b: McNemar's exact test if all scores are 0 or `right`, else the bootstrap.
+    """The mean of a − b.
 
     Args:
         a, b: [D] of the same documents, D > 0.
+        draws: R at least; more where there are so many tasks that p must be known better.
+        tasks: that are tested together, by Holm's rule. One that differs among others that do not
+            is shown by its first step, at 5 % over their number: so is `could_show`.
+        right: score of a right answer, if scores may be right or wrong.
     """
-    drawn = resampled_means(a - b, resamplings, rng)
-    if not np.isin([a, b], (0, right)).all():
-        return Tested(drawn, bootstrap_p(drawn), smallest_shown_by(drawn))
+    draws = max(draws, draws_for(tasks))
+    (estimate,) = estimates((a - b)[:, None], np.ones(len(a)), draws, rng)
+    level, least = LEVEL / tasks, least_p(len(a))
+    if right is None or not np.isin([a, b], (0, right)).all():
+        return Tested(estimate, least, smallest_mean_shown(a - b, level))
     wins, losses = int((a > b).sum()), int((a < b).sum())
-    share = smallest_shown(len(a), wins + losses)
-    return Tested(drawn, mcnemar(wins, losses), None if share is None else right * share)
+    share = smallest_shown(len(a), wins + losses, level)
+    return Tested(
+        replace(estimate, known_p=mcnemar(wins, losses)),
+        least,
+        None if share is None else right * share,
+    )
 
 
-def compare_translations(
-    a: Translations, b: Translations, resamplings: int, rng: np.random.Generator
-) -> Tested:
-    """BLEU of a − BLEU of b, of the same documents."""
-    drawn = resampled_bleu(a, b, resamplings, rng)
-    return Tested(drawn, bleu_p(a, b), smallest_shown_by(drawn))
+def compare_means(parts: Sequence[Estimate], draws: int, rng: np.random.Generator) -> Tested:
+    """The mean of differences over documents of their own: one question, whatever their number."""
+    estimate = mean_of(parts, draws, rng)
+    normal = NormalDist()
+    errors = normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)
+    least = 2 / (1 + len(estimate.drawn))
+    return Tested(estimate, min(1.0, least), errors * estimate.error or None)

@@ -94,9 +94,10 @@ def footer(comparison: Comparison) -> list[str]:
     ]
     if pairs_of(comparison):
         found.append(
-            "Differences are paired by document, with 95 % bootstrap intervals. Better and worse "
-            "are judged at the 5 % level, after Holm's correction over the tasks. (≥ x would be): "
-            "the least true difference that 4 of 5 samples like this one show, for a task alone."
+            "Differences are paired by document; a 95 % interval is of the line alone. Better and "
+            "worse are judged at the 5 % level, after Holm's correction over the tasks. (≥ x would "
+            "be): the least true difference that is so shown in 4 of 5 samples like this one, if "
+            "no other task differs."
         )
     if comparison.not_run:
         found.append(f"Not run: {'; '.join(_not_run(comparison.not_run))}.")
@@ -202,6 +203,12 @@ def number(value: float, digits: int = _DIGITS) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
+def with_interval(one: Difference, digits: int = _DIGITS) -> str:
+    """A difference and, if it has one, its interval."""
+    ends = " to ".join(number(end, digits) for end in one.interval or ())
+    return number(one.value, digits) + (f" ({ends})" if ends else "")
+
+
 def pairs_of(comparison: Comparison) -> list[tuple[str, str]]:
     """The (a, b) of all differences a − b, in their order."""
     return list(dict.fromkeys(one.pair for ln in comparison.lines for one in ln.differences))
@@ -253,17 +260,18 @@ def _difference(line: Line, pair: tuple[str, str]) -> str:
 
 def _in_words(one: Difference, digits: int) -> str:
     """The difference with its interval and relative gain, and on a second line what it shows."""
-    value, low, high = (number(x, digits) for x in (one.value, one.low, one.high))
     relative = "" if one.relative is None else f", {_percent(one.relative)}"
-    return f"{value} ({low} to {high}){relative}\n{_shown(one, digits)}"
+    return f"{with_interval(one, digits)}{relative}\n{_shown(one, digits)}"
 
 
 def _shown(one: Difference, digits: int) -> str:
-    if one.sign or one.could_show is None:
+    if one.sign:
         return _IN_WORDS[one.sign]
-    if one.p <= LEVEL:
-        return f"{_IN_WORDS[0]} after correction"
-    return f"{_IN_WORDS[0]} (≥ {number(one.could_show, digits - 1)} would be)"
+    if one.least_p > LEVEL:
+        return "too few documents to show any difference"
+    after = " after correction" if one.p <= LEVEL else ""
+    least = "" if one.could_show is None else f" (≥ {number(one.could_show, digits - 1)} would be)"
+    return f"{_IN_WORDS[0]}{after}{least}"
 
 
 def _percent(value: float) -> str:

@@ -34,7 +34,7 @@ def identity(recipe: Recipe, models: Mapping[str, str], corpus: str) -> Identity
         models: fingerprint of each model, in the order of the table.
     """
     settings = {
-        "bootstrap": recipe.evaluation.bootstrap,
+        "resamplings": recipe.evaluation.resamplings,
         "seed": recipe.seed,
         "models": list(models),
     }
@@ -71,7 +71,7 @@ def run_evaluate(
         scores, left_out = _common(blocks, read)
         _require_scored(scores, read)
         differences = [("fused", "clm")] if "clm" in models else []
-        found = records(scores, recipe.evaluation.bootstrap, recipe.seed, differences)
+        found = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
         notes = {"blocks_left_out": left_out, "bytes": _bytes_by_domain(scores)}
         body = {"records": [record.as_dict() for record in found], "notes": notes}
         folder.write_text(RESULTS, json.dumps(body, indent=1, ensure_ascii=False) + "\n")

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fusellm.evaluation.comparison import Comparison, Difference, Line
-from fusellm.evaluation.tables import number, pairs_of, title_of
+from fusellm.evaluation.tables import number, pairs_of, title_of, with_interval
 from fusellm.stages.report.charts import SENTINELS, SMALL, TEXT, WIDTH, inline_svg, shortened
 
 _ROW, _TOP, _BOTTOM = 34.0, 4.0, 36.0
@@ -54,7 +54,12 @@ def differences_chart(comparison: Comparison, pair: tuple[str, str] | None = Non
             _draw_row(axes, index * _ROW, line, one)
 
     told = "; ".join(
-        f"{line.task} {number(one.value)}, 95 % interval {number(one.low)} to {number(one.high)}"
+        f"{line.task} {number(one.value)}, "
+        + (
+            f"95 % interval {' to '.join(map(number, one.interval))}"
+            if one.interval
+            else "no interval"
+        )
         for line, one in rows
     )
     ident = "differences-" + re.sub(r"[^a-z0-9]+", "-", f"{comparison.suite}-{pair[0]}-{pair[1]}")
@@ -67,8 +72,8 @@ def _style(axes: Axes, rows: list[tuple[Line, Difference]], mean: Line | None) -
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(SENTINELS["rule"])
-    least = min(0.0, *(one.low for _, one in rows))
-    most = max(0.0, *(one.high for _, one in rows))
+    drawn = [x for _, one in rows for x in (one.value, *(one.interval or ()))]
+    least, most = min(0.0, *drawn), max(0.0, *drawn)
     room = 0.05 * (most - least) or 1.0
     axes.set_xlim(least - room, most + room)
     axes.set_ylim(len(rows) * _ROW, 0)
@@ -105,14 +110,15 @@ def _draw_row(axes: Axes, top: float, line: Line, one: Difference) -> None:
     axes.text(
         1,
         top + _TEXT_DOWN,
-        f"{number(one.value)} ({number(one.low)} to {number(one.high)})",
+        with_interval(one),
         fontsize=SMALL,
         color=SENTINELS["muted"],
         ha="right",
         transform=across,
     )
     middle = top + _MARK_DOWN
-    axes.plot([one.low, one.high], [middle, middle], color=colour, linewidth=2.0)
+    if ends := one.interval:
+        axes.plot(ends, [middle, middle], color=colour, linewidth=2.0)
     axes.plot(
         [one.value],
         [middle],
