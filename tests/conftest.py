@@ -152,7 +152,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "save_steps": 3,
             "validations": 2,
         },
-        "evaluation": {"bootstrap": 200},
+        "evaluation": {"resamplings": 200},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return root

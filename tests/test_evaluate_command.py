@@ -227,7 +227,7 @@ def test_a_recipe_with_suites(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     raw = yaml.safe_load((world / "recipe.yaml").read_text())
-    raw["evaluation"] |= {"suites": ["smoke"], "limit": 4, "tasks": ["patterns", "recall"]}
+    raw["evaluation"] |= {"suites": ["smoke"], "limit": 8, "tasks": ["patterns", "recall"]}
     recipe = world / "with-suites.yaml"
     recipe.write_text(yaml.safe_dump(raw), encoding="utf-8")
     document = json.loads(command("run", recipe, "--out", run, "--json"))
@@ -283,7 +283,7 @@ def test_folders_of_a_recipe_are_beside_it(world: Path, tmp_path: Path) -> None:
     assert found.data_dir == str(world / "data")
     assert found.toolchains == [str(world / "tools"), "/opt/x"]
     assert resolve_paths(load_recipe(world / "recipe.yaml"), world).evaluation == (
-        EvaluationSettings(bootstrap=200)
+        EvaluationSettings(resamplings=200)
     )
 
 

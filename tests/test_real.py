@@ -92,7 +92,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "validations": 1,
             "save_steps": 3,
         },
-        "evaluation": {"bootstrap": 200},
+        "evaluation": {"resamplings": 200},
     }
     (root / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     return root

@@ -640,8 +640,11 @@ def _choosing(count: int) -> Definition:
     return Definition(rows, config)
 
 
-def test_nats_of_choices_are_lm_evals_own_to_the_last_digit(tiny: Loaded, tmp_path: Path) -> None:
-    """Not only which choice wins: the log-likelihoods themselves, through the same interface."""
+def test_nats_of_choices_are_lm_evals_own(tiny: Loaded, tmp_path: Path) -> None:
+    """Not only which choice wins: the log-likelihoods themselves, through the same interface.
+
+    To float32's rounding: products of other shapes sum in another order on some processors.
+    """
     definition = _choosing(30)
     settings = Settings(batch_size=4, seed=7)
     plan = Plan("own", "acc_norm", "binary", 30, lambda _: definition)
@@ -670,7 +673,10 @@ def test_nats_of_choices_are_lm_evals_own_to_the_last_digit(tiny: Loaded, tmp_pa
         bootstrap_iters=0,
     )
     samples = theirs["samples"]["own"]
-    assert ours == [[response[0] for response in s["resps"]] for s in samples]
+    for mine, sample in zip(ours, samples, strict=True):
+        for (nats, is_greedy), response in zip(mine, sample["resps"], strict=True):
+            assert nats == pytest.approx(response[0][0], rel=1e-6)
+            assert is_greedy == response[0][1]
     assert [a.score for a in record.answers] == [s["acc_norm"] for s in samples]
     assert [a.others["acc"] for a in record.answers] == [s["acc"] for s in samples]
     assert 0 < sum(a.score for a in record.answers) < 30

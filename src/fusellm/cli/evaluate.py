@@ -183,6 +183,6 @@ def _evaluate_models(
     models = [candidate(name, found) for name, found in located.items()]
     prepared = prepare(suites, settings, shown)
     pairs = tuple((name, names[0]) for name in names[1:])
-    rules = Rules(pairs, evaluation.bootstrap, pass_at=evaluation.pass_at)
+    rules = Rules(pairs, evaluation.resamplings, pass_at=evaluation.pass_at)
     measure_into(out, models, prepared, settings, rules, evaluation.published, shown, redo)
     return Results(None, read_suites(out, suites))

@@ -69,7 +69,7 @@ training:
   # lora: {r: 16, alpha: 32}  # train adapters in place of all weights; needs fusellm[lora]
 
 evaluation:
-  bootstrap: 10000
+  resamplings: 10000
   # suites: [smoke]           # see `fusellm evaluate --list`; needs fusellm[eval]
   # data_dir: data            # where their data is
   # limit: 100                # only the first documents of each task

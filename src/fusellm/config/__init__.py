@@ -215,7 +215,7 @@ class EvaluationSettings(SettingsBlock):
     batch_tokens: Annotated[int, Field(gt=0)] | None = None
     """Tokens in one forward pass, padding included; null takes 16,384 on a GPU, and 2,048 on a CPU,
     where a batch should stay in its caches."""
-    bootstrap: Annotated[int, Field(ge=100)] = 10_000
+    resamplings: Annotated[int, Field(ge=100)] = 10_000
     """How many subsets of the documents are drawn for tests and 95 % intervals."""
     suites: list[str] = Field(default_factory=list)
     """What is measured besides bits per byte: `smoke`, `bbh`, `bbh_harness`, `commonsense`,

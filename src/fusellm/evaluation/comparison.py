@@ -214,11 +214,11 @@ def _compare_suite(
         *(model for model in _LAST if model in present),
     )
     pairs = [(a, b) for a, b in rules.pairs if a in present and b in present]
+    shared = {pair: [t for t in found if set(pair) <= t.values.keys()] for pair in pairs}
     tested = {
-        (task.name, pair): _tested(task, pair, len(of_pair), rules)
-        for pair in pairs
-        for of_pair in [[task for task in found if set(pair) <= task.values.keys()]]
-        for task in of_pair
+        (task.name, pair): _tested(task, pair, len(tasks), rules)
+        for pair, tasks in shared.items()
+        for task in tasks
     }
     lines = _corrected([_line(task, models, pairs, tested) for task in found], pairs)
     averaged = [t for t in found if t.unit != SCORE and len(t.values) == len(models)]

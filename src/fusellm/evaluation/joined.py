@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.bleu import Translations
 from fusellm.evaluation.records import Answer, Header, TaskRecord
-from fusellm.evaluation.statistics import Translations, pass_at_k
+from fusellm.evaluation.statistics import pass_at_k
 
 PERCENT, BLEU, SCORE = "%", "BLEU", "score"
 

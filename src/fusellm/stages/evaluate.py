@@ -32,7 +32,7 @@ def identity(recipe: Recipe, models: Mapping[str, str], corpus: str) -> Identity
         models: fingerprint of each model, in the order of the table.
     """
     settings = {
-        "bootstrap": recipe.evaluation.bootstrap,
+        "resamplings": recipe.evaluation.resamplings,
         "seed": recipe.seed,
         "models": list(models),
     }
@@ -74,7 +74,7 @@ def run_evaluate(
         )
         _require_scored(scores)
         differences = [("fused", "clm")] if "clm" in models else []
-        found = records(scores, recipe.evaluation.bootstrap, recipe.seed, differences)
+        found = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
         notes = {
             "blocks": len(blocks),
             "blocks_left_out": sum(any(rows) for rows in zip(*unread.values(), strict=True)),

@@ -35,7 +35,7 @@ def run_suites(
         candidates,
         prepared,
         settings_of(evaluation),
-        Rules(PAIRS, evaluation.bootstrap, seed, evaluation.pass_at),
+        Rules(PAIRS, evaluation.resamplings, seed, evaluation.pass_at),
         evaluation.published,
         progress,
         redo,
