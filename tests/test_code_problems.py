@@ -60,7 +60,7 @@ OPENAI = {
 
 def written(path: Path, *rows: Any) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     return path
 
 
@@ -120,8 +120,8 @@ def test_rows_that_are_none_are_refused(rows: list[Any], part: str, tmp_path: Pa
         ("x.jsonl", b"{"),
         ("x.jsonl", b"[" * 100_000),
         ("x.jsonl.gz", b"no gzip"),
-        ("x.jsonl.gz", gzip.compress(b"{}")[:-9]),
-        ("x.jsonl.gz", gzip.compress(b"{}")[:10] + b"no deflate"),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9]),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"no deflate"),
     ],
 )
 def test_damaged_files_are_refused(name: str, data: bytes, tmp_path: Path) -> None:

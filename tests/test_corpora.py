@@ -202,10 +202,10 @@ RANDOM = bytes((n * n * 31 + n * 7 + n // 3) % 256 for n in range(5000))
     [
         ("a.txt", RANDOM, "is no text in UTF-8"),
         ("a.txt", bytes(4000), "is no text in UTF-8"),
-        ("a.jsonl", gzip.compress(RANDOM), "is no text in UTF-8"),
+        ("a.jsonl", gzip.compress(RANDOM, mtime=0), "is no text in UTF-8"),
         ("a.csv", "id,body\n1,text\n".encode("utf-16"), "is no text in UTF-8"),
         ("a.md", ("Съешь ещё этих булок " * 9).encode("cp1251"), "is no text in UTF-8"),
-        ("a.json.gz", gzip.compress(RANDOM), "is no text in UTF-8"),
+        ("a.json.gz", gzip.compress(RANDOM, mtime=0), "is no text in UTF-8"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (
             "a.parquet",
@@ -226,14 +226,14 @@ def test_what_is_no_text_is_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("gz.jsonl.gz", gzip.compress(LINES)[:-9]),
+        ("gz.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9]),
         ("bz2.jsonl.bz2", bz2.compress(LINES)[:-9]),
         ("xz.jsonl.xz", lzma.compress(LINES)[:-9]),
         ("zst.jsonl.zst", PACK[".zst"](LINES)[:-9]),
         ("named.jsonl.gz", LINES),
         ("cut.parquet", as_parquet()[:-9]),
         ("none.parquet", b"PAR1" + bytes(90)),
-        ("none.parquet.gz", gzip.compress(b"PAR1" + bytes(90))),
+        ("none.parquet.gz", gzip.compress(b"PAR1" + bytes(90), mtime=0)),
         ("cut.arrow", FILES["file.arrow"][:-9]),
         ("half.arrow", FILES["stream.arrow"][: len(FILES["stream.arrow"]) // 2]),
         ("cut.jsonl", LINES[:-9]),
