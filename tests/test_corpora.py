@@ -23,9 +23,8 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import CorpusSettings, FileDocuments
 from fusellm.errors import CorpusError, IdentityError
 from fusellm.progress import Bar, Silent
@@ -647,14 +646,15 @@ def test_a_finished_corpus_of_another_identity_stops(tmp_path: Path) -> None:
         cut_up(tmp_path, [{"files": f"{tmp_path}/book.txt"}], held_out_share=0.3)
 
 
-def test_a_bar_without_a_budget_has_no_total() -> None:
-    file = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fusellm.cli.console._PLAIN_EVERY_SECONDS", -1.0)
-        with Terminal(Console(file=file)).start("cutting", 0, "bytes") as bar:
-            bar.advance(27_200_000)
-    assert "cutting: 27.2M bytes" in file.getvalue()
-    assert "/0" not in file.getvalue()
+def test_a_bar_without_a_budget_has_no_total(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fusellm.cli.console._PLAIN_EVERY_SECONDS", -1.0)
+    with Terminal(SafeConsole()).start("cutting", 0, "bytes") as bar:
+        bar.advance(27_200_000)
+    shown = capsys.readouterr().out
+    assert "cutting: 27.2M bytes" in shown
+    assert "/0" not in shown
 
 
 assert sys.getrecursionlimit() < 100_000  # or the deep files above are none

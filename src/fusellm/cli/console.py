@@ -57,6 +57,10 @@ class SafeConsole(Console):
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
+    def render_str(self, text: str, **how: Any) -> Text:
+        """A text that is laid out; signs take room where what they stand for takes none."""
+        return super().render_str(shown(text), **how)
+
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
