@@ -8,7 +8,8 @@ tokenizers over Python's standard library, two further sources, 10 kept a positi
 
     tokens_per_second_per_core   the target's tokens over the stage's CPU seconds
     memory_growth                peak memory of 4 times the corpus over that of it, above the start
-    share_…                      of the CPU seconds: read, align, carry, compare, write
+    share_…                      of the CPU seconds: read, align, carry, compare, write; and check,
+                                 which is a part of read: that values are what they must be
 """
 
 import cProfile
@@ -36,7 +37,9 @@ from fusellm.stages import fuse
 from fusellm.stages.externalize.work import columns_of_tokens
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET, externalized_folder, kept_columns, source_schema
+from fusellm.store.facts import About
 from fusellm.store.identity import Identity
+from fusellm.store.quantized import ERROR_NATS, STEP_NATS
 from fusellm.store.tables import shard_names, write_table
 from fusellm.store.writer import StageWriter
 
@@ -50,6 +53,7 @@ _PARTS = {
         "store.externalized.tokens_of",
         "store.externalized.kept_of",
     ),
+    "check": ("store.tables.Shard._check", "store.externalized.require_text"),
     "align": ("align.strategies.boundary_aligner.<locals>.align",),
     "carry": ("fusion.fuse._gather", "fusion.fuse._counts_of"),
     "compare": ("fusion.fuse._compare",),
@@ -75,7 +79,9 @@ def _made(pipeline: Pipeline, name: str) -> None:
     encoder, corpus = pipeline.readers[name].encoder, open_corpus(pipeline.run)
     chance = np.random.default_rng(0)
     schema = source_schema(len(encoder.vocabulary), "top", _KEPT)
-    with StageWriter.open(externalized_folder(pipeline.run, name), Identity("made", {}, {})) as out:
+    identity = Identity(f"externalize/{name}", {}, {})
+    with StageWriter.open(externalized_folder(pipeline.run, name), identity) as out:
+        out.describe(_about(len(encoder.vocabulary)))
         for shard in shard_names(corpus, "train-"):
             blocks = read_shard(corpus, shard)
             encoded = encoder.encode([b.text for b in blocks], [b.last for b in blocks])
@@ -97,6 +103,22 @@ def _made(pipeline: Pipeline, name: str) -> None:
             )
             write_table(out, shard, tokens | kept_columns(kept, positions, False), schema)
         out.finish({})
+
+
+def _about(vocabulary: int) -> About:
+    return {
+        "model": "made",
+        "revision": None,
+        "architecture": "Made",
+        "commit": None,
+        "weights_sha256": "",
+        "dtype": "float32",
+        "vocabulary": vocabulary,
+        "externalize": {"scheme": "top", "k": _KEPT, "mass": None, "draws": 1},
+        "step_nats": STEP_NATS,
+        "error_nats": ERROR_NATS,
+        "device": "cpu",
+    }
 
 
 def _fuse(pipeline: Pipeline) -> None:

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,9 @@ class Batch:
         """
         source, target, names = _pair()
         if len(target.vocabulary) == self.vocabulary:
-            translation = cached_translation(
-                "partition", *names, lambda: STRATEGIES["partition"].translate(source, target, None)
-            )
+            sizes = len(source.vocabulary), len(target.vocabulary)
+            make = partial(STRATEGIES["partition"].translate, source, target, None)
+            translation = cached_translation("partition", *names, sizes, make)
             offsets, members = translation.members()
             text = "".join(f.read_text(errors="ignore") for f in sorted(_STDLIB.glob("*.py"))[:20])
             (read,) = source.encode([text], [False])

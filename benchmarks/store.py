@@ -60,8 +60,9 @@ from fusellm.objective.chunked import objective
 from fusellm.objective.outcomes import Outcomes
 from fusellm.stages.externalize.work import columns_of_tokens
 from fusellm.store.blocks import Block
-from fusellm.store.externalized import kept_columns, kept_of, source_schema
+from fusellm.store.externalized import kept_columns, kept_of, source_layout
 from fusellm.store.identity import Identity
+from fusellm.store.layout import Layout
 from fusellm.store.tables import BATCH_BLOCKS, EncodedShard, Shard, encode_table, write_encoded
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.blocks import cut
@@ -135,21 +136,25 @@ class Reading:
 
     def encode(self, read: Read, settings: ExternalizeSettings) -> EncodedShard:
         """The shard that the stage would write."""
-        sampled = settings.scheme == "sampled"
-        most = settings.draws if sampled else settings.k
         columns = columns_of_tokens(self.blocks, self.encoded, read.usable)
-        kept = kept_columns(read.kept, read.position_offsets, sampled)
-        return encode_table(columns | kept, source_schema(self.vocabulary, settings.scheme, most))
+        kept = kept_columns(read.kept, read.position_offsets, settings.scheme == "sampled")
+        return encode_table(columns | kept, self.layout(settings).schemas[0])
+
+    def layout(self, settings: ExternalizeSettings) -> Layout:
+        """What the shard must be."""
+        most = settings.draws if settings.scheme == "sampled" else settings.k
+        return source_layout(self.vocabulary, settings.scheme, most)
 
 
-def read_back(shard: EncodedShard) -> list[Kept]:
-    """What a reader gets, a record batch at a time."""
+def read_back(encoded: EncodedShard, layout: Layout) -> list[Kept]:
+    """What a reader gets, a record batch at a time, each checked."""
     with (
         tempfile.TemporaryDirectory() as place,
         StageWriter.open(Path(place), Identity("externalize", {}, {})) as folder,
     ):
-        write_encoded(folder, "train-00000.arrow", shard)
-        return [kept_of(columns) for columns in Shard(folder, "train-00000.arrow").batches()]
+        write_encoded(folder, "train-00000.arrow", encoded)
+        shard = Shard(folder, "train-00000.arrow", layout)
+        return [kept_of(columns) for columns in shard.batches()]
 
 
 def error_nats(written: Kept, read: list[Kept]) -> float:
@@ -284,7 +289,9 @@ def sizes_of(name: str, reading: Reading) -> dict[str, float]:
         found[f"{key}_bytes"] = len(shard.data) / tokens
         found[f"{key}_kept"] = len(read.kept.ids) / tokens
         found[f"{key}_parquet"] = parquet_bytes(read.kept, lengths) / tokens
-        found[f"{key}_error_nats"] = error_nats(read.kept, read_back(shard))
+        found[f"{key}_error_nats"] = error_nats(
+            read.kept, read_back(shard, reading.layout(settings))
+        )
         found[f"{key}_encoded_tokens_per_second"] = tokens / seconds
         if scheme in ("top10", "draws32"):
             found |= {f"{key}_{name}": value for name, value in over_parquet(shard).items()}
@@ -389,7 +396,7 @@ class _Lesson:
         shard = reading.encode(reading.read(settings), settings)
         found: list[Kept] = []
         lengths = iter([len(row.ids) - 1 for row in self.rows])
-        for part in read_back(shard):
+        for part in read_back(shard, reading.layout(settings)):
             start = 0
             while start < len(part.tail):
                 stop = start + next(lengths)

@@ -51,6 +51,7 @@ from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.train import lambda_schedule, outcome_table
 from fusellm.stages.train.arguments import training_arguments
 from fusellm.stages.train.blame import Blame
+from fusellm.stages.train.stop import Stop
 from fusellm.stages.train.trainer import ObjectiveTrainer
 from fusellm.stages.train.validation import Validation
 from fusellm.store.blocks import open_corpus
@@ -136,6 +137,7 @@ class Bench:
             lambda_schedule(self.recipe.fusion),
             Validation(encoder, [], self.recipe),
             Blame(open_corpus(self.run), self.run / "none"),
+            Stop(),
         )
         with objective_forward(model):
             yield ours

@@ -132,12 +132,12 @@ def main() -> None:
     for name, encoder in tokenizers().items():
         began = time.perf_counter()
         counts: Counter[str] = Counter()
-        bos = 0 if encoder.vocabulary.bos_id is None else 1
+        before = len(encoder.vocabulary.prefix_ids)
         for at in range(0, count, _BATCH):
             batch = texts[at : at + _BATCH]
             for text, block in zip(batch, encoder.encode(batch, [False] * len(batch)), strict=True):
-                ends = None if block.ends is None else block.ends[bos:].tolist()
-                counts[outcome(encoder, text, block.ids[bos:].tolist(), ends)] += 1
+                ends = None if block.ends is None else block.ends[before:].tolist()
+                counts[outcome(encoder, text, block.ids[before:].tolist(), ends)] += 1
         totals += counts
         figures |= {f"{key} {name}": counts[key] for key in _OUTCOMES}
         if not arguments.json:

@@ -285,12 +285,48 @@ def _inodes(folder: Path) -> dict[str, list[int]]:
     return found
 
 
+def small_disk_of_a_training(
+    world: Path, run: Path, done: Path, changes: Sequence[str], options: str
+) -> None:
+    """The fused model trained on a file system that is too small, and then is not.
+
+    Args:
+        done: a run as far as fuse. What is trained in the end is copied to `run`.
+    """
+    import shutil
+
+    _BEGAN[0] = time.monotonic()
+    mount = _private_mounts()
+    place = run / "disk"
+    place.mkdir(parents=True)
+    mount(place, options)
+    shutil.copytree(done, place, dirs_exist_ok=True)
+    for _ in range(2):  # the second time it is full from the beginning, or nearly
+        try:
+            stages(world, place, changes, ["train/fused"], ())
+        except Exception as error:
+            SEEN.setdefault("errors", []).append([type(error).__name__, str(error)])
+        SEEN.setdefault("checkpoints", []).append(
+            sorted(str(path.relative_to(place)) for path in place.rglob("checkpoint-*"))
+        )
+    mount(place, "size=256m", remount=True)
+    stages(world, place, changes, ["train/fused"], ())
+    shutil.copytree(place / "train", run / "train")
+
+
+def read_only(world: Path, run: Path, changes: Sequence[str], parts: Sequence[str]) -> None:
+    """Stages of a run on a file system that cannot be written to."""
+    mount = _private_mounts()
+    mount(run, "", read_only=True)
+    stages(world, run, changes, parts, ())
+
+
 class NoMountsError(Exception):
     """This machine does not let a process mount for itself."""
 
 
 def _private_mounts() -> Callable[..., None]:
-    """Mounting tmpfs where no other process sees it."""
+    """Mounting tmpfs, or a folder once more and read-only, where no other process sees it."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespace, new_user, private = 0x00020000, 0x10000000, (1 << 18) | (1 << 14)
     flags = new_namespace if os.geteuid() == 0 else new_namespace | new_user
@@ -302,8 +338,14 @@ def _private_mounts() -> Callable[..., None]:
     checked(libc.unshare(flags))
     checked(libc.mount(b"none", b"/", None, private, None))
 
-    def mount(place: Path, options: str, remount: bool = False) -> None:
-        how = 32 if remount else 0
+    remounted, bound, without_writing = 32, 1 << 12, 1
+
+    def mount(place: Path, options: str, remount: bool = False, read_only: bool = False) -> None:
+        if read_only:
+            for how in (bound, bound | remounted | without_writing):
+                checked(libc.mount(bytes(place), bytes(place), None, how, None))
+            return
+        how = remounted if remount else 0
         checked(libc.mount(b"tmpfs", bytes(place), b"tmpfs", how, options.encode()))
 
     return mount
@@ -314,6 +356,8 @@ JOBS: dict[str, Callable[..., None]] = {
     "command": command,
     "recipes": recipes,
     "small_disk": small_disk,
+    "small_disk_of_a_training": small_disk_of_a_training,
+    "read_only": read_only,
 }
 
 
@@ -346,13 +390,19 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         if at is not None and (len(calls) - 1 == at or (stays and len(calls) > at)):
             raise OSError(number, os.strerror(number))
 
-    path_open, mkdir, replace, fsync = Path.open, os.mkdir, os.replace, os.fsync
+    path_open, os_open = Path.open, os.open
+    mkdir, replace, fsync = os.mkdir, os.replace, os.fsync
 
     def my_open(self: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
-        if "w" not in mode:
+        if not set(mode) & set("wxa"):
             return path_open(self, mode, *arguments, **named)
         maybe_fail("open", self)
         return _Failing(path_open(self, mode, *arguments, **named), self, maybe_fail)
+
+    def my_os_open(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            maybe_fail("open", path)
+        return os_open(path, flags, *arguments, **named)
 
     def my_mkdir(path: Any, *arguments: Any, **named: Any) -> None:
         if not Path(path).is_dir():
@@ -367,7 +417,7 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         maybe_fail("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
         fsync(descriptor)
 
-    Path.open = my_open
+    Path.open, os.open = my_open, my_os_open
     os.mkdir, os.replace, os.fsync = my_mkdir, my_replace, my_fsync
 
 

@@ -1,17 +1,20 @@
 """Stores made without a model, and what damages them."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
 
 from fusellm.align.ragged import offsets_of
 from fusellm.fusion.kept import Kept
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
 from fusellm.store.identity import Identity
-from fusellm.store.manifest import StageFolder
+from fusellm.store.manifest import MANIFEST, StageFolder, read_manifest, segments_of
 from fusellm.store.quantized import ERROR_NATS, STEP_NATS
 from fusellm.store.tables import Ragged, encode_table, write_encoded
 from fusellm.store.writer import StageWriter
@@ -163,3 +166,43 @@ def middle_of(folder: StageFolder, name: str, segment: int) -> int:
     """Offset in the middle of a segment of a shard."""
     lengths = [length for length, _ in folder.segments(name)]
     return sum(lengths[:segment]) + lengths[segment] // 2
+
+
+Columns = dict[str, Any]
+
+
+def columns_of(path: Path, name: str) -> tuple[Columns, pa.Schema]:
+    """All columns of a shard, that may be changed, and its schema; nothing is checked."""
+    table = pyarrow.ipc.open_file(str(path / name)).read_all().combine_chunks()
+    found: Columns = {}
+    for field in table.schema:
+        column = table.column(field.name).combine_chunks()
+        if pa.types.is_list(field.type):
+            values = column.values.to_numpy(zero_copy_only=False).copy()
+            found[field.name] = Ragged(column.offsets.to_numpy().astype(np.int64), values)
+        else:
+            found[field.name] = np.array(column.to_numpy(zero_copy_only=False))
+    return found, table.schema
+
+
+def rewrite(path: Path, name: str, data: bytes, cuts: Sequence[int], **counts: Any) -> None:
+    """Put other bytes in a shard's place, with checksums that are right."""
+    manifest = read_manifest(path / MANIFEST)
+    entry = manifest.shards[name]
+    replace(path / name, data)
+    manifest.shards[name] = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "segments": [list(segment) for segment in segments_of(data, cuts)],
+        "counts": entry["counts"] | counts,
+    }
+    replace(path / MANIFEST, manifest.to_bytes())
+
+
+def rewrite_columns(path: Path, name: str, change: Callable[[Columns], object]) -> None:
+    """Change a shard's columns, with checksums that are right."""
+    columns, schema = columns_of(path, name)
+    change(columns)
+    encoded = encode_table(columns, schema)
+    cuts = np.cumsum([segment.length for segment in encoded.segments])[:-1].tolist()
+    rewrite(path, name, encoded.data, cuts)

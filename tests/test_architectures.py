@@ -26,6 +26,7 @@ from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
 from fusellm.models import heads
 from fusellm.models.attention import implementations
+from fusellm.models.headers import weight_problems
 from fusellm.models.heads import check_head, head_of, last_hidden
 from fusellm.models.load import load_model, locate
 
@@ -173,7 +174,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
-    return load_model(locate(ModelSettings(model=str(folder), **settings)), CPU)
+    located = locate(ModelSettings(model=str(folder), **settings))
+    assert weight_problems(located) == []
+    return load_model(located, CPU)
 
 
 def blocks() -> list[torch.Tensor]:

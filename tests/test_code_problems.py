@@ -60,7 +60,7 @@ OPENAI = {
 
 def written(path: Path, *rows: Any) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     return path
 
 
@@ -114,11 +114,26 @@ def test_rows_that_are_none_are_refused(rows: list[Any], part: str, tmp_path: Pa
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "data"), [("x.jsonl", b"{"), ("x.jsonl.gz", b"no gzip")])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("x.jsonl", b"{"),
+        ("x.jsonl", b"[" * 100_000),
+        ("x.jsonl.gz", b"no gzip"),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9]),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"no deflate"),
+    ],
+)
 def test_damaged_files_are_refused(name: str, data: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(EvaluationError, match=r"cannot be read .*; get it again"):
         read_problems(tmp_path / name, "js")
+
+
+def test_a_file_that_unpacks_to_very_much_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(bytes(70_000_000), 1))
+    with pytest.raises(EvaluationError, match=r"x\.jsonl\.gz holds more than 64 MiB"):
+        read_problems(tmp_path / "x.jsonl.gz", "js")
 
 
 def test_a_missing_file_names_itself_and_its_source(tmp_path: Path) -> None:

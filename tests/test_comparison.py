@@ -158,11 +158,11 @@ def test_what_is_said_of_each_side() -> None:
     found = sides("byte-bpe", "always-prefixed")
     assert (found.source.kind, found.source.dummy_prefix) == ("byte-level", "none")
     assert (found.target.kind, found.target.dummy_prefix) == ("SentencePiece", "always")
-    assert (found.source.bos, found.source.fallback_tokens) == (None, 0)
+    assert (found.source.prefix, found.source.fallback_tokens) == ((), 0)
     assert found.target.fallback_tokens == 256
     assert found.eos_becomes_eos
     found = sides("sentencepiece", "raw-bytes")
-    assert (found.source.bos, found.source.dummy_prefix) == ("<s>", "where no space is")
+    assert (found.source.prefix, found.source.dummy_prefix) == (("<s>",), "where no space is")
     assert (found.target.kind, found.target.text_tokens) == ("raw bytes", 256)
 
 

@@ -32,7 +32,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.corpus.fields import Fields
-from fusellm.store.blocks import BLOCKS_SCHEMA, open_corpus, read_part
+from fusellm.store.blocks import BLOCKS, BLOCKS_SCHEMA, open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.context import context_bytes, context_tokens, spans_within
@@ -192,7 +192,7 @@ def test_only_a_corpus_with_context_has_the_column(world: Path, tmp_path: Path) 
     plain = pipeline(world, tmp_path / "run")
     plain.execute(["corpus"])
     folder = open_corpus(tmp_path / "run")
-    assert Shard(folder, shard_names(folder)[0]).schema == BLOCKS_SCHEMA
+    assert Shard(folder, shard_names(folder)[0], BLOCKS).schema == BLOCKS_SCHEMA
     assert "context_bytes" not in folder.counts
     for entry in folder.identity.settings["corpus"]["documents"]:
         assert not entry.keys() & {"context_fields", "field_separator"}

@@ -339,7 +339,7 @@ def test_faults_are_found_before_any_work(
         (run, "--suite", "bbh"): "no data folder was given to find",
         (run, "--suite", "textgen", "--data-dir", "data"): "data has no triviaqa.parquet",
         (run, "--suite", "multiple", "--samples", "3"): "samples: 3 at temperature 0",
-        (run, "--suite", "multiple"): "name it with --data-dir",
+        (run, "--suite", "multiple"): "name it: evaluation.data_dir, or --data-dir",
         (world / "recipe.yaml", "--out", "new", *SMALL): "not finished; first: fusellm train new",
     }
     for arguments, part in cases.items():

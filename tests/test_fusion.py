@@ -550,6 +550,16 @@ def test_a_dummy_prefix_adds_its_nats_to_the_token_after_it_and_eos_to_none() ->
     assert found.tolist() == [1.5, 1.5, 4.0]
 
 
+def test_tokens_that_are_put_before_a_text_are_asked_of_no_model() -> None:
+    """Of `[gMASK]`, `<sop>`, two bytes, one byte: the nats of `<sop>` count nowhere."""
+    ends, log_p = np.array([0, 0, 2, 3]), np.array([-7.0, -2.0, -4.0])
+    tokens, length = np.array([0, 4]), np.array([0, 3])
+    assert nats_by_byte(ends, tokens, log_p, length, 2).tolist() == [1.0, 1.0, 4.0]
+    assert nats_by_byte(ends, tokens, log_p, length, 1).tolist() == [4.5, 4.5, 4.0]
+    assert Tokens(tokens, np.arange(4), ends, 2).asked.tolist() == [False, True, True]
+    assert Tokens(np.array([0, 0, 2]), np.arange(2), ends[:2], 1).asked.tolist() == [True]
+
+
 @given(first=scored(), second=scored())
 @quick
 def test_blocks_are_scored_each_for_itself(

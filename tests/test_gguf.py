@@ -600,7 +600,7 @@ def test_a_tokenizer_is_read_in_place_of_the_models_own(
     assert beside.encoder.rules == reader_of(ModelSettings(model=str(folder))).encoder.rules
     bare = tmp_path / "bare"
     load_model(locate(ModelSettings(model=str(folder))), CPU).save_pretrained(bare)
-    assert "put one beside it, as `tokenizer:`" in fault_of(bare)
+    assert "give a folder with a tokenizer.json, for a model as `tokenizer:`" in fault_of(bare)
     assert reader_of(ModelSettings(model=str(bare), tokenizer=str(folder))).encoder.rules
     other = fault_of(path, tokenizer=str(made("qwen2")[1]))
     assert f"is not that of {path}: id " in other

@@ -15,10 +15,10 @@ from fusellm.recipe_file import check_recipe, load_recipe
 ROOT = Path(fusellm.__file__).resolve().parent
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-WORDS = ("errors", "config", "recipe_file", "progress")
+WORDS = ("errors", "config", "recipe_file", "progress", "compiled")
 MATHS = ("tokens", "align", "fusion", "objective")
 EDGES = ("store", "models", "zoo", "evaluation")
-DOORS = ("pipeline", "inspection", "cli", "__main__")
+DOORS = ("preflight", "pipeline", "inspection", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
 
@@ -203,7 +203,7 @@ UNKNOWN = [
     (
         raw(externalize={"zzzzzz": 1}),
         "unknown key externalize.zzzzzz; known: scheme, draws, k, mass, batch_tokens, "
-        "not_finite_share",
+        "not_finite_share, changed_share",
     ),
 ]
 

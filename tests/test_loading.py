@@ -1,10 +1,12 @@
 """Loading: models larger than one device, quantized ones, attention, what is refused, the hub."""
 
 import gc
+import hashlib
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fusellm.config import ModelSettings, Recipe
+from fusellm.config import LoraSettings, ModelSettings, Recipe
 from fusellm.errors import ModelError
 from fusellm.models import attention, load
+from fusellm.models.adapters import ADAPTER_FILES, save_adapters, with_adapters
 from fusellm.models.attention import choose_attention, implementations
+from fusellm.models.headers import require_loadable, weight_problems
 from fusellm.models.heads import head_of, input_device, last_hidden
 from fusellm.models.load import load_model, locate, require_packages, weights_digest
+from fusellm.store.identity import digest
 from hubs import FIRST, SECOND, put_in_cache
 
 CPU = torch.device("cpu")
@@ -71,7 +76,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(model: Path | str, **settings: Any) -> PreTrainedModel:
-    return load_model(locate(ModelSettings(model=str(model), **settings)), CPU)
+    return load_model(locate(ModelSettings(model=str(model), **settings), trusted=True), CPU)
 
 
 @torch.no_grad()
@@ -469,6 +474,237 @@ def test_code_of_a_model_does_not_run_unless_it_is_trusted(llama: Path, tmp_path
     assert not (tmp_path / "ran").exists()
     same(loaded(folder, trust_remote_code=True), loaded(llama))
     assert loaded(folder, trust_remote_code=True, attention="eager")
+
+
+# What is known of files before any weight is read
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are not read."""
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
+
+
+def sharded(model: Path, folder: Path) -> Path:
+    LlamaForCausalLM.from_pretrained(model).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def test_headers_of_models_that_load_have_no_problem(
+    llama: Path, tied: Path, tmp_path: Path
+) -> None:
+    mixtral = save(tmp_path / "mixtral", kind=MixtralConfig)  # whose experts are stored apart
+    for folder in (llama, tied, mixtral, sharded(llama, tmp_path / "shards")):
+        assert weight_problems(locate(ModelSettings(model=str(folder)))) == []
+
+
+def pointer(folder: Path, name: str = "model.safetensors") -> None:
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    )
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+EMBEDDING, QUERY = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "Git LFS": (pointer, "model.safetensors of .* is a Git LFS pointer .*: git -C .* lfs pull"),
+    "LFS config": (lambda f: pointer(f, "config.json"), "config.json of .* is a Git LFS pointer"),
+    "cut off": (cut_off, "model.safetensors of .* is no whole safetensors file .*; fetch it again"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file"),
+    "vocabulary": (
+        lambda f: with_config(f, vocab_size=70),
+        f"{EMBEDDING} of .* is 64 × 64, and by its config.json 70 × 64; take both from one place",
+    ),
+    "hidden size": (lambda f: with_config(f, hidden_size=32), "64 × 64, and by its config.json"),
+    "missing": (lambda f: with_weights(f, lambda w: w.pop(QUERY)), f"lacks weights .*{QUERY}"),
+    "types": (
+        lambda f: with_weights(f, lambda w: w.update({QUERY: w[QUERY].to(torch.uint8)})),
+        f"stores {QUERY} as U8, and its config.json has no quantization_config",
+    ),
+    "quantization": (
+        lambda f: with_config(f, quantization_config={"quant_method": "shrunk"}),
+        "is stored quantized .shrunk., and cannot be loaded so: Unknown quantization type",
+    ),
+    "package": (
+        lambda f: with_config(f, quantization_config={"quant_method": "awq", "bits": 4}),
+        "is stored quantized .awq., and cannot be loaded so: .*pip install",
+    ),
+    "encoder": (
+        lambda f: with_config(f, model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        "is a T5ForConditionalGeneration, an encoder with a decoder; fusellm reads causal",
+    ),
+    "masked": (
+        lambda f: with_config(f, model_type="bert", architectures=["BertForMaskedLM"]),
+        "is a BertForMaskedLM; fusellm reads causal language models",
+    ),
+    "reward": (
+        lambda f: with_config(f, architectures=["LlamaForSequenceClassification"]),
+        "is a LlamaForSequenceClassification; fusellm reads causal language models",
+    ),
+    "vision": (
+        lambda f: with_config(f, model_type="vit", architectures=["ViTModel"]),
+        "is a ViTModel; fusellm reads causal",
+    ),
+    "unknown": (
+        lambda f: with_config(f, model_type="llama9"),
+        "is of the model type 'llama9', which the installed transformers .* does not have; a newer",
+    ),
+    "no type": (
+        lambda f: (f / "config.json").write_text("{}"),
+        "the config.json of .* has no model_type",
+    ),
+    "no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "the config.json of .* cannot be used: .*not a valid JSON file",
+    ),
+    "no number": (lambda f: with_config(f, hidden_size="wide"), "config.json of .* cannot be used"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_with_a_models_files_is_told_before_they_are_read(
+    llama: Path, tmp_path: Path, unread: None, fault: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    change, message = FAULTS[fault]
+    change(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        require_loadable(locate(ModelSettings(model=str(folder))))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_shards_are_all_there_and_have_what_the_index_says(
+    llama: Path, tmp_path: Path, unread: None
+) -> None:
+    folder = sharded(llama, tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    shards = sorted(set(whole["weight_map"].values()))
+
+    def problem(weight_map: object) -> str:
+        index.write_text(json.dumps(whole | {"weight_map": weight_map}))
+        with pytest.raises(ModelError) as caught:
+            require_loadable(locate(ModelSettings(model=str(folder))))
+        return str(caught.value)
+
+    of = whole["weight_map"]
+    elsewhere = next(shard for shard in shards if shard != of[EMBEDDING])
+    assert f"{elsewhere} of {folder} does not have {EMBEDDING}" in problem(
+        of | {EMBEDDING: elsewhere}
+    )
+    assert "no lost.safetensors" in problem(of | {"more.weight": "lost.safetensors"})
+    assert "names a file outside of its folder (../x.safetensors)" in problem(
+        of | {EMBEDDING: "../x.safetensors"}
+    )
+    assert "names a file outside of its folder (/x.safetensors)" in problem(
+        of | {EMBEDDING: "/x.safetensors"}
+    )
+    assert "does not say which tensor is in which file" in problem([])
+    first = load_file(folder / shards[0])
+    save_file(load_file(folder / shards[1]) | first, folder / shards[1], {"format": "pt"})
+    assert f"is in {shards[1]} and elsewhere" in problem(of)
+    pointer(folder, shards[1])
+    assert f"{shards[1]} of {folder} is a Git LFS pointer" in problem(of)
+
+
+def test_a_fingerprint_covers_every_file_that_is_loaded(llama: Path, tmp_path: Path) -> None:
+    folder = sharded(llama, tmp_path / "model")
+    (folder / "own.py").write_text("VALUE = 1\n")
+
+    def fingerprint(**settings: Any) -> str:
+        return locate(ModelSettings(model=str(folder), **settings), trusted=True).fingerprint
+
+    seen = {fingerprint(), fingerprint(trust_remote_code=True)}
+    assert len(seen) == 2
+    (folder / "own.py").write_text("VALUE = 2\n")
+    assert fingerprint() in seen  # no code is loaded
+    assert fingerprint(trust_remote_code=True) not in seen
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"metadata": {', '"metadata": {"more": 1, '))
+    assert fingerprint() not in seen
+
+
+def test_a_model_in_one_file_has_the_fingerprint_that_it_had(llama: Path) -> None:
+    """Stores that were made before headers were read are taken."""
+    names = ("model.safetensors", "config.json")
+    sums = {name: hashlib.sha256((llama / name).read_bytes()).hexdigest() for name in names}
+    assert locate(ModelSettings(model=str(llama))).fingerprint == digest(sums)
+
+
+def test_adapters_beside_a_model_are_merged_and_part_of_its_fingerprint(
+    llama: Path, tmp_path: Path
+) -> None:
+    apart, beside = tmp_path / "adapters", tmp_path / "model"
+    torch.manual_seed(0)
+    settings = LoraSettings(r=2, target_modules=["q_proj"])
+    adapted = with_adapters(loaded(llama), settings, None)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_adapters(adapted, apart)
+    shutil.copytree(llama, beside)
+    for name in ADAPTER_FILES:
+        shutil.copy(apart / name, beside / name)
+    plain, found = (locate(ModelSettings(model=str(folder))) for folder in (llama, beside))
+    assert found.fingerprint != plain.fingerprint
+    model = load_model(found, CPU)
+    same(model, loaded(apart))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    for one, other in zip(logits(model), logits(loaded(llama)), strict=True):
+        assert (one - other).abs().max() > 0.01
+    before = weights_digest(found)
+    assert before != weights_digest(plain)
+    config = json.loads((beside / "adapter_config.json").read_text())
+    (beside / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+    scaled = locate(ModelSettings(model=str(beside)))
+    assert scaled.fingerprint not in (plain.fingerprint, found.fingerprint)
+    assert weights_digest(scaled) != before
+    (beside / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=r"adapters beside its model .*take adapter_config.json away"
+    ):
+        locate(ModelSettings(model=str(beside)))
+
+
+def test_adapters_on_a_model_with_adapters_are_refused(llama: Path, tmp_path: Path) -> None:
+    settings = LoraSettings(r=2, target_modules=["q_proj"])
+    for name, base in (("one", llama), ("two", tmp_path / "one")):
+        adapted = with_adapters(loaded(llama), settings, None)
+        save_adapters(adapted, tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(base)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"are on has adapters itself .*merge those into it first"):
+        locate(ModelSettings(model=str(tmp_path / "two")))
+
+
+def test_headers_of_a_hub_model_are_read_from_the_cache(hub: Path, llama: Path) -> None:
+    snapshot = put_in_cache(hub, llama, FIRST)
+    located = locate(ModelSettings(model="someone/tiny"))
+    assert weight_problems(located) == []
+    (snapshot / "model.safetensors").unlink()
+    (problem,) = weight_problems(located)
+    assert "no model.safetensors nor model.safetensors.index.json in the local hub cache" in problem
 
 
 # The hub

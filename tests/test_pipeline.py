@@ -277,6 +277,21 @@ def test_another_identity_stops_and_redo_moves_it_aside(
     assert after["externalize/second"] == before["externalize/second"]
 
 
+def test_redo_is_for_what_was_finished_and_says_what_it_moved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    none_held_out = pipeline(world, run, "corpus.held_out_share=0")
+    with pytest.raises(CorpusError, match="held_out"):
+        none_held_out.execute(["corpus"])
+    pipeline(world, run).execute(["corpus"])
+    changed = pipeline(world, run, "corpus.held_out_share=0.3")
+    said: list[str] = []
+    monkeypatch.setattr(changed._progress, "say", said.append)
+    changed.execute(["corpus"], redo=True)
+    assert said == [f"moved corpus to {run / 'aside' / '1'}"]
+
+
 def test_another_lambda_redoes_only_training(world: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -126,7 +126,7 @@ def make_run(
     write_json(run / "fuse/manifest.json", {"seconds": 20.1, "software": {"numpy": "2.3.1"}})
     write_json(run / "evaluate/manifest.json", {"software": {"torch": "2.13.1"}})
     (run / "recipe.yaml").write_text(
-        f"name: first-look  # {HOSTILE}\nseed: 0\nfusion:\n  lambda: 0.5\n", encoding="utf-8"
+        f"name: first-look\nseed: 0\nnote: {HOSTILE}\nfusion:\n  lambda: 0.5\n", encoding="utf-8"
     )
     return run
 

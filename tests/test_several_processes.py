@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from fusellm.cli import launch
 from fusellm.cli.launch import require_devices, require_joined
 from fusellm.cli.main import main
-from fusellm.errors import IdentityError, RecipeError, StoreError
+from fusellm.errors import IdentityError, RecipeError
 from fusellm.models import batches
 from fusellm.models.batches import read_blocks
 from fusellm.models.training_rows import FILLER, RowOrder, RowsOfLikeLength
@@ -280,7 +280,7 @@ def test_an_error_is_told_by_whom_it_is_known_to(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.0)
-    launch.tell(StoreError("no"))
+    launch.tell("no")
     expected = {"0": "fusellm: no\n", "1": "fusellm (process 1): no\n"}
     assert capsys.readouterr().err == expected[rank]
 

@@ -5,14 +5,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import STDERR, Terminal
 from fusellm.cli.main import main
 from fusellm.cli.tokenizers import load_encoder
+from fusellm.errors import ModelError
+from fusellm.models import readers
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -129,6 +131,10 @@ def test_verify_and_repair(
     assert "is not there; give the folder of a run" in capsys.readouterr().err
 
 
+def _nowhere(*_: Any) -> None:
+    raise ModelError("it is not here")
+
+
 def test_cat_lists_positions(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -146,10 +152,17 @@ def test_cat_lists_positions(
     shown = capsys.readouterr().out
     assert all(str(id_) in shown for id_ in block.at(3).ids)
     assert "not kept" in shown
-    moved = tmp_path / "moved"
+    moved = tmp_path / "inner" / "moved"
     shutil.copytree(path, moved)
-    assert run(monkeypatch, "cat", str(moved)) == 0
-    assert str(open_store(path)[0].ids[1]) in capsys.readouterr().out  # no tokenizer: ids
+    (moved.parents[1] / "recipe.yaml").write_text("not: [a recipe")  # of whoever: it is not read
+    assert run(monkeypatch, "cat", str(moved)) == 0  # the store names its model
+    assert str(open_store(path)[0].ids[1]) not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "locate", _nowhere)
+        assert run(monkeypatch, "cat", str(moved)) == 0
+    captured = capsys.readouterr()
+    assert str(open_store(path)[0].ids[1]) in captured.out
+    assert "ids are shown, and with --tokenizer NAME tokens: it is not here" in captured.err
     model = open_store(path).facts.model
     assert run(monkeypatch, "cat", str(moved), "--block", "7", "--tokenizer", model) == 0
     assert "·" in capsys.readouterr().out
@@ -191,7 +204,7 @@ def test_nothing_of_a_store_reaches_the_terminal_unescaped(
 ) -> None:
     """A model's name, a document's, and tokens that are control characters."""
     neox = str(world / "neox")
-    encoder = load_encoder(neox, False, Terminal(Console(stderr=True)))
+    encoder = load_encoder(neox, False, Terminal(STDERR))
     vocabulary = encoder.vocabulary.token_bytes
     escape, bell = vocabulary.index(b"\x1b"), vocabulary.index(b"\x07")
     kept = kept_of_rows(

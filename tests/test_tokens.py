@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import worlds
 from fusellm.errors import TokenizerError
+from fusellm.store.identity import digest, tokenizer_fingerprint
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
 from fusellm.tokens.spelling import Spelling
@@ -34,8 +35,8 @@ def check_boundaries(encoder: Encoder, text: str, dummies_allowed: int = 1) -> b
     if block.ends is None:
         return False
     ids, ends = block.ids.tolist(), block.ends.tolist()
-    if vocabulary.bos_id is not None:
-        assert (ids.pop(0), ends.pop(0)) == (vocabulary.bos_id, 0)
+    for prefix_id in vocabulary.prefix_ids:
+        assert (ids.pop(0), ends.pop(0)) == (prefix_id, 0)
     assert len(ids) == len(ends)
     assert (ends[-1] if ends else 0) == len(data)
     start, dummies = 0, 0
@@ -87,7 +88,7 @@ def test_tokens_bytes_joined_are_the_text(name: str, text: str) -> None:
     if block.ends is None:
         return
     vocabulary = encoder.vocabulary
-    pieces = [vocabulary.token_bytes[id_] for id_ in block.ids if id_ != vocabulary.bos_id]
+    pieces = [vocabulary.token_bytes[id_] for id_ in block.ids[block.prefix_tokens :]]
     joined = b"".join(piece or b"" for piece in pieces)
     dummy = vocabulary.space_mark and bool(text) and not text.startswith(" ")
     assert joined == (b" " if dummy else b"") + text.encode()
@@ -171,8 +172,8 @@ def test_special_tokens_are_bos_before_and_eos_after_a_documents_last_block(
     vocabulary = encoder.vocabulary
     (block,) = encoder.encode([text], [last])
     ids = block.ids.tolist()
-    if vocabulary.bos_id is not None:
-        assert ids.pop(0) == vocabulary.bos_id
+    for prefix_id in vocabulary.prefix_ids:
+        assert ids.pop(0) == prefix_id
     if last:
         assert ids.pop() == vocabulary.eos_id
     special = set(encoder.tokenizer.all_special_ids)
@@ -182,6 +183,38 @@ def test_special_tokens_are_bos_before_and_eos_after_a_documents_last_block(
         assert block.ids.dtype == block.ends.dtype == np.int64
         if len(block.ends):
             assert block.ends[-1] == len(text.encode())
+
+
+def test_what_a_tokenizer_puts_before_a_text_is_put_and_what_it_puts_after_it_is_not() -> None:
+    plain, glm = worlds.byte_bpe(), worlds.glm_like()
+    assert glm.tokenizer.convert_ids_to_tokens(list(glm.vocabulary.prefix_ids)) == [*worlds.PREFIX]
+    assert plain.vocabulary.prefix_ids == ()
+    text = "the model reads"
+    (own,), (block, last) = plain.encode([text], [False]), glm.encode([text] * 2, [False, True])
+    assert own.ends is not None
+    assert block.ends is not None
+    assert block.prefix_tokens == 2
+    assert block.ids.tolist() == [*glm.vocabulary.prefix_ids, *own.ids]
+    assert block.ends.tolist() == [0, 0, *own.ends]
+    assert last.ids.tolist() == glm.tokenizer(text)["input_ids"]
+
+
+def test_a_prefix_is_told_whatever_it_is_made_of() -> None:
+    """A token of text, BOS among others, one token twice."""
+    base = worlds.sentencepiece().tokenizer
+    for before in (["\n"], ["<s>", "<a>"], ["<a>", "<a>", "</s>"], []):
+        encoder = Encoder(worlds.putting(base, before, ["</s>"]))
+        assert encoder.tokenizer.convert_ids_to_tokens([*encoder.vocabulary.prefix_ids]) == before
+
+
+def test_a_tokenizer_of_one_token_or_none_before_a_text_has_the_fingerprint_it_had() -> None:
+    """Stores that were made before longer prefixes were known are taken."""
+    for name, bos in (("sentencepiece", 1), ("byte-bpe", None)):
+        encoder = worlds.encoder_of(name)
+        before = [encoder.rules, [bos, encoder.vocabulary.eos_id]]
+        assert tokenizer_fingerprint(encoder) == digest(before)
+    glm, other = worlds.glm_like(), worlds.putting(worlds.byte_bpe().tokenizer, worlds.PREFIX[::-1])
+    assert tokenizer_fingerprint(glm) != tokenizer_fingerprint(Encoder(other))
 
 
 def test_many_blocks_at_once_are_encoded_as_each_alone() -> None:
@@ -270,10 +303,11 @@ def agree(found: list[int], expected: Ends) -> None:
 
 
 def read(encoder: Encoder, text: str) -> tuple[list[int], list[int] | None]:
-    """(ids, boundaries) of one text, without BOS."""
+    """(ids, boundaries) of one text, without prefix."""
     (block,) = encoder.encode([text], [False])
-    bos = 0 if encoder.vocabulary.bos_id is None else 1
-    return block.ids.tolist()[bos:], None if block.ends is None else block.ends.tolist()[bos:]
+    before = block.prefix_tokens
+    ends = None if block.ends is None else block.ends.tolist()[before:]
+    return block.ids.tolist()[before:], ends
 
 
 @pytest.mark.parametrize("name", [*worlds.FAMILIES, *worlds.MORE_FAMILIES, *worlds.REAL])
@@ -658,6 +692,19 @@ def test_near_duplicates_are_documents_half_of_which_is_kept_apart(
     left, dropped = drop_near_duplicates(apart, [candidate, other])
     assert left == ([candidate, other] if is_kept else [other])
     assert dropped == 2 - len(left)
+
+
+@pytest.mark.parametrize("start", range(0, 20_000, 1000))
+def test_half_of_a_document_is_half_of_all_its_word_8_grams(start: int) -> None:
+    apart = [Document("a", "prose", "held_out", numbered(start, start + 400))]
+    # Of 200 8-grams 102 and 98 stand in the document kept apart.
+    texts = [
+        f"{numbered(start, start + count)} {numbered(50_000, 50_207 - count)}"
+        for count in (109, 105)
+    ]
+    training = [Document(text[:9], "prose", "train", text) for text in texts]
+    left, _ = drop_near_duplicates(apart, training)
+    assert left == training[1:]
 
 
 PADDING = "".join(f"padding_{n} = {n}\n" for n in range(20))

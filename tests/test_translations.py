@@ -1,5 +1,6 @@
 """Vocabulary maps kept between runs."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import worlds
 from fusellm.align.strategies import STRATEGIES
 from fusellm.align.translation import Translation
 from fusellm.store.translations import cache_folder, cached_translation
+
+SIZES = len(worlds.byte_bpe().vocabulary), len(worlds.sentencepiece().vocabulary)
 
 
 def made_once(calls: list[str]) -> Translation:
@@ -33,12 +36,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_map_is_made_once_for_a_pair_of_tokenizers(folder: Path) -> None:
     calls: list[str] = []
-    first = cached_translation("partition", "a" * 64, "b" * 64, lambda: made_once(calls))
-    again = cached_translation("partition", "a" * 64, "b" * 64, lambda: made_once(calls))
+    first = cached_translation("partition", "a" * 64, "b" * 64, SIZES, lambda: made_once(calls))
+    again = cached_translation("partition", "a" * 64, "b" * 64, SIZES, lambda: made_once(calls))
     assert equal(first, again)
     assert calls == ["made"]
+    make = partial(made_once, calls)
     for other in [("bytes", "a", "b"), ("partition", "c", "b"), ("partition", "a", "c")]:
-        cached_translation(other[0], other[1] * 64, other[2] * 64, lambda: made_once(calls))
+        cached_translation(other[0], other[1] * 64, other[2] * 64, SIZES, make)
     assert len(calls) == 4
     assert len(list(folder.rglob("*"))) == 1 + 4  # the folder, and nothing half written
 
@@ -46,12 +50,12 @@ def test_a_map_is_made_once_for_a_pair_of_tokenizers(folder: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
 def test_a_damaged_file_is_made_anew(folder: Path, damage: str) -> None:
     calls: list[str] = []
-    first = cached_translation("partition", "a", "b", lambda: made_once(calls))
+    first = cached_translation("partition", "a", "b", SIZES, lambda: made_once(calls))
     (path,) = (folder / "maps").iterdir()
     data = path.read_bytes()
     path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"no map"}[damage])
-    assert equal(cached_translation("partition", "a", "b", lambda: made_once(calls)), first)
-    assert equal(cached_translation("partition", "a", "b", lambda: made_once(calls)), first)
+    assert equal(cached_translation("partition", "a", "b", SIZES, lambda: made_once(calls)), first)
+    assert equal(cached_translation("partition", "a", "b", SIZES, lambda: made_once(calls)), first)
     assert calls == ["made", "made"]
 
 
@@ -62,7 +66,7 @@ def test_without_a_place_to_keep_it_a_map_is_made(
     monkeypatch.setenv("FUSELLM_CACHE", str(tmp_path / "file"))
     calls: list[str] = []
     for _ in range(2):
-        cached_translation("partition", "a", "b", lambda: made_once(calls))
+        cached_translation("partition", "a", "b", SIZES, lambda: made_once(calls))
     assert calls == ["made", "made"]
 
 

@@ -6,7 +6,7 @@ Nothing is downloaded. The real tokenizers beside the project are used where the
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 from transformers import (
@@ -218,6 +219,30 @@ def gemma_like() -> Encoder:
     return Encoder(_fast(tokenizer))
 
 
+PREFIX = ("[gMASK]", "<sop>")
+
+
+def putting(
+    base: PreTrainedTokenizerBase, before: Sequence[str], after: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A tokenizer whose post-processor puts special tokens before and after a text, as GLM's."""
+    tokenizer = Tokenizer.from_str(base.backend_tokenizer.to_str())
+    tokenizer.add_special_tokens([*before, *after])
+    around = dict.fromkeys([*before, *after])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in around],
+    )
+    names = {key: str(value) for key, value in base.special_tokens_map.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@cache
+def glm_like() -> Encoder:
+    """Byte-level; two tokens before every text, neither of them BOS, and EOS after it."""
+    return Encoder(putting(byte_bpe().tokenizer, PREFIX, ["<|endoftext|>"]))
+
+
 ADDED = ("<add>", "<br>\n", "中文<")
 
 
@@ -311,6 +336,7 @@ MORE_FAMILIES: dict[str, Callable[[], Encoder]] = {
     "unigram-unknown": lambda: unigram(False),
     "byte-prefixed": byte_prefixed,
     "gemma-like": gemma_like,
+    "glm-like": glm_like,
 }
 SLOW_FAMILIES: dict[str, Callable[[], Encoder]] = {
     "slow-byte-level": slow_byte_level,

@@ -17,7 +17,7 @@ class ModelError(FusellmError):
 
 
 class TokenizerError(FusellmError):
-    """A tokenizer whose tokens cannot be told as bytes."""
+    """A tokenizer whose tokens cannot be told as bytes, or that changes too much of the text."""
 
 
 class CorpusError(FusellmError):

@@ -16,8 +16,17 @@ from fusellm.fusion.fuse import Fused, Reading
 from fusellm.fusion.view import BlockView, Material, view_block
 from fusellm.progress import Progress
 from fusellm.stages.fuse import aligners_of, rules_of, translations_of
-from fusellm.store.blocks import Block, open_corpus, read_shard
-from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
+from fusellm.store import fused as fused_store
+from fusellm.store.blocks import BLOCKS, Block, open_corpus, read_shard, text_bytes
+from fusellm.store.externalized import (
+    TARGET,
+    kept_of,
+    layout_of,
+    open_externalized,
+    require_same_blocks,
+    require_text,
+    tokens_of,
+)
 from fusellm.store.fused import fused_folder, open_fused
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Ragged, Shard, shard_names
@@ -63,28 +72,27 @@ def inspect_block(
     fused, corpus = open_fused(run), open_corpus(run)
     folders = {name: open_externalized(run, name) for name in (TARGET, *names)}
     for name, folder in folders.items():
-        if folder.identity.inputs["tokenizer"] != fingerprints[name]:
+        if folder.identity.inputs.get("tokenizer") != fingerprints[name]:
             raise StoreError(
                 f"the tokenizer of {name!r} is not the one that {folder.path} was made with; put "
                 f"it back, or make the run anew: fusellm run {run} --redo"
             )
     shard, row, blocks = _place(corpus, number)
     block = read_shard(corpus, shard)[row]
-    target = tokens_of(_one(folders[TARGET], shard, row))
+    read = {
+        name: _one(folder, corpus, shard, row, encoders[name]) for name, folder in folders.items()
+    }
+    tokens = {name: tokens_of(read[name], encoders[name].prefix_tokens) for name in folders}
+    target = tokens[TARGET]
     positions = len(target.predicting)
     if position is not None and not 0 <= position < positions:
-        numbers = f", from 0 to {positions - 1}" if positions else ""
-        raise StoreError(
-            f"there is no position {position}: block {number} has {positions:,}{numbers}"
-        )
+        raise _no_position(position, number, positions)
     translations = translations_of(recipe, encoders, fingerprints, progress)
     aligners = aligners_of(recipe.fusion, encoders, translations)
     readings = []
     for name in names:
-        columns = _one(folders[name], shard, row)
-        tokens = tokens_of(columns)
-        aligned = aligners[name](target, tokens)
-        readings.append(Reading(tokens, kept_of(columns), translations[name], aligned))
+        aligned = aligners[name](target, tokens[name])
+        readings.append(Reading(tokens[name], kept_of(read[name]), translations[name], aligned))
     material = Material(
         len(block.text.encode()),
         target,
@@ -92,10 +100,15 @@ def inspect_block(
         names,
         readings,
         [encoders[name] for name in names],
-        _fused(Shard(fused, shard).block(row), positions),
+        _fused(_row_of_fused(fused, shard, row, read[TARGET]), positions),
         rules_of(recipe.fusion),
     )
     return Inspection(block, blocks, view_block(material, position))
+
+
+def _no_position(position: int, number: int, positions: int) -> StoreError:
+    numbers = f", from 0 to {positions - 1}" if positions else ""
+    return StoreError(f"there is no position {position}: block {number} has {positions:,}{numbers}")
 
 
 def _place(corpus: StageFolder, number: int) -> tuple[str, int, int]:
@@ -115,14 +128,33 @@ def _place(corpus: StageFolder, number: int) -> tuple[str, int, int]:
     raise AssertionError("a block within the part is in one of its shards")
 
 
-def _one(folder: StageFolder, shard: str, row: int) -> dict[str, Any]:
+def _one(
+    folder: StageFolder, corpus: StageFolder, name: str, row: int, encoder: Encoder
+) -> dict[str, Any]:
     """One block's columns as a record batch has them."""
+    shard = Shard(folder, name, layout_of(folder, len(encoder.vocabulary)))
+    of_corpus = Shard(corpus, name, BLOCKS)
+    require_same_blocks(shard, of_corpus)
+    n, _ = shard.place(row)
+    blocks = of_corpus.columns(n)
+    require_text(shard, n, shard.columns(n), blocks["block"], text_bytes(blocks))
     return {
         name: Ragged(np.array([0, len(value)]), value)
         if isinstance(value, np.ndarray)
         else np.array([value])
-        for name, value in Shard(folder, shard).block(row).items()
+        for name, value in shard.block(row).items()
     }
+
+
+def _row_of_fused(
+    folder: StageFolder, name: str, row: int, target: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One block's fused distributions, at the target's own tokens."""
+    shard = Shard(folder, name, fused_store.layout_of(folder))
+    columns = shard.block(row)
+    if not np.array_equal(columns["ids"], target["ids"].values):
+        raise shard.damaged(f"block {columns['block']} has other tokens than the target's")
+    return columns
 
 
 def _fused(columns: Mapping[str, Any], positions: int) -> Fused:

@@ -6,41 +6,39 @@ corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train �
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fusellm.config import EvaluationSettings, FileDocuments, Recipe
-from fusellm.errors import CorpusError, IdentityError, StoreError
+from fusellm.config import EvaluationSettings, Recipe
+from fusellm.errors import IdentityError, StoreError
 from fusellm.evaluation.measure import Prepared, prepare
 from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, describe, locate
-from fusellm.models.readers import plain_text_note, reader_of
+from fusellm.models.readers import plain_text_note, readers_of
+from fusellm.preflight import (
+    fits,
+    projected_store_bytes,
+    require_fits,
+    require_models,
+    try_text,
+)
 from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
-from fusellm.stages.corpus.documents import files_of
+from fusellm.stages.corpus.look import look_at
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
 from fusellm.stages.suites import run_suites
-from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, write_text
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
-from fusellm.store.tables import shard_names
 from fusellm.store.writer import set_aside
-
-# A block has no more tokens than bytes, but for BOS, EOS and a dummy prefix.
-_MORE_THAN_BYTES = 3
-# What an entry of a distribution takes on disk, and how many of 32 draws are distinct: measured on
-# the demo (docs/results.md).
-_BYTES_PER_KEPT = 2.3
-_DISTINCT_DRAWS = 0.65
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,15 @@ class Pipeline:
         engine: EngineSettings = LOCAL,
         training_processes: int | None = None,
         evaluation: EvaluationSettings | None = None,
+        trusted: bool = False,
     ) -> None:
-        """Find every model, tokenizer and file of a recipe; no weight is loaded.
+        """Find every model and tokenizer of a recipe; no weight is loaded.
 
         Args:
             engine: where sources are read.
             training_processes: how many are to train a model; those that there are if None.
             evaluation: what is measured, where it is not what the recipe says.
+            trusted: whether code may run that comes with models, where the recipe wants it.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -83,12 +83,11 @@ class Pipeline:
         self._evaluation = evaluation or recipe.evaluation
         self._suites = [suite for suite in self._evaluation.suites if suite != "lm"]
         self._prepared: list[Prepared] | None = None
-        for entry in recipe.corpus.documents:
-            if isinstance(entry, FileDocuments):
-                files_of(entry)
-        self.readers = {TARGET: reader_of(recipe.target)}
-        for source in recipe.sources:
-            self.readers[source.name] = reader_of(source)
+        self._tried = False
+        self.readers, self._trusted = readers_of(recipe, trusted), trusted
+        tokenizer = self.readers[TARGET].tokenizer_fingerprint
+        # Once, as it reads whole files.
+        self._corpus_identity = cache(partial(corpus.identity, recipe, tokenizer, progress))
 
     def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
         """Run stages, or go on with them; finished work is kept.
@@ -109,9 +108,10 @@ class Pipeline:
             train.check_processes(self.recipe, self.run, self._training_processes)
         if suites:
             self.prepare_suites()
-        processes.first(partial(self._begin, parts, redo))
         if any(part.stage == "externalize" and not self._complete(part.name) for part in asked):
+            require_models(self.readers)
             self._say_note()
+        processes.first(partial(self._begin, parts, redo))
         for part in asked:
             processes.first(partial(self._ready, part, parts, redo))
             part.run(part.identity())
@@ -126,6 +126,8 @@ class Pipeline:
             self._progress.say(note)
 
     def _begin(self, parts: Sequence[_Part], redo: bool) -> None:
+        if not self._complete("corpus"):
+            look_at(self.recipe.corpus, self._progress)
         for part in parts:
             if all(self._complete(name) for name in part.after):
                 self._ensure(part, parts, redo)
@@ -135,8 +137,19 @@ class Pipeline:
     def _ready(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
         self._require(part.name, part.after)
         self._ensure(part, parts, redo)
-        if part.stage == "externalize" and not self._complete(part.name):
-            self._fits(part.name.split("/")[1])
+        if self._complete(part.name):
+            return
+        if part.stage in ("externalize", "train"):
+            self._try_text()
+        if part.stage == "externalize":
+            name = part.name.split("/")[1]
+            require_fits(self.run, name, self.readers[name], self.recipe.corpus, self._progress)
+
+    def _try_text(self) -> None:
+        """Check, once, what the tokenizers make of the text, before any model is loaded for it."""
+        if not self._tried:
+            try_text(self.recipe, self.run, self.readers, cut=True)
+            self._tried = True
 
     def prepare_suites(self) -> list[Prepared]:
         """Find the data, packages and sandbox of the suites that are to be run, once.
@@ -203,9 +216,6 @@ class Pipeline:
             _Part("evaluate", "evaluate", measured, self._evaluate_identity, self._evaluate)
         )
         return parts
-
-    def _corpus_identity(self) -> Identity:
-        return corpus.identity(self.recipe, self.readers[TARGET].tokenizer_fingerprint)
 
     def _run_corpus(self, identity: Identity) -> None:
         encode = self.readers[TARGET].encoder.encode
@@ -287,7 +297,7 @@ class Pipeline:
             # What was trained is a folder with everything in it, whatever it was trained from.
             at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
             at |= {"model": str(train.folder_of(self.run, which))}
-            found[which] = locate(self.recipe.target.model_copy(update=at))
+            found[which] = locate(self.recipe.target.model_copy(update=at), self._trusted)
         return found
 
     def _evaluate_identity(self) -> Identity:
@@ -298,10 +308,13 @@ class Pipeline:
         return evaluate.identity(self.recipe, models, self._fingerprint("corpus"))
 
     def _beside(self, name: str) -> list[str]:
-        """Fingerprint of the tokenizer that a recipe gives a source or the target."""
+        """Fingerprint of the tokenizer, where a recipe says which or what it puts before a text."""
         reader = self.readers.get(name)
-        given = reader is not None and reader.located.settings.tokenizer is not None
-        return [reader.tokenizer_fingerprint] if reader is not None and given else []
+        if reader is None:
+            return []
+        settings = reader.located.settings
+        given = settings.tokenizer is not None or settings.prefix is not None
+        return [reader.tokenizer_fingerprint] if given else []
 
     def _evaluate(self, identity: Identity) -> None:
         encoders = {name: reader.encoder for name, reader in self.readers.items()}
@@ -319,6 +332,8 @@ class Pipeline:
         return StageFolder(self.run / name).fingerprint
 
     def _ensure(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
+        if part.name == "corpus" and not self._complete("corpus"):
+            return  # it is begun anew: what there is of it stands in nobody's way
         try:
             check_identity(self.run / part.name, part.identity())
         except IdentityError:
@@ -331,30 +346,10 @@ class Pipeline:
             folders = [self.run / name for name in sorted(stale)]
             checkpoints = [folder.with_name(folder.name + "-checkpoints") for folder in folders]
             answers = records_of(self.run, [name.removeprefix("train/") for name in stale])
-            place = set_aside(self.run, [*folders, *checkpoints, *answers, self.run / "report"])
-            self._progress.say(f"moved {', '.join(sorted(stale))} to {place}")
-
-    def _fits(self, name: str) -> None:
-        """Check that every block fits a model's context, before its weights are loaded."""
-        reader = self.readers[name]
-        context = reader.located.context_tokens
-        folder = open_corpus(self.run)
-        names = shard_names(folder)
-        longest_bytes = max(folder.shards[n]["counts"]["longest_bytes"] for n in names)
-        if context is None or longest_bytes + _MORE_THAN_BYTES <= context:
-            return
-        with self._progress.start(f"checking lengths for {name}", len(names), "shards") as bar:
-            for shard in names:
-                blocks = read_shard(folder, shard)
-                encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
-                for block, found in zip(blocks, encoded, strict=True):
-                    if len(found.ids) > context:
-                        raise CorpusError(
-                            f"block {block.number} (document {block.document!r}) has "
-                            f"{len(found.ids)} tokens for {name!r}, whose context is {context}; "
-                            f"lower corpus.block_bytes (now {self.recipe.corpus.block_bytes})"
-                        )
-                bar.advance()
+            moved = [*folders, *checkpoints, *answers, self.run / "report"]
+            names = [str(path.relative_to(self.run)) for path in moved if path.exists()]
+            place = set_aside(self.run, moved)
+            self._progress.say(f"moved {', '.join(names)} to {place}")
 
     def _write_recipe(self) -> None:
         settings = self.recipe.model_dump(mode="json", by_alias=True)
@@ -366,30 +361,34 @@ class Pipeline:
         """What the preflight found: models, tokenizers, and the disk that the run will take.
 
         Raises:
+            ModelError: a package is missing, or a model's files are not what they should be.
+            TokenizerError: one changes more of the text than the recipe allows.
             CorpusError: the corpus is cut already, and a block exceeds a model's context.
             EvaluationError: data, packages or the sandbox of the recipe's suites are missing.
         """
-        longest = self.recipe.corpus.block_bytes + _MORE_THAN_BYTES
+        recipe = self.recipe
+        require_models(self.readers)
         self.prepare_suites()
         self._say_note()
         cut = self._complete("corpus")
+        look_at(recipe.corpus, self._progress)
+        tried = try_text(recipe, self.run, self.readers, cut)
         models = {}
         for name, reader in self.readers.items():
             if cut:
-                self._fits(name)
-            context = reader.located.context_tokens
-            sure = cut or context is None or longest <= context
-            tokens = len(reader.encoder.vocabulary)
-            models[name] = describe(reader.located) | {"tokens": tokens, "every_block_fits": sure}
-        budget = self.recipe.corpus.train_tokens or (self.recipe.corpus.train_bytes or 0) / 3.5
-        settings = self.recipe.externalize
-        sampled = settings.scheme == "sampled"
-        kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
-        per_token = _BYTES_PER_KEPT * kept * (len(self.recipe.sources) + 1)
+                require_fits(self.run, name, reader, recipe.corpus, self._progress)
+            encoder = reader.encoder
+            models[name] = describe(reader.located) | {
+                "tokens": len(encoder.vocabulary),
+                "every_block_fits": cut or fits(reader, recipe.corpus.block_bytes),
+                "blocks_tried": tried[name].blocks,
+                "blocks_changed": tried[name].changed,
+                "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
+            }
         existing = next(path for path in [self.run, *self.run.absolute().parents] if path.exists())
         return {
             "run": str(self.run),
             "models": models,
-            "projected_store_bytes": int(budget * per_token) or None,
+            "projected_store_bytes": projected_store_bytes(recipe),
             "free_bytes": shutil.disk_usage(existing).free,
         }

@@ -5,26 +5,25 @@ Unknown keys are refused with the nearest known one, and every error gives its p
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from fusellm.config import EvaluationSettings, ModelSettings, Recipe
+from fusellm.config import (
+    EvaluationSettings,
+    ModelSettings,
+    Recipe,
+    model_block,
+    source_block,
+)
+from fusellm.config.yaml_text import read_yaml
 from fusellm.errors import RecipeError
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-5 is one, which YAML 1.1 reads as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_SHOWN_CHARACTERS = 80
+_SECRET_KEY = re.compile(r"(?i)(token|api_?key|password|secret)$")
+_SECRET_VALUE = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|://[^/@\s]+:[^/@\s]+@")
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -38,21 +37,24 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
             path in the file.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
             f"there is no recipe {path}; `fusellm init {path}` writes a commented one"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path} is not YAML: {reason}") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}, {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{path} must be a mapping of keys to values, and is {type(raw).__name__}; "
             "`fusellm init` writes an example"
         )
     for change in changes:
-        _apply(raw, change)
+        _apply(_spelled_out(raw), change)
     return check_recipe(raw, str(path))
 
 
@@ -60,8 +62,9 @@ def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     """Check a recipe that is already a mapping.
 
     Raises:
-        RecipeError: with every fault and its path.
+        RecipeError: with every fault and its path; or it holds a secret.
     """
+    _require_no_secret(raw, where)
     given = {key: value for key, value in raw.items() if value is not None}  # `fusion:` and no more
     try:
         return Recipe.model_validate(given)
@@ -109,6 +112,31 @@ def schema() -> dict[str, Any]:
     return Recipe.model_json_schema(by_alias=True)
 
 
+def _require_no_secret(value: Any, where: str, path: str = "") -> None:
+    """Refuse access tokens: a recipe is copied into the run, its report and a model's card."""
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in inner:
+        place = f"{path}.{key}" if path else str(key)
+        named = isinstance(one, str) and _SECRET_KEY.search(str(key))
+        if named or (isinstance(one, str) and _SECRET_VALUE.search(one)):
+            raise RecipeError(
+                f"{where}: {place} holds an access token, which would be copied into the run, its "
+                "report and the model's card; take it out, and set HF_TOKEN (or what its service "
+                "reads) in the environment, or log in with `hf auth login`"
+            )
+        _require_no_secret(one, where, place)
+
+
+def _spelled_out(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same recipe, with models that are written as text alone as blocks."""
+    raw["target"] = model_block(raw.get("target"))
+    if isinstance(raw.get("sources"), list):
+        raw["sources"] = [source_block(source) for source in raw["sources"]]
+    return raw
+
+
 def _apply(raw: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
     if not equals:
@@ -125,9 +153,9 @@ def _apply(raw: dict[str, Any], change: str) -> None:
         if not isinstance(node, dict | list):
             raise RecipeError(f"--set {change!r}: {parent!r} is not a block of the recipe")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {change!r}: the value {text!r} is not YAML") from None
+        value = read_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(f"--set {change!r}: {error}") from None
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
             raise RecipeError(f"--set {change!r}: the list has {len(node)} entries, from 0")
@@ -150,8 +178,15 @@ def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{place} is missing"
-    given = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
-    return f"{place}: {message}{given}" if place else message
+    if fault["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    given = repr(fault["input"])
+    given = given if len(given) <= _SHOWN_CHARACTERS else given[:_SHOWN_CHARACTERS] + "…"
+    cure = ""
+    if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
+        kind = "yes or no" if isinstance(fault["input"], bool) else "a number"
+        cure = f"; YAML reads it as {kind}: put it in quotes"
+    return f"{place}: {message}, got {given}{cure}"
 
 
 def _known_keys(steps: Sequence[Any], kind: str | None) -> list[str]:

@@ -34,7 +34,7 @@ class AuthorsAligner(DynamicAligner):
         self._byte_level = not source.vocabulary.space_mark
 
     def pair(self, path: Path, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """[T] the source position of each target position, of tokens without BOS and EOS."""
+        """[T] the source position of each target position, of tokens without prefix and EOS."""
         found = np.full(len(target_ids), -1, dtype=np.int64)
         alone = np.nonzero(np.diff(path.source_offsets) == 1)[0]
         source = path.sources[path.source_offsets[alone]]

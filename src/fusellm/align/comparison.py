@@ -31,7 +31,8 @@ class Side:
         shared_tokens: those whose bytes are some token's of the other tokenizer.
         kind: "byte-level", "SentencePiece" or "raw bytes".
         dummy_prefix: "none", "where no space is" or "always".
-        bos, eos: spellings; None where there is none, or for BOS where texts do not get one.
+        prefix: spellings of the tokens that are put before a text.
+        eos: spelling; None where there is none.
         special: spellings of all special tokens, by id.
         fallback_tokens: `<0xNN>` tokens.
     """
@@ -41,7 +42,7 @@ class Side:
     shared_tokens: int
     kind: str
     dummy_prefix: str
-    bos: str | None
+    prefix: tuple[str, ...]
     eos: str | None
     special: tuple[str, ...]
     fallback_tokens: int
@@ -60,7 +61,7 @@ class Domain:
         bytes_read: UTF-8 bytes of the blocks that both read.
         left_out: (blocks that the source's, that the target's tokenizer changes).
         left_out_example: the beginning of the first block left out; empty where none is.
-        source_tokens, target_tokens: tokens of the blocks that both read, without BOS and EOS.
+        source_tokens, target_tokens: tokens of the blocks that both read, without prefix and EOS.
         positions: T, target positions that predict.
         situations: positions by situation, by its name in lower case, "unaligned" among them, as
             a run with a strategy that aligns by boundaries counts them.
@@ -190,15 +191,15 @@ def _side(encoder: Encoder, others: set[bytes]) -> Side:
         shared_tokens=sum(token in others for token in text),
         kind=str(vocabulary.kind),
         dummy_prefix=dummy if vocabulary.space_mark else "none",
-        bos=_spelling(encoder, vocabulary.bos_id),
-        eos=_spelling(encoder, vocabulary.eos_id),
-        special=tuple(_spelling(encoder, id_) or "" for id_ in sorted(special)),
+        prefix=_spellings(encoder, vocabulary.prefix_ids),
+        eos=None if vocabulary.eos_id is None else _spellings(encoder, [vocabulary.eos_id])[0],
+        special=_spellings(encoder, sorted(special)),
         fallback_tokens=int(vocabulary.is_fallback.sum()),
     )
 
 
-def _spelling(encoder: Encoder, id_: int | None) -> str | None:
-    return None if id_ is None else str(encoder.tokenizer.convert_ids_to_tokens([id_])[0])
+def _spellings(encoder: Encoder, ids: Sequence[int]) -> tuple[str, ...]:
+    return tuple(str(token) for token in encoder.tokenizer.convert_ids_to_tokens(list(ids)))
 
 
 def _class_sizes(translation: Translation) -> np.ndarray:
@@ -244,12 +245,14 @@ def _domain(
 
 
 def _tokens(encoded: Sequence[Encoded]) -> Tokens:
-    """Blocks that were read, one after another."""
+    """Blocks that were read, one after another, of a prefix its last token alone."""
     nothing = np.zeros(0, dtype=np.int64)
+    given = max([0, *(block.prefix_tokens - 1 for block in encoded)])
+    rows = [block.ids[given:] for block in encoded]
     return Tokens(
-        offsets_of(np.array([len(block.ids) for block in encoded], dtype=np.int64)),
-        np.concatenate([nothing, *(block.ids for block in encoded)]),
-        np.concatenate([nothing, *(block.ends for block in encoded if block.ends is not None)]),
+        offsets_of(np.array([len(row) for row in rows], dtype=np.int64)),
+        np.concatenate([nothing, *rows]),
+        np.concatenate([nothing, *(b.ends[given:] for b in encoded if b.ends is not None)]),
     )
 
 

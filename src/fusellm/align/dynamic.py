@@ -4,20 +4,20 @@ Dynamic time warping: a path from the first tokens of both tokenizers to the las
 one or in both, of least sum of the Levenshtein distances between the spellings it meets, their
 space marks removed. The strategies `em` and `mined` use it where it pairs one token with one.
 
-T target tokens, S source tokens of one block, without BOS and EOS; M meetings of the path; Vs, Vt
-vocabulary sizes.
+T target tokens, S source tokens of one block, without prefix and EOS; M meetings of the path;
+Vs, Vt vocabulary sizes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from fusellm.align.ragged import offsets_of
 from fusellm.align.vocabulary_maps import least_dtype, same_spellings, spellings
+from fusellm.compiled import compiled
 from fusellm.tokens.encode import Encoder
 
 _BOTH, _SOURCE, _TARGET = 0, 1, 2  # who has moved; of equal costs the first, as the authors do
@@ -46,7 +46,7 @@ class Path:
     target_offsets: np.ndarray
 
 
-@numba.njit(cache=True)
+@compiled()
 def _fill(distances: np.ndarray, rows: np.ndarray, columns: np.ndarray, moves: np.ndarray) -> int:
     """Write who has moved last on the best path to each cell; return the cost of the last cell."""
     costs = np.empty(len(columns), dtype=np.int64)  # of the row before, then of this one
@@ -74,7 +74,7 @@ def _fill(distances: np.ndarray, rows: np.ndarray, columns: np.ndarray, moves: n
     return int(costs[-1])
 
 
-@numba.njit(cache=True)
+@compiled()
 def _trace(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> int:
     """Write the path, its end first; return its length."""
     i, j = moves.shape[0] - 1, moves.shape[1] - 1
@@ -201,11 +201,11 @@ class DynamicAligner:
     def align(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """The source position of each target position of a block, as `Encoder` reads it.
 
-        BOS and EOS take no part in the programme. Two BOS are aligned, for both models have read
-        nothing; EOS predicts nothing and is not.
+        Prefix and EOS take no part in the programme. The last tokens of two prefixes are aligned,
+        for both models have read nothing; EOS predicts nothing and is not.
 
         Args:
-            source_ids, target_ids: [S], [T] token ids, BOS and EOS included.
+            source_ids, target_ids: [S], [T] token ids, prefix and EOS included.
 
         Returns:
             [T] int64, -1 for none. A last position may be aligned though it predicts nothing.
@@ -217,17 +217,18 @@ class DynamicAligner:
         found = np.full(len(target_ids), -1, dtype=np.int64)
         found[target_from:target_to] = np.where(inner < 0, -1, inner + source_from)
         if source_from and target_from:
-            found[0] = 0
+            found[target_from - 1] = source_from - 1
         return found
 
     def pair(self, path: Path, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """[T] the source position of each target position, of tokens without BOS and EOS."""
+        """[T] the source position of each target position, of tokens without prefix and EOS."""
         return one_to_one(path, source_ids, target_ids, self._same_token, self._map)
 
 
 def _text_span(encoder: Encoder, ids: np.ndarray) -> tuple[int, int]:
-    """Where the tokens between BOS and EOS begin and end."""
+    """Where the tokens between prefix and EOS begin and end."""
     vocabulary = encoder.vocabulary
-    begin = int(len(ids) > 0 and vocabulary.bos_id is not None and ids[0] == vocabulary.bos_id)
+    prefix = vocabulary.prefix_ids
+    begin = len(prefix) if tuple(ids[: len(prefix)].tolist()) == prefix else 0
     with_eos = len(ids) > begin and vocabulary.eos_id is not None and ids[-1] == vocabulary.eos_id
     return begin, len(ids) - int(with_eos)

@@ -7,8 +7,9 @@ read so far; its distribution is about the token after it.
 
 from enum import IntEnum
 
-import numba
 import numpy as np
+
+from fusellm.compiled import compiled
 
 
 class Situation(IntEnum):
@@ -29,7 +30,7 @@ _BEYOND = int(Situation.BEYOND)
 _CROSSED = int(Situation.CROSSED)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _align_shard(
     target_ends: np.ndarray,
     target_offsets: np.ndarray,
@@ -38,6 +39,7 @@ def _align_shard(
     source_of_target: np.ndarray,
     situation: np.ndarray,
 ) -> None:
+    # Relies on: offsets that ascend to the ends' number, as many for both.
     out = 0
     for b in range(len(target_offsets) - 1):
         last_target = target_offsets[b + 1] - 1
@@ -80,8 +82,8 @@ def align_shard(
     aligned. The situation says how the source cuts the target's next piece (DESIGN).
 
     Args:
-        target_ends: flat boundaries of all blocks, non-decreasing within each, BOS and EOS
-            included.
+        target_ends: flat boundaries of all blocks, non-decreasing within each, prefix and
+            EOS included.
         target_offsets: [B+1] where each block's begin.
         source_ends, source_offsets: likewise; a block that the source could not read has none.
 

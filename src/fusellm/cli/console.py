@@ -1,10 +1,16 @@
-"""Bars and messages in a terminal, or as plain lines where there is none. Writes to stderr."""
+"""Where text meets the terminal: the consoles, and bars and messages on them.
 
+Names in recipes, tokens and fields of documents are other people's text. Here, and only here, what
+a terminal would obey becomes what it shows.
+"""
+
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,11 +22,67 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from fusellm.progress import Bar
 
 _PLAIN_EVERY_SECONDS = 15.0
+_KEPT = "\t\n"
+_CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in _KEPT]
+_TURNING = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # the direction of what follows
+_HALVES = range(0xD800, 0xE000)  # of characters; undecodable bytes of a file's name
+_SIGNS = dict.fromkeys((*_CONTROLS, *_TURNING, *_HALVES), "\ufffd")
+_SIGNS |= {code: chr(0x2400 + code) for code in _CONTROLS if code < 0x20} | {0x7F: "\u2421"}
+_ESCAPES = {code: f"\\u{code:04x}" for code in _SIGNS if code >= 0x7F}  # JSON has the others
+
+
+def shown(text: str) -> str:
+    """A text with signs for what would move a terminal's cursor, colour it or turn its direction.
+
+    >>> shown("red\x1b[31m")
+    'red␛[31m'
+    """
+    return text.translate(_SIGNS)
+
+
+def json_text(found: Any, indent: int | None = None) -> str:
+    """JSON that a terminal may be shown as well; in one line, or indented."""
+    return json.dumps(found, ensure_ascii=False, indent=indent).translate(_ESCAPES)
+
+
+class SafeConsole(Console):
+    """A console on which all text is text: no markup, no emoji names, no control characters."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """A text that is laid out; signs take room where what they stand for takes none."""
+        return super().render_str(shown(text), **how)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """What is written, piece by piece; movements of the cursor that rich makes are marked."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+    def say(self, text: str | Text) -> None:
+        """One line, not wrapped: a path stays a path, and a log has a line for each message."""
+        self.print(text, soft_wrap=True)
+
+
+STDOUT, STDERR = SafeConsole(), SafeConsole(stderr=True)
+
+
+def counted(amount: str, units: str) -> str:
+    """An amount with its unit.
+
+    >>> counted("1", "tokens"), counted("1.2M", "tokens")
+    ('1 token', '1.2M tokens')
+    """
+    return f"{amount} {units.removesuffix('s') if amount == '1' else units}"
 
 
 class _Done(ProgressColumn):
@@ -28,9 +90,13 @@ class _Done(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
-        total = f"/{_short(task.total)}" if task.total else ""
         rate = f"  {_short(task.speed)} {unit}/s" if task.speed else ""
-        return Text(f"{_short(task.completed)}{total} {unit}{rate}", style="progress.download")
+        done = _done(task.completed, task.total, unit)
+        return Text(f"{done}{rate}", style="progress.download")
+
+
+def _done(amount: float, total: float | None, unit: str) -> str:
+    return f"{_short(amount)}{f'/{_short(total)}' if total else ''} {unit}"
 
 
 def _short(amount: float) -> str:
@@ -54,7 +120,7 @@ class _RichBar:
 
 
 class _PlainBar:
-    def __init__(self, console: Console, what: str, total: float, unit: str) -> None:
+    def __init__(self, console: SafeConsole, what: str, total: float, unit: str) -> None:
         self._console, self._what, self._total, self._unit = console, what, total, unit
         self._done, self._note = 0.0, ""
         self._began = self._said = time.monotonic()
@@ -64,18 +130,18 @@ class _PlainBar:
         self._note = note or self._note
         if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
             self._said = time.monotonic()
-            self.say(f"{_short(self._done)}/{_short(self._total)} {self._unit}{self._left()}")
+            self.say(f"{_done(self._done, self._total, self._unit)}{self._left()}")
 
     def resize(self, total: float) -> None:
         self._total = total
 
     def say(self, text: str) -> None:
         note = f", {self._note}" if self._note else ""
-        self._console.print(f"{self._what}: {text}{note}", highlight=False)
+        self._console.say(f"{self._what}: {text}{note}")
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._began
-        self.say(f"{_short(self._done)} {self._unit} in {seconds:.1f} s")
+        self.say(f"{counted(_short(self._done), self._unit)} in {seconds:.1f} s")
 
     def _left(self) -> str:
         seconds = time.monotonic() - self._began
@@ -89,7 +155,7 @@ class _PlainBar:
 class Terminal:
     """A `fusellm.progress.Progress` for people."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: SafeConsole) -> None:
         self._console = console
 
     @contextmanager
@@ -101,14 +167,14 @@ class Terminal:
             plain.finish()
             return
         with Progress(
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description:<26}"),
+            SpinnerColumn(finished_text=Text("✓", style="green")),
+            TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=28),
             _Done(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="cyan"),
+            TextColumn("{task.fields[note]}", style="cyan", markup=False),
             console=self._console,
             refresh_per_second=4,
         ) as progress:
@@ -119,4 +185,4 @@ class Terminal:
 
     def say(self, message: str) -> None:
         """One line."""
-        self._console.print(message, highlight=False)
+        self._console.say(message)

@@ -22,8 +22,8 @@ Engine = Annotated[
     EngineName,
     typer.Option(
         "--engine",
-        help="In this process, or by the workers of a Ray cluster; the result is the same. Ray's "
-        "processes send each other pickles: use a cluster that you trust.",
+        help="In this process, or by the workers of a Ray cluster; the result is the same. A "
+        "cluster that runs is used only if it asks for a token (RAY_AUTH_MODE=token).",
         rich_help_panel=_PANEL,
     ),
 ]

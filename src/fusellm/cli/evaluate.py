@@ -1,14 +1,11 @@
 """`fusellm evaluate`: the models of a run, or any models, by suites."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fusellm.cli import evaluate_options as of
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.evaluate_list import show_list
 from fusellm.cli.evaluate_screen import (
     Results,
@@ -26,8 +23,6 @@ from fusellm.recipe_file import changed_evaluation, model_settings
 
 LM = "lm"
 _OUT = Path("runs") / "evaluation"
-_stderr = Console(stderr=True)
-_stdout = Console()
 
 
 def evaluate(
@@ -51,6 +46,7 @@ def evaluate(
     out: of.OutOfEvaluation = None,
     changes: of.SetOfEvaluation = NO_CHANGES,
     redo: of.RedoOfEvaluation = False,
+    trust_remote_code: of.TrustOfEvaluation = False,
     as_json: Json = False,
 ) -> None:
     """Measure models by suites, side by side: each source, the target, the CLM baseline, fused.
@@ -82,10 +78,10 @@ def evaluate(
     require_one_process("evaluate")
     require_savable(save_as or [])
     if list_suites:
-        show_list(places or [], given, as_json, _stdout)
+        show_list(places or [], given, as_json, STDOUT)
         return
-    found = _evaluate(places or [], suites, given, out, changes, redo)
-    print(json.dumps(as_object(found), ensure_ascii=False)) if as_json else show(found, _stdout)
+    found = _evaluate(places or [], suites, given, out, changes, redo, trust_remote_code)
+    print(json_text(as_object(found))) if as_json else show(found, STDOUT)
     for path in save_as or []:
         save(found, path)
 
@@ -97,6 +93,7 @@ def _evaluate(
     out: Path | None,
     changes: Sequence[str],
     redo: bool,
+    trusted: bool,
 ) -> Results:
     if not places:
         raise EvaluationError(
@@ -110,8 +107,8 @@ def _evaluate(
             "models only"
         )
     if runs:
-        return _evaluate_run(Path(places[0]), suites, given, out, changes, redo)
-    return _evaluate_models(places, suites, given, out or _OUT, changes, redo)
+        return _evaluate_run(Path(places[0]), suites, given, out, changes, redo, trusted)
+    return _evaluate_models(places, suites, given, out or _OUT, changes, redo, trusted)
 
 
 def is_run(place: str) -> bool:
@@ -129,13 +126,15 @@ def _evaluate_run(
     out: Path | None,
     changes: Sequence[str],
     redo: bool,
+    trusted: bool,
 ) -> Results:
     from fusellm.store.run_folder import SUITES
 
     recipe = open_recipe(place, changes)
     asked = list(suites) if suites else [LM, *recipe.evaluation.suites]
     named = [suite for suite in dict.fromkeys(asked) if suite != LM]
-    pipeline = open_pipeline(place, out, changes, given=given | {"suites": named})
+    evaluation = given | {"suites": named}
+    pipeline = open_pipeline(place, out, changes, given=evaluation, trusted=trusted)
     pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
     return results_of(pipeline.run, LM in asked, named)
 
@@ -147,6 +146,7 @@ def _evaluate_models(
     out: Path,
     changes: Sequence[str],
     redo: bool,
+    trusted: bool,
 ) -> Results:
     from fusellm.config import EvaluationSettings
     from fusellm.evaluation.comparison import Rules
@@ -154,6 +154,7 @@ def _evaluate_models(
     from fusellm.evaluation.settings import settings_of
     from fusellm.evaluation.suite_results import measure_into, read_suites
     from fusellm.models.load import locate
+    from fusellm.models.remote_code import trusted_code
 
     if not suites:
         raise EvaluationError("--suite says what models are measured by; --list shows the suites")
@@ -171,8 +172,14 @@ def _evaluate_models(
                 f"{name} is neither a run (it has no recipe.yaml) nor a model (no config.json)"
             )
     evaluation = changed_evaluation(EvaluationSettings(), given)
-    settings, shown = settings_of(evaluation), Terminal(_stderr)
-    located = {name: locate(model_settings(name, changes)) for name in names}
+    settings, shown = settings_of(evaluation), Terminal(STDERR)
+    located = {}
+    for name in names:
+        model = model_settings(name, [*changes, *["trust_remote_code=true"] * trusted])
+        told = trusted_code(model, trusted)
+        if told is not None:
+            shown.say(told)
+        located[name] = locate(model, trusted)
     models = [candidate(name, found) for name, found in located.items()]
     prepared = prepare(suites, settings, shown)
     pairs = tuple((name, names[0]) for name in names[1:])

@@ -1,6 +1,5 @@
 """`fusellm evaluate --list`: the suites, and whether their data is at hand."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fusellm.cli.console import json_text
 from fusellm.cli.execute import open_recipe
 from fusellm.errors import EvaluationError
 from fusellm.recipe_file import changed_evaluation
@@ -39,7 +39,7 @@ def show_list(
     settings = settings_of(changed_evaluation(own, given))
     rows = [_row(suite, settings) for suite in SUITES.values()]
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print(json_text(rows))
         return
     table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
     for row in rows:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fusellm.cli.options import folder
+
 Places = Annotated[
     list[str] | None,
     typer.Argument(
@@ -31,7 +33,8 @@ ListSuites = Annotated[
     ),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", metavar="FOLDER", help="Where the suites' data is.")
+    Path | None,
+    typer.Option("--data-dir", metavar="FOLDER", parser=folder, help="Where the suites' data is."),
 ]
 AllowDownload = Annotated[
     bool,
@@ -115,6 +118,8 @@ OutOfEvaluation = Annotated[
     Path | None,
     typer.Option(
         "--out",
+        metavar="FOLDER",
+        parser=folder,
         help="The run's folder, runs/NAME of the recipe if not given; of models, the folder of "
         "their records, runs/evaluation if not given.",
     ),
@@ -125,6 +130,15 @@ SetOfEvaluation = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change a setting of the recipe; of models, how they are loaded: --set dtype=bfloat16",
+    ),
+]
+TrustOfEvaluation = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with models (of a recipe: with those where it says "
+        "trust_remote_code: true); its files are named first. Only if you have read it: it can do "
+        "whatever you can.",
     ),
 ]
 RedoOfEvaluation = Annotated[

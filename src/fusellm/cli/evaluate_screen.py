@@ -24,10 +24,15 @@ _WIDE = 10_000
 
 @dataclass(frozen=True)
 class Results:
-    """What there is to show: bits per byte, where they were measured, and suites."""
+    """What there is to show: bits per byte, where they were measured, and suites.
+
+    `compared_on` says how much of the held-out text the bits per byte are over, where that is
+    known.
+    """
 
     bits_per_byte: "list[dict[str, Any]] | None"
     suites: "list[SuiteResults]"
+    compared_on: str | None = None
 
     @property
     def published(self) -> bool:
@@ -44,11 +49,13 @@ def results_of(
         suites: only these; all that were measured if None.
     """
     from fusellm.evaluation.suite_results import read_suites
-    from fusellm.stages.evaluate import read_records
+    from fusellm.evaluation.tables import compared_on
+    from fusellm.stages.evaluate import notes_of, read_records
     from fusellm.store.run_folder import SUITES
 
     records = [record.as_dict() for record in read_records(run)] if bits_per_byte else None
-    return Results(records, read_suites(run / SUITES, suites))
+    compared = compared_on(notes_of(run)) if bits_per_byte else None
+    return Results(records, read_suites(run / SUITES, suites), compared)
 
 
 def as_object(found: Results) -> Any:
@@ -68,6 +75,8 @@ def show(found: Results, console: Console) -> None:
 
         title = "Held-out bits per byte (lower is better), 95 % intervals"
         console.print(_table(results_table(found.bits_per_byte), title))
+        if found.compared_on is not None:
+            console.print(Text(found.compared_on, style="dim"))
         console.print(Text(verdict(found.bits_per_byte)))
     for one in found.suites:
         for part in _suite(one, console):
@@ -174,5 +183,7 @@ def save(found: Results, path: Path) -> None:
         text = markdown(comparisons, found.published)
         if records:
             table = markdown_table(results_table(records))
-            text = f"## lm\n\n{table}\n- {verdict(records)}\n\n{text}"
+            said = [*([found.compared_on] if found.compared_on else []), verdict(records)]
+            notes = "".join(f"- {sentence}\n" for sentence in said)
+            text = f"## lm\n\n{table}\n{notes}\n{text}"
     write_text(path, text)

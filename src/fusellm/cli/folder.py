@@ -1,18 +1,16 @@
 """`fusellm status` and `fusellm clean`: what a run's folder holds, and what it does not need."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from fusellm.cli.console import STDERR, STDOUT, json_text
 from fusellm.cli.options import Json, RunFolder
-
-_stderr = Console(stderr=True)
-_stdout = Console()
+from fusellm.recipe_file import load_recipe
 
 
 def status(run: RunFolder, as_json: Json = False) -> None:
@@ -22,37 +20,43 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 def show_status(run: Path, as_json: bool) -> None:
     """Print the stages of a run: how far each is, its size and its time."""
-    from fusellm.store.run_folder import SUITES, stage_folders, suites_of
+    from fusellm.store.externalized import TARGET
+    from fusellm.store.run_folder import RECIPE, SUITES, stage_folders, suites_of
     from fusellm.store.tables import folder_bytes
 
+    folders = list(stage_folders(run))
+    sources = {source.name for source in load_recipe(run / RECIPE).sources} | {TARGET}
     rows: list[dict[str, Any]] = [
         {
             "stage": name,
             "complete": folder.complete,
+            "in_recipe": not name.startswith("externalize/") or name.split("/")[1] in sources,
             "shards": len(folder.shards),
             "bytes": folder_bytes(folder.path),
             "seconds": round(folder.seconds, 1),
         }
-        for name, folder in stage_folders(run)
+        for name, folder in folders
     ]
     suites = suites_of(run)
     if suites is not None:
         complete, records = suites
         size = folder_bytes(run / SUITES)
         of_suites = {"stage": SUITES, "complete": complete, "shards": records, "bytes": size}
-        rows.append(of_suites | {"seconds": None})
+        rows.append(of_suites | {"in_recipe": True, "seconds": None})
     if as_json:
-        print(json.dumps(rows))
+        print(json_text(rows))
         return
     table = RichTable(title=str(run))
     for column in ("stage", "state", "shards", "size", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "state") else "right")
     for row in rows:
-        state = "[green]done[/]" if row["complete"] else "[yellow]unfinished[/]"
+        state = Text("done", "green") if row["complete"] else Text("unfinished", "yellow")
+        if not row["in_recipe"]:
+            state = Text("not in the recipe", "dim")
         megabytes = f"{row['bytes'] / 1e6:.1f} MB"
         seconds = "–" if row["seconds"] is None else str(row["seconds"])
         table.add_row(str(row["stage"]), state, str(row["shards"]), megabytes, seconds)
-    _stdout.print(table)
+    STDOUT.print(table)
 
 
 def clean(
@@ -69,12 +73,12 @@ def clean(
 
     found = removable(run, stores, everything)
     if not found:
-        _stderr.print("nothing to remove")
+        STDERR.print("nothing to remove")
         return
     for path in found:
-        _stderr.print(f"{path}  {folder_bytes(path) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+        STDERR.say(f"{path}  {folder_bytes(path) / 1e6:.1f} MB")
     if yes or typer.confirm("Remove these?"):
         for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if everything and not any(run.iterdir()):
             run.rmdir()

@@ -1,11 +1,11 @@
 """`fusellm inspect RUN --block N`: one block of a finished fuse stage, to learn the method from."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fusellm.cli.console import json_text
 from fusellm.cli.inspect_screen import screen
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def show(run: str, recipe: "Recipe", found: "Inspection", as_json: bool, console: Console) -> None:
     """Print a block, as JSON or for people."""
     if as_json:
-        print(json.dumps(as_object(run, recipe, found), ensure_ascii=False))
+        print(json_text(as_object(run, recipe, found)))
         return
     for part in screen(run, recipe, found):
         console.print(part, highlight=False)

@@ -9,15 +9,17 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-from fusellm.errors import FusellmError, RecipeError
+from fusellm.cli.console import STDERR
+from fusellm.errors import RecipeError
 
 _GRACE_SECONDS = 3.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_BY_US = "FUSELLM_LAUNCHED"  # in the environment of the processes that --nproc starts
+_BY_US = "FUSELLM_MEETING"  # for the processes that --nproc starts: the file in which they meet
 
 Nproc = Annotated[
     int,
@@ -84,37 +86,64 @@ def require_devices(count: int) -> None:
         raise RecipeError(f"--nproc {count}: this machine has {gpus} GPU(s); give as many at most")
 
 
-def train_on(count: int, run: Path) -> None:
+def train_on(count: int, run: Path, trusted: bool) -> None:
     """Train the models of a run on several processes of this machine, and wait for them.
 
+    They meet in a file of a private folder, and listen on the loopback device alone: torchrun's
+    stores would take pickles from whoever reaches their ports.
+
     Raises:
-        SystemExit: one of them failed, and has said why.
+        SystemExit: one of them failed, and has said why; or this process was told to stop.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser
-    from torch.distributed.run import run as launch
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of sources that this process has read
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    os.environ[_BY_US] = "1"
-    options = ["--standalone", "--nnodes=1", "--node-rank=0", "--max-restarts=0"]
-    command = [*options, f"--nproc-per-node={count}", "-m", "fusellm", "train", str(run)]
+    command = ["-m", "fusellm", "train", str(run), *["--trust-remote-code"] * trusted]
     command += ["--debug"] * ("--debug" in sys.argv)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}  # it sets its own
     logging.disable()  # the launcher's own: who failed says why
     try:
-        launch(get_args_parser().parse_args(command))
-    except ChildFailedError:
-        raise SystemExit(1) from None
-    except SignalException:
-        raise SystemExit(130) from None
+        with TemporaryDirectory(prefix="fusellm-train-") as private:
+            started = start_processes(
+                "fusellm",
+                sys.executable,
+                dict.fromkeys(range(count), tuple(command)),
+                {rank: _environment(rank, count, Path(private)) for rank in range(count)},
+                DefaultLogsSpecs(log_dir=private),
+            )
+            try:
+                ended = started.wait(period=0.2)
+            except SignalException as stop:
+                started.close(stop.sigval)
+                raise SystemExit(128 + stop.sigval) from None
+            if ended is None or ended.is_failed():
+                raise SystemExit(1)
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _environment(rank: int, count: int, private: Path) -> dict[str, str]:
+    """What a process of a training is told, besides what this one was."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    found = {name: str(value) for name, value in own.items()} | {_BY_US: str(private / "meeting")}
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    chosen = {"OMP_NUM_THREADS": threads}
+    chosen |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
+    return found | {name: os.environ.get(name, value) for name, value in chosen.items()}
+
+
+def join() -> None:
+    """Find the other processes, where `--nproc` has started this one."""
+    if _BY_US in os.environ:
+        from fusellm.models import processes
+
+        processes.join(Path(os.environ[_BY_US]), int(os.environ["RANK"]), launched())
 
 
 @contextmanager
@@ -145,23 +174,23 @@ def _leave() -> None:
         leave()
 
 
-def tell(error: FusellmError) -> None:
-    """Say what was wrong, once.
+def tell(what: str) -> None:
+    """Say what was wrong, once, and in one line.
 
     Where a launcher started several processes, the first one speaks. The launcher ends the others
     when one fails, and who is there still after a while has something of its own to say.
     """
     if not speaks():
         time.sleep(_GRACE_SECONDS)
-        print(f"fusellm (process {os.environ['RANK']}): {error}", file=sys.stderr)
+        STDERR.say(f"fusellm (process {os.environ['RANK']}): {what}")
         return
-    print(f"fusellm: {error}", file=sys.stderr)
+    STDERR.say(f"fusellm: {what}")
 
 
 def tell_stopped() -> None:
-    """Say once, after Ctrl-C, that nothing is lost."""
+    """Say once, after Ctrl-C and its like, that nothing is lost."""
     if "RANK" not in os.environ or (speaks() and _BY_US not in os.environ):
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        STDERR.say("stopped; the same command goes on from here")
 
 
 def speaks() -> bool:

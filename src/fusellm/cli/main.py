@@ -3,22 +3,23 @@
 Heavy imports are made inside the commands, so that `--help` answers at once.
 """
 
-import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from fusellm.cli import engine as engines
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
+from fusellm.cli.ending import EXIT_CODES, debug_wanted
+from fusellm.cli.ending import run as run_to_its_end
 from fusellm.cli.evaluate import evaluate
-from fusellm.cli.execute import execute, open_pipeline
+from fusellm.cli.execute import execute, open_pipeline, open_recipe, run_of, show_results
 from fusellm.cli.folder import clean, status
-from fusellm.cli.launch import Nproc, parting, tell, tell_stopped
+from fusellm.cli.launch import Nproc, parting
 from fusellm.cli.options import (
     NO_CHANGES,
     Json,
@@ -28,12 +29,13 @@ from fusellm.cli.options import (
     Redo,
     RunFolder,
     Set,
+    TrustRemoteCode,
 )
 from fusellm.cli.store import store_app
 from fusellm.cli.template import init
 from fusellm.cli.tokenizers import tokenizers
 from fusellm.cli.zoo import zoo_app
-from fusellm.errors import FusellmError, StoreError
+from fusellm.errors import StoreError
 from fusellm.recipe_file import schema
 
 app = typer.Typer(
@@ -46,15 +48,32 @@ app = typer.Typer(
         "Fuse the knowledge of several language models into one.\n\n"
         "`fusellm demo` shows it all in minutes, with no download. For models of your own: "
         "`fusellm init`, edit the recipe, `fusellm check`, `fusellm run`.\n\n"
-        "Any command takes `--debug` to show where an error came from."
+        "Any command takes `--debug` (or the variable FUSELLM_DEBUG) to show where an error came "
+        "from."
     ),
+    epilog=EXIT_CODES,
 )
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(store_app, name="store")
 app.command()(tokenizers)
 
-_stderr = Console(stderr=True)
-_stdout = Console()
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        STDOUT.say(f"fusellm {version('fusellm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fusellm(
+    wanted: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Say which version this is."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -78,6 +97,7 @@ def run(
     as_json: Json = False,
     push_to_hub: PushToHub = None,
     nproc: Nproc = 1,
+    trust_remote_code: TrustRemoteCode = False,
     engine: engines.Engine = engines.EngineName.LOCAL,
     ray_address: engines.RayAddress = None,
     workers: engines.Workers = None,
@@ -90,7 +110,18 @@ def run(
     interruption, give the same command again.
     """
     settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
-    execute(_stages(), recipe, out, changes, redo, as_json, settings, push_to_hub, nproc)
+    execute(
+        _stages(),
+        recipe,
+        out,
+        changes,
+        redo,
+        as_json,
+        settings,
+        push_to_hub,
+        nproc,
+        trust_remote_code,
+    )
 
 
 def _stage_command(stage: str, text: str) -> None:
@@ -99,9 +130,10 @@ def _stage_command(stage: str, text: str) -> None:
         out: Out = None,
         changes: Set = NO_CHANGES,
         redo: Redo = False,
+        trust_remote_code: TrustRemoteCode = False,
         as_json: Json = False,
     ) -> None:
-        execute((stage,), recipe, out, changes, redo, as_json)
+        execute((stage,), recipe, out, changes, redo, as_json, trusted=trust_remote_code)
 
     app.command(stage, help=text)(command)
 
@@ -115,6 +147,7 @@ def externalize(
     out: Out = None,
     changes: Set = NO_CHANGES,
     redo: Redo = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     engine: engines.Engine = engines.EngineName.LOCAL,
     ray_address: engines.RayAddress = None,
@@ -124,7 +157,16 @@ def externalize(
 ) -> None:
     """Read each source's next-token distributions over the corpus."""
     settings = engines.settings_of(engine, ray_address, workers, worker_cpus, worker_gpus)
-    execute(("externalize",), recipe, out, changes, redo, as_json, settings)
+    execute(
+        ("externalize",),
+        recipe,
+        out,
+        changes,
+        redo,
+        as_json,
+        settings,
+        trusted=trust_remote_code,
+    )
 
 
 _stage_command("fuse", "Align, translate and fuse the distributions; no model, no GPU.")
@@ -139,23 +181,47 @@ def train_command(
     as_json: Json = False,
     push_to_hub: PushToHub = None,
     nproc: Nproc = 1,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue training the target on the fused distributions, and the CLM baseline."""
-    execute(("train",), recipe, out, changes, redo, as_json, push_to=push_to_hub, nproc=nproc)
+    execute(
+        ("train",),
+        recipe,
+        out,
+        changes,
+        redo,
+        as_json,
+        push_to=push_to_hub,
+        nproc=nproc,
+        trusted=trust_remote_code,
+    )
 
 
 app.command()(evaluate)
-_stage_command("report", "Write results.json, results.csv and the report page.")
+
+
+@app.command()
+def report(recipe: RecipeOrRun, out: Out = None, as_json: Json = False) -> None:
+    """Write results.json, results.csv and the report page of a run, from its folder alone."""
+    from fusellm.stages.report import write_report
+
+    run = run_of(recipe, out, open_recipe(recipe, NO_CHANGES))
+    write_report(run)
+    show_results(run, as_json)
 
 
 @app.command()
 def check(
-    recipe: RecipeOrRun, out: Out = None, changes: Set = NO_CHANGES, as_json: Json = False
+    recipe: RecipeOrRun,
+    out: Out = None,
+    changes: Set = NO_CHANGES,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
-    found = open_pipeline(recipe, out, changes).check()
+    found = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json_text(found))
         return
     table = RichTable(title=f"{recipe}: all found")
     for column in ("name", "model", "architecture", "tokens", "context", "every block fits"):
@@ -165,10 +231,12 @@ def check(
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
         place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
         table.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
-    _stdout.print(table)
+    STDOUT.print(table)
+    for name, model in found["models"].items():
+        STDOUT.say(_tried(name, model))
     projected, free = found["projected_store_bytes"], found["free_bytes"]
     size = "unknown (the corpus has no budget)" if projected is None else _gigabytes(projected)
-    _stdout.print(f"Distributions on disk: about {size}; free: {_gigabytes(free)}", highlight=False)
+    STDOUT.print(f"Distributions on disk: about {size}; free: {_gigabytes(free)}")
     if projected is not None and projected > free:
         raise StoreError(
             f"the run needs about {_gigabytes(projected)} and {found['run']} has "
@@ -205,6 +273,7 @@ def inspect_command(
     """
     from fusellm.cli.inspect import show
     from fusellm.inspection import PART, inspect_block
+    from fusellm.models.readers import readers_of
 
     if not run.is_dir():
         raise StoreError(f"{run} is not a run: there is no such folder; give the folder of a run")
@@ -213,18 +282,18 @@ def inspect_command(
             f"--part {part} has no distributions: sources read the part {PART} only; leave --part "
             "away"
         )
-    pipeline = open_pipeline(run, None, NO_CHANGES)
-    readers = pipeline.readers.items()
+    recipe = open_recipe(run, NO_CHANGES)
+    readers = readers_of(recipe).items()
     found = inspect_block(
-        pipeline.recipe,
-        pipeline.run,
+        recipe,
+        run,
         {name: reader.encoder for name, reader in readers},
         {name: reader.tokenizer_fingerprint for name, reader in readers},
         block,
         position,
-        Terminal(_stderr),
+        Terminal(STDERR),
     )
-    show(str(pipeline.run), pipeline.recipe, found, as_json, _stdout)
+    show(str(run), recipe, found, as_json, STDOUT)
 
 
 app.command()(init)
@@ -235,7 +304,7 @@ app.command()(clean)
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    print(json.dumps(schema(), indent=1))
+    print(json_text(schema(), indent=1))
 
 
 def _stages() -> tuple[str, ...]:
@@ -248,27 +317,32 @@ def _demo_recipe() -> Path:
     return Path(__file__).parent.parent / "recipes" / "demo.yaml"
 
 
+def _tried(name: str, model: dict[str, Any]) -> str:
+    """What a model's tokenizer made of some blocks of the corpus."""
+    blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
+    read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
+    return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
+
+
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+@app.command("help", hidden=True)
+def help_command(
+    context: typer.Context, command: Annotated[list[str] | None, typer.Argument()] = None
+) -> None:
+    """Show help, of a command if one is named."""
+    app(args=[*(command or []), "--help"], prog_name=context.find_root().info_name)
 
 
 @parting()
 def main() -> None:
     """Run the command line; faults that a user can mend are one line on stderr."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = sys.argv[1:]
+    debug = debug_wanted(arguments)
     set_up_libraries()
-    try:
-        app(args=arguments)
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C, in the seconds of imports as well
-            tell_stopped()
-        raise
-    except FusellmError as error:
-        if debug:
-            raise
-        tell(error)
-        sys.exit(1)
+    run_to_its_end(lambda: app(args=arguments), debug)
 
 
 def set_up_libraries() -> None:

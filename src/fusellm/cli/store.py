@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import STDERR, SafeConsole, Terminal
 from fusellm.cli.options import Json
 from fusellm.errors import FusellmError, StoreError
 
@@ -71,7 +70,7 @@ TokenizerName = Annotated[
         "--tokenizer",
         metavar="NAME",
         help="Folder, hub name or zoo/NAME of the source's tokenizer, to show tokens in place of "
-        "ids. Not needed inside a run, whose recipe tells it.",
+        "ids, where the store's model is not at hand.",
     ),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout, one a block.")]
@@ -95,7 +94,7 @@ def info(path: Source, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(_facts_object(store, per_token, fault)))
         return
-    console = Console()
+    console = SafeConsole()
     for part in info_screen(store, per_token, fault):
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
 
@@ -128,8 +127,8 @@ def verify(
     """
     from fusellm.cli.store_screen import verify_screen
 
-    console, stderr = Console(), Console(stderr=True)
-    found, out = _verified(path, repair, Terminal(stderr))
+    console = SafeConsole()
+    found, out = _verified(path, repair, Terminal(STDERR))
     if as_json:
         print(json.dumps(_verified_object(path, found, out)))
     else:
@@ -180,7 +179,7 @@ def cat(
     from fusellm.store.opened import open_store
 
     store = open_store(path)
-    encoder = _encoder(store, tokenizer, Terminal(Console(stderr=True)))
+    encoder = _encoder(store, tokenizer, Terminal(STDERR))
     if as_json:
         blocks: Iterator[StoredBlock] = iter(store) if block is None else iter([store[block]])
         for found in blocks:
@@ -189,7 +188,7 @@ def cat(
     if len(store) == 0:
         raise StoreError(f"{path} has no blocks yet; `fusellm externalize` goes on with it")
     chosen = store[store.numbers[0].start if block is None else block]
-    console = Console()
+    console = SafeConsole()
     for part in cat_screen(store, chosen, position, limit or _LISTED_POSITIONS, encoder):
         console.print(part, highlight=False)
 
@@ -202,7 +201,7 @@ def _encoder(store: "DistributionStore", given: str | None, terminal: Terminal) 
     """
     from fusellm.store.identity import tokenizer_fingerprint
 
-    expected = store.facts.identity.inputs["tokenizer"]
+    expected = store.facts.identity.inputs.get("tokenizer")
     if given is not None:
         from fusellm.cli.tokenizers import load_encoder
 
@@ -215,34 +214,30 @@ def _encoder(store: "DistributionStore", given: str | None, terminal: Terminal) 
             )
         return encoder
     try:
-        of_recipe = _encoder_of_recipe(store)
+        own = _own_encoder(store)
     except FusellmError as error:
-        terminal.say(f"ids are shown: {error}")
+        terminal.say(f"ids are shown, and with --tokenizer NAME tokens: {error}")
         return None
-    if of_recipe is not None and tokenizer_fingerprint(of_recipe) != expected:
-        terminal.say("ids are shown: the recipe's tokenizer is not the one the store was made with")
+    if tokenizer_fingerprint(own) != expected:
+        terminal.say(
+            f"ids are shown: the tokenizer of {store.facts.model} is not the one that the store "
+            "was made with; --tokenizer NAME gives another"
+        )
         return None
-    return of_recipe
+    return own
 
 
-def _encoder_of_recipe(store: "DistributionStore") -> "Encoder | None":
-    """The tokenizer that the recipe of the store's run names; None where there is no recipe.
+def _own_encoder(store: "DistributionStore") -> "Encoder":
+    """The tokenizer of the model that the store names; none of its code is run.
 
     Raises:
         FusellmError: it cannot be loaded.
     """
-    path = store.path.resolve().parents[1] / "recipe.yaml"
-    if not path.exists():
-        return None
+    from fusellm.config import ModelSettings
     from fusellm.models.readers import reader_of
-    from fusellm.recipe_file import load_recipe
 
-    name = store.facts.identity.stage.removeprefix("externalize/")
-    source = next((one for one in load_recipe(path).sources if one.name == name), None)
-    if source is None:
-        return None
-    revision = store.facts.commit or source.revision
-    return reader_of(source.model_copy(update={"revision": revision})).encoder
+    facts = store.facts
+    return reader_of(ModelSettings(model=facts.model, revision=facts.commit)).encoder
 
 
 def _sizes(store: "DistributionStore") -> tuple[dict[str, float], str | None]:

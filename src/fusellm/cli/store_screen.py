@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from fusellm.cli.console import counted
 from fusellm.cli.inspect_grid import visible
 from fusellm.cli.inspect_lists import bar, number
 
@@ -89,7 +90,7 @@ def _facts(store: "DistributionStore") -> Iterator[tuple[str, str]]:
     yield "positions", f"{facts.positions:,}"
     if facts.positions:
         yield "kept a position", f"{facts.kept / facts.positions:.2f} tokens"
-    size = f"{facts.bytes / 1e6:,.2f} MB in {facts.shards:,} shards"
+    size = f"{facts.bytes / 1e6:,.2f} MB in {counted(f'{facts.shards:,}', 'shards')}"
     yield "size", f"{size}, {facts.bytes / max(facts.tokens, 1):.2f} bytes a token"
     versions = (f"{name} {facts.software.get(name, '?')}" for name in ("fusellm", "transformers"))
     yield "written by", f"{', '.join(versions)}, in {facts.seconds:,.0f} s"
@@ -216,7 +217,8 @@ def cat_screen(
     yield Text.assemble(
         ("block ", "dim"),
         (str(block.number), "bold"),
-        f"  {len(block.ids):,} tokens, {block.positions:,} positions, {ends:,} bytes",
+        f"  {counted(f'{len(block.ids):,}', 'tokens')}, "
+        f"{counted(f'{block.positions:,}', 'positions')}, {counted(f'{ends:,}', 'bytes')}",
         f"  of {plain(store.facts.model)}, {store.facts.scheme}",
     )
     if not block.usable:

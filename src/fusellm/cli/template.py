@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fusellm.cli.console import STDERR
 from fusellm.errors import RecipeError
 
 RECIPE_TEMPLATE = """\
@@ -39,7 +39,7 @@ corpus:
     #   validation_split: validation
     #   held_out_split: test
     #   domain: minipile
-    # - files: data/**/*.jsonl     # or .parquet, or text files
+    # - files: data/**/*.jsonl     # or json, csv, parquet, arrow, text; plain, gz, bz2, zst or xz
     #   text_field: text           # or several: [prompt, answer]
     #   # context_fields: [prompt]   # those that are read and not predicted
     #   domain: mine
@@ -82,7 +82,7 @@ def init(
     """Write a commented recipe to start from."""
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file or move it away")
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"there is no folder {path.parent} for {path.name}; make it first")
     path.write_text(RECIPE_TEMPLATE, encoding="utf-8")
-    Console(stderr=True).print(
-        f"wrote {path}; edit it, then: fusellm check {path}", highlight=False
-    )
+    STDERR.say(f"wrote {path}; edit it, then: fusellm check {path}")

@@ -3,16 +3,14 @@
 Heavy imports are made inside the functions, so that `--help` answers at once.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import STDERR, SafeConsole, Terminal, json_text
 from fusellm.cli.tokenizers_screen import screen, verdict
 from fusellm.errors import CorpusError
 
@@ -37,7 +35,12 @@ TextFiles = Annotated[
     ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that a tokenizer brings along.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that the two bring along; its files are named first. Only if you have read "
+        "it: it can do whatever you can.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
 _NO_FILES: list[Path] = []
@@ -59,16 +62,15 @@ def tokenizers(
     """
     from fusellm.align.comparison import compare, parts_of
 
-    stderr = Console(stderr=True)
-    terminal = Terminal(stderr)
+    terminal = Terminal(STDERR)
     mine, theirs = (load_encoder(name, trust_remote_code, terminal) for name in (source, target))
     texts = _texts_of(text) if text else _builtin_texts(terminal)
     with terminal.start("comparing", parts_of(texts), "parts") as bar:
         found = compare(mine, theirs, texts, on_part=lambda: bar.advance())
     if as_json:
-        print(json.dumps(as_object(source, target, found), ensure_ascii=False))
+        print(json_text(as_object(source, target, found)))
         return
-    console = Console()
+    console = SafeConsole()
     for part in screen(*_short_names(source, target), found):
         console.print(part)
 
@@ -85,9 +87,14 @@ def load_encoder(
         ModelError: it cannot be loaded, or the model beside it has too few rows for it.
         TokenizerError: its tokens cannot be told as bytes.
     """
+    from fusellm.config import ModelSettings
+    from fusellm.models.remote_code import trusted_code
     from fusellm.models.tokenizers import require_rows, rows_beside, tokenizer_at
     from fusellm.tokens.encode import Encoder
 
+    told = trusted_code(ModelSettings(model=name, trust_remote_code=trust_remote_code), True)
+    if told is not None:
+        terminal.say(told)
     tokenizer = tokenizer_at(name, trust_remote_code)
     if tokenizer.eos_token is None:
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}

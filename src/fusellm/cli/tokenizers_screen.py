@@ -69,7 +69,7 @@ def _sides(source: str, target: str, found: "Comparison") -> Table:
     table.add_row("kind", *(side.kind for side in both))
     table.add_row("byte fallback", *(_fallback(side) for side in both))
     table.add_row("dummy prefix", *(side.dummy_prefix for side in both))
-    table.add_row("BOS before each block", *(Text(side.bos or "none") for side in both))
+    table.add_row("put before each block", *(Text(" ".join(s.prefix) or "none") for s in both))
     table.add_row("EOS after a document", *(Text(side.eos or "none") for side in both))
     becomes = "EOS of B" if found.eos_becomes_eos else "nothing"
     table.add_row("  becomes", becomes if found.source.eos else "", "")

@@ -1,8 +1,10 @@
 """What a recipe can say. Every field has a sentence with its unit."""
 
+import re
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from fusellm.config.base import Name, SettingsBlock, Share
 from fusellm.config.corpus import BuiltinDocuments as BuiltinDocuments
@@ -33,6 +35,9 @@ class ModelSettings(SettingsBlock):
     """Name of a GGUF file in that folder or repository (`fusellm[gguf]`); it is dequantized."""
     tokenizer: str | None = None
     """Folder or hub name of a tokenizer that the model is read with in place of its own."""
+    prefix: list[str] | None = None
+    """Tokens that are put before each block in place of those that the tokenizer puts before a text
+    by itself, as in ["[gMASK]", "<sop>"]; [] puts none. null leaves it to the tokenizer."""
     dtype: Dtype = "float32"
     """Precision of the weights while the model runs."""
     quantization: Literal["8bit", "4bit"] | None = None
@@ -46,7 +51,8 @@ class ModelSettings(SettingsBlock):
     """Attention implementation; `auto` takes the fastest that the architecture and the machine
     have. `flash_attention_2` and `_3` need a GPU and half precision."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run. Off unless you have read it."""
+    """Whether code that comes with the model is wanted. It runs if who types the command has read
+    it, and gives --trust-remote-code as well."""
 
     @property
     def precision(self) -> str:
@@ -70,6 +76,28 @@ class SourceSettings(ModelSettings):
     """Its name in folders and tables."""
 
 
+def model_block(given: Any) -> Any:
+    """What a text alone means in the place of a model.
+
+    >>> model_block("zoo/prose")
+    {'model': 'zoo/prose'}
+    """
+    return {"model": given} if isinstance(given, str) else given
+
+
+def source_block(given: Any) -> Any:
+    """What a text alone means in the place of a source, whose name is the end of its model's.
+
+    >>> source_block("models/my model.gguf")
+    {'model': 'models/my model.gguf', 'name': 'my-model'}
+    """
+    if not isinstance(given, str):
+        return given
+    end = PurePosixPath(given).name.removesuffix(".gguf")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", end).lstrip("._-")
+    return {"model": given, "name": name}
+
+
 class ExternalizeSettings(SettingsBlock):
     """What is kept of a source's distribution at each position."""
 
@@ -86,6 +114,9 @@ class ExternalizeSettings(SettingsBlock):
     where a batch should stay in its caches."""
     not_finite_share: Share = 0.01
     """Most blocks that may give NaN or infinity, as a share of all; they are put aside."""
+    changed_share: Share = 0.5
+    """Most blocks that a tokenizer may change (lower case, NFC, unknown characters), as a share of
+    all; they are left out for its model. Above it nothing is read."""
 
 
 class FusionSettings(SettingsBlock):
@@ -241,9 +272,19 @@ class Recipe(SettingsBlock):
     """Name of the run; its folder is runs/<name> unless --out says another."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of draws, order and subsets of documents."""
-    target: ModelSettings
-    """The model that is trained."""
-    sources: Annotated[list[SourceSettings], Field(min_length=1)]
+    target: Annotated[
+        ModelSettings, BeforeValidator(model_block, json_schema_input_type=str | ModelSettings)
+    ]
+    """The model that is trained: a block, or where it is and no more."""
+    sources: Annotated[
+        list[
+            Annotated[
+                SourceSettings,
+                BeforeValidator(source_block, json_schema_input_type=str | SourceSettings),
+            ]
+        ],
+        Field(min_length=1),
+    ]
     """The models whose distributions are read; the target may be one of them."""
     corpus: CorpusSettings
     externalize: ExternalizeSettings = ExternalizeSettings()

@@ -88,15 +88,25 @@ class HubDocuments(_Records):
 
 
 class FileDocuments(_Records):
-    """Local files: one document a row of parquet or jsonl, one a text file."""
+    """Local files: one document a record, or one a text file."""
 
     files: str | list[str]
-    """Paths or globs, relative to the recipe's folder: .parquet, .jsonl, or text, which has no
-    fields."""
+    """Paths or globs, relative to the recipe's folder; `**` stands for any folders. jsonl, json,
+    csv, parquet and arrow have records, text has no fields; each may be packed (gz, bz2, zst,
+    xz)."""
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] | None = None
+    """What the files are, where their endings do not say it."""
     domain: Name = "corpus"
     """The domain that these documents are counted under."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the training budget, relative to the other entries."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents depend on, in this block; the files count by their content."""
+        found = super().identity()
+        if self.format is None:  # the endings, which count with the content
+            del found["format"]
+        return found
 
 
 _KINDS_OF_DOCUMENTS = ("builtin", "hub", "files")
@@ -129,7 +139,7 @@ class CorpusSettings(SettingsBlock):
     block_bytes: Annotated[int, Field(ge=4)] = 4096
     """Longest block, in bytes of UTF-8; it must fit the context of every model."""
     train_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Text to train on, in bytes over all entries; null takes all of it."""
+    """Text to train on, in bytes over all entries, to a block; null takes all of it."""
     train_tokens: Annotated[int, Field(gt=0)] | None = None
     """The same budget in tokens of the target's tokenizer, instead of `train_bytes`."""
     validation_bytes: Annotated[int, Field(gt=0)] = 200_000

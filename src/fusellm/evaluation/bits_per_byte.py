@@ -32,7 +32,7 @@ def blocks_nats(
 
     Returns:
         A [L] float64 array a block, NaN where nothing was predicted (the first token's bytes of a
-        model without BOS); None where the tokenizer's walk failed.
+        model before whose texts nothing is put); None where the tokenizer's walk failed.
     """
     head = None if is_sharded(model) else head_of(model).widened()
     found: list[np.ndarray | None] = [
@@ -57,7 +57,7 @@ def blocks_nats(
             ends = encoded[n].ends
             assert ends is not None
             whole = np.array([0, len(ends)]), np.array([0, lengths_bytes[n]])
-            found[n] = nats_by_byte(ends, whole[0], row, whole[1])
+            found[n] = nats_by_byte(ends, whole[0], row, whole[1], encoded[n].prefix_tokens)
             if on_block is not None:
                 on_block()
     return found

@@ -8,6 +8,7 @@ the first stop token; prompt, completion and tests together are a program, which
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ MULTIPL_E = "https://huggingface.co/datasets/nuprl/MultiPL-E"
 HUMAN_EVAL = "https://github.com/openai/human-eval (data/HumanEval.jsonl.gz)"
 PYTHON_STOP_TOKENS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Those of HumanEval (Chen et al. 2021, section 2.2)."""
+_MOST_BYTES = 1 << 26  # unpacked; the largest file there is has some hundred kilobytes
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,16 @@ def read_problems(path: Path, key: str, verbatim: bool = False) -> list[Problem]
         EvaluationError: the file cannot be read, or a row of it is none of these.
     """
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise EvaluationError(
+                f"{path} holds more than {_MOST_BYTES >> 20} MiB, as no file of problems does; get "
+                "it again"
+            )
+        text = data.decode("utf-8")
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise EvaluationError(f"{path} cannot be read ({error}); get it again") from error
     if not rows:
         raise EvaluationError(f"{path} is empty; get it again")

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.settings import DATA_DIR, DOWNLOAD
 from fusellm.models.hub import HUB_FAULTS
 from fusellm.store.files import file_digest
 from fusellm.store.identity import digest
@@ -67,8 +68,8 @@ class Origin:
         if data_dir is not None:
             nor = f" (nor {' or '.join(tried[1:])})" if tried[1:] else ""
             looked = f"{data_dir} has no {tried[0]}{nor}"
-        download = ", or allow the download with --allow-download" if self.hub else ""
-        return f"{looked}. Get it from {self.where} and name its folder with --data-dir{download}"
+        download = f", or allow the download: {DOWNLOAD}" if self.hub else ""
+        return f"{looked}. Get it from {self.where} and name its folder: {DATA_DIR}{download}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _download(hub: Hub) -> list[Row]:
         reason = " ".join(str(error).split())[:300]
         raise EvaluationError(
             f"{hub} could not be read from the hub ({type(error).__name__}: {reason}); download "
-            "it elsewhere and name its folder with --data-dir"
+            f"it elsewhere and name its folder: {DATA_DIR}"
         ) from error
     rows: list[Row] = split.to_list()
     return rows

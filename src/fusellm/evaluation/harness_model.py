@@ -67,6 +67,9 @@ def harness_model(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, batch_size
             )
             return written
 
+    rows = loaded.model.config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and needs a row all the same
     return Model(
         pretrained=loaded.model,
         tokenizer=tokenizer,

@@ -23,13 +23,8 @@ from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.suite_tasks import tasks_of
 from fusellm.evaluation.suites import named
 from fusellm.evaluation.watched import Ruler, Watched, require_readable
-from fusellm.models.load import (
-    Located,
-    default_device,
-    load_model,
-    load_tokenizer,
-    require_packages,
-)
+from fusellm.models.headers import require_loadable
+from fusellm.models.load import Located, default_device, load_model, load_tokenizer
 from fusellm.progress import Progress, Silent
 from fusellm.store.files import make_folder
 from fusellm.store.identity import Identity, digest
@@ -68,9 +63,10 @@ def candidate(name: str, located: Located) -> Candidate:
 
     Raises:
         EvaluationError: lm_eval cannot use its tokenizer.
-        ModelError: its tokenizer, or a package that it is loaded with, is missing.
+        ModelError: its tokenizer, or a package that it is loaded with, is missing, or its files
+            are not what they should be.
     """
-    require_packages(located)
+    require_loadable(located)
     tokenizer = load_tokenizer(located)
     require_readable(tokenizer)
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()

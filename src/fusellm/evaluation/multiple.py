@@ -23,7 +23,7 @@ from fusellm.evaluation.completions import (
 from fusellm.evaluation.extra import extra
 from fusellm.evaluation.records import Header, TaskRecord
 from fusellm.evaluation.sandbox import LANGUAGES, Sandbox, Toolchain, find_sandbox, find_toolchain
-from fusellm.evaluation.settings import Loaded, Settings
+from fusellm.evaluation.settings import DATA_DIR, Loaded, Settings
 from fusellm.progress import Progress
 from fusellm.store.files import file_digest
 
@@ -91,8 +91,8 @@ def prepare_languages(
     if settings.data_dir is None or not settings.data_dir.is_dir():
         there = settings.data_dir or "none"
         raise EvaluationError(
-            f"{suite.name} reads its problems from a data folder, and {there} is there; name it "
-            "with --data-dir (docs/evaluation.md says what is in it)"
+            f"{suite.name} reads its problems from a data folder, and {there} is there; name it: "
+            f"{DATA_DIR} (docs/evaluation.md says what is in it)"
         )
     sandbox = find_sandbox(settings.toolchains)
     tasks, not_run = [], []

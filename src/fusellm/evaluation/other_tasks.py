@@ -9,7 +9,7 @@ from fusellm.evaluation.extra import extra
 from fusellm.evaluation.harness import Task, means_of, ready
 from fusellm.evaluation.quiet import quiet, seeded
 from fusellm.evaluation.records import Kind
-from fusellm.evaluation.settings import Settings
+from fusellm.evaluation.settings import DOWNLOAD, Settings
 from fusellm.evaluation.suites import unknown
 from fusellm.store.identity import digest
 
@@ -34,8 +34,7 @@ def other_tasks(name: str, settings: Settings) -> list[Task]:
         raise unknown(name, manager.all_tasks)
     if not settings.allow_download:
         raise EvaluationError(
-            f"{name} is a task of lm_eval, which gets its data from the hub; allow that with "
-            "--allow-download"
+            f"{name} is a task of lm_eval, which gets its data from the hub; allow that: {DOWNLOAD}"
         )
     try:
         with quiet(), seeded(settings.seed), _no_code_from_the_hub():

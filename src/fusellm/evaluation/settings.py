@@ -8,6 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fusellm.config import EvaluationSettings
 
+# How errors name settings, which a run and a check have from a recipe alone.
+DATA_DIR = "evaluation.data_dir, or --data-dir of fusellm evaluate"
+DOWNLOAD = "evaluation.allow_download: true, or --allow-download of fusellm evaluate"
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -6,10 +6,10 @@ all; U outcomes of a translation.
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from fusellm.align.translation import Translation
+from fusellm.compiled import compiled
 from fusellm.fusion.kept import Kept
 
 
@@ -45,7 +45,7 @@ class MapCounts:
     met: np.ndarray
 
 
-@numba.njit(cache=True)
+@compiled()
 def _carry(
     rows: np.ndarray,
     offsets: np.ndarray,
@@ -62,6 +62,8 @@ def _carry(
     masses: np.ndarray,
     rest: np.ndarray,
 ) -> int:
+    # Relies on: ids below len(outcome_of_source), offsets that ascend to len(ids), outcomes from -1
+    # to len(seen_by) - 1. A store's layout and the reader of kept maps hold these.
     used = 0
     for r in range(len(rows)):
         row, begin = rows[r], used
@@ -121,7 +123,7 @@ def carry(
     return Carried(lengths, outcomes[:used], found[:used], rest)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _count(
     rows: np.ndarray,
     offsets: np.ndarray,
@@ -133,6 +135,7 @@ def _count(
     carried: np.ndarray,
     met: np.ndarray,
 ) -> None:
+    # Relies on the same as `_carry`.
     for r in range(len(rows)):
         for entry in range(offsets[rows[r]], offsets[rows[r] + 1]):
             outcome = outcome_of_source[ids[entry]]

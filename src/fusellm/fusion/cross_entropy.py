@@ -6,25 +6,29 @@ predict, L bytes, in all; S sources.
 
 import math
 
-import numba
 import numpy as np
+
+from fusellm.compiled import compiled
 
 NATS_PER_BIT = math.log(2)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _nats_by_byte(
     ends: np.ndarray,
     token_offsets: np.ndarray,
     true_log_prob: np.ndarray,
     byte_offsets: np.ndarray,
+    prefix_tokens: int,
     by_byte: np.ndarray,
 ) -> None:
+    # Relies on: ends that ascend within a block to no more than its bytes (require_text).
     position = 0
     for b in range(len(token_offsets) - 1):
         pending = 0.0
         for t in range(token_offsets[b], token_offsets[b + 1] - 1):
-            pending -= true_log_prob[position]
+            if t + 1 - token_offsets[b] >= prefix_tokens:
+                pending -= true_log_prob[position]
             position += 1
             width = ends[t + 1] - ends[t]
             if width > 0:
@@ -34,33 +38,40 @@ def _nats_by_byte(
 
 
 def nats_by_byte(
-    ends: np.ndarray, token_offsets: np.ndarray, true_log_prob: np.ndarray, byte_offsets: np.ndarray
+    ends: np.ndarray,
+    token_offsets: np.ndarray,
+    true_log_prob: np.ndarray,
+    byte_offsets: np.ndarray,
+    prefix_tokens: int = 0,
 ) -> np.ndarray:
     """Cross-entropy of blocks, each token's nats spread evenly over its bytes.
 
     A token without bytes (a dummy prefix standing alone) adds its nats to the token after it. EOS
-    has no bytes and nothing after it, and is not counted.
+    has no bytes and nothing after it, and is not counted; nor are the tokens that are put before a
+    text, which no model is asked to predict.
 
     Args:
         ends: [T] boundaries in bytes, counted from each block's beginning.
         token_offsets: [B+1] where each block's tokens are; a block may have none.
         true_log_prob: [N] nats, of each block's tokens but the first.
         byte_offsets: [B+1] where each block's bytes are.
+        prefix_tokens: of each block, tokens that are put before its text.
 
     Returns:
-        [L] float64 nats; NaN at bytes that no prediction covers (the first token's, where the
-        model has no BOS).
+        [L] float64 nats; NaN at bytes that no prediction covers (the first token's, where nothing
+        is put before a text).
 
     >>> nats_by_byte(np.array([0, 1, 3]), np.array([0, 3]), np.array([-1.0, -4.0]),
     ...              np.array([0, 3])).tolist()
     [1.0, 2.0, 2.0]
     """
     by_byte = np.full(byte_offsets[-1], np.nan)
-    _nats_by_byte(ends, token_offsets, true_log_prob.astype(np.float64), byte_offsets, by_byte)
+    nats = true_log_prob.astype(np.float64)
+    _nats_by_byte(ends, token_offsets, nats, byte_offsets, prefix_tokens, by_byte)
     return by_byte
 
 
-@numba.njit(cache=True)
+@compiled()
 def _span_nats(
     by_byte: np.ndarray,
     read: np.ndarray,
@@ -71,6 +82,7 @@ def _span_nats(
     nats: np.ndarray,
     scored: np.ndarray,
 ) -> None:
+    # Relies on the same as `_nats_by_byte`.
     sources = len(by_byte)
     position = 0
     for b in range(len(token_offsets) - 1):

@@ -36,6 +36,20 @@ class Reading:
     translation: Translation
     aligned: Aligned
 
+    def nats_by_byte(self, byte_offsets: np.ndarray) -> np.ndarray:
+        """[L] float64 nats by byte; `byte_offsets` [B+1] says where each block's bytes are."""
+        tokens = self.tokens
+        where = tokens.offsets, self.kept.true_log_prob, byte_offsets
+        return nats_by_byte(tokens.ends, *where, tokens.prefix_tokens)
+
+    def nats_per_token(self) -> np.ndarray:
+        """[B] float64 mean nats of each block's tokens, without its prefix."""
+        offsets, asked = self.tokens.position_offsets, self.tokens.asked
+        nats = np.where(asked, -self.kept.true_log_prob.astype(np.float64), 0.0)
+        sums, counts = (np.concatenate([[0], np.cumsum(values)]) for values in (nats, asked))
+        per_block = sums[offsets[1:]] - sums[offsets[:-1]]
+        return np.asarray(per_block / np.maximum(counts[offsets[1:]] - counts[offsets[:-1]], 1))
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -79,7 +93,7 @@ class Fused:
 
 
 Counts = dict[str, np.ndarray]
-"""By name [B], sums over a block's positions.
+"""By name [B], sums over those of a block's positions that predict text or EOS.
 
 Of each source: `read` (1 for a block that it read), positions per situation by its name,
 `aligned`, `first_positions` left out, `mass_kept` and `mass_carried` over aligned positions, `met`
@@ -104,12 +118,7 @@ def fuse_blocks(
     """
     read = np.array([np.diff(s.tokens.offsets) > 0 for s in sources])
     read &= np.diff(target.offsets) > 0
-    by_byte = np.array(
-        [
-            nats_by_byte(s.tokens.ends, s.tokens.offsets, s.kept.true_log_prob, byte_offsets)
-            for s in sources
-        ]
-    )
+    by_byte = np.array([s.nats_by_byte(byte_offsets) for s in sources])
     aligned = np.array([s.aligned.source >= 0 for s in sources])
     block = np.repeat(np.arange(read.shape[1]), np.diff(target.position_offsets))
     if rules.as_authors:
@@ -118,7 +127,7 @@ def fuse_blocks(
     weights = rules.function(compared)
     fused = _gather(target, sources, rules, weights, block)
     each = [
-        _counts_of(source, read[s], by_byte[s], weights[s], byte_offsets, block)
+        _counts_of(source, read[s], by_byte[s], weights[s], byte_offsets, block, target.asked)
         for s, source in enumerate(sources)
     ]
     return fused, _counts_of_all(target, compared, block), each
@@ -135,19 +144,13 @@ def _compare(
     aligned: np.ndarray,
 ) -> Compared:
     where = (by_byte, read, target.ends, target.offsets, byte_offsets)
-    per_token = np.array([_nats_per_token(source)[block] for source in sources])
+    per_token = np.array([source.nats_per_token()[block] for source in sources])
     if rules.per_token:
         cross_entropy = per_token
     else:
         nats, scored = span_nats(*where, rules.reach)
         cross_entropy = nats / (np.maximum(scored, 1) * NATS_PER_BIT)
     return Compared(aligned, cross_entropy, per_token, span_nats(*where, 0)[0], rules.beta)
-
-
-def _nats_per_token(source: Reading) -> np.ndarray:
-    offsets = source.tokens.position_offsets
-    sums = np.concatenate([[0.0], np.cumsum(-source.kept.true_log_prob.astype(np.float64))])
-    return np.asarray((sums[offsets[1:]] - sums[offsets[:-1]]) / np.maximum(np.diff(offsets), 1))
 
 
 def _gather(
@@ -216,6 +219,7 @@ def _counts_of(
     weights: np.ndarray,
     byte_offsets: np.ndarray,
     block: np.ndarray,
+    asked: np.ndarray,
 ) -> Counts:
     blocks = len(read)
     there = source.aligned.source >= 0
@@ -231,7 +235,7 @@ def _counts_of(
         "wins": (block, weights),
         "nats": (byte_block, np.nan_to_num(by_byte)),
         "scored_bytes": (byte_block, np.isfinite(by_byte)),
-    } | {s.name.lower(): (block, source.aligned.situations == s) for s in Situation}
+    } | {s.name.lower(): (block, asked & (source.aligned.situations == s)) for s in Situation}
     counts = {n: np.bincount(at, weights=v, minlength=blocks) for n, (at, v) in sums.items()}
     return counts | {"read": read.astype(np.float64)}
 
@@ -241,10 +245,10 @@ def _counts_of_all(target: Tokens, compared: Compared, block: np.ndarray) -> Cou
     cost = np.where(compared.aligned, compared.cross_entropy, np.inf)
     least = cost.min(axis=0, initial=np.inf)
     tied = ((cost == least) & compared.aligned).sum(axis=0) > 1
-    alone = ~compared.aligned.any(axis=0)
+    alone = target.asked & ~compared.aligned.any(axis=0)
     return {
         "blocks": np.ones(blocks),
-        "positions": np.diff(target.position_offsets).astype(np.float64),
+        "positions": np.bincount(block, weights=target.asked, minlength=blocks),
         "without_source": np.bincount(block, weights=alone, minlength=blocks),
         "ties": np.bincount(block, weights=tied, minlength=blocks),
     }

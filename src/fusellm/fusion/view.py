@@ -15,7 +15,7 @@ from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import Tokens
 from fusellm.align.translation import Translation
 from fusellm.fusion.carry import carry
-from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
+from fusellm.fusion.cross_entropy import NATS_PER_BIT, span_nats
 from fusellm.fusion.fuse import Fused, Reading, Rules
 from fusellm.tokens.encode import Encoder
 
@@ -26,7 +26,7 @@ class Read:
 
     Attributes:
         read: whether it could: a tokenizer may change the text.
-        ids: [T] token ids, BOS and EOS included; none where it could not.
+        ids: [T] token ids, prefix and EOS included; none where it could not.
         spelled: [T] what the tokens stand for; a special token as its tokenizer writes it.
         ends: [T] boundaries in bytes.
     """
@@ -271,12 +271,7 @@ def _cross_entropies(material: Material) -> tuple[np.ndarray, list[float | None]
     """([S, N] what sources are compared by, [S] bits per byte of the block)."""
     target, readings, rules = material.target, material.readings, material.rules
     whole = np.array([0, material.size])
-    by_byte = np.array(
-        [
-            nats_by_byte(r.tokens.ends, r.tokens.offsets, r.kept.true_log_prob, whole)
-            for r in readings
-        ]
-    )
+    by_byte = np.array([r.nats_by_byte(whole) for r in readings])
     scored = np.isfinite(by_byte)
     nats = np.nan_to_num(by_byte).sum(1)
     bits = [
@@ -284,8 +279,7 @@ def _cross_entropies(material: Material) -> tuple[np.ndarray, list[float | None]
         for n, c in zip(nats, scored.sum(1), strict=True)
     ]
     if rules.per_token:
-        per_token = [-r.kept.true_log_prob.astype(np.float64) for r in readings]
-        means = np.array([nats.mean() if len(nats) else 0.0 for nats in per_token])
+        means = np.concatenate([r.nats_per_token() for r in readings])
         return np.repeat(means[:, None], len(target.predicting), axis=1), bits
     read = np.array([[len(r.tokens.ids) > 0] for r in readings])
     spans = (by_byte, read, target.ends, target.offsets, whole, rules.reach)

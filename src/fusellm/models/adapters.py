@@ -107,8 +107,27 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
 
 def holds_adapters(folder: Path) -> bool:
     """Whether a folder holds adapters, and no model."""
-    has = [(folder / name).is_file() for name in ADAPTER_FILES]
-    return all(has) and not (folder / "config.json").exists()
+    return _has_adapters(folder) and not (folder / "config.json").exists()
+
+
+def adapters_beside(folder: Path) -> bool:
+    """Whether the folder of a model holds adapters on that model as well.
+
+    Raises:
+        ModelError: their weights are missing, or a pickle.
+    """
+    if not (folder / _CONFIG).is_file():
+        return False
+    if not _has_adapters(folder):
+        raise ModelError(
+            f"{folder} has adapters beside its model ({_CONFIG}), and not their weights as "
+            f"{ADAPTER_FILES[1]}; fetch these, or take {_CONFIG} away to read the model without"
+        )
+    return True
+
+
+def _has_adapters(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ADAPTER_FILES)
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:

@@ -9,10 +9,11 @@ Falcon with ALiBi, where transformers (5.17 to 5.23) adds the ALiBi bias twice.
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from fusellm.errors import ModelError
+from fusellm.models.configurations import class_of as _class_of
 
 _HALF = (torch.bfloat16, torch.float16)
 _AMPERE, _HOPPER = 8, 9  # compute capabilities: 2 runs from the first on, 3 on the second alone
@@ -70,20 +71,6 @@ def implementations(architecture: Any, config: PretrainedConfig) -> list[str]:
     if not alibi_falcon:
         found.append("eager")
     return found
-
-
-def _class_of(config: PretrainedConfig) -> Any:
-    """The class that AutoModelForCausalLM loads; None if it comes with the model."""
-    if type(config).__module__.startswith("transformers_modules"):
-        return None
-    try:
-        found: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        return None
-    if not isinstance(found, list | tuple):
-        return found
-    named = {one.__name__: one for one in found}
-    return next((named[n] for n in config.architectures or () if n in named), found[0])
 
 
 def _caps_scores(config: PretrainedConfig) -> bool:

@@ -25,7 +25,7 @@ def training_card(
         front["base_model"] = target.settings.model
     rows = [("target", target), *sources] if which == "fused" else [("target", target)]
     table = "\n".join(
-        f"| {name} | {_cell(_without_folders(row['model']))} | {_cell(row['revision'] or '')} | "
+        f"| {name} | {_cell(without_folders(row['model']))} | {_cell(row['revision'] or '')} | "
         f"{row['architecture']} | `{row['fingerprint'][:16]}` |"
         for name, located in rows
         for row in [describe(located)]
@@ -36,7 +36,7 @@ def training_card(
         if which == "fused"
         else "L_CLM alone (λ = 1): the run's baseline, over the same text in the same order"
     )
-    settings = _without_folders(
+    settings = without_folders(
         recipe.model_dump(mode="json", by_alias=True, exclude={"target", "sources"})
     )
     listing = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -59,16 +59,16 @@ def _lambda(fusion: FusionSettings) -> str:
     return f"{fusion.lambda_:g} to {end:g} ({fusion.lambda_schedule})"
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """A setting with files of this machine by their names alone: a card is made to be shown.
 
-    >>> _without_folders({"files": ["/home/me/notes/*.md"], "model": "owner/name"})
+    >>> without_folders({"files": ["/home/me/notes/*.md"], "model": "owner/name"})
     {'files': ['*.md'], 'model': 'owner/name'}
     """
     if isinstance(value, dict):
-        return {key: _without_folders(one) for key, one in value.items()}
+        return {key: without_folders(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_without_folders(one) for one in value]
+        return [without_folders(one) for one in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -3,9 +3,10 @@
 C positions, V vocabulary.
 """
 
-import numba
 import numpy as np
 import torch
+
+from fusellm.compiled import compiled
 
 _SPAN = 64  # ids whose weights are summed at a time; only where a draw falls are they told apart
 
@@ -51,7 +52,7 @@ def by_spans(weights: torch.Tensor, shift: torch.Tensor, draws: int) -> torch.Te
     return torch.from_numpy(ids)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _walk(weights: np.ndarray, sums: np.ndarray, shift: np.ndarray, ids: np.ndarray) -> None:
     """Pass over spans until a point falls into one, then over its ids.
 

@@ -1,6 +1,7 @@
 """Finding, checking and loading models; safetensors only."""
 
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +12,7 @@ import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,18 +21,40 @@ from transformers import (
 
 from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
-from fusellm.models.adapters import ADAPTER_FILES, adapter_base, holds_adapters, merge_from
+from fusellm.models.adapters import (
+    ADAPTER_FILES,
+    adapter_base,
+    adapters_beside,
+    holds_adapters,
+    merge_from,
+    require_peft,
+)
 from fusellm.models.attention import choose_attention
+from fusellm.models.configurations import (
+    context_tokens,
+    method_of,
+    read_configuration,
+    require_quantizer,
+    stored_quantization,
+)
 from fusellm.models.gguf import model_header
 from fusellm.models.gguf_model import as_ordinary, config_of, loading_arguments, without_bar
 from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
 from fusellm.models.heads import check_head
 from fusellm.models.places import gguf_file, local_folder
-from fusellm.models.tokenizers import require_rows, tokenizer_at
-from fusellm.models.weights import cached_digest, weight_files
+from fusellm.models.remote_code import not_trusted
+from fusellm.models.tokenizers import (
+    put_before,
+    read_tokenizer,
+    require_rows,
+    tokenizer_at,
+)
+from fusellm.models.weights import cached_digest, loaded_files, require_content, weight_files
 from fusellm.store.identity import digest
 
-_CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
+# transformers puts adapters that it finds on a model, where PEFT is installed; here those that are
+# meant are merged. This is a folder in which it finds none.
+_NO_ADAPTERS = "no-adapters"
 _LOADING_ERRORS = (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError)
 
 
@@ -51,6 +72,7 @@ class Located:
         weight_bytes: size of its weights' files, where they are local.
         adapters: folder of the adapters that are merged into it, where `settings` names one.
         gguf: the GGUF file that it is loaded from, if it is; `place` is then its folder.
+        runs_code: whether code that comes with it may run.
     """
 
     settings: ModelSettings
@@ -62,43 +84,66 @@ class Located:
     weight_bytes: int | None
     adapters: Path | None = None
     gguf: Path | None = None
+    runs_code: bool = False
 
 
-def locate(settings: ModelSettings) -> Located:
+def locate(settings: ModelSettings, trusted: bool = False) -> Located:
     """Find a model and check what can be checked without loading it.
+
+    Args:
+        trusted: whether code may run where the settings want it; by who types a command.
 
     Raises:
         ModelError: nothing is there, its weights are pickles only, it is no language model, it
             comes with code that is not trusted, or it is to be quantized a second time.
     """
+    runs_code = trusted and settings.trust_remote_code
     found = gguf_file(settings)
     if found is not None:
-        return _locate_gguf(settings, *found)
+        return replace(_locate_gguf(settings, *found), runs_code=runs_code)
     folder = local_folder(settings.model)
     if folder is not None and holds_adapters(folder):
-        return _locate_adapters(settings, folder)
+        return _locate_adapters(settings, folder, trusted)
     place = str(folder) if folder is not None else settings.model
-    try:
-        config = AutoConfig.from_pretrained(
-            place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(_why_not_found(settings, error)) from error
-    stored = _stored_quantization(config)
+    config = read_configuration(settings, place, runs_code)
+    stored = stored_quantization(config)
     if settings.quantization is not None and stored is not None:
         raise ModelError(
-            f"{settings.model} is stored quantized ({stored}), so it cannot be loaded with "
-            f"quantization: {settings.quantization}; leave that out"
+            f"{settings.model} is stored quantized ({method_of(stored)}), so it cannot be loaded "
+            f"with quantization: {settings.quantization}; leave that out"
         )
-    context = _context_tokens(config)
     if folder is None:
+        context = context_tokens(config)
         commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
-        return Located(settings, place, commit, config, fingerprint, context, None)
-    weights = sorted(folder.glob("*.safetensors"))
-    sums = {path.name: cached_digest(path) for path in [*weights, folder / "config.json"]}
-    weight_bytes = sum(path.stat().st_size for path in weights)
-    return Located(settings, place, None, config, digest(sums), context, weight_bytes)
+        return Located(
+            settings, place, commit, config, fingerprint, context, None, runs_code=runs_code
+        )
+    model = _locate_folder(settings, folder, config, runs_code)
+    return _with_adapters(model, settings, folder) if adapters_beside(folder) else model
+
+
+def _locate_folder(
+    settings: ModelSettings, folder: Path, config: PretrainedConfig, runs_code: bool
+) -> Located:
+    """The model of a folder, known by all files that are loaded."""
+    named = getattr(config, "transformers_weights", None)
+    loaded = loaded_files(settings.model, str(folder), None, named)
+    for path in loaded.values():
+        require_content(settings.model, path)
+    code = folder.glob("*.py") if runs_code else ()
+    beside = [*folder.glob("*.safetensors"), folder / "config.json", *code]
+    files = {path.name: path for path in beside} | loaded
+    return Located(
+        settings,
+        str(folder),
+        None,
+        config,
+        digest({name: cached_digest(path) for name, path in files.items()}),
+        context_tokens(config),
+        sum(path.stat().st_size for path in loaded.values()),
+        runs_code=runs_code,
+    )
 
 
 def _locate_gguf(settings: ModelSettings, path: Path, commit: str | None) -> Located:
@@ -110,27 +155,32 @@ def _locate_gguf(settings: ModelSettings, path: Path, commit: str | None) -> Loc
         )
     config = config_of(model_header(path))
     fingerprint = digest({"gguf": cached_digest(path)})
-    context, size = _context_tokens(config), path.stat().st_size
+    context, size = context_tokens(config), path.stat().st_size
     return Located(
         settings, str(path.parent), commit, config, fingerprint, context, size, gguf=path
     )
 
 
-def _context_tokens(config: PretrainedConfig) -> int | None:
-    text = config.get_text_config()
-    return next((int(v) for key in _CONTEXT_KEYS if (v := getattr(text, key, None))), None)
-
-
-def _locate_adapters(settings: ModelSettings, folder: Path) -> Located:
+def _locate_adapters(settings: ModelSettings, folder: Path, trusted: bool) -> Located:
     """The model that a folder of adapters is on, with the folder."""
+    base, revision = adapter_base(folder)
+    of_base = {"model": base, "revision": revision, "tokenizer": None}
+    found = locate(settings.model_copy(update=of_base), trusted)
+    return _with_adapters(found, settings, folder)
+
+
+def _with_adapters(found: Located, settings: ModelSettings, folder: Path) -> Located:
+    """A model with the adapters of a folder."""
+    if found.adapters is not None:
+        raise ModelError(
+            f"the model that the adapters of {folder} are on has adapters itself "
+            f"({found.adapters}); merge those into it first, as `fusellm` does where it trains them"
+        )
     if settings.quantization is not None or settings.device_map is not None:
         raise ModelError(
             f"{folder} holds adapters, which are merged into their model as it is loaded; leave "
             "quantization and device_map out"
         )
-    base, revision = adapter_base(folder)
-    of_base = {"model": base, "revision": revision, "tokenizer": None}
-    found = locate(settings.model_copy(update=of_base))
     sums = {name: cached_digest(folder / name) for name in ADAPTER_FILES}
     fingerprint = digest([found.fingerprint, sums])
     return replace(found, settings=settings, fingerprint=fingerprint, adapters=folder)
@@ -163,30 +213,17 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
     """
     settings = located.settings
     if settings.tokenizer is not None:
-        tokenizer = tokenizer_at(settings.tokenizer, settings.trust_remote_code)
+        tokenizer = tokenizer_at(settings.tokenizer, located.runs_code)
         if located.gguf is not None:
             require_same_tokens(model_header(located.gguf), tokenizer, settings.tokenizer)
     elif located.gguf is not None:
         tokenizer = tokenizer_of(model_header(located.gguf))
     else:
-        tokenizer = _own_tokenizer(located)
+        place, commit = located.place, located.commit
+        tokenizer = read_tokenizer(settings.model, place, commit, located.runs_code)
+    if settings.prefix is not None:
+        put_before(settings.model, tokenizer, settings.prefix)
     require_rows(settings.model, tokenizer, located.config.get_text_config().vocab_size)
-    return tokenizer
-
-
-def _own_tokenizer(located: Located) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            located.place,
-            revision=located.commit,
-            trust_remote_code=located.settings.trust_remote_code,
-        )
-    except (ImportError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{located.settings.model} has no tokenizer to load: {reason}; put one beside it, as "
-            "`tokenizer:` with a folder or a hub name"
-        ) from error
     return tokenizer
 
 
@@ -196,15 +233,18 @@ def require_packages(located: Located) -> None:
     Raises:
         ModelError: one is missing; the message has the command that installs it.
     """
-    stored = _stored_quantization(located.config)
-    if located.settings.quantization is None and "bitsandbytes" not in (stored or ""):
-        return
-    if find_spec("bitsandbytes") is None:
-        why = f"quantization: {located.settings.quantization}" if stored is None else "it is stored"
-        raise ModelError(
-            f"{located.settings.model} needs the package bitsandbytes ({why}): "
-            "pip install 'fusellm[quantized]'"
-        )
+    model, wanted = located.settings.model, located.settings.quantization
+    stored = stored_quantization(located.config)
+    if located.adapters is not None:
+        require_peft(f"{located.adapters}, which holds adapters,")
+    if wanted is not None or (stored is not None and "bitsandbytes" in method_of(stored)):
+        if find_spec("bitsandbytes") is None:
+            why = "it is stored" if wanted is None else f"quantization: {wanted}"
+            raise ModelError(
+                f"{model} needs the package bitsandbytes ({why}): pip install 'fusellm[quantized]'"
+            )
+    elif stored is not None:
+        require_quantizer(model, stored)
 
 
 def load_model(
@@ -234,12 +274,9 @@ def load_model(
         raise ModelError(_why_not_loaded(located, error)) from error
     model, found = loaded
     weakref.finalize(model, offload.cleanup)
-    absent = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
+    absent = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
     if absent:
-        raise ModelError(
-            f"{located.settings.model} lacks weights that its configuration asks for "
-            f"({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''}); they would be random"
-        )
+        raise ModelError(lacking(located.settings.model, absent))
     if "device_map" not in arguments:  # else it is where it belongs, and must not be moved
         model.to(device)
     if located.gguf is not None:
@@ -249,6 +286,12 @@ def load_model(
     model.eval()
     _try(model, located)
     return cast(PreTrainedModel, model)
+
+
+def lacking(model: str, names: Collection[str]) -> str:
+    """What is said of a model without some of its weights."""
+    few = f"{', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
+    return f"{model} lacks weights that its configuration asks for ({few}); they would be random"
 
 
 def default_device() -> torch.device:
@@ -271,10 +314,11 @@ def _loading_arguments(
         device = torch.device("cpu")
     arguments: dict[str, Any] = {
         "revision": located.commit,
-        "trust_remote_code": settings.trust_remote_code,
+        "trust_remote_code": located.runs_code,
         "dtype": dtype,
         "use_safetensors": True,
         "attn_implementation": choose_attention(wanted, config, device, dtype),
+        "adapter_kwargs": {"subfolder": _NO_ADAPTERS},
     }
     if located.gguf is not None:
         arguments |= {"revision": None} | loading_arguments(config, located.gguf)
@@ -282,7 +326,7 @@ def _loading_arguments(
         arguments["quantization_config"] = _bitsandbytes(settings.quantization, dtype)
     if places is not None:
         arguments["device_map"] = places
-    elif settings.quantization is not None or _stored_quantization(config) is not None:
+    elif settings.quantization is not None or stored_quantization(config) is not None:
         arguments["device_map"] = {"": str(device)}
     return arguments
 
@@ -293,16 +337,6 @@ def _bitsandbytes(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
-
-
-def _stored_quantization(config: PretrainedConfig) -> str | None:
-    """The method that a model's weights are stored quantized with, or None."""
-    for part in (config, config.get_text_config()):
-        stored = getattr(part, "quantization_config", None)
-        if stored is not None:
-            stored = stored if isinstance(stored, dict) else stored.to_dict()
-            return str(stored.get("quant_method", "unknown"))
-    return None
 
 
 def _try(model: PreTrainedModel, located: Located) -> None:
@@ -317,6 +351,9 @@ def _try(model: PreTrainedModel, located: Located) -> None:
 
 def _why_not_loaded(located: Located, error: Exception, what: str = "could not be loaded") -> str:
     settings = located.settings
+    untrusted = not_trusted(error, f"model {settings.model}")
+    if untrusted is not None:
+        return untrusted
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     cure = ""
     if "cannot be loaded with `safetensors`" in reason:
@@ -345,22 +382,6 @@ def _hub_commit(settings: ModelSettings) -> str:
     return Path(found).parent.name
 
 
-def _why_not_found(settings: ModelSettings, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
-        return (
-            f"model {settings.model} comes with code of its own, which does not run unless you "
-            "trust it; set trust_remote_code: true once you have read it"
-        )
-    if len(reason) > 300:
-        reason = reason[:300] + "…"
-    where = (
-        settings.model if settings.revision is None else f"{settings.model} at {settings.revision}"
-    )
-    cure = "; name its file, as gguf_file: NAME.gguf" if "gguf" in settings.model.lower() else ""
-    return f"model {where} could not be found, neither as a folder nor on the hub: {reason}{cure}"
-
-
 def describe(located: Located) -> dict[str, Any]:
     """What `check` and a model card say of a model."""
     return {
@@ -370,5 +391,7 @@ def describe(located: Located) -> dict[str, Any]:
         "architecture": (located.config.architectures or ["unknown"])[0],
         "context_tokens": located.context_tokens,
         "fingerprint": located.fingerprint,
-        **located.settings.model_dump(include={"gguf_file", "tokenizer"}, exclude_none=True),
+        **located.settings.model_dump(
+            include={"gguf_file", "tokenizer", "prefix"}, exclude_none=True
+        ),
     }

@@ -13,7 +13,8 @@ from fusellm.models.gguf import SUFFIX, require_gguf
 
 ZOO = ("prose", "python", "cpp")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HUB_FAULTS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
+HUB_FAULTS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
+"""What is raised where a file of the hub cannot be had."""
 
 
 def zoo_folder(name: str) -> Path:
@@ -71,7 +72,7 @@ def gguf_file(settings: ModelSettings) -> tuple[Path, str | None] | None:
 def _of_hub(settings: ModelSettings, name: str) -> tuple[Path, str | None]:
     try:
         path = Path(hf_hub_download(settings.model, name, revision=settings.revision))
-    except _HUB_FAULTS as error:
+    except HUB_FAULTS as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{name} of {settings.model} could not be found, neither in a folder of that name nor "

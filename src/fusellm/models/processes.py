@@ -1,9 +1,11 @@
 """The processes that train one model together: how many there are, which this is, and waiting.
 
-torchrun and accelerate start them; accelerate joins them when the arguments of a training are made.
+torchrun and accelerate start them, and accelerate joins them when the arguments of a training are
+made; those that `--nproc` starts are joined before.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -60,6 +62,11 @@ def gathered(items: list[Any]) -> list[Any]:
     """The items of all processes, in their order; every process gets them."""
     found: list[Any] = gather_object(items) if count() > 1 else items
     return found
+
+
+def join(meeting: Path, rank: int, of: int) -> None:
+    """Find the other processes of this machine by a file, where a port would be open to others."""
+    torch.distributed.init_process_group(init_method=f"file://{meeting}", rank=rank, world_size=of)
 
 
 def leave() -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fusellm.config import ModelSettings
+from fusellm.config import ModelSettings, Recipe
 from fusellm.models.gguf import read_header
 from fusellm.models.gguf_tokenizer import CHAT_TEMPLATE
 from fusellm.models.load import Located, load_tokenizer, locate
+from fusellm.store.externalized import TARGET
 from fusellm.store.identity import tokenizer_fingerprint
 from fusellm.tokens.encode import Encoder
 
@@ -28,16 +29,29 @@ class Reader:
         return path is not None and bool(read_header(path).get(CHAT_TEMPLATE))
 
 
-def reader_of(settings: ModelSettings) -> Reader:
+def reader_of(settings: ModelSettings, trusted: bool = False) -> Reader:
     """Find a model and its tokenizer.
+
+    Args:
+        trusted: whether code that comes with it may run, where the settings want it.
 
     Raises:
         ModelError: as `locate` and `load_tokenizer` do.
         TokenizerError: its tokens cannot be told as bytes.
     """
-    located = locate(settings)
+    located = locate(settings, trusted)
     encoder = encoder_of(located)
     return Reader(located, encoder, tokenizer_fingerprint(encoder))
+
+
+def readers_of(recipe: Recipe, trusted: bool = False) -> dict[str, Reader]:
+    """The models of a recipe that read the corpus, the target first.
+
+    Raises:
+        ModelError, TokenizerError: as `reader_of` does.
+    """
+    found = {TARGET: reader_of(recipe.target, trusted)}
+    return found | {source.name: reader_of(source, trusted) for source in recipe.sources}
 
 
 def encoder_of(located: Located) -> Encoder:

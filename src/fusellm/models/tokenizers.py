@@ -1,16 +1,20 @@
 """Finding and loading a tokenizer that a user names, and whether it fits a model's head."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusellm.errors import ModelError
 from fusellm.models.gguf import SUFFIX, read_header, require_gguf
 from fusellm.models.gguf_tokenizer import tokenizer_of
 from fusellm.models.places import looks_local, zoo_folder
+from fusellm.models.tokenizer_faults import why_not_loaded
 
-_FAULTS = (ImportError, KeyError, OSError, ValueError)
+# Settings by which transformers builds a template of its own as it loads a tokenizer.
+_BUILD_TEMPLATES = ("add_bos_token", "add_eos_token")
 
 
 def tokenizer_at(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -22,23 +26,29 @@ def tokenizer_at(name: str, trust_remote_code: bool = False) -> PreTrainedTokeni
     if name.endswith(SUFFIX) and Path(name).expanduser().is_file():
         require_gguf(name)
         return tokenizer_of(read_header(Path(name).expanduser()))
-    place = _place(name)
+    loaded = read_tokenizer(name, _place(name), None, trust_remote_code)
+    loaded.name_or_path = name  # what an error calls it
+    return loaded
+
+
+def read_tokenizer(
+    name: str, place: str, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a repository of the hub.
+
+    Args:
+        name: what it is called.
+        place, revision: folder, or hub name with a commit.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded; the message says what would load it.
+    """
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=trust_remote_code
+            place, revision=revision, trust_remote_code=trust_remote_code
         )
-    except _FAULTS as error:
-        reason = " ".join(str(error).split())[:200]
-        if Path(place).is_dir():
-            held = ", ".join(sorted(path.name for path in Path(place).iterdir())[:6]) or "nothing"
-            raise ModelError(
-                f"{name} holds no tokenizer that can be loaded (it holds: {held}); give a folder "
-                f"with a tokenizer.json: {reason}"
-            ) from error
-        raise ModelError(
-            f"tokenizer {name} could not be found, neither as a folder nor on the hub: {reason}"
-        ) from error
-    loaded.name_or_path = name  # what an error calls it
+    except Exception as error:  # tokenizers, in Rust, raises nothing narrower
+        raise ModelError(why_not_loaded(name, place, revision, error)) from error
     return loaded
 
 
@@ -51,6 +61,39 @@ def _place(name: str) -> str:
     if not folder.is_dir() and (looks_local(name) or name.endswith(SUFFIX)):
         raise ModelError(f"there is no folder {name}; check the path")
     return str(folder) if folder.is_dir() else name
+
+
+def put_before(model: str, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[str]) -> None:
+    """Let a tokenizer put these tokens before every text, and nothing after it.
+
+    It keeps to that when it is saved, so that a trained model is used as it was trained.
+
+    Args:
+        model: what the recipe calls it.
+
+    Raises:
+        ModelError: there is no such token, or the tokenizer is written in Python.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"prefix of {model}: its tokenizer is written in Python, where what is put before a "
+            "text is part of its code; leave prefix out, or name a fast tokenizer (`tokenizer:`)"
+        )
+    known = tokenizer.get_vocab()
+    unknown = [token for token in prefix if token not in known]
+    if unknown:
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        raise ModelError(
+            f"prefix of {model}: its tokenizer has no token {unknown[0]!r}; special tokens that it "
+            f"has: {', '.join(special[:8]) or 'none'}"
+        )
+    whole = {"id": "prefix", "ids": [known[token] for token in prefix], "tokens": list(prefix)}
+    before = "prefix " if prefix else ""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{before}$A", pair=f"{before}$A $B:1", special_tokens=[whole] if prefix else []
+    )
+    for name in _BUILD_TEMPLATES:
+        tokenizer.init_kwargs.pop(name, None)
 
 
 def rows_beside(name: str) -> int | None:
@@ -68,10 +111,10 @@ def rows_beside(name: str) -> int | None:
 
 
 def require_rows(model: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Check that a head has a row for every token of a text, and for those around it.
+    """Check that a head has a row for every token of a text, and for the one that ends it.
 
-    A special token that no text has may lie beyond: Gemma 3's models without vision have no row
-    for the token of an image.
+    Any other special token may lie beyond, for no text has it: Gemma 3's models without vision have
+    no row for the token of an image, and many copies of Llama 2 none for a `<pad>`.
 
     Args:
         model: what the recipe calls it.
@@ -82,12 +125,17 @@ def require_rows(model: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> N
     """
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(id_ for id_, token in added if token.special)}
-    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
-    beyond = [
-        id_ for id_ in tokenizer.get_vocab().values() if id_ >= rows and id_ not in special - needed
-    ]
-    if beyond:
+    beyond = {token: id_ for token, id_ in tokenizer.get_vocab().items() if id_ >= rows}
+    if tokenizer.eos_token in beyond:
         raise ModelError(
-            f"{model} has {rows} rows in its head and {max(beyond) + 1} tokens in its tokenizer; "
-            "resize its embeddings, or give it its own tokenizer (`tokenizer:`)"
+            f"{model} has {rows} rows in its head, and none for the token that ends a text, "
+            f"{tokenizer.eos_token} ({beyond[tokenizer.eos_token]}); set eos_token in its "
+            "tokenizer_config.json to the one that it was trained with, or resize its embeddings"
+        )
+    ordinary = [token for token, id_ in beyond.items() if id_ not in special]
+    if ordinary:
+        raise ModelError(
+            f"{model} has {rows} rows in its head and {max(beyond.values()) + 1} tokens in its "
+            f"tokenizer, {ordinary[0]!r} among those beyond; resize its embeddings, or give it its "
+            "own tokenizer (`tokenizer:`)"
         )

@@ -1,7 +1,8 @@
 """The rows that a training reads, from the fused store or the target's tokens, and their order.
 
 Both stores give the same blocks in the same order. A token all of whose bytes are context is read
-and not predicted, by neither loss. T positions of a block.
+and not predicted, by neither loss; nor is one that the tokenizer puts before a text. T positions of
+a block.
 
 A store that is kept in memory is shuffled as a whole. A larger one is read by windows of record
 batches, in a shuffled order, each shuffled in itself, so that each is read about once an epoch.
@@ -19,10 +20,17 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fusellm.align.ragged import offsets_of
-from fusellm.errors import CorpusError
-from fusellm.store.blocks import CONTEXT, context_of
-from fusellm.store.externalized import TARGET, open_externalized
+from fusellm.errors import CorpusError, StoreError
+from fusellm.store import externalized, fused
+from fusellm.store.blocks import BLOCKS, CONTEXT, context_of, text_bytes
+from fusellm.store.externalized import (
+    TARGET,
+    open_externalized,
+    require_same_blocks,
+    require_text,
+)
 from fusellm.store.fused import open_fused
+from fusellm.store.layout import Layout
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
 from fusellm.tokens.context import context_tokens
@@ -39,9 +47,14 @@ class TokenContext:
     """Which of the target's tokens are context."""
 
     def __init__(self, corpus: StageFolder, tokens: StageFolder, names: Sequence[str]) -> None:
-        """Open shards of the corpus, and of the target's tokens."""
-        self._blocks = [Shard(corpus, name, None) for name in names]
-        self._tokens = [Shard(tokens, name, None) for name in names]
+        """Open shards of the corpus, and of the target's tokens.
+
+        Raises:
+            StoreError: one is missing or damaged.
+        """
+        layout = externalized.layout_of(tokens)
+        self._blocks = [Shard(corpus, name, BLOCKS, None) for name in names]
+        self._tokens = [Shard(tokens, name, layout, None) for name in names]
 
     def of(self, shard: int, row: int) -> np.ndarray:
         """[T] bool of a block; of one that the target cannot tell as bytes, all or nothing."""
@@ -57,14 +70,27 @@ class TokenContext:
         self._blocks[shard].forget(batch)
         self._tokens[shard].forget(batch)
 
-    def predicted(self) -> np.ndarray:
-        """[blocks] tokens of each block that are predicted."""
+    def predicted(self, first: int) -> np.ndarray:
+        """[blocks] tokens of each block that are predicted, from the one of number `first` on.
+
+        Raises:
+            StoreError: tokens and texts are not of the same blocks.
+        """
         found = []
-        for n, shard in enumerate(self._blocks):
-            found += [int((~self.of(n, row)[1:]).sum()) for row in range(len(shard))]
-            for batch in range(shard.record_batches):
+        for n, (blocks, tokens) in enumerate(zip(self._blocks, self._tokens, strict=True)):
+            require_same_blocks(tokens, blocks)
+            for batch in range(blocks.record_batches):
+                columns = blocks.columns(batch)
+                place = columns["block"], text_bytes(columns)
+                require_text(tokens, batch, tokens.columns(batch), *place)
+            found += [int((~self.of(n, row)[first:]).sum()) for row in range(len(blocks))]
+            for batch in range(blocks.record_batches):
                 self.forget(n, batch)
         return np.array(found, dtype=np.int64)
+
+    def lengths(self) -> np.ndarray:
+        """[blocks] tokens of each block."""
+        return np.concatenate([shard.lengths("ids") for shard in self._tokens])
 
 
 class Rows(Dataset[list[dict[str, Any]]]):
@@ -76,17 +102,24 @@ class Rows(Dataset[list[dict[str, Any]]]):
     def __init__(
         self,
         folder: StageFolder,
+        layout: Layout,
         corpus_shards: Sequence[str],
         context: TokenContext | None = None,
         seed: int = 0,
+        prefix_tokens: int = 0,
     ) -> None:
-        self._shards = [Shard(folder, name, None) for name in corpus_shards]
+        self._shards = [Shard(folder, name, layout, None) for name in corpus_shards]
         self._seed, self._whole = seed, folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
         self._kept: dict[tuple[int, int], None] = {}  # record batches, the last used last
         self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
         self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
-        self._context = context
-        predicted = self.lengths - 1 if context is None else context.predicted()
+        self._context, self._prefix_tokens = context, prefix_tokens
+        if context is not None and not np.array_equal(context.lengths(), self.lengths):
+            raise StoreError(
+                f"{folder.path} has blocks of other lengths than the target's tokens; make it anew"
+            )
+        first = max(prefix_tokens, 1)  # a block's first token is never predicted
+        predicted = self.lengths - first if context is None else context.predicted(first)
         self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(predicted > 0)[0]]
         self._windows = self._drawn_windows()
 
@@ -155,7 +188,12 @@ class Rows(Dataset[list[dict[str, Any]]]):
         row = number - int(self._starts[shard])
         self._keep(shard, self._shards[shard].place(row)[0])
         block = self._shards[shard].block(row)
-        return block if self._context is None else block | {CONTEXT: self._context.of(shard, row)}
+        if self._context is None and self._prefix_tokens <= 1:
+            return block
+        read_only = np.arange(len(block["ids"])) < self._prefix_tokens
+        if self._context is not None:
+            read_only |= self._context.of(shard, row)
+        return block | {CONTEXT: read_only}
 
     def _keep(self, shard: int, batch: int) -> None:
         """Keep a record batch in memory, and of a large store as many as are read by turns."""
@@ -170,30 +208,63 @@ class Rows(Dataset[list[dict[str, Any]]]):
             self._context.forget(shard, batch)
 
 
-def clm_rows(run: Path, corpus: StageFolder, seed: int = 0) -> Rows:
+def clm_rows(
+    run: Path,
+    corpus: StageFolder,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    prefix_tokens: int = 0,
+) -> Rows:
     """Rows for the CLM baseline.
 
+    Args:
+        vocabulary: tokens of the target's tokenizer, if it is at hand.
+        prefix_tokens: that it puts before each block.
+
     Raises:
         CorpusError: there is nothing to predict.
+        StoreError: something is unfinished or damaged.
     """
-    return _rows(open_externalized(run, TARGET), run, corpus, seed)
+    folder = open_externalized(run, TARGET)
+    layout = externalized.layout_of(folder, vocabulary)
+    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
 
 
-def fused_rows(run: Path, corpus: StageFolder, seed: int = 0) -> Rows:
+def fused_rows(
+    run: Path,
+    corpus: StageFolder,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    prefix_tokens: int = 0,
+) -> Rows:
     """Rows with fused distributions.
 
+    Args:
+        vocabulary: tokens of the target's tokenizer, if it is at hand.
+        prefix_tokens: that it puts before each block.
+
     Raises:
         CorpusError: there is nothing to predict.
+        StoreError: something is unfinished or damaged.
     """
-    return _rows(open_fused(run), run, corpus, seed)
+    folder = open_fused(run)
+    layout = fused.layout_of(folder, vocabulary)
+    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
 
 
-def _rows(folder: StageFolder, run: Path, corpus: StageFolder, seed: int) -> Rows:
+def _rows(
+    folder: StageFolder,
+    layout: Layout,
+    run: Path,
+    corpus: StageFolder,
+    seed: int,
+    prefix_tokens: int,
+) -> Rows:
     names = shard_names(corpus, "train-")
     context = None
-    if names and CONTEXT in Shard(corpus, names[0]).schema.names:
+    if names and CONTEXT in Shard(corpus, names[0], BLOCKS).schema.names:
         context = TokenContext(corpus, open_externalized(run, TARGET), names)
-    rows = Rows(folder, names, context, seed)
+    rows = Rows(folder, layout, names, context, seed, prefix_tokens)
     if not len(rows):
         raise CorpusError(
             f"no block of {corpus.path} has a token to predict: each is one token, or all context; "

@@ -2,7 +2,7 @@
 
 import json
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import try_to_load_from_cache
@@ -10,14 +10,16 @@ from huggingface_hub import try_to_load_from_cache
 from fusellm.errors import ModelError
 from fusellm.store.files import file_digest
 
-_INDEX = ".index.json"
-_WEIGHTS = ("model.safetensors", "model.safetensors" + _INDEX)
+INDEX = ".index.json"
+"""How the name of a file ends that says which tensor is in which shard."""
+_WEIGHTS = ("model.safetensors", "model.safetensors" + INDEX)
+_POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024
 
 
 def weight_files(
     model: str, place: str, commit: str | None, named: str | None = None
 ) -> dict[str, Path]:
-    """Name and path of the files that transformers reads a model's weights from.
+    """Name and path of the files that transformers reads a model's weights from, without the index.
 
     Args:
         model: what the recipe calls it.
@@ -25,8 +27,16 @@ def weight_files(
         named: by its configuration, where that names its weights.
 
     Raises:
-        ModelError: the files are not there.
+        ModelError: the files are not there, or the index names one outside of the folder.
     """
+    found = loaded_files(model, place, commit, named)
+    return {name: path for name, path in found.items() if not name.endswith(INDEX)}
+
+
+def loaded_files(
+    model: str, place: str, commit: str | None, named: str | None = None
+) -> dict[str, Path]:
+    """`weight_files`, and their index where they have one."""
 
     def find(name: str) -> Path | None:
         if commit is None:
@@ -38,9 +48,8 @@ def weight_files(
     present = ((name, find(name)) for name in ([named] if named else _WEIGHTS))
     first, path = next(((n, path) for n, path in present if path is not None), (None, None))
     names = [] if first is None else [first]
-    if path is not None and path.name.endswith(_INDEX):
-        index = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+    if path is not None and path.name.endswith(INDEX):
+        names += sorted(set(read_index(model, path).values()))
     files = {name: find(name) for name in names}
     absent = [name for name, path in files.items() if path is None]
     if absent or not files:
@@ -50,6 +59,46 @@ def weight_files(
         missing = ", ".join(absent[:3]) or " nor ".join(_WEIGHTS)
         raise ModelError(f"weights of {model}: no {missing} in {where}")
     return {name: path for name, path in files.items() if path is not None}
+
+
+def read_index(model: str, path: Path) -> dict[str, str]:
+    """The shard of each tensor.
+
+    Raises:
+        ModelError: it cannot be read, or names a file outside of its folder.
+    """
+    require_content(model, path)
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found = {str(tensor): str(shard) for tensor, shard in shards.items()}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path.name} of {model} does not say which tensor is in which file ({error!r}); fetch "
+            "it again"
+        ) from error
+    for shard in found.values():
+        parts = PurePosixPath(shard)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ModelError(
+                f"{path.name} of {model} names a file outside of its folder ({shard}); a model is "
+                "read from its own folder alone"
+            )
+    return found
+
+
+def require_content(model: str, path: Path) -> None:
+    """Check that a file, if there is one, is not what Git puts in the place of a large one.
+
+    Raises:
+        ModelError: it is; the message has the command that fetches it.
+    """
+    if not path.is_file() or path.stat().st_size > _POINTER_BYTES:
+        return
+    if path.read_bytes().startswith(_POINTER):
+        raise ModelError(
+            f"{path.name} of {model} is a Git LFS pointer and not the file itself; fetch it: "
+            f"git -C {path.parent} lfs pull"
+        )
 
 
 def cached_digest(path: Path) -> str:

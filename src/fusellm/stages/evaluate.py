@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fusellm.config import Recipe
 from fusellm.errors import CorpusError
@@ -17,14 +16,13 @@ from fusellm.progress import Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
+from fusellm.store.measured import NATS, NATS_SCHEMA
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
 
 FOLDER = "evaluate"
 RESULTS = "results.json"
-
-_SCHEMA = pa.schema([("block", pa.int64()), ("nats", pa.list_(pa.float32()))])
 
 
 def identity(recipe: Recipe, models: Mapping[str, str], corpus: str) -> Identity:
@@ -62,17 +60,27 @@ def run_evaluate(
                     "block": [block.number for block in blocks],
                     "nats": [np.zeros(0) if found is None else found for found in nats],
                 }
-                write_table(folder, _shard(name), columns, _SCHEMA)
+                write_table(folder, _shard(name), columns, NATS_SCHEMA)
         shards = {
             name: _shard(measured[_twin(located, encoder)])
             for name, (located, encoder) in models.items()
         }
-        read = {name: _read(folder, shard, len(blocks)) for name, shard in shards.items()}
-        scores, left_out = _common(blocks, read)
-        _require_scored(scores, read)
+        read = {name: _read(folder, shard, blocks) for name, shard in shards.items()}
+        scores = _common(blocks, read)
+        unread = {name: [len(row) == 0 for row in rows] for name, rows in read.items()}
+        require_comparable(
+            [block.domain for block in blocks],
+            {name: [not changed for changed in rows] for name, rows in unread.items()},
+        )
+        _require_scored(scores)
         differences = [("fused", "clm")] if "clm" in models else []
         found = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
-        notes = {"blocks_left_out": left_out, "bytes": _bytes_by_domain(scores)}
+        notes = {
+            "blocks": len(blocks),
+            "blocks_left_out": sum(any(rows) for rows in zip(*unread.values(), strict=True)),
+            "blocks_changed": {name: n for name, rows in unread.items() if (n := sum(rows))},
+            "bytes": _bytes_by_domain(scores),
+        }
         body = {"records": [record.as_dict() for record in found], "notes": notes}
         folder.write_text(RESULTS, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         folder.finish(notes)
@@ -80,7 +88,7 @@ def run_evaluate(
 
 def _twin(located: Located, encoder: Encoder) -> str:
     """Equal for models that must give equal results."""
-    specials = encoder.vocabulary.bos_id, encoder.vocabulary.eos_id
+    specials = encoder.vocabulary.prefix_ids, encoder.vocabulary.eos_id
     return digest([located.fingerprint, located.settings.precision, encoder.rules, *specials])
 
 
@@ -104,42 +112,67 @@ def _measure(
     return without_context(nats, [block.context for block in blocks])
 
 
-def _read(folder: StageFolder, shard: str, blocks: int) -> list[np.ndarray]:
-    table = Shard(folder, shard)
-    return [table.block(n)["nats"].astype(np.float64) for n in range(blocks)]
+def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
+    """The nats of each block's bytes; none of one that the model could not read."""
+    shard = Shard(folder, name, NATS)
+    found = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
+    sizes = [len(block.text.encode()) for block in blocks]
+    if len(found) != len(sizes) or any(
+        len(nats) not in (0, size) for nats, size in zip(found, sizes, strict=True)
+    ):
+        raise folder.damaged(name, "its blocks are not those of the corpus")
+    return found
 
 
-def _common(
-    blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]
-) -> tuple[Scores, int]:
+def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -> Scores:
     """Sums per document over the bytes that every model scored."""
     number: dict[tuple[str, str], int] = {}
     for block in blocks:
         number.setdefault((block.domain, block.document), len(number))
     scored_bytes = np.zeros(len(number), dtype=np.int64)
     sums = {name: np.zeros(len(number)) for name in nats}
-    left_out = 0
     for n, block in enumerate(blocks):
         arrays = {name: found[n] for name, found in nats.items()}
         if any(len(array) == 0 for array in arrays.values()):
-            left_out += 1
             continue
         scored = np.isfinite(np.stack(list(arrays.values()))).all(axis=0)
         document = number[block.domain, block.document]
         scored_bytes[document] += int(scored.sum())
         for name, array in arrays.items():
             sums[name][document] += float(array[scored].sum())
-    return Scores([domain for domain, _ in number], scored_bytes, sums), left_out
+    return Scores([domain for domain, _ in number], scored_bytes, sums)
 
 
-def _require_scored(scores: Scores, nats: Mapping[str, Sequence[np.ndarray]]) -> None:
-    for domain, scored_bytes in _bytes_by_domain(scores).items():
-        if scored_bytes == 0:
-            unread = [n for n, found in nats.items() if all(len(array) == 0 for array in found)]
+def require_comparable(domains: Sequence[str], read: Mapping[str, Sequence[bool]]) -> None:
+    """Check that of each domain there is a held-out block that all models can read.
+
+    Args:
+        domains: of each block.
+        read: by model, whether its tokenizer leaves each block as it is.
+
+    Raises:
+        CorpusError: there is none.
+    """
+    for domain in dict.fromkeys(domains):
+        own = {
+            name: [can for can, of in zip(rows, domains, strict=True) if of == domain]
+            for name, rows in read.items()
+        }
+        if not any(all(block) for block in zip(*own.values(), strict=True)):
+            unread = [name for name, rows in own.items() if not any(rows)]
             raise CorpusError(
-                f"no held-out block of domain {domain!r} can be read by all of {', '.join(nats)}"
+                f"no held-out block of domain {domain!r} can be read by all of {', '.join(read)}"
                 + (f" ({', '.join(unread)} can read none at all)" if unread else "")
                 + ": some tokenizer changes its text; leave that model or that domain out"
+            )
+
+
+def _require_scored(scores: Scores) -> None:
+    for domain, scored_bytes in _bytes_by_domain(scores).items():
+        if scored_bytes == 0:
+            raise CorpusError(
+                f"no byte of the held-out text of domain {domain!r} is predicted by all models: "
+                "it is context, or every block is one token; check corpus.documents"
             )
 
 
@@ -157,6 +190,20 @@ def read_records(run: Path) -> list[Record]:
     Raises:
         StoreError: they are missing, unfinished or damaged.
     """
+    return [Record(**record) for record in _results(run)["records"]]
+
+
+def notes_of(run: Path) -> dict[str, Any]:
+    """What a run's results are over: blocks of the held-out text, and bytes by domain.
+
+    Raises:
+        StoreError: as `read_records` does.
+    """
+    notes: dict[str, Any] = _results(run)["notes"]
+    return notes
+
+
+def _results(run: Path) -> dict[str, Any]:
     folder = StageFolder(run / FOLDER).require_complete(f"fusellm evaluate {run}")
     body: dict[str, Any] = json.loads(folder.file(RESULTS).read_text(encoding="utf-8"))
-    return [Record(**record) for record in body["records"]]
+    return body

@@ -22,8 +22,16 @@ from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
 from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
 from fusellm.progress import Progress
-from fusellm.store.blocks import open_corpus
-from fusellm.store.externalized import TARGET, kept_of, open_externalized, tokens_of
+from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
+from fusellm.store.externalized import (
+    TARGET,
+    kept_of,
+    layout_of,
+    open_externalized,
+    require_same_blocks,
+    require_text,
+    tokens_of,
+)
 from fusellm.store.fused import fused_folder, fused_schema, write_members
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
@@ -69,8 +77,13 @@ def run_fuse(
         for name, translation in translations.items():
             write_members(folder, name, *translation.members())
         aligners = aligners_of(recipe.fusion, encoders, translations)
+        prefixes = {name: encoder.prefix_tokens for name, encoder in encoders.items()}
         outcomes = max(t.outcomes for t in translations.values()) + 1
         schema = fused_schema(len(encoders[TARGET].vocabulary), outcomes)
+        layouts = {
+            name: layout_of(stage, len(encoders[name].vocabulary))
+            for name, stage in {TARGET: target, **sources}.items()
+        }
         names = shard_names(corpus, "train-")
         with progress.start("fusing", len(names), "shards") as bar:
             for name in names:
@@ -78,11 +91,12 @@ def run_fuse(
                     _fuse_shard(
                         name,
                         folder,
-                        Shard(corpus, name),
-                        Shard(target, name),
-                        {s: Shard(source, name) for s, source in sources.items()},
+                        Shard(corpus, name, BLOCKS),
+                        Shard(target, name, layouts[TARGET]),
+                        {s: Shard(source, name, layouts[s]) for s, source in sources.items()},
                         translations,
                         aligners,
+                        prefixes,
                         rules_of(recipe.fusion),
                         schema,
                     )
@@ -140,8 +154,9 @@ def translations_of(
                 bar.advance(count)
 
             pair = fingerprints[name], fingerprints[TARGET]
+            both = size, len(encoders[TARGET].vocabulary)
             make = partial(translate, encoders[name], encoders[TARGET], advance)
-            found[name] = cached_translation(strategy, *pair, make)
+            found[name] = cached_translation(strategy, *pair, both, make)
             bar.advance(size - done)
     return found
 
@@ -154,19 +169,23 @@ def _fuse_shard(
     sources: Mapping[str, Shard],
     translations: Mapping[str, Translation],
     aligners: Mapping[str, Aligner],
+    prefixes: Mapping[str, int],
     rules: Rules,
     schema: pa.Schema,
 ) -> None:
     written: list[tuple[np.ndarray, Ragged, Tokens, Fused]] = []
     tally = _Tally(list(sources))
-    batches = zip(
-        corpus.batches(), target.batches(), *(s.batches() for s in sources.values()), strict=True
-    )
-    for blocks, mine, *theirs in batches:
-        lengths = np.array([len(text.encode()) for text in blocks["text"]], dtype=np.int64)
-        tokens = tokens_of(mine)
+    read = (target, *sources.values())
+    for shard in read:
+        require_same_blocks(shard, corpus)
+    batches = zip(corpus.batches(), *(shard.batches() for shard in read), strict=True)
+    for n, (blocks, mine, *theirs) in enumerate(batches):
+        lengths = text_bytes(blocks)
+        for shard, columns in zip(read, (mine, *theirs), strict=True):
+            require_text(shard, n, columns, blocks["block"], lengths)
+        tokens = tokens_of(mine, prefixes[TARGET])
         readings = [
-            _reading(columns, tokens, translations[source], aligners[source])
+            _reading(columns, tokens, translations[source], aligners[source], prefixes[source])
             for source, columns in zip(sources, theirs, strict=True)
         ]
         fused, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
@@ -176,9 +195,13 @@ def _fuse_shard(
 
 
 def _reading(
-    columns: Mapping[str, Any], target: Tokens, translation: Translation, aligner: Aligner
+    columns: Mapping[str, Any],
+    target: Tokens,
+    translation: Translation,
+    aligner: Aligner,
+    prefix_tokens: int,
 ) -> Reading:
-    tokens = tokens_of(columns)
+    tokens = tokens_of(columns, prefix_tokens)
     return Reading(tokens, kept_of(columns), translation, aligner(target, tokens))
 
 

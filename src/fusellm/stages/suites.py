@@ -10,6 +10,7 @@ from fusellm.evaluation.settings import settings_of
 from fusellm.evaluation.suite_results import measure_into
 from fusellm.models.load import Located
 from fusellm.progress import Progress
+from fusellm.store.files import require_inside
 from fusellm.store.run_folder import SUITES
 
 
@@ -27,6 +28,7 @@ def run_suites(
     Raises:
         FusellmError: as `candidate` and `measure_into` do.
     """
+    require_inside(run / SUITES, run)
     candidates = [candidate(name, located) for name, located in models.items()]
     measure_into(
         run / SUITES,

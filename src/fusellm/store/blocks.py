@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fusellm.store.layout import Batch, Layout, Ragged, Wrong, list_field
 from fusellm.store.manifest import StageFolder
-from fusellm.store.tables import Shard, list_field, shard_names
+from fusellm.store.tables import Shard, shard_names
 
 CONTEXT = "context"
 BLOCKS_SCHEMA = pa.schema(
@@ -23,6 +24,22 @@ BLOCKS_SCHEMA = pa.schema(
     ]
 )
 BLOCKS_WITH_CONTEXT_SCHEMA = BLOCKS_SCHEMA.append(list_field(CONTEXT, pa.uint32()))
+
+
+def _context_is_of_the_text(batch: Batch) -> Wrong | None:
+    """Spans of context ascend, and end within the block's text."""
+    if CONTEXT not in batch:
+        return None
+    spans: Ragged = batch[CONTEXT]
+    for row, length in enumerate(text_bytes(batch)):
+        mine = spans.values[spans.offsets[row] : spans.offsets[row + 1]]
+        if len(mine) % 2 or (mine[1:] < mine[:-1]).any() or (mine > length).any():
+            what = f"{mine.tolist()[:6]} are no spans of a text of {length:,} bytes"
+            return Wrong(row, CONTEXT, what)
+    return None
+
+
+BLOCKS = Layout((BLOCKS_SCHEMA, BLOCKS_WITH_CONTEXT_SCHEMA), (_context_is_of_the_text,))
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,12 @@ def open_corpus(run: Path) -> StageFolder:
 
 
 def read_shard(folder: StageFolder, name: str) -> list[Block]:
-    """All blocks of a shard."""
-    shard = Shard(folder, name)
+    """All blocks of a shard.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    shard = Shard(folder, name, BLOCKS)
     rows = (shard.block(n) for n in range(len(shard)))
     return [
         Block(
@@ -82,6 +103,11 @@ def context_of(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """The spans of context of a block, as `Shard.block` gives it."""
     flat = row[CONTEXT].tolist() if CONTEXT in row else []
     return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def text_bytes(columns: Batch) -> np.ndarray:
+    """[blocks] bytes of the texts of a record batch."""
+    return np.array([len(text.encode()) for text in columns["text"]], dtype=np.int64)
 
 
 def block_columns(blocks: Sequence[Block], schema: pa.Schema) -> dict[str, Sequence[Any]]:

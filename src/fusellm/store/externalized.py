@@ -12,12 +12,42 @@ import pyarrow as pa
 
 from fusellm.align.ragged import offsets_of
 from fusellm.align.tokens import Tokens
+from fusellm.errors import StoreError
 from fusellm.fusion.kept import Kept
+from fusellm.store.facts import about_of, vocabulary_of
+from fusellm.store.layout import (
+    Batch,
+    Layout,
+    Ragged,
+    Rule,
+    Wrong,
+    all_but_one,
+    as_many,
+    ascending,
+    entries,
+    id_type,
+    list_field,
+    only_where,
+    sums_of,
+    total,
+    within,
+    wrong_at,
+)
 from fusellm.store.manifest import StageFolder
-from fusellm.store.quantized import from_drops, from_steps, to_drops, to_steps, to_sum_one
-from fusellm.store.tables import Ragged, id_type, list_field
+from fusellm.store.quantized import (
+    ERROR_NATS,
+    from_drops,
+    from_steps,
+    probabilities,
+    steps_of,
+    to_drops,
+    to_steps,
+    to_sum_one,
+)
+from fusellm.store.tables import Shard
 
 TARGET = "target"
+_MOST_IDS = 2**32
 
 
 def tokens_schema(vocabulary: int) -> pa.Schema:
@@ -50,6 +80,79 @@ def source_schema(vocabulary: int, scheme: str, most: int) -> pa.Schema:
         ]
     fields = [*tokens_schema(vocabulary), list_field("kept", count), *own]
     return pa.schema([*fields, list_field("true_log_prob", pa.uint16())])
+
+
+def tokens_layout(vocabulary: int | None) -> Layout:
+    """What tokens must be.
+
+    Args:
+        vocabulary: ids are below it; None where it is not known, and they may be any.
+    """
+    if vocabulary is None:
+        any_ids = tokens_schema(1), tokens_schema(_MOST_IDS)
+        return Layout(any_ids, _token_rules(_MOST_IDS))
+    return Layout((tokens_schema(vocabulary),), _token_rules(vocabulary))
+
+
+def _token_rules(vocabulary: int) -> tuple[Rule, ...]:
+    return within("ids", 0, vocabulary - 1), as_many("bytes", only_where("read", entries("ids")))
+
+
+def source_layout(vocabulary: int, scheme: str, most: int) -> Layout:
+    """What a source's distributions must be.
+
+    Args:
+        vocabulary: of its tokenizer; ids are below it.
+        scheme: "top" or "sampled".
+        most: entries that a position can have: k, or draws, which its counts then add up to.
+    """
+    own = {"top": _top_rules, "sampled": _sampled_rules}
+    rules: tuple[Rule, ...] = (
+        *_token_rules(vocabulary),
+        as_many("kept", all_but_one("bytes")),
+        within("kept", 1, most),
+        as_many("kept_ids", total("kept")),
+        within("kept_ids", 0, vocabulary - 1),
+        as_many("true_log_prob", entries("kept")),
+        *own[scheme](most),
+    )
+    return Layout((source_schema(vocabulary, scheme, most),), rules)
+
+
+def _sampled_rules(draws: int) -> tuple[Rule, ...]:
+    def add_up(batch: Batch) -> Wrong | None:
+        sums = sums_of(batch["counts"].values, batch["kept"].values)
+        at = int(np.argmax(sums != draws)) if len(sums) else 0
+        if len(sums) == 0 or sums[at] == draws:
+            return None
+        what = f"those of a position add up to {sums[at]}, and there are {draws} draws"
+        return wrong_at(batch, "kept", at, what)._replace(column="counts")
+
+    return (
+        ascending("kept_ids", "kept"),
+        as_many("counts", entries("kept_ids")),
+        within("counts", 1, draws),
+        add_up,
+    )
+
+
+def _top_rules(most: int) -> tuple[Rule, ...]:
+    def add_up(batch: Batch) -> Wrong | None:
+        lengths = batch["kept"].values
+        kept = probabilities(steps_of(batch["drops"].values, lengths))
+        whole = sums_of(kept, lengths) + probabilities(batch["tail"].values)
+        far = np.abs(np.log(np.maximum(whole, 0.5))) > ERROR_NATS
+        if not far.any():
+            return None
+        at = int(np.argmax(far))
+        what = f"masses of a position add up to {whole[at]:.4f} with its tail, and not to 1"
+        return wrong_at(batch, "kept", at, what)._replace(column="drops")
+
+    return (
+        as_many("drops", entries("kept_ids")),
+        as_many("tail", entries("kept")),
+        add_up,
+    )
 
 
 def token_columns(
@@ -109,19 +212,86 @@ def open_externalized(run: Path, name: str) -> StageFolder:
     )
 
 
-def tokens_of(columns: Mapping[str, Any]) -> Tokens:
+def layout_of(folder: StageFolder, vocabulary: int | None = None) -> Layout:
+    """What the shards of a source, or of the target's tokens, must be.
+
+    Args:
+        vocabulary: tokens of the tokenizer that they are read with, if one is at hand.
+
+    Raises:
+        StoreError: the manifest is not what the stage writes, or is of a larger or smaller
+            vocabulary.
+    """
+    written = vocabulary_of(folder)
+    if None not in (written, vocabulary) and written != vocabulary:
+        raise StoreError(
+            f"{folder.path} was made with a tokenizer of {written:,} tokens and is read with one "
+            f"of {vocabulary:,}; make it anew, or put back the tokenizer"
+        )
+    if folder.identity.stage == f"externalize/{TARGET}":
+        return tokens_layout(vocabulary or written)
+    about = about_of(folder)
+    kept = about["externalize"]
+    sampled = kept["scheme"] == "sampled"
+    return source_layout(
+        about["vocabulary"], kept["scheme"], kept["draws"] if sampled else kept["k"]
+    )
+
+
+def require_text(
+    shard: Shard, n: int, columns: Batch, numbers: np.ndarray, text_bytes: np.ndarray
+) -> None:
+    """Check that tokens are those of the corpus' blocks: of each that was read, to its last byte.
+
+    Args:
+        shard, n: record batch that the columns are of.
+        numbers, text_bytes: [blocks] of the corpus.
+
+    Raises:
+        StoreError: they are of other blocks, or of texts of other lengths.
+    """
+    if not np.array_equal(columns["block"], numbers):
+        what = f"it stands where the corpus has block {numbers[0]}"
+        raise shard.refused(n, Wrong(0, "block", what))
+    lengths = columns["bytes"]
+    found = sums_of(lengths.values, np.diff(lengths.offsets))
+    wrong = columns["read"] & (found != text_bytes)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        what = f"its tokens have {found[row]:,} bytes, and its text has {text_bytes[row]:,}"
+        raise shard.refused(n, Wrong(row, "bytes", what))
+
+
+def require_same_blocks(shard: Shard, corpus: Shard) -> None:
+    """Check that a shard is of the same blocks as the corpus' shard of its name.
+
+    Raises:
+        StoreError: it is not.
+    """
+    if shard.numbers != corpus.numbers:
+        raise shard.damaged(
+            f"it has the blocks {_span(shard.numbers)}, and the corpus has {_span(corpus.numbers)}"
+        )
+
+
+def _span(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]} to {numbers[1] - 1}"
+
+
+def tokens_of(columns: Mapping[str, Any], prefix_tokens: int = 0) -> Tokens:
     """Tokens with boundaries, of the blocks of a record batch.
 
     A block that could not be read has none.
 
     Args:
         columns: as `Shard.batches` gives them.
+        prefix_tokens: that the model's tokenizer puts before each block.
     """
     ids, length = columns["ids"], columns["bytes"]
     there = np.repeat(columns["read"].astype(np.bool_), np.diff(ids.offsets))
     sums = np.concatenate([[0], np.cumsum(length.values, dtype=np.int64)])
     ends = sums[1:] - np.repeat(sums[length.offsets[:-1]], np.diff(length.offsets))
-    return Tokens(length.offsets, ids.values[there].astype(np.int64), ends)
+    return Tokens(length.offsets, ids.values[there].astype(np.int64), ends, prefix_tokens)
 
 
 def kept_of(columns: Mapping[str, Any]) -> Kept:

@@ -1,9 +1,15 @@
 """What a store's manifest says of a source's distributions."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from fusellm.errors import StoreError
 from fusellm.store.identity import Identity
-from fusellm.store.manifest import StageFolder
+from fusellm.store.manifest import MANIFEST, StageFolder, first_fault
+from fusellm.store.quantized import STEP_NATS
 from fusellm.store.tables import shard_names
 
 
@@ -66,31 +72,115 @@ class StoreFacts:
     seconds: float
 
 
+class _Kept(TypedDict):
+    """What is kept of each distribution."""
+
+    scheme: Literal["top", "sampled"]
+    k: PositiveInt
+    mass: float | None
+    draws: PositiveInt
+
+
+class About(TypedDict):
+    """`about` of a source's distributions."""
+
+    model: str
+    revision: str | None
+    architecture: str
+    commit: str | None
+    weights_sha256: str
+    dtype: str
+    vocabulary: PositiveInt
+    externalize: _Kept
+    step_nats: float
+    error_nats: float
+    device: str
+
+
+class _Counts(TypedDict):
+    """What is counted of a shard of distributions."""
+
+    blocks: NonNegativeInt
+    numbers: tuple[NonNegativeInt, NonNegativeInt]
+    tokens: NonNegativeInt
+    positions: NonNegativeInt
+    kept: NonNegativeInt
+    aside: list[tuple[int, str, str]]
+
+
+def about_of(folder: StageFolder) -> About:
+    """`about` of a source's distributions.
+
+    Raises:
+        StoreError: it is not what the stage writes, or its log-probabilities have another unit.
+    """
+    about: About = _told(folder, "about", About, folder.about)
+    if about["step_nats"] != STEP_NATS:
+        raise StoreError(
+            f"{folder.path} keeps log-probabilities in steps of {about['step_nats']:g} nats, and "
+            f"this fusellm reads steps of {STEP_NATS:g}; make it anew"
+        )
+    return about
+
+
+def vocabulary_of(folder: StageFolder) -> int | None:
+    """How many tokens the tokenizer of a stage has; None where the manifest does not say so.
+
+    Raises:
+        StoreError: the manifest says something else there.
+    """
+    found: int | None = _told(
+        folder, "about.vocabulary", PositiveInt | None, folder.about.get("vocabulary")
+    )
+    return found
+
+
+def _told(folder: StageFolder, key: str, kind: Any, value: Any) -> Any:
+    """A value of a manifest, which has to be of a kind."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise StoreError(
+            f"{folder.path / MANIFEST} is not what externalize writes ({key}: "
+            f"{first_fault(error)}); do not use it"
+        ) from None
+
+
 def facts_of(folder: StageFolder) -> StoreFacts:
-    """What the manifest of a source's distributions says."""
-    about, kept = folder.about, folder.about["externalize"]
+    """What the manifest of a source's distributions says.
+
+    Raises:
+        StoreError: it is not what the stage writes.
+    """
+    about = about_of(folder)
+    kept = about["externalize"]
     rows = [folder.shards[name] for name in shard_names(folder)]
-    sums = {
-        key: sum(row["counts"][key] for row in rows)
-        for key in ("blocks", "tokens", "positions", "kept")
-    }
-    aside = [Aside(*entry) for row in rows for entry in row["counts"]["aside"]]
+    counts: list[_Counts] = _told(folder, "shards", list[_Counts], [row["counts"] for row in rows])
     sampled = kept["scheme"] == "sampled"
     return StoreFacts(
         identity=folder.identity,
         complete=folder.complete,
-        **{key: about[key] for key in ("model", "revision", "architecture", "commit")},
-        **{key: about[key] for key in ("weights_sha256", "dtype", "vocabulary", "device")},
+        model=about["model"],
+        revision=about["revision"],
+        architecture=about["architecture"],
+        commit=about["commit"],
+        weights_sha256=about["weights_sha256"],
+        dtype=about["dtype"],
+        vocabulary=about["vocabulary"],
         scheme=kept["scheme"],
         k=None if sampled else kept["k"],
         mass=None if sampled else kept["mass"],
         draws=kept["draws"] if sampled else None,
         step_nats=about["step_nats"],
         error_nats=about["error_nats"],
-        **sums,
-        aside=tuple(aside),
+        blocks=sum(row["blocks"] for row in counts),
+        tokens=sum(row["tokens"] for row in counts),
+        positions=sum(row["positions"] for row in counts),
+        kept=sum(row["kept"] for row in counts),
+        aside=tuple(Aside(*entry) for row in counts for entry in row["aside"]),
         shards=len(rows),
         bytes=sum(row["bytes"] for row in rows),
+        device=about["device"],
         software=folder.software,
         seconds=folder.seconds,
     )

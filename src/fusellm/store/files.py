@@ -4,12 +4,17 @@ import errno
 import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 from fusellm.errors import StoreError
+
+_LITTLE_BYTES = 1 << 20
 
 
 def file_digest(path: Path) -> str:
@@ -19,12 +24,22 @@ def file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Write a text file so that it is there whole or not at all.
+
+    One that has this text stays as it is, so that a finished run can be read-only.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    data = text.encode()
+    if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+        write_whole(path, lambda file: file.write(data))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is there whole or not at all.
+
+    A link that stands in its place is replaced, and what it leads to stays as it is.
 
     Raises:
         StoreError: it cannot be written, the disk being full or for another reason.
@@ -32,7 +47,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(path.name + ".writing")
     with writing_explained(path):
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # what a kill left, or somebody's link
+            with temporary.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -54,6 +70,37 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def require_inside(path: Path, run: Path) -> None:
+    """Check that no link leads out of a run to where something would be written or removed.
+
+    Args:
+        path: a folder of the run, which need not be there yet.
+
+    Raises:
+        StoreError: one does.
+    """
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise StoreError(
+            f"{path} is a link out of {run}, to {path.resolve()}, and would be written to; remove "
+            "the link, or put a copy of what it leads to in its place"
+        )
+
+
+def require_no_links(folder: Path) -> None:
+    """Check that there are no links where libraries write, which follow them.
+
+    Raises:
+        StoreError: there is one, in the folder or below it.
+    """
+    for place, names, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*names, *files)):
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path} is a link, to {path.readlink()}, in a folder that is written to; "
+                    "remove it, or put a copy of what it leads to in its place"
+                )
+
+
 @contextmanager
 def writing_explained(path: Path) -> Iterator[None]:
     """Say which path could not be written and why, in place of the system's error.
@@ -70,6 +117,37 @@ def writing_explained(path: Path) -> Iterator[None]:
         else:
             message = f"{path} could not be written: {error.strerror or error}. {kept} mend that"
         raise StoreError(f"{message} and run the same command again") from error
+
+
+@contextmanager
+def saving_explained(folder: Path) -> Iterator[None]:
+    """`writing_explained` for libraries that do not hand on the system's error.
+
+    torch says "unexpected pos 64 vs 0" where the disk is full.
+
+    Args:
+        folder: that something is saved in; it exists.
+
+    Raises:
+        StoreError: the library's error is that it could not write.
+    """
+    with writing_explained(folder):
+        try:
+            yield
+        except SafetensorError as error:
+            _try_to_write(folder)
+            raise OSError(str(error)) from error
+        except RuntimeError:
+            _try_to_write(folder)
+            raise
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write a little, for the system's own error where nothing can be written."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_LITTLE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

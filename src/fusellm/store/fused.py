@@ -1,15 +1,35 @@
 """Fused distributions on disk: one a target position, in parts, each with the source it is of."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from fusellm.store.manifest import StageFolder
-from fusellm.store.tables import Shard, id_type, list_field, write_table
+from fusellm.errors import StoreError
+from fusellm.store.layout import (
+    Batch,
+    Layout,
+    Wrong,
+    all_but_one,
+    as_many,
+    ascending,
+    entries,
+    id_type,
+    list_field,
+    sums_of,
+    total,
+    within,
+    wrong_at,
+)
+from fusellm.store.manifest import SHARD_SUFFIX, StageFolder
+from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 
 _MEMBERS_SCHEMA = pa.schema([("offsets", pa.list_(pa.int64())), ("members", pa.list_(pa.int64()))])
+_MEMBERS = "members-"
+_SUM_ERROR = 1e-4
+"""How far the masses of a position may be from 1: float32 and many of them."""
 
 
 def fused_schema(vocabulary: int, outcomes: int) -> pa.Schema:
@@ -33,6 +53,72 @@ def fused_schema(vocabulary: int, outcomes: int) -> pa.Schema:
     )
 
 
+def fused_layout(vocabulary: int, outcomes: Sequence[int]) -> Layout:
+    """What fused distributions must be.
+
+    Args:
+        vocabulary: of the target; ids are below it.
+        outcomes: of each source; numbers of its outcomes are below it.
+    """
+    limits = np.array(outcomes)
+
+    def outcomes_are_of_their_source(batch: Batch) -> Wrong | None:
+        found = batch["outcomes"].values
+        beyond = found >= np.repeat(limits[batch["source"].values], batch["lengths"].values)
+        if not beyond.any():
+            return None
+        at = int(np.argmax(beyond))
+        return wrong_at(batch, "outcomes", at, f"its source has no outcome {found[at]}")
+
+    rules = (
+        within("ids", 0, vocabulary - 1),
+        as_many("parts", all_but_one("ids")),
+        as_many("source", total("parts")),
+        within("source", 0, len(limits) - 1),
+        ascending("source", "parts"),
+        as_many("lengths", total("parts")),
+        as_many("outcomes", total("lengths")),
+        outcomes_are_of_their_source,
+        as_many("masses", entries("outcomes")),
+        within("masses", 0, 1 + _SUM_ERROR),
+        as_many("rest", total("parts")),
+        within("rest", 0, 1 + _SUM_ERROR),
+        _masses_add_up,
+    )
+    return Layout((fused_schema(vocabulary, max(outcomes)),), rules)
+
+
+def _masses_add_up(batch: Batch) -> Wrong | None:
+    parts = batch["parts"].values
+    of_part = sums_of(batch["masses"].values, batch["lengths"].values) + batch["rest"].values
+    whole = sums_of(of_part, parts)
+    far = (np.abs(whole - 1) > _SUM_ERROR) & (parts > 0)
+    if not far.any():
+        return None
+    at = int(np.argmax(far))
+    what = f"masses of a position add up to {whole[at]:.4f} with what is in none, and not to 1"
+    return wrong_at(batch, "parts", at, what)._replace(column="masses")
+
+
+def layout_of(folder: StageFolder, vocabulary: int | None = None) -> Layout:
+    """What the shards of a run's fused distributions must be, by their sources' outcomes.
+
+    Args:
+        vocabulary: tokens of the target's tokenizer, if it is at hand.
+
+    Raises:
+        StoreError: the outcomes of a source are missing or damaged.
+    """
+    names = folder.identity.settings.get("sources")
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise StoreError(f"{folder.path} does not say which sources were fused; make it anew")
+    tables = [read_members(folder, name, vocabulary) for name in names]
+    tokens = [len(members) for _, members in tables]
+    if min(tokens) != max(tokens):
+        raise StoreError(f"{folder.path} has outcomes of several target tokenizers; make it anew")
+    return fused_layout(tokens[0], [len(offsets) - 1 for offsets, _ in tables])
+
+
 def fused_folder(run: Path) -> Path:
     """Folder of a run's fused distributions."""
     return run / "fuse"
@@ -47,9 +133,46 @@ def open_fused(run: Path) -> StageFolder:
     return StageFolder(fused_folder(run)).require_complete(f"fusellm fuse {run}")
 
 
-def read_members(folder: StageFolder, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, target ids) of a source's outcomes."""
-    row = Shard(folder, _members_shard(source)).block(0)
+def is_members(name: str) -> bool:
+    """Whether a shard has a source's outcomes as sets of target ids."""
+    return name.startswith(_MEMBERS)
+
+
+def members_layout(vocabulary: int | None = None) -> Layout:
+    """What a source's outcomes must be: each target id is in one.
+
+    Args:
+        vocabulary: of the target; None where it is not known.
+    """
+
+    def partition(batch: Batch) -> Wrong | None:
+        offsets, members = batch["offsets"].values, batch["members"].values
+        size = len(members) if vocabulary is None else vocabulary
+        ends = offsets[[0, -1]].tolist() if len(offsets) > 1 else None
+        if ends != [0, size] or (np.diff(offsets) < 0).any():
+            return Wrong(0, "offsets", f"they do not ascend from 0 to {size:,}")
+        if not np.array_equal(np.sort(members), np.arange(size)):
+            return Wrong(0, "members", f"they are not all ids below {size:,}, each once")
+        return None
+
+    return Layout((_MEMBERS_SCHEMA,), (partition,))
+
+
+def read_members(
+    folder: StageFolder, source: str, vocabulary: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, target ids) of a source's outcomes.
+
+    Args:
+        vocabulary: tokens of the target's tokenizer, if it is at hand.
+
+    Raises:
+        StoreError: they are missing or damaged, or of another vocabulary.
+    """
+    shard = Shard(folder, members_shard(source), members_layout(vocabulary))
+    if len(shard) != 1:
+        raise folder.damaged(members_shard(source), f"it has {len(shard)} rows, and one belongs")
+    row = shard.block(0)
     return row["offsets"], row["members"]
 
 
@@ -58,8 +181,9 @@ def write_members(
 ) -> None:
     """Write a source's outcomes as sets of target ids."""
     columns = {"offsets": [offsets], "members": [members]}
-    write_table(folder, _members_shard(source), columns, _MEMBERS_SCHEMA)
+    write_table(folder, members_shard(source), columns, _MEMBERS_SCHEMA)
 
 
-def _members_shard(source: str) -> str:
-    return f"members-{source}.arrow"
+def members_shard(source: str) -> str:
+    """Name of the shard with a source's outcomes."""
+    return f"{_MEMBERS}{source}{SHARD_SUFFIX}"

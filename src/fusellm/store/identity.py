@@ -22,8 +22,10 @@ def digest(value: Any) -> str:
 
 def tokenizer_fingerprint(encoder: "Encoder") -> str:
     """Digest of how a tokenizer cuts text and of what it puts before and after it."""
-    vocabulary = encoder.vocabulary
-    parts = [encoder.rules, [vocabulary.bos_id, vocabulary.eos_id]]
+    vocabulary, prefix = encoder.vocabulary, list(encoder.vocabulary.prefix_ids)
+    # One token or none stands by itself, as in the stores of the time that knew BOS alone.
+    before = prefix if len(prefix) > 1 else next(iter(prefix), None)
+    parts = [encoder.rules, [before, vocabulary.eos_id]]
     return digest([*parts, len(vocabulary)] if encoder.is_cut else parts)
 
 

@@ -10,7 +10,19 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Required
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import TypedDict  # pydantic wants these before Python 3.12
 
 from fusellm.errors import IdentityError, StoreError
 from fusellm.store.files import file_digest
@@ -18,6 +30,7 @@ from fusellm.store.identity import Identity, digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SHARD_SUFFIX = ".arrow"
 _CHECKSUM = ',\n"checksum": "{}"\n}}\n'
 
 
@@ -64,13 +77,55 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@with_config(ConfigDict(extra="allow"))
+class _Counts(TypedDict, total=False):
+    """What is counted of a shard, as far as readers rely on it; a stage counts more."""
+
+    blocks: NonNegativeInt
+    numbers: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class _Shard(TypedDict):
+    """The record of a shard."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: NonNegativeInt
+    segments: list[tuple[NonNegativeInt, NonNegativeInt]]
+    counts: _Counts
+
+
+class _Version(TypedDict, total=False):
+    """What a manifest of any format says of itself."""
+
+    format: Required[StrictInt]
+    software: Any
+
+
+class _File(TypedDict):
+    """What a manifest.json of this format holds."""
+
+    stage: str
+    settings: dict[str, JsonValue]
+    inputs: dict[str, str]
+    software: dict[str, str]
+    about: dict[str, JsonValue]
+    shards: dict[str, _Shard]
+    counts: dict[str, JsonValue]
+    seconds: float
+    complete: bool
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest.json.
 
     Raises:
-        StoreError: any byte of it differs from what was written, or its format is newer.
+        StoreError: any byte of it differs from what was written, its format is newer, or it holds
+            what no stage writes.
     """
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
     end = len(_CHECKSUM.format("0" * 64))
     body = raw[:-end]
     if raw[-end:] != _CHECKSUM.format(hashlib.sha256(body).hexdigest()).encode():
@@ -80,32 +135,60 @@ def read_manifest(path: Path) -> Manifest:
             "stage again"
         )
     _refuse_other_formats(path, raw)
-    found = json.loads(raw)
-    names = found["shards"]
-    outside = next((n for n in names if Path(n).name != n or n in ("", "..")), None)
-    if outside is not None:  # it would be read, and removed by a repair
-        raise StoreError(f"{path} names a file outside of its folder, {outside!r}; do not use it")
+    try:
+        found = TypeAdapter(_File).validate_json(raw, strict=True)
+    except ValidationError as error:
+        raise _unlike_a_manifest(path, error) from None
+    for name, shard in found["shards"].items():
+        _check_shard(path, name, shard)
     return Manifest(
         Identity(found["stage"], found["settings"], found["inputs"]),
         found["software"],
-        found["about"],
-        found["shards"],
-        found["counts"],
+        dict(found["about"]),
+        {name: dict(shard) for name, shard in found["shards"].items()},
+        dict(found["counts"]),
         found["seconds"],
         found["complete"],
     )
 
 
+def _check_shard(path: Path, name: str, shard: _Shard) -> None:
+    """Refuse a shard that is no file of the folder, or whose checksums are not of all its bytes."""
+    # It would be read, and removed by a repair.
+    if Path(name).name != name or name in ("", "..") or not name.isprintable():
+        raise StoreError(f"{path} names a file outside of its folder, {name!r}; do not use it")
+    if name.endswith(SHARD_SUFFIX) and "blocks" not in shard["counts"]:
+        raise StoreError(f"{path} does not say how many blocks {name} has; do not use it")
+    lengths = [length for length, _ in shard["segments"]]
+    if lengths and sum(lengths) != shard["bytes"]:
+        raise StoreError(
+            f"{path} cannot be right: the segments of {name} have {sum(lengths):,} bytes, and the "
+            f"file has {shard['bytes']:,}; do not use it"
+        )
+
+
+def _unlike_a_manifest(path: Path, error: ValidationError) -> StoreError:
+    return StoreError(
+        f"{path} is not what a stage writes ({first_fault(error)}), although its checksum fits; "
+        f"move {path.parent} away and run the stage again"
+    )
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong, after the keys that lead to it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])
+
+
 def _refuse_other_formats(path: Path, raw: bytes) -> None:
     """Say so where the manifest is of another version, whose checksum may be another one too."""
     try:
-        found = json.loads(raw)
-        version = found["format"]
-    except (ValueError, KeyError, TypeError):
+        found = TypeAdapter(_Version).validate_json(raw)
+    except ValidationError:
         return
-    if not isinstance(version, int) or version == FORMAT:
+    version, software = found["format"], found.get("software")
+    if version == FORMAT:
         return
-    software = found.get("software")
     writer = software.get("fusellm", "unknown") if isinstance(software, dict) else "unknown"
     cure = "install a newer fusellm" if version > FORMAT else "move it away and make it anew"
     raise StoreError(
@@ -199,7 +282,7 @@ class StageFolder:
         path = self.path / name
         if name not in self.shards:
             raise StoreError(f"{path} is not among the finished shards of {self.path}")
-        if not path.exists():
+        if not path.is_file():
             raise StoreError(f"{path} is missing; {_redo_hint(self.path)}")
         size, written = path.stat().st_size, self.shards[name]["bytes"]
         if size != written:

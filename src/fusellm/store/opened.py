@@ -19,7 +19,7 @@ import numpy as np
 from fusellm.align.tokens import Tokens
 from fusellm.errors import StoreError
 from fusellm.fusion.kept import Kept
-from fusellm.store.externalized import TARGET, kept_of, tokens_of
+from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Ragged, Shard, shard_names
@@ -66,7 +66,7 @@ class StoredBlock:
         number: within the corpus' part train.
         usable: whether it was read; if not, it has ids only.
         reason: why it is not usable.
-        ids: [T] int64 token ids, BOS and EOS included.
+        ids: [T] int64 token ids, prefix and EOS included.
         ends: [T] int64, byte of the block's text where each token ends; [0] where not usable.
         kept: the distributions at all tokens but the last, each about the token that follows.
     """
@@ -173,7 +173,7 @@ class DistributionStore:
         """Open a folder whose kind is known; programs call `open_store`."""
         self.path = folder.path
         self.facts: StoreFacts = facts_of(folder)
-        self._folder = folder
+        self._folder, self._layout = folder, layout_of(folder)
         self._names = shard_names(folder)
         self._numbers: list[tuple[int, int]] = [
             tuple(folder.shards[name]["counts"]["numbers"]) for name in self._names
@@ -264,7 +264,7 @@ class DistributionStore:
         return f"there is no block {number}: {self.path} has {there or 'none'}{state}"
 
     def _opened(self, name: str) -> Shard:
-        return Shard(self._folder, name, cached_batches=1)
+        return Shard(self._folder, name, self._layout, cached_batches=1)
 
     def _decoded(self, name: str, n: int) -> _Batch:
         # A whole batch always, so that a block is the same to the last bit however it is asked for.

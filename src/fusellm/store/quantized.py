@@ -13,6 +13,7 @@ scaled to sum to 1. It holds down to LEAST_LOG_PROB."""
 _MOST_STEPS = 65_535
 LEAST_LOG_PROB = -_MOST_STEPS * STEP_NATS
 """What is less probable is kept as this; its probability is 0 in float64."""
+_PROBABILITIES = np.exp(-STEP_NATS * np.arange(_MOST_STEPS + 1))
 
 
 def to_steps(log_probs: np.ndarray) -> np.ndarray:
@@ -53,9 +54,33 @@ def to_drops(log_probs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def from_drops(drops: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """[K] float32 log-probabilities; what `to_drops` takes."""
-    sums = np.concatenate([[0], np.cumsum(drops, dtype=np.int64)])
-    steps = sums[1:] - np.repeat(sums[offsets[:-1]], np.diff(offsets))
-    return from_steps(steps)
+    return from_steps(steps_of(drops, np.diff(offsets)))
+
+
+def steps_of(drops: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[K] uint32 steps below 0 of each entry.
+
+    Args:
+        lengths: [N] entries of each position, fewer than 65,536.
+
+    >>> steps_of(np.array([32, 32, 16], dtype=np.uint16), np.array([2, 1])).tolist()
+    [32, 64, 16]
+    """
+    # Sums over all positions may pass 2**32; the differences within one are right all the same.
+    sums = np.cumsum(drops, dtype=np.uint32)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    before = np.concatenate([np.zeros(1, dtype=np.uint32), sums])[starts]
+    return np.asarray(sums - np.repeat(before, lengths))
+
+
+def probabilities(steps: np.ndarray) -> np.ndarray:
+    """float64 of steps below 0; of the most and more it is 0.
+
+    >>> probabilities(np.array([0, 64, 70_000])).round(3).tolist()
+    [1.0, 0.368, 0.0]
+    """
+    found: np.ndarray = _PROBABILITIES.take(steps, mode="clip")
+    return found
 
 
 def to_sum_one(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusellm.errors import StoreError
+from fusellm.store.files import require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
@@ -45,13 +46,15 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     stay, so that the run is still known as finished.
 
     Raises:
-        StoreError: the folder is no run, or the models that need the stores are not trained yet.
+        StoreError: the folder is no run, a link leads out of it, or the models that need the stores
+            are not trained yet.
     """
     folders = dict(stage_folders(run))
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        return [path for name in (*STAGES, SUITES, ASIDE, RECIPE) if (path := run / name).exists()]
+        names = (*STAGES, SUITES, ASIDE, RECIPE)
+        return [path for name in names if (path := run / name).exists() or path.is_symlink()]
     found = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:
         unfinished = [name for name, folder in folders.items() if not folder.complete]
@@ -61,6 +64,8 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
                 "its stores; finish it with `fusellm run`, or give --all"
             )
         found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
+    for path in found:
+        require_inside(path.parent, run)
     return [path for path in found if path.exists()]
 
 

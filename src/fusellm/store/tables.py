@@ -1,14 +1,16 @@
 """Shards as Arrow files: one row a block, ragged lists, zstd, record batches of at most 64 blocks.
 
 Arrow IPC is read by other tools (pyarrow, polars, duckdb) and lets a record batch be read alone.
-Each record batch is verified when it is first read, what frames them when the shard is opened.
-docs/store-format.md says why Arrow and not Parquet.
+Each record batch is verified when it is first read, what frames them when the shard is opened:
+the bytes by their checksums, the values by the shard's layout. docs/store-format.md says why Arrow
+and not Parquet.
 """
 
 import io
 import mmap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,9 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from fusellm.errors import StoreError
-from fusellm.store.manifest import Segment, StageFolder, segments_of
+from fusellm.store.layout import Batch, Layout, Wrong
+from fusellm.store.layout import Ragged as Ragged
+from fusellm.store.manifest import SHARD_SUFFIX, Segment, StageFolder, segments_of
 from fusellm.store.writer import StageWriter
 
 BATCH_BLOCKS = 64
@@ -26,24 +30,7 @@ _MOST_ENTRIES = 2**31 - 1
 _ZSTD_LEVEL = 6  # docs/store-format.md has what the others cost
 
 
-class Ragged(NamedTuple):
-    """A ragged column: entries of all rows one after another, and where each row's are [R+1]."""
-
-    offsets: np.ndarray
-    values: np.ndarray
-
-
 Columns = Mapping[str, Sequence[Any] | np.ndarray | Ragged]
-
-
-def id_type(count: int) -> pa.DataType:
-    """The narrowest type for ids below `count`."""
-    return pa.uint16() if count <= 1 << 16 else pa.uint32()
-
-
-def list_field(name: str, kind: pa.DataType) -> pa.Field:
-    """A ragged column without nulls."""
-    return pa.field(name, pa.list_(pa.field("item", kind, nullable=False)), nullable=False)
 
 
 class EncodedShard(NamedTuple):
@@ -129,31 +116,64 @@ def _column(values: Sequence[Any] | np.ndarray | Ragged, kind: pa.DataType) -> p
 class Shard:
     """A finished shard; record batches are read as they are asked for."""
 
-    def __init__(self, folder: StageFolder, name: str, cached_batches: int | None = 4) -> None:
+    def __init__(
+        self, folder: StageFolder, name: str, layout: Layout, cached_batches: int | None = 4
+    ) -> None:
         """Open a shard and verify all but its record batches.
 
         Args:
+            layout: what its columns and their values must be.
             cached_batches: record batches that are kept once read; None keeps all.
 
         Raises:
-            StoreError: it is missing, truncated or damaged.
+            StoreError: it is missing, truncated or damaged, or has other columns.
         """
-        self._folder, self._name = folder, name
-        path = folder.sized_file(name)
+        self._folder, self._name, self._layout = folder, name, layout
+        path, segments = folder.sized_file(name), folder.segments(name)
+        counts = folder.shards[name]["counts"]
+        self._blocks: int = counts["blocks"]
+        if len(segments) - 2 != -(-self._blocks // BATCH_BLOCKS) or path.stat().st_size == 0:
+            raise folder.damaged(name, "its record batches are not those of the manifest")
+        self.numbers: tuple[int, int] = tuple(counts.get("numbers", (0, self._blocks)))
+        if self.numbers[1] - self.numbers[0] != self._blocks:
+            raise folder.damaged(name, "its blocks are not those of the manifest")
         self._map = _mapped(path)
-        segments = folder.segments(name)
         starts = np.cumsum([0, *(segment.length for segment in segments)]).tolist()
         self._segments = list(zip(starts, segments, strict=False))
         self._verified = [False] * len(segments)
+        self._checked = [False] * (len(segments) - 2)
         self._verify(0)
         self._verify(len(segments) - 1)
-        self._reader = pyarrow.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        if self._reader.num_record_batches != len(segments) - 2:
-            raise folder.damaged(name, "its record batches are not those of the manifest")
-        self._blocks: int = folder.shards[name]["counts"]["blocks"]
+        self._reader = self._open()
         # Not lru_cache over a method: the cycle would keep a map and batches until some collection.
         self._cache: dict[int, pa.RecordBatch] = {}
         self._cached_batches = cached_batches
+
+    def _open(self, columns: Sequence[int] | None = None) -> pyarrow.ipc.RecordBatchFileReader:
+        """A reader of some columns, by their places, or of all."""
+        options = pyarrow.ipc.IpcReadOptions(included_fields=columns)
+        with self._arrow_explained("what frames its record batches"):
+            buffer = pa.BufferReader(pa.py_buffer(self._map))
+            reader = pyarrow.ipc.open_file(buffer, options=options)
+            if columns is None and not any(map(reader.schema.equals, self._layout.schemas)):
+                raise self.damaged("its columns are not those of its stage")
+            if reader.num_record_batches != self.record_batches:
+                how = "its record batches are not those of the manifest"
+                raise self.damaged(how)
+        return reader
+
+    @contextmanager
+    def _arrow_explained(self, part: str) -> Iterator[None]:
+        """Say which part Arrow cannot read.
+
+        Raises:
+            StoreError: instead of Arrow's errors.
+        """
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            how = f"{part} is no Arrow: {' '.join(str(error).split())}"
+            raise self.damaged(how) from error
 
     def __len__(self) -> int:
         return self._blocks
@@ -168,14 +188,24 @@ class Shard:
         """How many there are."""
         return len(self._segments) - 2
 
-    def verify(self) -> None:
-        """Verify all of it.
+    def check(self) -> None:
+        """Verify and check all of it.
 
         Raises:
-            StoreError: a record batch is damaged.
+            StoreError: a record batch is damaged, or holds what it cannot.
         """
-        for n in range(len(self._segments)):
-            self._verify(n)
+        for n in range(self.record_batches):
+            self._read(n)
+
+    def damaged(self, how: str) -> StoreError:
+        """The error that says what is wrong with the shard."""
+        return self._folder.damaged(self._name, how)
+
+    def refused(self, n: int, wrong: Wrong) -> StoreError:
+        """The error that says what is wrong with a record batch."""
+        number = self.numbers[0] + n * BATCH_BLOCKS + wrong.row
+        how = f"block {number}, column {wrong.column!r}: {wrong.what}"
+        return self.damaged(how)
 
     def _verify(self, segment: int) -> None:
         if self._verified[segment]:
@@ -184,12 +214,48 @@ class Shard:
         if zlib.crc32(memoryview(self._map)[start : start + length]) != crc32:
             framing = segment in (0, len(self._segments) - 1)
             part = "its frame" if framing else f"record batch {segment - 1}"
-            raise self._folder.damaged(self._name, f"the checksum of {part} differs")
+            raise self.damaged(f"the checksum of {part} differs")
         self._verified[segment] = True
 
     def _read(self, n: int) -> pa.RecordBatch:
         self._verify(n + 1)
-        return self._reader.get_batch(n)
+        with self._arrow_explained(f"record batch {n}"):
+            batch = self._reader.get_batch(n)
+        if not self._checked[n]:
+            self._check(n, batch)
+            self._checked[n] = True
+        return batch
+
+    def _check(self, n: int, batch: pa.RecordBatch) -> None:
+        """Check what Arrow does not by itself: its own offsets, rows, nulls, and all values.
+
+        Raises:
+            StoreError: something cannot be.
+        """
+        with self._arrow_explained(f"record batch {n}"):
+            batch.validate(full=True)
+        rows = min(BATCH_BLOCKS, self._blocks - n * BATCH_BLOCKS)
+        if batch.num_rows != rows:
+            how = f"record batch {n} has {batch.num_rows} blocks, and {rows} belong there"
+            raise self.damaged(how)
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            values = column.values if pa.types.is_list(field.type) else column
+            if column.null_count or values.null_count:
+                raise self.refused(n, Wrong(0, field.name, "there are nulls"))
+        columns = _decoded(batch)
+        wrong = self._wrong_number(n, columns) or self._layout.wrong(columns)
+        if wrong is not None:
+            raise self.refused(n, wrong)
+
+    def _wrong_number(self, n: int, columns: Batch) -> Wrong | None:
+        """The first block whose number is not that of its row."""
+        if "block" not in columns:
+            return None
+        first = self.numbers[0] + n * BATCH_BLOCKS
+        found = columns["block"] != np.arange(first, first + len(columns["block"]))
+        row = int(np.argmax(found))
+        number = columns["block"][row]
+        return Wrong(row, "block", f"its number is {number}") if found[row] else None
 
     def column_bytes(self, n: int) -> dict[str, int]:
         """What each column of a record batch takes on disk."""
@@ -215,16 +281,15 @@ class Shard:
 
     def lengths(self, column: str) -> np.ndarray:
         """[blocks] entries of a ragged column; no other column is decompressed."""
-        self.verify()
-        options = pyarrow.ipc.IpcReadOptions(
-            included_fields=[self._reader.schema.get_field_index(column)]
-        )
-        reader = pyarrow.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)), options=options)
-        found = [
-            np.diff(reader.get_batch(n).column(0).offsets.to_numpy())
-            for n in range(self.record_batches)
-        ]
-        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        reader = self._open([self._reader.schema.get_field_index(column)])
+        found = [np.zeros(0, dtype=np.int64)]
+        for n in range(self.record_batches):
+            self._verify(n + 1)
+            with self._arrow_explained(f"record batch {n}"):
+                batch = reader.get_batch(n)
+                batch.validate(full=True)
+            found.append(np.diff(batch.column(0).offsets.to_numpy()))
+        return np.concatenate(found)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The columns of each record batch: scalars as arrays, lists as `Ragged`."""
@@ -233,8 +298,7 @@ class Shard:
 
     def columns(self, n: int) -> dict[str, Any]:
         """The columns of a record batch: scalars as arrays, lists as `Ragged`."""
-        batch = self._read(n)
-        return {field.name: _flat(batch.column(k)) for k, field in enumerate(batch.schema)}
+        return _decoded(self._read(n))
 
     @staticmethod
     def place(row: int) -> tuple[int, int]:
@@ -246,6 +310,10 @@ class Shard:
         n, within = self.place(row)
         batch = self._batch(n)
         return {field.name: _value(batch.column(k), within) for k, field in enumerate(batch.schema)}
+
+
+def _decoded(batch: pa.RecordBatch) -> dict[str, Any]:
+    return {field.name: _flat(batch.column(k)) for k, field in enumerate(batch.schema)}
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -271,7 +339,7 @@ def _value(column: pa.Array, row: int) -> Any:
 def shard_names(folder: StageFolder, prefix: str = "") -> list[str]:
     """Names of the finished shards, in order."""
     return sorted(
-        name for name in folder.shards if name.endswith(".arrow") and name.startswith(prefix)
+        name for name in folder.shards if name.endswith(SHARD_SUFFIX) and name.startswith(prefix)
     )
 
 

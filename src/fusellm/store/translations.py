@@ -6,12 +6,13 @@ files being there.
 """
 
 import os
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from fusellm.align.translation import Translation
 from fusellm.errors import StoreError
@@ -30,34 +31,52 @@ def cache_folder() -> Path:
 
 
 def cached_translation(
-    strategy: str, source: str, target: str, make: Callable[[], Translation]
+    strategy: str,
+    source: str,
+    target: str,
+    sizes: tuple[int, int],
+    make: Callable[[], Translation],
 ) -> Translation:
     """The map of a strategy for two tokenizers, read or made and kept.
 
-    A file that cannot be read is made anew; a folder that cannot be written to is passed over.
+    A file that cannot be read, or holds what no map can, is made anew; a folder that cannot be
+    written to is passed over.
 
     Args:
         source, target: fingerprints of the tokenizers.
+        sizes: (Vs, Vt) of their vocabularies.
     """
-    path = cache_folder() / "maps" / f"{strategy}-{source[:24]}-{target[:24]}-v{_VERSION}.npz"
-    found = _read(path)
+    path = (
+        cache_folder() / "maps" / f"{strategy}-{source[:24]}-{target[:24]}-v{_VERSION}.safetensors"
+    )
+    found = _read(path, sizes)
     if found is None:
         found = make()
         _keep(path, found)
     return found
 
 
-def _read(path: Path) -> Translation | None:
+def _read(path: Path, sizes: tuple[int, int]) -> Translation | None:
+    """A map that was kept; None where there is none, or where it is no map of these sizes.
+
+    Its numbers become indices of compiled loops, which check none.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Translation(
-                arrays["outcome_of_source"],
-                arrays["outcome_of_target"],
-                int(arrays["outcomes"]),
-                bool(arrays["complete"]),
-            )
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        arrays = load(path.read_bytes())
+        maps = arrays["outcome_of_source"], arrays["outcome_of_target"]
+        outcomes, complete = arrays["outcomes"], arrays["complete"]
+    except (OSError, SafetensorError, KeyError, ValueError):
         return None
+    every = (*maps, outcomes, complete)
+    if [array.dtype for array in every] != [np.int64, np.int64, np.int64, np.bool_]:
+        return None
+    if [array.shape for array in every] != [(sizes[0],), (sizes[1],), (), ()]:
+        return None
+    most = int(outcomes)
+    both = np.concatenate(maps)
+    if not 0 <= most <= len(both) or not ((both >= -1) & (both < most)).all():
+        return None
+    return Translation(both[: sizes[0]], both[sizes[0] :], most, bool(complete))
 
 
 def _keep(path: Path, made: Translation) -> None:
@@ -70,7 +89,7 @@ def _keep(path: Path, made: Translation) -> None:
     own = path.with_name(f"{os.getpid()}-{path.name}")  # another process may be writing it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(own, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+        write_whole(own, lambda file: file.write(save(arrays)))
         own.replace(path)
     except (OSError, StoreError):
         with suppress(OSError):

@@ -1,15 +1,21 @@
-"""Every byte of a stage's folder against its manifest, and what to do where one differs."""
+"""Every byte of a stage's folder against its manifest, every value against its stage's layout, and
+what to do where one differs."""
 
 import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from fusellm.errors import StoreError
-from fusellm.store.manifest import MANIFEST, Segment, StageFolder
-from fusellm.store.tables import folder_bytes
+from fusellm.store import externalized, fused
+from fusellm.store.blocks import BLOCKS
+from fusellm.store.layout import Layout
+from fusellm.store.manifest import MANIFEST, SHARD_SUFFIX, Segment, StageFolder
+from fusellm.store.measured import NATS
+from fusellm.store.tables import Shard, folder_bytes
 from fusellm.store.writer import StageWriter
 
 _STAGES = ("corpus", "externalize", "fuse", "train", "evaluate")
@@ -119,7 +125,7 @@ def _stage_of(path: Path) -> str:
 def fault_of(
     folder: StageFolder, name: str, advance: Callable[[int], object] = lambda size: None
 ) -> Fault | None:
-    """What is wrong with a finished file; None where it is what was written."""
+    """What is wrong with a finished file; None where it is what its stage writes."""
     path, written = folder.path / name, folder.shards[name]
     if not path.is_file():
         return Fault(name, "missing")
@@ -135,7 +141,7 @@ def fault_of(
         return Fault(name, f"cannot be read: {error.strerror}")
     wrong = [n for n, segment in enumerate(segments) if sums[n] != segment.crc32]
     if not wrong and sha256 == written["sha256"]:
-        return None
+        return _wrong_values(folder, name)
     last = len(segments) - 1
     batches = tuple(n - 1 for n in wrong if 0 < n < last)
     parts = [f"record batch {n}" for n in batches]
@@ -144,6 +150,30 @@ def fault_of(
     elif len(batches) < len(wrong):
         parts.append("what frames the record batches")
     return Fault(name, f"damaged: {', '.join(parts)}", batches)
+
+
+def _wrong_values(folder: StageFolder, name: str) -> Fault | None:
+    """What is wrong with a shard whose checksums are right: values that no stage writes."""
+    if not name.endswith(SHARD_SUFFIX):
+        return None
+    try:
+        layout = fused.members_layout() if fused.is_members(name) else _layout(folder)
+        if layout is not None:
+            Shard(folder, name, layout).check()
+    except StoreError as error:
+        return Fault(name, str(error).removeprefix(f"{folder.path / name} is "))
+    return None
+
+
+@lru_cache(maxsize=1)
+def _layout(folder: StageFolder) -> Layout | None:
+    """What the shards of a stage must be; None of a stage that is not known."""
+    stage = folder.identity.stage.partition("/")[0]
+    if stage == "externalize":
+        return externalized.layout_of(folder)
+    if stage == "fuse":
+        return fused.layout_of(folder)
+    return {"corpus": BLOCKS, "evaluate": NATS}.get(stage)
 
 
 def _sums(

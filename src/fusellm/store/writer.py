@@ -1,5 +1,6 @@
 """A stage's folder for writing: by one process, each file whole or not at all, resumable."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -16,6 +17,8 @@ from fusellm.errors import StoreError
 from fusellm.store.files import (
     file_digest,
     make_folder,
+    require_inside,
+    require_no_links,
     sync_files,
     write_whole,
     writing_explained,
@@ -32,6 +35,8 @@ from fusellm.store.manifest import (
 from fusellm.store.run_folder import ASIDE
 
 _LOCK = ".lock"
+# What flock says where there are no locks: NFS without its service, Lustre without -o flock.
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 _SOFTWARE = ("fusellm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
 
 
@@ -40,15 +45,35 @@ class StageWriter(StageFolder):
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, identity: Identity) -> Iterator["StageWriter"]:
+    def open(cls, path: Path, identity: Identity, resume: bool = True) -> Iterator["StageWriter"]:
         """Begin a stage, or go on with it.
+
+        A finished folder on a disk that cannot be written to is opened as it is.
+
+        Args:
+            resume: whether to go on with a folder that is not finished, or to begin it anew
+                whatever it was made from.
 
         Raises:
             IdentityError: the folder was made from something else.
-            StoreError: another process is writing in it, or it is damaged.
+            StoreError: another process is writing in it, it is damaged, or a link leads from it to
+                elsewhere.
         """
+        finished = (path / MANIFEST).exists() and StageFolder(path).complete
+        if finished and not os.access(path, os.W_OK):
+            check_identity(path, identity)
+            yield cls(path)
+            return
+        require_inside(path, path.absolute().parents[identity.stage.count("/")])
+        if not finished:
+            require_no_links(path)
         make_folder(path)
         with _locked(path):
+            if (path / MANIFEST).exists() and not resume:
+                writer = cls(path)
+                if not writer.complete:
+                    writer.forget(list(writer.shards))
+                    (path / MANIFEST).unlink()
             if (path / MANIFEST).exists():
                 check_identity(path, identity)
             else:
@@ -147,27 +172,42 @@ class StageWriter(StageFolder):
 def _locked(folder: Path) -> Iterator[None]:
     """Keep every other process from writing in a folder.
 
+    On a file system without locks nothing keeps them from it.
+
     Raises:
         StoreError: another one does.
     """
     path = folder / _LOCK
     while True:
         with writing_explained(path):
-            opened = path.open("w")
-        with opened as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(
-                    f"another process is writing in {folder}; wait for it or stop it"
-                ) from None
+            # A link in its place is not followed, and nothing is emptied.
+            lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            _lock(lock, folder)
             # The one before may have removed the file between our opening and locking it.
-            if _is_at(lock.fileno(), path):
+            if _is_at(lock, path):
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)
                 return
+        finally:
+            os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(
+            f"another process is writing in {folder}; wait for it or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise StoreError(
+                f"{folder} could not be locked: {error.strerror}; mend that and run the same "
+                "command again"
+            ) from error
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -198,6 +238,7 @@ def set_aside(run: Path, folders: list[Path]) -> Path | None:
     if not existing:
         return None
     parent = run / ASIDE
+    require_inside(parent, run)
     parent.mkdir(exist_ok=True)
     number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
     for folder in existing:

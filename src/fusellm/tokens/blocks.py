@@ -1,9 +1,9 @@
 """Cutting a document into blocks that, joined, are the document."""
 
-import re
 from collections.abc import Iterator
 
-_LAST_SPACE = re.compile(rb"[ \t\r\f\v\n](?=[^ \t\r\f\v\n]*$)")
+_LONGEST_CHARACTER = 4  # bytes
+_SPACES = (b" ", b"\t", b"\r", b"\f", b"\v")
 
 
 def cut(text: str, block_bytes: int) -> Iterator[str]:
@@ -27,21 +27,30 @@ def cut(text: str, block_bytes: int) -> Iterator[str]:
     while start < len(data):
         end = min(start + block_bytes, len(data))
         if end < len(data):
-            end = start + _cut_point(data[start:end], data[end])
+            end = start + cut_point(data[start:end], data[end])
         yield data[start:end].decode("utf-8")
         start = end
 
 
-def _cut_point(window: bytes, following: int) -> int:
+def cut_point(window: bytes, following: int) -> int:
+    """Where text that begins with `window` is cut: how many of the window's bytes come before.
+
+    Args:
+        window: at least 4 bytes.
+        following: the byte after them.
+
+    >>> cut_point(b"one\\ntwo", ord(" "))
+    4
+    """
     line_end = window.rfind(b"\n")
     if line_end >= 0:
         return line_end + 1
-    space = _LAST_SPACE.search(window)
-    if space is not None:
-        return space.end()
+    space = max(map(window.rfind, _SPACES))
+    if space >= 0:
+        return space + 1
     at = len(window)
     if following & 0xC0 == 0x80:  # the window ends inside a character: go back to where it begins
         at -= 1
-        while window[at] & 0xC0 == 0x80:
+        while window[at] & 0xC0 == 0x80 and at > len(window) - _LONGEST_CHARACTER:
             at -= 1
     return at

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fusellm.errors import TokenizerError
 from fusellm.tokens.text_ids import rules_of, text_ids_of
 from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
 from fusellm.tokens.walk import boundaries
@@ -20,14 +21,16 @@ class Encoded:
     """One block as a model reads it.
 
     Attributes:
-        ids: [T] int64 token ids, with BOS where the model has one by default, and EOS where the
-            block is its document's last.
-        ends: [T] int64 boundaries, in bytes; BOS has read nothing, EOS the whole block. None
-            where the walk failed: the tokenizer changes this text.
+        ids: [T] int64 token ids: the prefix that the tokenizer puts before a text, the text, and
+            EOS where the block is its document's last.
+        ends: [T] int64 boundaries, in bytes; the prefix has read nothing, EOS the whole block.
+            None where the walk failed: the tokenizer changes this text.
+        prefix_tokens: how many of them are the prefix, which is read and never predicted.
     """
 
     ids: np.ndarray
     ends: np.ndarray | None
+    prefix_tokens: int = 0
 
 
 class Encoder:
@@ -41,20 +44,36 @@ class Encoder:
                 are no others: the model neither reads nor predicts them.
 
         Raises:
-            TokenizerError: the tokens cannot be told as bytes.
+            TokenizerError: the tokens cannot be told as bytes, or a token that is put before each
+                text is beyond the rows.
         """
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
         beyond = () if rows is None else self.vocabulary.token_bytes[rows:]
         self.is_cut = len(beyond) > 0 and not any(beyond)
         if rows is not None and self.is_cut:
+            self._require_prefix_below(rows)
             self.vocabulary = self.vocabulary.below(rows)
         self._text_ids = text_ids_of(tokenizer)
+
+    def _require_prefix_below(self, rows: int) -> None:
+        beyond = [id_ for id_ in self.vocabulary.prefix_ids if id_ >= rows]
+        if beyond:
+            raise TokenizerError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} puts {self.spelled(beyond[0])} "
+                f"({beyond[0]}) before each text, and its model has {rows} rows in its head; say "
+                "what is to be put, as prefix: [], or resize its embeddings"
+            )
 
     @cached_property
     def rules(self) -> str:
         """Tables and rules by which the tokenizer cuts text; equal for those that cut alike."""
         return rules_of(self.tokenizer)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens are put before each text."""
+        return len(self.vocabulary.prefix_ids)
 
     def spelled(self, id_: int) -> str:
         """A token as text: its bytes, or for a special or byte token what its tokenizer writes."""
@@ -73,16 +92,16 @@ class Encoder:
         if not texts:
             return []
         rows = self._text_ids(texts)
-        bos, eos = self.vocabulary.bos_id, self.vocabulary.eos_id
+        prefix, eos = self.vocabulary.prefix_ids, self.vocabulary.eos_id
         encoded = []
         for text, ids, is_last in zip(texts, rows, last, strict=True):
             data = text.encode()
             ends = boundaries(data, ids, self.vocabulary)
-            before = [] if bos is None else [bos]
             after = [eos] if is_last and eos is not None else []
             if ends is not None:
                 ends = np.concatenate(
-                    [np.zeros(len(before), np.int64), ends, np.full(len(after), len(data))]
+                    [np.zeros(len(prefix), np.int64), ends, np.full(len(after), len(data))]
                 ).astype(np.int64)
-            encoded.append(Encoded(np.array([*before, *ids, *after], dtype=np.int64), ends))
+            whole = np.array([*prefix, *ids, *after], dtype=np.int64)
+            encoded.append(Encoded(whole, ends, self.prefix_tokens))
         return encoded

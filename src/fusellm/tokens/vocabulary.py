@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fusellm.errors import TokenizerError
 from fusellm.tokens.spelling import (
     SPACE_MARK,
     Kind,
@@ -41,7 +42,8 @@ class Vocabulary:
         token_bytes: [V] the bytes of each token; None for special tokens and for ids without one.
         space_mark: whether a token's leading space may be a dummy prefix.
         eos_id: id of the end-of-sequence token, if there is one.
-        bos_id: id of the token that this tokenizer puts before every text by default, if any.
+        prefix_ids: ids of the tokens that this tokenizer puts before every text by default: none,
+            BOS, or whatever its model was trained with (GLM's `[gMASK] <sop>`).
         is_fallback: [V] whether the token is a `<0xNN>` byte of SentencePiece.
         kind: how the tokens are spelled.
         doubles: whether the dummy prefix comes even before a space ("▁▁a" for " a").
@@ -54,7 +56,7 @@ class Vocabulary:
     token_bytes: tuple[bytes | None, ...]
     space_mark: bool
     eos_id: int | None
-    bos_id: int | None
+    prefix_ids: tuple[int, ...]
     is_fallback: np.ndarray
     kind: Kind = Kind.SPACE_MARKS
     doubles: bool = False
@@ -115,7 +117,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     Fast tokenizers and those written in Python; byte-level, SentencePiece-like, or raw bytes.
 
     Raises:
-        TokenizerError: the tokenizer spells its tokens in another way, such as WordPiece.
+        TokenizerError: the tokenizer spells its tokens in another way, such as WordPiece, or what
+            it puts before a text is not to be told.
     """
     text_ids, layout = text_ids_of(tokenizer), layout_of(tokenizer)
     spelling = read_spelling(tokenizer, layout, text_ids)
@@ -142,7 +145,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         tuple(token_bytes),
         space_mark,
         tokenizer.eos_token_id,
-        _default_bos(tokenizer),
+        _prefix(tokenizer, text_ids),
         is_fallback,
         spelling.kind,
         doubles,
@@ -212,7 +215,19 @@ def _dummy_prefix(
     return spelling.kind is Kind.SPACE_MARKS, False
 
 
-def _default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return bos if bos is not None and ids[:1] == [bos] else None
+def _prefix(tokenizer: PreTrainedTokenizerBase, text_ids: TextIds) -> tuple[int, ...]:
+    """The tokens that stand before a text where special tokens are put.
+
+    What stands after it is left alone: EOS is put where a document ends, and nowhere else.
+    """
+    for probe in _PROBES:
+        whole = list(tokenizer(probe, add_special_tokens=True)["input_ids"])
+        own = text_ids([probe])[0]
+        for at in range(len(whole) - len(own) + 1):
+            if own and whole[at : at + len(own)] == own:
+                return tuple(whole[:at])
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    raise TokenizerError(
+        f"what the tokenizer {name!r} puts before a text is not to be told: with special tokens it "
+        f"cuts {_PROBES[0]!r} otherwise than without; say it in the recipe, as prefix: [TOKEN, …]"
+    )

@@ -5,16 +5,16 @@ T tokens of one block.
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from fusellm.compiled import compiled
 from fusellm.tokens.vocabulary import Vocabulary
 
 _COVERED = -1
 _SPACE = 0x20
 
 
-@numba.njit(cache=True)
+@compiled()
 def _walk(
     text: np.ndarray,
     ids: np.ndarray,
@@ -56,7 +56,7 @@ def boundaries(
 
     Args:
         text: UTF-8 of one block.
-        ids: [T] token ids, without BOS and EOS.
+        ids: [T] token ids, without prefix and EOS.
 
     Returns:
         [T] int64, non-decreasing, the last equal to len(text); None where the walk fails, which

@@ -24,7 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fusellm.errors import CorpusError
+
+RULES = 2
+"""Of what is a document and what is left out: counts in the identity of a corpus."""
 
 DOMAINS = ("prose", "python", "cpp")
 PARTS = ("zoo", "train", "validation", "held_out")
@@ -37,9 +42,9 @@ _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "mode
 _MIN_PROSE_BYTES = 200
 _CODE_BYTES = (200, 200_000)  # larger files are tables and amalgamations, made by programs
 _SHINGLE_WORDS = 8
-_SHINGLES_KEPT_ONE_IN = 4
 _NEAR_DUPLICATE_SHARE = 0.5
 _WORD = re.compile(r"\w+")
+_NONE = np.empty(0, np.uint32)
 _LINE = re.compile(r"[^\n\r]*(?:\r\n|\n|\r|$)")
 
 
@@ -109,22 +114,20 @@ def drop_near_duplicates(
 ) -> tuple[list[Document], int]:
     """Leave out training documents half of whose word 8-grams stand in a document kept apart.
 
-    One in four 8-grams is looked at, chosen by its own hash. Returns the documents left and how
-    many were dropped.
+    Returns the documents left and how many were dropped.
 
     >>> text = " ".join(f"word{i}" for i in range(100))
     >>> held_out = [Document("a", "prose", "held_out", text)]
     >>> drop_near_duplicates(held_out, [Document("b", "prose", "train", "See: " + text)])
     ([], 1)
     """
-    seen: set[int] = set()
-    for document in kept_apart:
-        seen.update(_shingles(document.text))
+    seen = np.unique(np.concatenate([_NONE, *(_shingles(one.text) for one in kept_apart)]))
     left = []
     for document in training:
         shingles = _shingles(document.text)
-        met = sum(shingle in seen for shingle in shingles)
-        if not shingles or met < _NEAR_DUPLICATE_SHARE * len(shingles):
+        after, before = (np.searchsorted(seen, shingles, side) for side in ("right", "left"))
+        met = (after - before).sum()
+        if not len(shingles) or met < _NEAR_DUPLICATE_SHARE * len(shingles):
             left.append(document)
     return left, len(training) - len(left)
 
@@ -134,13 +137,12 @@ def _is_code(text: str) -> bool:
     return least <= len(text.encode()) <= most
 
 
-def _shingles(text: str) -> set[int]:
+def _shingles(text: str) -> np.ndarray:
+    """Hashes of the different word 8-grams of a text, ascending."""
     words = _WORD.findall(text)
-    hashes = (
-        zlib.crc32(" ".join(words[at : at + _SHINGLE_WORDS]).encode())
-        for at in range(max(len(words) - _SHINGLE_WORDS + 1, 1 if words else 0))
-    )
-    return {value for value in hashes if value % _SHINGLES_KEPT_ONE_IN == 0}
+    count = max(len(words) - _SHINGLE_WORDS + 1, 1 if words else 0)
+    grams = (" ".join(words[at : at + _SHINGLE_WORDS]) for at in range(count))
+    return np.unique(np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32, count))
 
 
 def _package_root(package: str) -> Path | None:

@@ -213,6 +213,19 @@ def pack(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def _toolchain(folder: Path) -> str:
+    """A folder's own name, if it can be a toolchain's: a recipe may be somebody else's."""
+    found = folder.resolve()
+    if not (found / "bin").is_dir():
+        raise EvaluationError(f"toolchain {folder} has no folder bin; name the one that has")
+    if Path.home().resolve().is_relative_to(found):
+        raise EvaluationError(
+            f"toolchain {folder} holds your home folder, which generated programs would read; "
+            "name the toolchain's own folder"
+        )
+    return str(found)
+
+
 def find_sandbox(toolchains: Iterable[Path] = ()) -> Sandbox:
     """The sandbox of this machine, after trying whether it holds.
 
@@ -243,7 +256,7 @@ def find_sandbox(toolchains: Iterable[Path] = ()) -> Sandbox:
             f"{children} does not exist, so the memory of a program's processes cannot be "
             "watched: use a kernel with CONFIG_PROC_CHILDREN"
         )
-    sandbox = Sandbox(bwrap, version, tuple(str(folder.resolve()) for folder in toolchains))
+    sandbox = Sandbox(bwrap, version, tuple(_toolchain(folder) for folder in toolchains))
     try:
         outcome = sandbox.run(["sh", "-c", _PROBE], _PROBE_LIMITS)
     except EvaluationError as error:

@@ -144,7 +144,7 @@ def _require_tool(tool: str, install: str, sandbox: Sandbox) -> None:
         raise EvaluationError(f"{tool} is not installed: {install}")
     raise EvaluationError(
         f"{tool} is at {elsewhere}, which the sandbox does not show: {install}, or name the "
-        "folder that has it in its bin with --toolchain"
+        "folder that has it in its bin: evaluation.toolchains, or --toolchain of fusellm evaluate"
     )
 
 

@@ -1,8 +1,8 @@
 """corpus: documents to blocks, once for all models."""
 
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,10 @@ import pyarrow as pa
 from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
 from fusellm.errors import CorpusError
 from fusellm.progress import Bar, Progress
-from fusellm.stages.corpus.documents import (
-    PARTS,
-    BuiltinReader,
-    Text,
-    files_of,
-    read_documents,
-    relative_names,
-)
+from fusellm.stages.corpus.digests import digest_of_files
+from fusellm.stages.corpus.documents import BuiltinReader, read_documents
 from fusellm.stages.corpus.fields import Spans
+from fusellm.stages.corpus.parts import MEASURED_BYTES, PARTS, Text
 from fusellm.store.blocks import (
     BLOCKS_SCHEMA,
     BLOCKS_WITH_CONTEXT_SCHEMA,
@@ -27,36 +22,32 @@ from fusellm.store.blocks import (
     block_columns,
     corpus_folder,
 )
-from fusellm.store.files import file_digest
 from fusellm.store.identity import Identity, digest
 from fusellm.store.tables import write_table
 from fusellm.store.writer import StageWriter, software_versions
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.context import spans_within
-
-# Of a document in the parts validation and held_out no more than this is taken.
-_MEASURED_DOCUMENT_BYTES = 8192
+from fusellm.zoo.text import RULES
 
 
-def identity(recipe: Recipe, target_tokenizer: str) -> Identity:
-    """What the corpus is made from.
+def identity(recipe: Recipe, target_tokenizer: str, progress: Progress) -> Identity:
+    """What the corpus is made from. Files of many bytes are read once, with a bar.
 
     Args:
         target_tokenizer: fingerprint of the target's tokenizer, which a budget in tokens reads.
+
+    Raises:
+        CorpusError: a file is missing, cannot be read, or is of no known kind.
     """
     settings = {"corpus": recipe.corpus.identity()}
     inputs: dict[str, str] = {}
     for n, entry in enumerate(recipe.corpus.documents):
         if isinstance(entry, BuiltinDocuments):
             versions = software_versions()
-            inputs[f"documents.{n}"] = digest(
-                {name: versions[name] for name in ("python", "torch", "transformers", "numpy")}
-            )
+            read = {name: versions[name] for name in ("python", "torch", "transformers", "numpy")}
+            inputs[f"documents.{n}"] = digest(read | {"rules": RULES})
         elif isinstance(entry, FileDocuments):
-            paths = files_of(entry)
-            names = relative_names(paths)
-            sums = [[name, file_digest(p)] for name, p in zip(names, paths, strict=True)]
-            inputs[f"documents.{n}"] = digest(sums)
+            inputs[f"documents.{n}"] = digest_of_files(entry, progress)
         elif isinstance(entry, HubDocuments):
             inputs[f"documents.{n}"] = digest([entry.hub, entry.config, entry.revision])
     if recipe.corpus.train_tokens is not None:
@@ -71,26 +62,26 @@ def run_corpus(
     count_tokens: Callable[[str], int],
     progress: Progress,
 ) -> None:
-    """Write the corpus of a run.
+    """Write the corpus of a run. One that was not finished is begun anew.
 
     Raises:
-        CorpusError: a part has no text.
+        CorpusError: a document cannot be read, or a part has no text.
     """
-    with StageWriter.open(corpus_folder(run), identity_) as folder:
+    with StageWriter.open(corpus_folder(run), identity_, resume=False) as folder:
         if folder.complete:
             return
         corpus = recipe.corpus
         schema = BLOCKS_WITH_CONTEXT_SCHEMA if corpus.has_context else BLOCKS_SCHEMA
         parts = {part: _PartWriter(folder, part, schema, corpus.shard_blocks) for part in PARTS}
-        counts: Counter[str] = Counter()
-        in_tokens = recipe.corpus.train_tokens is not None
+        in_tokens = corpus.train_tokens is not None
         measure, unit = (count_tokens, "tokens") if in_tokens else (_utf8_bytes, "bytes")
-        most_validation = float(recipe.corpus.validation_bytes)
-        most_held_out = float(recipe.corpus.held_out_bytes)
+        cutter = _Cutter(corpus.block_bytes, measure, parts)
+        most_validation = float(corpus.validation_bytes)
+        most_held_out = float(corpus.held_out_bytes)
         measured: dict[tuple[str, str], float] = {}
-        builtin = BuiltinReader(recipe.corpus, progress)
+        builtin = BuiltinReader(corpus, progress)
         for entry, budget in _budgets(recipe):
-            texts = read_documents(entry, recipe.corpus, counts, builtin)
+            texts = read_documents(entry, corpus, cutter.counts, builtin)
             room = {
                 "train": budget,
                 "validation": measured.get((entry.domain, "validation"), most_validation),
@@ -99,13 +90,14 @@ def run_corpus(
             total = 0.0 if budget == float("inf") else budget
             with progress.start(f"cutting {entry.domain} into blocks", total, unit) as bar:
                 own = isinstance(entry, HubDocuments) and entry.has_own_splits
-                _take(recipe, entry.domain, room, measure, texts, own, parts, counts, bar)
+                cutter.take(entry.domain, texts, room, own, bar)
             measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
         for part in parts.values():
             part.close()
         _require_text(recipe, parts)
+        cutter.tell(progress)
         summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
-        folder.finish({"bytes": summary, **+counts})
+        folder.finish({"bytes": summary, **+cutter.counts})
 
 
 def _budgets(recipe: Recipe) -> Iterator[tuple[Any, float]]:
@@ -115,54 +107,100 @@ def _budgets(recipe: Recipe) -> Iterator[tuple[Any, float]]:
         yield entry, whole * entry.weight / weights
 
 
-def _take(
-    recipe: Recipe,
-    domain: str,
-    room: dict[str, float],
-    measure: Callable[[str], int],
-    texts: Iterator[Text],
-    measured_first: bool,
-    parts: dict[str, "_PartWriter"],
-    counts: Counter[str],
-    bar: Bar,
-) -> None:
-    """Cut documents into blocks until there is no room in any part; `room` goes down.
+@dataclass
+class _Cutter:
+    """Cuts documents into blocks and counts what is odd about them.
 
-    `measured_first` says that nothing to measure on comes after the first training document.
+    Attributes:
+        block_bytes: longest block.
+        measure: size of a text of the part train, in the budget's unit.
+        parts: what takes the blocks.
     """
-    for document in texts:
-        if not document.text.strip():
-            counts["empty_documents"] += 1
-            continue
-        if room[document.part] <= 0:
-            spent = measured_first and document.part == "train"
-            if spent or not any(left > 0 for left in room.values()):
-                break
-            continue
-        text = document.text.encode("utf-8", "replace").decode("utf-8")
-        blocks = list(cut(text, recipe.corpus.block_bytes))
+
+    block_bytes: int
+    measure: Callable[[str], int]
+    parts: "dict[str, _PartWriter]"
+    counts: Counter[str] = field(default_factory=Counter)
+    _first_invalid: str = ""
+
+    def take(
+        self,
+        domain: str,
+        texts: Iterator[Text],
+        room: dict[str, float],
+        measured_first: bool,
+        bar: Bar,
+    ) -> None:
+        """Take documents until there is no room in any part; `room` goes down.
+
+        `measured_first` says that nothing to measure on comes after the first training document.
+        """
+        for document in texts:
+            if not document.text.strip():
+                self.counts["empty_documents"] += 1
+                continue
+            if room[document.part] <= 0:
+                spent = measured_first and document.part == "train"
+                if spent or not any(left > 0 for left in room.values()):
+                    break
+                continue
+            size = self._add(document, domain, room[document.part])
+            room[document.part] -= size
+            if document.part == "train":
+                bar.advance(size)
+
+    def _add(self, document: Text, domain: str, room: float) -> int:
+        """Take what fits of a document, at least its first block; returns its size."""
+        blocks = list(cut(document.text, self.block_bytes))
         whole = len(blocks)
         if document.part == "train":
-            size = measure(text)
-            bar.advance(size)
+            size = self.measure(document.text)
+            if size > room:
+                blocks, size = _leading(blocks, self.measure, room)
         else:  # many beginnings say more than a few long documents
-            blocks = _leading(blocks, min(_MEASURED_DOCUMENT_BYTES, room[document.part]))
-            size = sum(map(_utf8_bytes, blocks))
-        room[document.part] -= size
+            blocks, size = _leading(blocks, _utf8_bytes, min(MEASURED_BYTES, room))
         start = 0
         for n, block in enumerate(blocks):
             end = start + _utf8_bytes(block)
             context = spans_within(document.context, start, end)
-            parts[document.part].add(document.name, domain, n == whole - 1, block, context)
-            counts["context_bytes"] += sum(b - a for a, b in context)
+            ends = document.ends and n == whole - 1
+            self.parts[document.part].add(document.name, domain, ends, block, context)
+            self.counts["context_bytes"] += sum(b - a for a, b in context)
             start = end
-        counts[f"documents_{document.part}"] += 1
+        self.counts[f"documents_{document.part}"] += 1
+        if not document.is_utf8:
+            self.counts["documents_with_invalid_utf8"] += 1
+            self._first_invalid = self._first_invalid or document.name
+        return size
+
+    def tell(self, progress: Progress) -> None:
+        """Say what a user would want to know of the documents."""
+        by_place = self.counts["documents_cut_by_place"]
+        if by_place:
+            progress.say(
+                f"documents cut by place: {by_place}, as their hashes leave a part of the corpus "
+                "without any; the end of the text is held out, and what is before it validates"
+            )
+        invalid = self.counts["documents_with_invalid_utf8"]
+        if invalid:
+            progress.say(
+                f"documents with bytes that are no UTF-8, read as \ufffd: {invalid}; the first is "
+                f"{self._first_invalid}"
+            )
 
 
-def _leading(blocks: Sequence[str], most_bytes: float) -> list[str]:
-    """The first block, and those after it that fit in `most_bytes` together with it."""
-    sizes = itertools.accumulate(map(_utf8_bytes, blocks))
-    return list(blocks[: max(1, sum(size <= most_bytes for size in sizes))])
+def _leading(
+    blocks: Sequence[str], measure: Callable[[str], int], most: float
+) -> tuple[list[str], int]:
+    """The first block, and those after it that fit in `most` together with it; their size."""
+    taken, size = [blocks[0]], measure(blocks[0])
+    for block in blocks[1:]:
+        more = measure(block)
+        if size + more > most:
+            break
+        taken.append(block)
+        size += more
+    return taken, size
 
 
 def _utf8_bytes(text: str) -> int:
@@ -170,10 +208,9 @@ def _utf8_bytes(text: str) -> int:
 
 
 def _require_text(recipe: Recipe, parts: dict[str, "_PartWriter"]) -> None:
-    cures = {
-        "train": "check the paths and text_field of corpus.documents",
-        "validation": "raise corpus.validation_share, or name a validation_split",
-        "held_out": "raise corpus.held_out_share, or name a held_out_split",
+    cures = {"train": "check the paths and text_field of corpus.documents"} | {
+        part: f"give it more text, raise corpus.{part}_share, or name a {part}_split of a dataset"
+        for part in ("validation", "held_out")
     }
     for part, cure in cures.items():
         if parts[part].blocks == 0:
@@ -206,9 +243,8 @@ class _PartWriter:
 
     def _write(self) -> None:
         name = f"{self._part}-{self._shards:05d}.arrow"
-        if name not in self._folder.shards:
-            columns = block_columns(self._pending, self._schema)
-            most = max(_utf8_bytes(block.text) for block in self._pending)
-            write_table(self._folder, name, columns, self._schema, {"longest_bytes": most})
+        columns = block_columns(self._pending, self._schema)
+        most = max(_utf8_bytes(block.text) for block in self._pending)
+        write_table(self._folder, name, columns, self._schema, {"longest_bytes": most})
         self._shards += 1
         self._pending = []

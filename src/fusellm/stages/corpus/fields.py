@@ -26,6 +26,11 @@ class Fields:
         names = (entry.text_field,) if isinstance(entry.text_field, str) else entry.text_field
         return cls(tuple(names), frozenset(entry.context_fields), entry.field_separator)
 
+    @property
+    def are_named(self) -> bool:
+        """Whether they are others than those of an entry that says nothing of fields."""
+        return self.names != ("text",)
+
     def text(self, row: object, place: str) -> tuple[str, Spans]:
         """A record's text, and which of its bytes in UTF-8 are context.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import Recipe
-from fusellm.errors import NumericsError
+from fusellm.errors import NumericsError, TokenizerError
 from fusellm.models.load import Located, describe
 from fusellm.progress import Progress
 from fusellm.stages.externalize.local import read_locally
@@ -16,6 +16,7 @@ from fusellm.stages.externalize.ray_engine import read_on_ray
 from fusellm.stages.externalize.task import Engine, EngineSettings, Task
 from fusellm.stages.externalize.work import (
     NOT_FINITE,
+    WALK_FAILED,
     Done,
     columns_of_tokens,
     encode_blocks,
@@ -75,6 +76,7 @@ def run_target(run: Path, identity: Identity, encoder: Encoder, progress: Progre
     with StageWriter.open(externalized_folder(run, TARGET), identity) as folder:
         if folder.complete:
             return
+        folder.describe({"vocabulary": len(encoder.vocabulary)})
         names = shard_names(corpus, "train-")
         with progress.start("tokenizing for the target", len(names), "shards") as bar:
             for name in names:
@@ -84,7 +86,9 @@ def run_target(run: Path, identity: Identity, encoder: Encoder, progress: Progre
                     counts = token_counts(encoded) | {"texts": digest_of_blocks(blocks)}
                     write_table(folder, name, columns_of_tokens(blocks, encoded), schema, counts)
                 bar.advance()
-        folder.finish(_sum_counts(folder))
+        sums = _sum_counts(folder)
+        _tell_changed(progress, TARGET, sums.get("walk_failed", 0), sums.get("blocks", 0))
+        folder.finish(sums)
 
 
 def run_source(
@@ -105,6 +109,7 @@ def run_source(
     Raises:
         ModelError: the model cannot be loaded.
         NumericsError: more blocks than the recipe allows have NaN or infinity.
+        TokenizerError: its tokenizer changes more blocks than the recipe allows.
         ClusterError: no cluster is there as asked, or its workers are lost again and again.
             Finished shards are kept, whatever is raised.
     """
@@ -134,6 +139,7 @@ def run_source(
                 task = Task(recipe, located, encoder, left, load, begin, write, bar, progress.say)
                 ENGINES[engine.name](task, engine)
         tally.check()
+        _tell_changed(progress, name, len(tally.of(WALK_FAILED)), tally.blocks)
         folder.finish(_sum_counts(folder))
 
 
@@ -157,30 +163,51 @@ def _about(
     }
 
 
+def _tell_changed(progress: Progress, name: str, changed: int, blocks: int) -> None:
+    if changed:
+        progress.say(
+            f"{name}: {changed:,} of {blocks:,} blocks are left out, because its tokenizer changes "
+            "their text"
+        )
+
+
 class _Aside:
-    """Blocks with NaN or infinity, over all shards of a source."""
+    """Blocks that a source could not read, over all its shards."""
 
     def __init__(self, recipe: Recipe, name: str, folder: StageFolder, blocks: int) -> None:
         self._recipe, self._name, self._folder, self.blocks = recipe, name, folder, blocks
 
-    def check(self) -> None:
-        """Raises NumericsError where there are more than the recipe allows."""
-        found = [
-            entry
+    def of(self, reason: str) -> list[tuple[int, str]]:
+        """(number, document) of the blocks that were put aside for a reason."""
+        return [
+            (number, document)
             for shard in self._folder.shards.values()
-            for entry in shard["counts"].get("aside", [])
-            if entry[2] == NOT_FINITE
+            for number, document, why in shard["counts"].get("aside", [])
+            if why == reason
         ]
-        share = self._recipe.externalize.not_finite_share
-        if len(found) <= share * self.blocks:
-            return
-        number, document, _ = min(found)
-        raise NumericsError(
-            f"source {self._name!r} gives NaN or infinity on {len(found)} of {self.blocks} blocks, "
-            f"more than externalize.not_finite_share: {share:g} allows; the first is block "
-            f"{number} (document {document!r}). Try another dtype for it, or check its weights. "
-            "Finished shards are kept; whatever reads them anew needs --redo"
-        )
+
+    def check(self) -> None:
+        """Raises NumericsError or TokenizerError where there are more than the recipe allows."""
+        allowed = self._recipe.externalize
+        not_finite, changed = self.of(NOT_FINITE), self.of(WALK_FAILED)
+        if len(not_finite) > allowed.not_finite_share * self.blocks:
+            raise NumericsError(
+                f"source {self._name!r} gives NaN or infinity on {self._too_many(not_finite)} "
+                f"externalize.not_finite_share: {allowed.not_finite_share:g} allows. Try another "
+                "dtype for it, or check its weights. Finished shards are kept; whatever reads them "
+                "anew needs --redo"
+            )
+        if len(changed) > allowed.changed_share * self.blocks:
+            raise TokenizerError(
+                f"the tokenizer of source {self._name!r} changes {self._too_many(changed)} "
+                f"externalize.changed_share: {allowed.changed_share:g} allows. Take a model whose "
+                "tokenizer keeps text as it is, or raise that share"
+            )
+
+    def _too_many(self, found: list[tuple[int, str]]) -> str:
+        number, document = min(found)
+        first = f"the first is block {number}, document {document!r}"
+        return f"{len(found)} of {self.blocks} blocks ({first}), more than"
 
 
 def _sum_counts(folder: StageFolder) -> dict[str, int]:

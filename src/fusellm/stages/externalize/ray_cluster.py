@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TextIO, cast
 
@@ -19,6 +21,7 @@ from fusellm.stages.externalize.task import EngineSettings
 
 _CPU_GROUP = 8  # CPUs of a worker where nothing else is said: more make one model little faster
 _CONNECT_SECONDS = 10.0
+_FIRST_WITH_TOKENS = (2, 52)
 _GUESSES = re.compile(r" (Some common causes|There are some potential root causes)")
 
 
@@ -26,17 +29,40 @@ def require_ray(settings: EngineSettings) -> None:
     """Check what can be checked before a cluster is needed.
 
     Raises:
-        ClusterError: Ray is not installed, and the message has the command that installs it; or
-            the address is none that is supported.
+        ClusterError: Ray is not installed or too old, and the message has the command that installs
+            it; or the address is none that is supported, or no token is asked for there.
     """
     if find_spec("ray") is None:
         raise ClusterError("--engine ray needs the package ray: pip install 'fusellm[ray]'")
+    if tuple(int(part) for part in version("ray").split(".")[:2]) < _FIRST_WITH_TOKENS:
+        raise ClusterError(
+            f"Ray {version('ray')} runs what anybody sends it who reaches its ports; Ray "
+            "2.52 is the first that asks for a token: pip install 'fusellm[ray]'"
+        )
     address = _address(settings)
     if "://" in address:
         raise ClusterError(
             f"Ray Client ({address}) is not supported; run the command on a machine of the "
             "cluster, with --ray-address auto"
         )
+
+    if address != "local" and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise ClusterError(
+            f"the Ray cluster at {address} is used only if it asks for a token, or it runs what "
+            "anybody sends it who reaches its ports: start it with RAY_AUTH_MODE=token, and set "
+            "that here too, with the same token (docs.ray.io, token authentication)"
+        )
+
+
+def set_up_tokens(settings: EngineSettings) -> None:
+    """Have a cluster that is started here ask for a token; to be called before Ray is imported.
+
+    The processes of the cluster are children of this one, and have its environment. A second
+    cluster of this process has the same token: Ray reads it once.
+    """
+    if _address(settings) == "local":
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _address(settings: EngineSettings) -> str:
@@ -59,7 +85,8 @@ def connected(ray: Any, settings: EngineSettings) -> Iterator[bool]:
         with redirect_stdout(cast(TextIO, _WithoutRay(sys.stdout))), _ending_on_sigterm() as end:
             try:
                 _require_listening(address)
-                ray.init(address=address, **quiet)
+                here = {"_node_ip_address": "127.0.0.1"} if address == "local" else {}
+                ray.init(address=address, **here, **quiet)
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 raise ClusterError(_why_notconnected(address, error)) from error
             end()

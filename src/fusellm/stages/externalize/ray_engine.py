@@ -3,8 +3,8 @@
 This process, the driver, sends blocks of text and writes the shards that come back. Workers need
 fusellm and the model, and no files that they share with the driver.
 
-Ray sends Python objects as pickles, so whoever can reach a cluster can run code in it: use one
-that you trust, in a network that you trust.
+Ray sends Python objects as pickles, so whoever a cluster listens to can run code in it. One that is
+started here listens on the loopback device and asks for a token; of others a token is required.
 """
 
 import importlib
@@ -22,6 +22,7 @@ from fusellm.stages.externalize.ray_cluster import (
     connected,
     one_line,
     require_ray,
+    set_up_tokens,
     size_of_workers,
 )
 from fusellm.stages.externalize.ray_worker import IN_FLIGHT, Loaded, Reader, orders_of
@@ -49,6 +50,7 @@ def read_on_ray(task: Task, settings: EngineSettings) -> None:
     """
     require_ray(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_up_tokens(settings)
     ray = importlib.import_module("ray")
     with connected(ray, settings) as started_here:
         size = size_of_workers(

@@ -29,6 +29,7 @@ class Orders:
 
     recipe: Recipe
     settings: ModelSettings
+    runs_code: bool
     fingerprint: str
     tokenizer: str
     software: dict[str, str]
@@ -53,6 +54,7 @@ def orders_of(task: Task, cpus: int, gpus: float) -> Orders:
     return Orders(
         task.recipe,
         settings,
+        located.runs_code,
         located.fingerprint,
         tokenizer_fingerprint(task.encoder),
         software_versions(),
@@ -89,7 +91,7 @@ class Reader:
                 f"torch sees no GPU on {node}; install its CUDA build there, or set --worker-gpus 0"
             )
         try:
-            located = locate(orders.settings)
+            located = locate(orders.settings, orders.runs_code)
             encoder = encoder_of(located)
         except ModelError as error:
             raise ModelError(f"{error} (on {node}, where a worker runs)") from error

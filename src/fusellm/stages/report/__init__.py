@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import os
 from pathlib import Path
 
 from fusellm.stages.report.page import render
 from fusellm.stages.report.reading import read_run
 from fusellm.stages.report.results import COLUMNS, results_table, suite_records, verdict
+from fusellm.store.files import alone_in, make_folder, require_inside, write_text
 
 __all__ = ["results_table", "verdict", "write_report"]
 
@@ -16,10 +16,11 @@ __all__ = ["results_table", "verdict", "write_report"]
 def write_report(run: Path) -> None:
     """Write `report/results.json`, `results.csv` and `index.html` from a run's folder.
 
-    The same run gives the same bytes.
+    The same run gives the same bytes; a report that has them is left as it is.
 
     Raises:
-        StoreError: the results or the counts of fusion are missing, or a file is damaged.
+        StoreError: the results or the counts of fusion are missing, a file is damaged, or the
+            report cannot be written.
         EvaluationError: there are suites, and the extra `eval`, which compares them, is missing.
     """
     read = read_run(run)
@@ -33,16 +34,10 @@ def write_report(run: Path) -> None:
     writer.writeheader()
     writer.writerows(records)
     folder = run / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "results.json", json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    _replace(folder / "results.csv", table.getvalue())
-    _replace(folder / "index.html", page)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)  # os.replace
-    finally:
-        temporary.unlink(missing_ok=True)
+    require_inside(folder, run)
+    make_folder(folder)
+    with alone_in(folder):
+        body = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        write_text(folder / "results.json", body)
+        write_text(folder / "results.csv", table.getvalue())
+        write_text(folder / "index.html", page)

@@ -13,6 +13,7 @@ from fusellm.evaluation.suite_results import SuiteResults
 from fusellm.evaluation.suites import named
 from fusellm.evaluation.tables import (
     Table,
+    compared_on,
     footer,
     pairs_of,
     published_table,
@@ -103,7 +104,8 @@ def render(run: Run) -> str:
         verdict=_unbroken(results.verdict()),
         tasks=[(task, results.documents(task)) for task in results.tasks],
         rows=results.rows(),
-        notes=list(_flat(run.notes)),
+        compared=compared_on(run.notes),
+        notes=list(_flat({k: v for k, v in run.notes.items() if not k.startswith("blocks")})),
         suites=[_section(one) for one in run.suites],
         training=_training_panels(run.logs),
         validation=_domain_panels(run.logs),

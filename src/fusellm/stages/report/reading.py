@@ -11,6 +11,7 @@ import yaml
 
 from fusellm.errors import StoreError
 from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.models.cards import without_folders
 from fusellm.store.run_folder import SUITES
 
 LOSSES = ("clm_loss", "fusion_loss")
@@ -102,7 +103,7 @@ def read_run(run: Path) -> Run:
     manifests = _manifests(run)
     return Run(
         name=_name(recipe) or run.resolve().name,
-        recipe=recipe,
+        recipe=_to_be_shown(recipe),
         records=records,
         notes=notes,
         domains=domains,
@@ -225,6 +226,17 @@ def _software(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             for name, version in software.items():
                 versions.setdefault(str(name), {})[str(version)] = None
     return {name: ", ".join(versions[name]) for name in sorted(versions)}
+
+
+def _to_be_shown(recipe: str) -> str:
+    """The recipe without the folders of this machine; nothing where it cannot be read."""
+    try:
+        parsed = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        return ""
+    if parsed is None:
+        return ""
+    return yaml.safe_dump(without_folders(parsed), sort_keys=False, allow_unicode=True)
 
 
 def _name(recipe: str) -> str | None:

@@ -19,7 +19,7 @@ from fusellm.models.adapters import require_peft, without_adapters, without_warn
 from fusellm.models.load import Located
 from fusellm.models.objective_forward import objective_forward, require_packing
 from fusellm.models.training_batches import Collator, OutcomeTable
-from fusellm.models.training_rows import clm_rows, fused_rows
+from fusellm.models.training_rows import Rows, clm_rows, fused_rows
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
@@ -31,8 +31,10 @@ from fusellm.stages.train.arguments import (
     training_arguments,
 )
 from fusellm.stages.train.blame import Blame
+from fusellm.stages.train.checkpoints import last_checkpoint
 from fusellm.stages.train.model import load_target, save_model
-from fusellm.stages.train.trainer import ObjectiveTrainer, last_checkpoint
+from fusellm.stages.train.stop import Stop
+from fusellm.stages.train.trainer import ObjectiveTrainer
 from fusellm.stages.train.validation import Validation
 from fusellm.stages.train.watch import Watch
 from fusellm.store.blocks import open_corpus, read_part
@@ -161,8 +163,11 @@ def run_train(
 
     All processes of a training call it; the first one writes.
 
+    A checkpoint that was damaged since it was saved is said, renamed and not gone on from.
+
     Raises:
         NumericsError: a loss or a gradient became NaN or infinite; the last checkpoint is kept.
+        StoreError: something cannot be written, or what is read is damaged.
     """
     checkpoints = checkpoints_of(run, which)
     chosen = training_arguments(recipe, checkpoints, which)
@@ -170,14 +175,15 @@ def run_train(
     with _folder(run, which, identity_) as (folder, complete):
         if complete:
             return
+        resume_from = last_checkpoint(checkpoints, progress)
         torch.manual_seed(chosen.seed)
         model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
-        rows = (fused_rows if which == FUSED else clm_rows)(run, corpus, chosen.seed)
         packed = training.rows == "packed"
         if packed:
             require_packing(without_adapters(model))
-            rows = rows.pack(training.row_tokens)
+        rows = _rows(recipe, run, which, corpus, encoder, chosen.seed)
+        stop = Stop()
         trainer = ObjectiveTrainer(
             model,
             chosen,
@@ -186,14 +192,15 @@ def run_train(
             lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
             Validation(encoder, read_part(corpus, "validation"), recipe),
             Blame(corpus, checkpoints),
+            stop,
         )
         objective = objective_forward(
             without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
         )
         shown = progress.start(f"training {which}", 0, "steps")
-        with objective, without_warnings(), shown as bar:
-            trainer.add_callback(Watch(bar, training.early_stop_validations))
-            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        with objective, without_warnings(), shown as bar, stop:
+            trainer.add_callback(Watch(bar, training.early_stop_validations, stop))
+            trainer.train(resume_from_checkpoint=resume_from)
             trainer.require_finite()
         weights = trainer.whole_weights()
         if folder is not None:
@@ -202,6 +209,16 @@ def run_train(
                 model.load_state_dict(weights)
             save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
             folder.finish(trainer.counts())
+
+
+def _rows(
+    recipe: Recipe, run: Path, which: str, corpus: StageFolder, encoder: Encoder, seed: int
+) -> Rows:
+    """What a model is trained on, packed where the recipe says so."""
+    read = fused_rows if which == FUSED else clm_rows
+    rows = read(run, corpus, seed, len(encoder.vocabulary), encoder.prefix_tokens)
+    training = recipe.training
+    return rows.pack(training.row_tokens) if training.rows == "packed" else rows
 
 
 @contextmanager

@@ -45,9 +45,29 @@ _OURS = {
     "metric_for_best_model": _BY_KEEP,
     "greater_is_better": _BY_KEEP,
     "logging_nan_inf_filter": "a loss that is no number stops the training",
+    "enable_jit_checkpoint": "a training that is stopped saves a checkpoint by itself",
     "accelerator_config": "rows are divided among processes so that none is read twice",
     "save_on_each_node": "all processes share the run's folder",
-    "push_to_hub": "give --push-to-hub to fusellm train or fusellm run",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_token",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "give --push-to-hub to fusellm train or fusellm run",
+    ),
+}
+
+_FIELDS = frozenset(field.name for field in fields(TrainingArguments))
+# Names that transformers still takes, with a warning, by those that it has come to prefer.
+_NEW_NAMES = {
+    old: new
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs")
+    if (new := old.replace("gradient", "activation")) in _FIELDS
 }
 
 # Names that change what is logged and kept, and no weight.
@@ -97,6 +117,7 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
         machine["use_cpu"] = True  # transformers wants to be told, for bf16
     if training.rows == "block":  # packed rows are of like length as they are
         machine["train_sampling_strategy"] = "group_by_length"
+    chosen = {_NEW_NAMES.get(key, key): value for key, value in chosen.items()}
     if chosen.get("fsdp") and training.lora is None and "fsdp_config" not in chosen:
         chosen["fsdp_config"] = {"cpu_ram_efficient_loading": True}  # one process alone reads it
     if chosen.get("train_sampling_strategy") not in (None, *_ORDERS):
@@ -175,11 +196,10 @@ def _keep_best(arguments: TrainingArguments) -> None:
 
 
 def _check_names(arguments: dict[str, Any], place: str, own: set[str]) -> None:
-    known = {field.name for field in fields(TrainingArguments)}
     for key in arguments:
         if key in _OURS:
             raise RecipeError(f"{place}.{key} cannot be set: {_OURS[key]}")
-        if key not in known:
-            near = difflib.get_close_matches(key, known | own, n=1)
+        if key not in _FIELDS:
+            near = difflib.get_close_matches(key, _FIELDS | own, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RecipeError(f"unknown key {place}.{key}{hint}")

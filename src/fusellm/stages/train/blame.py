@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from fusellm.errors import NumericsError
+from fusellm.store.blocks import BLOCKS
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
 
@@ -43,6 +44,6 @@ class Blame:
         for name in shard_names(self._corpus, "train-"):
             first, end = self._corpus.shards[name]["counts"]["numbers"]
             if first <= number < end:
-                row = Shard(self._corpus, name).block(number - first)
+                row = Shard(self._corpus, name, BLOCKS).block(number - first)
                 return str(row["document"])
         return "unknown"

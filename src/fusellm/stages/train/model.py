@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fusellm.config import LoraSettings
 from fusellm.models.adapters import merged, save_adapters, untie, with_adapters, without_adapters
 from fusellm.models.load import Located, load_model
-from fusellm.store.files import writing_explained
+from fusellm.store.files import saving_explained
 from fusellm.store.writer import StageWriter
 
 LOG = "log.jsonl"
@@ -53,7 +53,7 @@ def save_model(
 ) -> None:
     """Save what was trained, its tokenizer, its card and its log; safetensors, no pickle."""
     model.config.use_cache = True  # Trainer has it off, and a model that is used wants it
-    with writing_explained(folder.path):
+    with saving_explained(folder.path):
         if lora is not None and not lora.merge:
             save_adapters(model, folder.path)
         else:

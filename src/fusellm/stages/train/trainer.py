@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from fusellm.errors import NumericsError
+from fusellm.errors import NumericsError, StoreError
 from fusellm.models import processes
 from fusellm.models.adapters import without_adapters
 from fusellm.models.heads import is_sharded
@@ -20,24 +20,11 @@ from fusellm.models.training_batches import BatchCounts, Collator
 from fusellm.models.training_rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.train.blame import Blame
+from fusellm.stages.train.checkpoints import require_intact, seal
+from fusellm.stages.train.stop import Stop
 from fusellm.stages.train.sums import Sums
 from fusellm.stages.train.validation import Validation
-from fusellm.store.files import sync_files, write_text, writing_explained
-
-_WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
-
-
-def last_checkpoint(checkpoints: Path) -> str | None:
-    """The last checkpoint that was saved whole; what a kill left of others is removed."""
-
-    def last() -> str | None:
-        for folder in checkpoints.glob("checkpoint-*"):
-            if not (folder / _WHOLE).exists():
-                shutil.rmtree(folder)
-        found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        return None if found is None else str(found)
-
-    return processes.first(last)
+from fusellm.store.files import saving_explained
 
 
 class ObjectiveTrainer(Trainer):
@@ -56,6 +43,7 @@ class ObjectiveTrainer(Trainer):
         schedule: LambdaSchedule,
         validation: Validation,
         blame: Blame,
+        stop: Stop,
     ) -> None:
         # The signature of forward decides whether Trainer counts the predicted tokens of a batch.
         with objective_forward(without_adapters(model)):
@@ -67,6 +55,7 @@ class ObjectiveTrainer(Trainer):
                 data_collator=collator,
             )
         self._schedule, self._validation, self._blame = schedule, validation, blame
+        self._stop = stop
         self._row_tokens, self._windows = rows.row_tokens(), rows.windows()
         self._lambda = schedule.start
         self._sums = Sums(arguments.device)
@@ -146,13 +135,15 @@ class ObjectiveTrainer(Trainer):
         self.state.num_input_tokens_seen += tokens
 
     def _told(self, tokens: int) -> int:
-        """Tokens of all processes together.
+        """Tokens of all processes together; and all know what one has been told or has met.
 
         Raises:
             NumericsError: in each of them, if one has met a loss that is no number.
         """
-        mine = torch.tensor([[tokens, int(self._fault is not None)]], device=self.args.device)
-        found, faults = self.accelerator.gather(mine).sum(0).tolist()
+        told = [tokens, int(self._fault is not None), int(self._stop.asked)]
+        mine = torch.tensor([told], device=self.args.device)
+        found, faults, stops = self.accelerator.gather(mine).sum(0).tolist()
+        self._stop.agreed = bool(stops)
         if faults:
             raise NumericsError(processes.gathered([self._fault] if self._fault else [])[0])
         return int(found)
@@ -195,16 +186,24 @@ class ObjectiveTrainer(Trainer):
         self.require_finite_gradient()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         output = Path(str(self.args.output_dir))
-        with writing_explained(output):
-            super()._save_checkpoint(*args, **kwargs)
-        self.args.save_total_limit = limit
-        processes.wait()  # each writes a part of it
-        if not processes.is_first():
-            return
         folder = output / f"checkpoint-{self.state.global_step}"
-        sync_files(folder)
-        write_text(folder / _WHOLE, "")
-        rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint)  # now, not before
+        try:
+            with saving_explained(output):
+                super()._save_checkpoint(*args, **kwargs)
+            processes.wait()  # each writes a part of it
+            if processes.is_first():
+                seal(folder)
+        except StoreError:
+            shutil.rmtree(folder, ignore_errors=True)  # half of it would only keep the disk full
+            raise
+        self.args.save_total_limit = limit
+        if processes.is_first():  # now, and not before
+            rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        processes.first(lambda: require_intact(best))
+        super()._load_best_model()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if not self.args.load_best_model_at_end:
@@ -219,6 +218,8 @@ class ObjectiveTrainer(Trainer):
         if self.state.best_global_step:  # its path is another one if the run has been moved
             best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+            if not best.is_dir():  # it was damaged: the best of those that are left is kept
+                self.state.best_global_step, self.state.best_metric = 0, None
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

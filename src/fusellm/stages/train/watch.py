@@ -1,4 +1,4 @@
-"""What goes on beside a training: the bar, the last log line, and an early stop."""
+"""What goes on beside a training: the bar, the last log line, and what stops it early."""
 
 from typing import Any
 
@@ -6,19 +6,20 @@ from transformers import TrainerCallback
 
 from fusellm.progress import Bar
 from fusellm.stages.train.arguments import METRIC
+from fusellm.stages.train.stop import Stop
 from fusellm.stages.train.validation import stalled
 
 
 class Watch(TrainerCallback):
-    """Shows the bar; stops once validations get no better."""
+    """Shows the bar; stops once validations get no better, or when it is told to."""
 
-    def __init__(self, bar: Bar, patience: int | None) -> None:
+    def __init__(self, bar: Bar, patience: int | None, stop: Stop) -> None:
         """Watch a training.
 
         Args:
             patience: validations in a row without a better one that end it; None for any number.
         """
-        self._bar, self._patience = bar, patience
+        self._bar, self._patience, self._stop = bar, patience, stop
         self._validated = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -31,7 +32,14 @@ class Watch(TrainerCallback):
         self._bar.advance(1)
         if state.global_step >= state.max_steps:
             control.should_log = True
+        if self._stop.now:
+            control.should_save = True
         return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop, once the checkpoint is there."""
+        if self._stop.now:
+            self._stop.obey()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show a validation."""

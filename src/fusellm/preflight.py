@@ -1,0 +1,169 @@
+"""What can be known of a run before a model is loaded: its files, its text, and what fits."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fusellm.config import CorpusSettings, Recipe
+from fusellm.errors import CorpusError, ModelError, TokenizerError
+from fusellm.models.headers import weight_problems
+from fusellm.models.load import require_packages
+from fusellm.models.readers import Reader
+from fusellm.progress import Progress
+from fusellm.stages.corpus.sample import first_blocks
+from fusellm.stages.evaluate import require_comparable
+from fusellm.store.blocks import open_corpus, read_part, read_shard
+from fusellm.store.tables import shard_names
+from fusellm.tokens.sample import Sample, sample
+
+# A block has no more tokens than bytes, but for what its tokenizer puts before it, EOS and a dummy
+# prefix.
+_MORE_THAN_BYTES = 2
+# What an entry of a distribution takes on disk, and how many of 32 draws are distinct: measured on
+# the demo (docs/results.md).
+_BYTES_PER_KEPT = 2.3
+_DISTINCT_DRAWS = 0.65
+_SAMPLED_SHARDS, _SAMPLED_BLOCKS = 32, 512
+
+
+def require_models(readers: Mapping[str, Reader]) -> None:
+    """Check every model's packages, and its files by their headers.
+
+    Raises:
+        ModelError: something is missing or wrong, of all models that it is in a sentence each.
+    """
+    problems: list[str] = []
+    for located in {r.located.fingerprint: r.located for r in readers.values()}.values():
+        try:
+            require_packages(located)
+        except ModelError as error:
+            problems.append(str(error))
+        else:
+            problems += weight_problems(located)
+    if problems:
+        raise ModelError("; ".join(problems))
+
+
+def try_text(
+    recipe: Recipe, run: Path, readers: Mapping[str, Reader], cut: bool
+) -> dict[str, Sample]:
+    """Check what the tokenizers make of the text, before any model is loaded for it.
+
+    Args:
+        cut: whether the corpus has been.
+
+    Returns:
+        What each made of some blocks.
+
+    Raises:
+        TokenizerError, CorpusError: as `try_tokenizers` and `require_measurable` do.
+    """
+    blocks = blocks_of(run, recipe.corpus, cut)
+    found = try_tokenizers(readers, blocks, recipe.externalize.changed_share)
+    if cut:
+        require_measurable(run, readers)
+    return found
+
+
+def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[str]:
+    """Some blocks to try tokenizers on, from all over the corpus where it has been cut.
+
+    Args:
+        cut: whether it has.
+    """
+    if not cut:
+        return first_blocks(corpus)
+    folder = open_corpus(run)
+    names = [name for part in ("train-", "held_out-") for name in shard_names(folder, part)]
+    chosen = names[:: math.ceil(len(names) / _SAMPLED_SHARDS)]
+    of_each = math.ceil(_SAMPLED_BLOCKS / len(chosen))
+    found: list[str] = []
+    for name in chosen:
+        texts = [block.text for block in read_shard(folder, name)]
+        found += texts[:: math.ceil(len(texts) / of_each)]
+    return found
+
+
+def try_tokenizers(
+    readers: Mapping[str, Reader], blocks: Sequence[str], share: float
+) -> dict[str, Sample]:
+    """How much of some blocks each tokenizer can read.
+
+    Args:
+        share: `externalize.changed_share`.
+
+    Raises:
+        TokenizerError: one changes more of them than that.
+    """
+    found = {name: sample(reader.encoder, blocks) for name, reader in readers.items()}
+    for name, one in found.items():
+        if one.changed_share > share:
+            raise TokenizerError(
+                f"the tokenizer of {name!r} changes {one.changed} of {one.blocks} blocks that were "
+                f"tried, more than externalize.changed_share: {share:g} allows, and these could "
+                f"not be used; the first begins {one.example!r}. Take a model whose tokenizer "
+                "keeps text as it is, or raise that share"
+            )
+    return found
+
+
+def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
+    """Check that models can be compared on the held-out text, before any is trained.
+
+    Raises:
+        CorpusError: of a domain no block can be read by all of them.
+    """
+    blocks = read_part(open_corpus(run), "held_out")
+    texts, last = [block.text for block in blocks], [block.last for block in blocks]
+    read = {
+        name: [found.ends is not None for found in reader.encoder.encode(texts, last)]
+        for name, reader in readers.items()
+    }
+    require_comparable([block.domain for block in blocks], read)
+
+
+def fits(reader: Reader, block_bytes: int) -> bool:
+    """Whether blocks of at most so many bytes are sure to fit a model's context."""
+    context = reader.located.context_tokens
+    most = block_bytes + reader.encoder.prefix_tokens + _MORE_THAN_BYTES
+    return context is None or most <= context
+
+
+def require_fits(
+    run: Path, name: str, reader: Reader, corpus: CorpusSettings, progress: Progress
+) -> None:
+    """Check that every block fits a model's context.
+
+    Args:
+        name: of the source, or "target".
+
+    Raises:
+        CorpusError: one does not.
+    """
+    context = reader.located.context_tokens
+    folder = open_corpus(run)
+    names = shard_names(folder)
+    longest_bytes = max(folder.shards[n]["counts"]["longest_bytes"] for n in names)
+    if context is None or fits(reader, longest_bytes):
+        return
+    with progress.start(f"checking lengths for {name}", len(names), "shards") as bar:
+        for shard in names:
+            blocks = read_shard(folder, shard)
+            encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
+            for block, found in zip(blocks, encoded, strict=True):
+                if len(found.ids) > context:
+                    raise CorpusError(
+                        f"block {block.number} (document {block.document!r}) has "
+                        f"{len(found.ids)} tokens for {name!r}, whose context is {context}; "
+                        f"lower corpus.block_bytes (now {corpus.block_bytes})"
+                    )
+            bar.advance()
+
+
+def projected_store_bytes(recipe: Recipe) -> int | None:
+    """What a run's distributions will take on disk, roughly; None of a corpus without a budget."""
+    tokens = recipe.corpus.train_tokens or (recipe.corpus.train_bytes or 0) / 3.5
+    settings = recipe.externalize
+    sampled = settings.scheme == "sampled"
+    kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
+    return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None
