@@ -115,6 +115,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture
+def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No toy is trained first, for tests that count or change what a training does."""
+    monkeypatch.setattr("fusellm.stages.train.rehearsal.rehearse", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the models llama, neox, mpt, the corpus and recipe.yaml."""

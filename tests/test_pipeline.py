@@ -179,6 +179,7 @@ def _die_at_step_5(patch: pytest.MonkeyPatch, which: str) -> None:
     patch.setattr(Trainer, "training_step", dying)
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_a_checkpoint_cut_off_in_saving_is_not_resumed_from(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,6 +303,7 @@ class Recorder(TrainerCallback):
         self.seen.append(dict(logs))
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_the_parts_of_the_loss_go_to_whatever_report_to_names(
     trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +651,7 @@ def checkpoints_are_finite(run: Path) -> bool:
     return bool(weights) and all(bool(weight.isfinite().all()) for weight in weights)
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_a_loss_that_is_no_number_stops_with_the_batch_named(
     world: Path, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -681,6 +683,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batch_named(
     assert StageFolder(run / "train" / "fused").complete
 
 
+@pytest.mark.usefixtures("unrehearsed")
 @pytest.mark.parametrize("save_steps", [1, 5])
 def test_a_gradient_that_is_no_number_stops_before_its_weights_are_saved(
     world: Path, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int

@@ -106,6 +106,10 @@ class Pipeline:
         asked = [part for part in parts if part.stage in stages or part.name in stages]
         if any(part.stage == "train" and not self._complete(part.name) for part in asked):
             train.check_processes(self.recipe, self.run, self._training_processes)
+        if any(not self._complete(part.name) for part in asked) and any(
+            part.stage == "train" and not self._complete(part.name) for part in parts
+        ):
+            train.rehearse(self.recipe)
         if suites:
             self.prepare_suites()
         if any(part.stage == "externalize" and not self._complete(part.name) for part in asked):
@@ -361,12 +365,14 @@ class Pipeline:
         """What the preflight found: models, tokenizers, and the disk that the run will take.
 
         Raises:
+            RecipeError: a training could not be as the recipe has it.
             ModelError: a package is missing, or a model's files are not what they should be.
             TokenizerError: one changes more of the text than the recipe allows.
             CorpusError: the corpus is cut already, and a block exceeds a model's context.
             EvaluationError: data, packages or the sandbox of the recipe's suites are missing.
         """
         recipe = self.recipe
+        train.rehearse(recipe)
         require_models(self.readers)
         self.prepare_suites()
         self._say_note()

@@ -270,7 +270,7 @@ class Recipe(SettingsBlock):
 
     name: Name
     """Name of the run; its folder is runs/<name> unless --out says another."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of draws, order and subsets of documents."""
     target: Annotated[
         ModelSettings, BeforeValidator(model_block, json_schema_input_type=str | ModelSettings)

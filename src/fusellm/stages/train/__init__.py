@@ -23,6 +23,7 @@ from fusellm.models.training_rows import Rows, clm_rows, fused_rows
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
+from fusellm.stages.train import rehearsal
 from fusellm.stages.train.arguments import (
     ASIDE,
     BASELINE,
@@ -73,6 +74,19 @@ def check(recipe: Recipe, run: Path) -> None:
         training_arguments(recipe, run, which)
     if recipe.training.lora is not None:
         require_peft("training.lora")
+
+
+def rehearse(recipe: Recipe) -> None:
+    """Build what both trainings will build, and train a toy with it.
+
+    One process alone does so; those of a training come after it.
+
+    Raises:
+        RecipeError: something does not work; it names the setting.
+    """
+    if processes.count() == 1:
+        for which in (FUSED, CLM) if recipe.training.clm else (FUSED,):
+            rehearsal.rehearse(recipe, which)
 
 
 def check_processes(recipe: Recipe, run: Path, count: int) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.errors import RecipeError
+from fusellm.stages.train.values import checked, shown
 
 BASELINE = "clm"
 _ORDERS = ("random", "sequential", "group_by_length")
+_REASON_CHARACTERS = 300
 METRIC = "eval_mean"  # bits per byte of the validation part, mean over the domains
 
 _DEFAULTS: dict[str, Any] = {
@@ -48,6 +51,29 @@ _OURS = {
     "enable_jit_checkpoint": "a training that is stopped saves a checkpoint by itself",
     "accelerator_config": "rows are divided among processes so that none is read twice",
     "save_on_each_node": "all processes share the run's folder",
+    "auto_find_batch_size": "rows are in an order for the batch size that the recipe has",
+    "save_only_model": "an interrupted run goes on with its optimizer",
+    "ignore_data_skip": "an interrupted run goes on at the row where it was",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "parallelism_config": "it is an object of Python; training.fsdp spreads a model",
+    "local_rank": "give --nproc N, or start by accelerate launch",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "Trainer itself reads it nowhere"),
+    **dict.fromkeys(
+        (
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "batch_eval_metrics",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "include_for_metrics",
+            "label_names",
+            "length_column_name",
+            "per_device_eval_batch_size",
+            "prediction_loss_only",
+        ),
+        "validation is bits per byte, in batches of evaluation.batch_tokens",
+    ),
     **dict.fromkeys(
         (
             "push_to_hub",
@@ -89,8 +115,47 @@ ASIDE = frozenset(
 )
 
 
-def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, output: Path, which: str, instead: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     """The recipe's `training:` block as TrainingArguments, for the fused model or the baseline.
+
+    Args:
+        instead: what a rehearsal has in place of the recipe's own.
+
+    Raises:
+        RecipeError: an unknown name, one that the run decides itself, or a bad value.
+    """
+    training = recipe.training
+    given = settings_of(recipe, which)
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "remove_unused_columns": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,
+        **_validation(training.validations),
+        **(instead or {}),
+    }
+    fixed = _DEFAULTS | _by_machine(recipe)
+
+    def build(chosen: Mapping[str, Any]) -> TrainingArguments:
+        return TrainingArguments(**(fixed | _adjusted(recipe, chosen) | ours))
+
+    chosen = {key: value for key, (_, value) in given.items()}
+    try:
+        arguments = build(chosen)
+    except Exception as error:  # ImportError of a package that is not there, and others
+        guilty = culprit(list(chosen), lambda keys: build({k: chosen[k] for k in keys}))
+        raise cannot_be_used(given, guilty, error) from error
+    if training.keep == "best":
+        _keep_best(arguments)
+    _ = arguments.device  # counts the GPUs; with several, Trainer would wrap the model by itself
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def settings_of(recipe: Recipe, which: str) -> dict[str, tuple[str, Any]]:
+    """(place in the recipe, value) of each TrainingArgument that a recipe sets.
 
     Raises:
         RecipeError: an unknown name, one that the run decides itself, or a bad value.
@@ -98,42 +163,76 @@ def training_arguments(recipe: Recipe, output: Path, which: str) -> TrainingArgu
     training = recipe.training
     _check_names(training.arguments, "training", set(type(training).model_fields))
     _check_names(training.clm, "training.clm", set())
-    chosen = training.arguments | (training.clm if which == BASELINE else {})
-    for key in chosen.keys() & {"save_strategy", "logging_strategy"}:
-        chosen[key] = "no" if chosen[key] is False else chosen[key]  # which YAML makes of no
-    ours: dict[str, Any] = {
-        "output_dir": str(output),
-        "remove_unused_columns": False,
-        "include_num_input_tokens_seen": "non_padding",
-        "logging_nan_inf_filter": False,
-        **_validation(training.validations),
-    }
-    machine: dict[str, Any] = {
+    found = {}
+    blocks = {"training": training.arguments}
+    if which == BASELINE:
+        blocks["training.clm"] = training.clm
+    for place, block in blocks.items():
+        for key, value in block.items():
+            if key in ("save_strategy", "logging_strategy") and value is False:
+                value = "no"  # which YAML makes false of
+            found[key] = place, checked(place, key, value)
+    place, order = found.get("train_sampling_strategy", ("", _ORDERS[0]))
+    if order not in _ORDERS:
+        raise RecipeError(
+            f"{place}.train_sampling_strategy: {order} is not one of {', '.join(_ORDERS)}"
+        )
+    return found
+
+
+def _by_machine(recipe: Recipe) -> dict[str, Any]:
+    """What is otherwise than transformers has it, by the machine and the recipe's other fields."""
+    found: dict[str, Any] = {
         "seed": recipe.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": 2 if torch.accelerator.is_available() else 0,  # reading ahead
     }
     if not torch.accelerator.is_available():
-        machine["use_cpu"] = True  # transformers wants to be told, for bf16
-    if training.rows == "block":  # packed rows are of like length as they are
-        machine["train_sampling_strategy"] = "group_by_length"
-    chosen = {_NEW_NAMES.get(key, key): value for key, value in chosen.items()}
-    if chosen.get("fsdp") and training.lora is None and "fsdp_config" not in chosen:
-        chosen["fsdp_config"] = {"cpu_ram_efficient_loading": True}  # one process alone reads it
-    if chosen.get("train_sampling_strategy") not in (None, *_ORDERS):
-        raise RecipeError(
-            f"training.train_sampling_strategy: {chosen['train_sampling_strategy']} is not one of "
-            f"{', '.join(_ORDERS)}"
-        )
-    try:
-        arguments = TrainingArguments(**(_DEFAULTS | machine | chosen | ours))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from None
-    if training.keep == "best":
-        _keep_best(arguments)
-    _ = arguments.device  # counts the GPUs; with several, Trainer would wrap the model by itself
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+        found["use_cpu"] = True  # transformers wants to be told, for bf16
+    if recipe.training.rows == "block":  # packed rows are of like length as they are
+        found["train_sampling_strategy"] = "group_by_length"
+    return found
+
+
+def _adjusted(recipe: Recipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names that transformers has come to prefer, with what they want besides."""
+    found = {_NEW_NAMES.get(key, key): value for key, value in chosen.items()}
+    if found.get("fsdp") and recipe.training.lora is None and "fsdp_config" not in found:
+        found["fsdp_config"] = {"cpu_ram_efficient_loading": True}  # one process alone reads it
+    return found
+
+
+def culprit(keys: list[str], attempt: Callable[[list[str]], object]) -> str | None:
+    """The first of some settings without which an attempt does not fail.
+
+    >>> culprit(["a", "b"], lambda keys: 1 / ("b" not in keys))
+    'b'
+    """
+    for key in keys:
+        try:
+            attempt([other for other in keys if other != key])
+        except Exception:  # of any library
+            continue
+        return key
+    return None
+
+
+def cannot_be_used(
+    given: Mapping[str, tuple[str, Any]], key: str | None, error: Exception
+) -> RecipeError:
+    """What a library says of a setting, in one line.
+
+    Args:
+        given: as `settings_of` gives it.
+        key: of the setting; None if it is none alone.
+    """
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if len(reason) > _REASON_CHARACTERS:
+        reason = f"{reason[:_REASON_CHARACTERS]}…"
+    if key is None:
+        return RecipeError(f"training cannot be as the recipe has it: {reason}")
+    place, value = given[key]
+    return RecipeError(f"{place}.{key}: {shown(value)} cannot be used: {reason}")
 
 
 def require_processes(arguments: TrainingArguments, count: int) -> None:

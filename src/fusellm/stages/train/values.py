@@ -1,0 +1,133 @@
+"""Values of TrainingArguments, which transformers itself takes whatever they are.
+
+Its types are annotations only. What is out of range fails once training begins, or never does: a
+negative `max_grad_norm` turns the gradient round.
+"""
+
+import math
+from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter
+from transformers import TrainingArguments
+
+from fusellm.errors import RecipeError
+
+_Range = tuple[Callable[[float], bool], str]
+_ONE_OR_MORE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
+    "torch_empty_cache_steps",
+    "dataloader_prefetch_factor",
+    "ddp_bucket_cap_mb",
+    "ddp_timeout",
+)
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_delay",
+    "neftune_noise_alpha",
+    "dataloader_num_workers",
+)
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(_ONE_OR_MORE, (lambda x: x >= 1, "1 or more")),
+    **dict.fromkeys(_NOT_NEGATIVE, (lambda x: x >= 0, "0 or more")),
+    **dict.fromkeys(
+        ("num_train_epochs", "logging_steps", "save_steps"), (lambda x: x > 0, "more than 0")
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda x: 0 <= x < 1, "0 or more, below 1")),
+    "max_steps": (lambda x: x == -1 or x >= 1, "1 or more; -1 is for all epochs"),
+    "seed": (lambda x: 0 <= x < 2**32, "0 to 4294967295"),
+}
+_ALSO: dict[str, type] = {"fsdp": bool}
+"""What transformers takes besides what it says."""
+_SPOKEN = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list of texts",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def checked(place: str, key: str, value: Any) -> Any:
+    """A value as TrainingArguments should have it; the text "1e-4" is a number to it too.
+
+    Args:
+        place: of the key in the recipe, "training".
+
+    Raises:
+        RecipeError: it is of another type, or out of its range.
+    """
+    kinds = _kinds(key)
+    try:
+        if isinstance(value, bool) and bool not in kinds:  # which is a number to Python
+            raise ValueError
+        found = value if type(value) in kinds else _adapter(key).validate_python(value)
+    except (ValueError, RecursionError):  # of pydantic too
+        raise RecipeError(f"{place}.{key}: {shown(value)} is not {_spoken(kinds)}") from None
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        fits, words = _RANGES.get(key, (lambda _: True, ""))
+        if not _is_finite(found):
+            raise RecipeError(f"{place}.{key}: {shown(value)} is no finite number")
+        if not fits(found):
+            raise RecipeError(f"{place}.{key} is {shown(value)}, and has to be {words}")
+    return found
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond float's
+        return False
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(TrainingArguments)
+
+
+@cache
+def _adapter(key: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_hints()[key], config=ConfigDict(arbitrary_types_allowed=True))
+
+
+@cache
+def _kinds(key: str) -> frozenset[type]:
+    """The types of a setting: list[str] | None is list and NoneType; an enumeration is text."""
+    hint = _hints()[key]
+    found = set()
+    for part in get_args(hint) if _is_union(hint) else [hint]:
+        kind = get_origin(part) or part
+        found.add(str if isinstance(kind, type) and issubclass(kind, Enum) else kind)
+    return frozenset({*found, *([_ALSO[key]] if key in _ALSO else [])})
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) is not None and get_origin(hint) not in (list, dict)
+
+
+def _spoken(kinds: frozenset[type]) -> str:
+    words = [word for kind, word in _SPOKEN.items() if kind in kinds]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe has it, cut where it is long.
+
+    >>> shown(None), shown("adamw")
+    ('null', "'adamw'")
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
