@@ -508,8 +508,8 @@ def _only(folder: Path, *names: str) -> None:
 def test_odd_documents_are_handled_and_counted(world: Path, tmp_path: Path) -> None:
     files = tmp_path / "texts"
     files.mkdir()
-    big = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
-    odd = ["", " \n\t ", "x", big * 1, "a\x00b\x00", "</s><s><unk><|endoftext|> text", "é" * 5000]
+    big = "".join(chr(c) for c in range(0, 0x110000, 16) if not 0xD800 <= c < 0xE000)
+    odd = ["", " \n\t ", "x", big, "a\x00b\x00", "</s><s><unk><|endoftext|> text", "é" * 5000]
     for n, text in enumerate(odd):
         (files / f"odd-{n}.txt").write_bytes(text.encode("utf-8"))
     (files / "bad.txt").write_bytes(b"good \xff\xfe bad" * 10)
