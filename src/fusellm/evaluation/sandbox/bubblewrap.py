@@ -23,6 +23,10 @@ FOLDER = "/tmp"
 """Where a program and its files are, and the only place that it can write to."""
 
 _NOBODY = 65534
+_SHARED = "/dev/shm"
+_SHARED_BYTES = 16 * MIB
+"""For semaphores, without which no pool of processes starts, and memory that processes share."""
+
 _LEAST_VERSION = (0, 8)
 _TOOLS = ("bwrap", "prlimit", "choom", "sh", "tar")
 _UNPACK = 'tar -xf - && exec "$@" < /dev/null'
@@ -31,7 +35,7 @@ _SYSTEM = ("/usr/local/bin", "/usr/bin")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _PROBE_LIMITS = Limits(wall_seconds=10, processes=12, disk_bytes=MIB)
 _PROBE = """cat /proc/self/status /proc/net/dev
-touch /here /usr/here /dev/shm/here
+touch /here /usr/here /dev/here
 head -c 2097152 /dev/zero > full
 for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do sleep 0.2 & done
 echo unlimited
@@ -105,7 +109,8 @@ class Sandbox:
                 assert process.stdout is not None
                 assert process.stderr is not None
                 pipes = {"out": process.stdout.fileno(), "err": process.stderr.fileno()}
-                stopped, wrote = watch(process, pipes | {STATUS: read}, limits, FOLDER)
+                folders = {FOLDER: limits.disk_bytes, _SHARED: _SHARED_BYTES}
+                stopped, wrote = watch(process, pipes | {STATUS: read}, limits, folders)
             seconds = time.monotonic() - began
         exit_code = None if stopped else _exit_code(wrote[STATUS])
         if exit_code is None and not stopped:
@@ -133,6 +138,7 @@ class Sandbox:
             *("--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"),
             *("--symlink", "usr/lib64", "/lib64"),
             *("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
+            *("--size", str(_SHARED_BYTES), "--tmpfs", _SHARED),
             *("--size", str(limits.disk_bytes), "--tmpfs", FOLDER),
             *(part for path in self.toolchains for part in ("--ro-bind", path, path)),
             *(part for path in binds for part in ("--ro-bind-try", path, path)),
@@ -297,5 +303,5 @@ def _cure() -> str:
             return f"User namespaces are forbidden here: sysctl -w {name}={allows}"
     return (
         "Does this machine allow user namespaces? In a container they need to be allowed from "
-        "outside (docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined)"
+        'outside, and no more than they: see "In a container" of docs/evaluation.md'
     )
