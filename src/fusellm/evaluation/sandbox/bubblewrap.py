@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import pwd
 import shutil
 import subprocess
 import tarfile
@@ -23,6 +24,15 @@ FOLDER = "/tmp"
 """Where a program and its files are, and the only place that it can write to."""
 
 _NOBODY = 65534
+_PEOPLE = range(1000, _NOBODY)
+_HOMES = (Path("/home"), Path("/root"))
+_EVERYBODYS = (Path("/tmp"), Path("/var/tmp"), Path("/dev"), Path("/proc"), Path("/run"))
+_PERSONAL = (
+    *(".ssh", ".gnupg", ".aws", ".kube", ".docker", ".config", ".netrc", ".git-credentials"),
+    *(".bashrc", ".bash_history", ".zshrc", ".profile", ".env"),
+)
+"""What tells a home folder, or one with secrets, from a toolchain's, whoever's it is."""
+
 _SHARED = "/dev/shm"
 _SHARED_BYTES = 16 * MIB
 """For semaphores, without which no pool of processes starts, and memory that processes share."""
@@ -224,12 +234,28 @@ def _toolchain(folder: Path) -> str:
     found = folder.resolve()
     if not (found / "bin").is_dir():
         raise EvaluationError(f"toolchain {folder} has no folder bin; name the one that has")
-    if Path.home().resolve().is_relative_to(found):
+    if fault := _more_than_a_toolchain(found):
         raise EvaluationError(
-            f"toolchain {folder} holds your home folder, which generated programs would read; "
+            f"toolchain {folder} {fault}, which generated programs would read; "
             "name the toolchain's own folder"
         )
     return str(found)
+
+
+def _more_than_a_toolchain(folder: Path) -> str:
+    """What else is in a folder; empty: nothing that can be seen."""
+    own = Path.home().resolve()
+    if own.is_relative_to(folder):
+        return "holds your home folder"
+    people = [user for user in pwd.getpwall() if user.pw_uid in (0, *_PEOPLE)]
+    homes = {own, *_HOMES, *(Path(user.pw_dir).resolve() for user in people)}
+    for home in sorted(homes | set(_EVERYBODYS)):
+        if home.is_relative_to(folder):
+            return f"holds {home}"
+    if folder.parent in homes and folder.name.startswith("."):
+        return "keeps settings and keys of its owner"
+    found = [name for name in _PERSONAL if os.path.lexists(folder / name)]
+    return f"has {found[0]} in it, as home folders have" if found else ""
 
 
 def find_sandbox(toolchains: Iterable[Path] = ()) -> Sandbox:
