@@ -12,16 +12,18 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fusellm.evaluation.sandbox import MIB, Limits, Outcome, Sandbox, pack
 
 LIMITS = Limits(wall_seconds=10, processes=32, memory_bytes=512 * MIB, disk_bytes=64 * MIB)
+LITTLE = replace(LIMITS, memory_bytes=64 * MIB)
 SHORT = Limits(wall_seconds=1, processes=32, memory_bytes=512 * MIB, disk_bytes=64 * MIB)
 
 _PREAMBLE = """
-import ctypes, ctypes.util, json, os, platform, resource, signal, socket, subprocess, sys, time
+import ctypes, ctypes.util, errno, fcntl, json, mmap, os, platform, resource, signal, socket
+import subprocess, sys, time
 import threading
 world = json.load(open("world.json"))
 libc = ctypes.CDLL(None, use_errno=True)
@@ -138,9 +140,111 @@ must_fail("memory file", os.memfd_create, "x")
 must_fail("System V memory", call, 29, 194, 0, 1 << 20, 0o1600)
 must_fail("message queue", call, 68, 186, 0, 0o1600)
 must_fail("POSIX queue", call, 240, 180, b"/q", os.O_CREAT | os.O_RDWR, 0o600, 0)
-for path in ("/dev/shm/x", "/dev/x", "/x", "/proc/x", "/dev/pts/x", "/dev/mqueue/x"):
+class Vector(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
+page = mmap.mmap(-1, 4096)
+held = Vector(ctypes.addressof(ctypes.c_char.from_buffer(page)), 1)
+must_fail("pages in a pipe", call, 278, 75, os.pipe()[1], ctypes.addressof(held), 1, 0)
+must_fail("queue of events", call, 294, 26, 0)
+must_fail("old queue of events", call, 253, 26, 0)
+must_fail("queue of reads", call, 206, 0, 8, ctypes.addressof(ctypes.c_long(0)))
+must_fail("larger pipe", fcntl.fcntl, os.pipe()[1], 1031, 1 << 17)
+for n in (7, 26, 32, 50, 51, 52):
+    one = socket.socket(socket.AF_UNIX)
+    error = must_fail(f"option {n}", one.setsockopt, socket.SOL_SOCKET, n, 1 << 17)
+    if error.errno != errno.EPERM: escaped("option", n, error)
+for path in ("/dev/x", "/x", "/proc/x", "/dev/pts/x", "/dev/mqueue/x"):
     must_fail(path, open, path, "wb")
 """,
+    ),
+    Attack(
+        "memory in pairs of sockets",
+        """
+held = []
+try:
+    while True:
+        pair = socket.socketpair()
+        held += pair
+        for one in pair:
+            one.setblocking(False)
+            try:
+                while True: one.send(bytes(1 << 14))
+            except BlockingIOError: pass
+except OSError: pass
+time.sleep(1)
+""",
+        ("memory",),
+        LITTLE,
+    ),
+    Attack(
+        "memory in sockets without a descriptor",
+        """
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("listener")
+listener.listen(4096)
+for _ in range(1000):
+    one = socket.socket(socket.AF_UNIX)
+    one.connect("listener")
+    one.setblocking(False)
+    try:
+        while True: one.send(bytes(1 << 14))
+    except BlockingIOError: pass
+    one.close()
+time.sleep(1)
+""",
+        ("memory",),
+        LITTLE,
+    ),
+    Attack(
+        "memory in datagrams",
+        """
+receivers = []
+try:
+    while True:
+        receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        receiver.bind(f"receiver{len(receivers)}")
+        receivers.append(receiver)
+        try:
+            while True:
+                one = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                one.setblocking(False)
+                one.sendto(bytes(200_000), receiver.getsockname())
+                one.close()
+        except BlockingIOError: pass
+except OSError: pass
+time.sleep(1)
+""",
+        ("memory",),
+        LITTLE,
+    ),
+    Attack(
+        "memory in page tables",
+        """
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+for n in range(20_000):
+    at = libc.mmap((1 << 40) + (n << 30), 4096, mmap.PROT_READ, 0x22, -1, 0)
+    ctypes.string_at(at, 1)
+time.sleep(1)
+""",
+        ("memory",),
+        LITTLE,
+    ),
+    Attack(
+        "shared memory",
+        """
+def fill():
+    with open("/dev/shm/x", "wb", buffering=0) as file:
+        for _ in range(17):
+            if file.write(bytes(1 << 20)) < 1 << 20: raise OSError
+    return file.name
+must_fail("more than 16 MiB", fill)
+""",
+    ),
+    Attack(
+        "inodes of shared memory",
+        "for n in range(10**7): open(f'/dev/shm/{n}', 'w').close()",
+        ("files",),
     ),
     Attack(
         "raised limits",
@@ -188,12 +292,38 @@ for host in ("127.0.0.1", "8.8.8.8", world["address"]):
     for port in (world["port"], 53, 80):
         must_fail(f"{host}:{port}", socket.create_connection, (host, port), 1)
 must_fail("IPv6", socket.create_connection, ("::1", world["port"]), 1)
-udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-must_fail("UDP", udp.sendto, b"x", ("8.8.8.8", 53))
+must_fail("UDP", socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
 must_fail("names", socket.getaddrinfo, "example.org", 80)
 must_fail("raw socket", socket.socket, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 must_fail("packets", socket.socket, socket.AF_PACKET, socket.SOCK_RAW)
-if [name for _, name in socket.if_nameindex()] != ["lo"]: escaped("interfaces")
+names = [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line]
+if names != ["lo"]: escaped("interfaces", names)
+""",
+    ),
+    Attack(
+        "families of sockets",
+        """
+pair = (ctypes.c_int * 2)()
+for family in [*range(46), 255, -1, (1 << 32) + socket.AF_INET]:
+    for kind in (1, 2, 3, 4, 5, 6, 10):
+        for name, numbers, more in (
+            ("socket", (41, 198), ()), ("socketpair", (53, 199), (ctypes.addressof(pair),))
+        ):
+            ctypes.set_errno(0)
+            made = call(*numbers, family, kind, 0, *more)
+            error = ctypes.get_errno()
+            if family == socket.AF_UNIX: continue
+            if made != -1: escaped(name, family, kind)
+            elif error != errno.EAFNOSUPPORT: escaped(name, family, kind, errno.errorcode[error])
+if call(41, 198, socket.AF_UNIX, socket.SOCK_STREAM, 0) < 0: escaped("this test is broken")
+""",
+    ),
+    Attack(
+        "sockets of virtual machines",
+        """
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+    error = must_fail("AF_VSOCK", socket.socket, socket.AF_VSOCK, kind)
+    if error.errno != errno.EAFNOSUPPORT: escaped("AF_VSOCK", error)
 """,
     ),
     Attack(
@@ -295,6 +425,7 @@ if platform.machine() == "x86_64":
     child = libc.syscall(435, ctypes.byref(args), ctypes.sizeof(args))
     if child == 0: os._exit(0)
     if child > 0: escaped("clone3 into a user namespace")
+    if ctypes.get_errno() != errno.ENOSYS: escaped("clone3 is let through")
 for kind in ("user", "mnt", "net", "pid"):
     fd = os.open(f"/proc/1/ns/{kind}", os.O_RDONLY)
     must_fail("setns", call, 308, 268, fd, 0)
@@ -365,22 +496,32 @@ must_fail("keys", call, 248, 217, b"user", b"x", b"y", 1, -2)
 must_fail("file handles", call, 304, 265, -100, 0, 0)
 if platform.machine() == "x86_64":
     must_fail("x32", call, 0x40000000 + 319, 0, b"x", 0)
+    must_fail("socket of x32", call, 0x40000000 + 41, 0, socket.AF_VSOCK, 1, 0)
+ctypes.set_errno(0)
+for number in (463, 467, 500, 1000):
+    call(number, number, -1, 0, 0, 0)
+    if ctypes.get_errno() != errno.ENOSYS: escaped("a call of a newer kernel", number)
 """,
     ),
     Attack(
         "calls of 32 bits",
         """
 if platform.machine() == "x86_64":
-    import mmap
     code = mmap.mmap(-1, 4096, prot=7)
-    code.write(bytes.fromhex("b814000000cd80c3"))  # getpid by int 0x80
     at = ctypes.addressof(ctypes.c_char.from_buffer(code))
-    child = os.fork()
-    if child == 0:
-        ctypes.CFUNCTYPE(ctypes.c_int)(at)()
-        os._exit(0)
-    ended = os.waitpid(child, 0)[1]
-    if not os.WIFSIGNALED(ended): escaped("32 bits")
+    for name, program in (
+        ("getpid", "b814000000cd80c3"),
+        ("socket of AF_VSOCK", "53b867010000bb28000000b90100000031d2cd805bc3"),
+        ("socketcall", "53b866000000bb0100000031c9cd805bc3"),
+    ):
+        code.seek(0)
+        code.write(bytes.fromhex(program))  # mov eax, NUMBER; …; int 0x80; ret
+        child = os.fork()
+        if child == 0:
+            ctypes.CFUNCTYPE(ctypes.c_int)(at)()
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(ended): escaped("32 bits:", name)
 """,
     ),
     Attack(

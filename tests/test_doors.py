@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import pwd
 import re
 import shutil
 import signal
@@ -367,6 +368,38 @@ def test_a_folder_with_a_tool_is_no_home(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(EvaluationError, match="has no folder bin"):
         _toolchain(Path("/etc"))
     assert _toolchain(home / "sdk") == str(home / "sdk")
+
+
+def test_what_is_somebody_elses_is_no_toolchain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Homes of this machine's people, places of everybody, and what looks like a home."""
+    from fusellm.errors import EvaluationError
+    from fusellm.evaluation.sandbox import bubblewrap
+
+    other, homes, everybodys, elsewhere = (tmp_path / n for n in ("other", "homes", "all", "mnt"))
+    mine = tmp_path / "mine"
+    for folder in (mine, mine / ".local", other, homes, everybodys, elsewhere, elsewhere / "sdk"):
+        (folder / "bin").mkdir(parents=True)
+    (elsewhere / ".netrc").symlink_to("nowhere")
+    (mine / "link").symlink_to(other)
+    row = ("o", "x", 1000, 1000, "", str(other), "/bin/sh")
+    monkeypatch.setenv("HOME", str(mine))
+    monkeypatch.setattr(pwd, "getpwall", lambda: [pwd.struct_passwd(row)])
+    monkeypatch.setattr(bubblewrap, "_HOMES", (homes,))
+    monkeypatch.setattr(bubblewrap, "_EVERYBODYS", (everybodys / "tmp",))
+    faults = {
+        other: f"holds {other}",
+        mine / "link": f"holds {other}",
+        homes: f"holds {homes}",
+        everybodys: f"holds {everybodys}/tmp",
+        mine / ".local": "keeps settings and keys",
+        elsewhere: r"has \.netrc in it",
+    }
+    for folder, fault in faults.items():
+        with pytest.raises(EvaluationError, match=rf"^toolchain {folder} {fault}.*programs would"):
+            bubblewrap._toolchain(folder)
+    assert bubblewrap._toolchain(elsewhere / "sdk") == str(elsewhere / "sdk")
 
 
 def test_the_processes_of_a_training_listen_to_this_machine_alone(

@@ -1,9 +1,13 @@
 """The sandbox: what must not get out of it, and what must work in it."""
 
+import errno
 import json
+import operator
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -93,6 +97,73 @@ def _wait_until(holds: "object", seconds: float = 20) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+ORDINARY = {
+    "pool": """
+import multiprocessing
+with multiprocessing.Pool(2) as pool:
+    print(sum(pool.map(abs, range(-3, 3))))
+""",
+    "executor": """
+from concurrent.futures import ProcessPoolExecutor
+with ProcessPoolExecutor(2) as pool:
+    print(sum(pool.map(abs, range(-3, 3))))
+""",
+    "manager": """
+import multiprocessing
+with multiprocessing.Manager() as manager:
+    print(sum(manager.list([4, 5])))
+""",
+    "fork server": """
+import multiprocessing
+context = multiprocessing.get_context("forkserver")
+if __name__ == "__main__":
+    here, there = context.Pipe()
+    process = context.Process(target=print, args=(9,))
+    process.start()
+    process.join()
+""",
+    "shared memory": """
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=1 << 20)
+memory.buf[0] = 9
+print(memory.buf[0])
+memory.close()
+memory.unlink()
+""",
+    "threads": """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(8) as pool:
+    print(sum(pool.map(abs, range(-3, 3))))
+""",
+    "event loop": """
+import asyncio
+async def main():
+    process = await asyncio.create_subprocess_exec("echo", "9", stdout=-1)
+    print((await process.communicate())[0].decode().strip())
+asyncio.run(main())
+""",
+    "subprocess": """
+import subprocess
+print(subprocess.run("echo 4 5 | tr ' ' '+' | sed s/4+5/9/", shell=True, text=True,
+                     capture_output=True, check=True).stdout.strip())
+""",
+    "database": """
+import sqlite3
+with sqlite3.connect("a.db") as database:
+    database.execute("create table t (x)")
+    database.execute("insert into t values (9)")
+    print(database.execute("select x from t").fetchone()[0])
+""",
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_programs_run(name: str, sandbox: Sandbox) -> None:
+    archive = pack({"main.py": ORDINARY[name].encode()})
+    outcome = sandbox.run(["python3", "-I", "main.py"], Limits(), archive=archive)
+    assert (outcome.exit_code, outcome.stdout) == (0, b"9\n"), outcome
 
 
 def test_each_sandbox_counts_its_own_processes(sandbox: Sandbox) -> None:
@@ -228,6 +299,61 @@ def test_a_bwrap_that_shuts_nothing_in_is_refused(
 def test_machines_without_a_filter_are_refused() -> None:
     with pytest.raises(EvaluationError, match=r"not run on riscv64: .* x86_64 and aarch64"):
         seccomp_filter("riscv64")
+
+
+def what_a_filter_says(code: bytes, architecture: int, number: int, *arguments: int) -> int:
+    """A filter run on a call, for machines that these tests do not run on."""
+    six = (*arguments, *(0 for _ in range(6 - len(arguments))))
+    call = struct.pack("<IIQ6Q", number, architecture, 0, *six)
+    lines = list(struct.iter_unpack("<HBBI", code))
+    holds = {0x15: operator.eq, 0x35: operator.ge, 0x45: operator.and_}
+    register, line = 0, 0
+    while True:
+        what, if_so, if_not, value = lines[line]
+        line += 1
+        if what == 0x06:
+            return int(value)
+        if what == 0x20:
+            register = int.from_bytes(call[value : value + 4], "little")
+        else:
+            line += if_so if holds[what](register, value) else if_not
+
+
+X86_64, AARCH64 = 0xC000003E, 0xC00000B7
+CALLS = {
+    "x86_64": (X86_64, 0x40000003, (41, 53, 56, 54, 72)),
+    "aarch64": (AARCH64, 0x40000028, (198, 199, 220, 208, 25)),
+}
+"""Architecture, that of the same machine's calls of 32 bits, and numbers."""
+
+
+@pytest.mark.parametrize("machine", CALLS)
+def test_what_the_filter_says(machine: str) -> None:
+    architecture, foreign, (socket_, pair, clone, set_option, fcntl_) = CALLS[machine]
+    code = seccomp_filter(machine)
+
+    def says(number: int, *arguments: int) -> int:
+        return what_a_filter_says(code, architecture, number, *arguments)
+
+    allow, error = 0x7FFF0000, 0x00050000
+    for family in (*range(256), (1 << 32) + 2, (1 << 64) - 1):
+        expected = allow if family == socket.AF_UNIX else error + errno.EAFNOSUPPORT
+        assert {says(socket_, family, 1), says(pair, family, 1)} == {expected}, family
+    threads = 0x3D0F00  # what pthread_create asks for
+    assert {says(clone, flags) for flags in (17, 0x4111, threads)} == {allow}
+    for flag in (0x20000, 1 << 25, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30):
+        assert says(clone, flag | 17) == error + errno.EPERM
+    assert says(435) == error + errno.ENOSYS
+    for option in (7, 26, 32, 50, 51, 52):
+        assert says(set_option, 3, socket.SOL_SOCKET, option) == error + errno.EPERM
+    assert {says(set_option, 3, 6, 7), says(set_option, 3, socket.SOL_SOCKET, 2)} == {allow}
+    assert says(fcntl_, 3, 1031, 1 << 20) == error + errno.EPERM
+    assert {says(fcntl_, 3, command) for command in (1, 2, 3, 4, 6, 1030, 1032)} == {allow}
+    assert {says(n) for n in (463, 500, 0x40000000 + socket_, 2**32 - 1)} == {error + errno.ENOSYS}
+    assert says(425) == error + errno.EPERM
+    assert {what_a_filter_says(code, other, 20) for other in (foreign, 0, X86_64 ^ AARCH64)} == {
+        0x80000000
+    }
 
 
 # Languages

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import pwd
 import shutil
 import subprocess
 import tarfile
@@ -23,6 +24,19 @@ FOLDER = "/tmp"
 """Where a program and its files are, and the only place that it can write to."""
 
 _NOBODY = 65534
+_PEOPLE = range(1000, _NOBODY)
+_HOMES = (Path("/home"), Path("/root"))
+_EVERYBODYS = (Path("/tmp"), Path("/var/tmp"), Path("/dev"), Path("/proc"), Path("/run"))
+_PERSONAL = (
+    *(".ssh", ".gnupg", ".aws", ".kube", ".docker", ".config", ".netrc", ".git-credentials"),
+    *(".bashrc", ".bash_history", ".zshrc", ".profile", ".env"),
+)
+"""What tells a home folder, or one with secrets, from a toolchain's, whoever's it is."""
+
+_SHARED = "/dev/shm"
+_SHARED_BYTES = 16 * MIB
+"""For semaphores, without which no pool of processes starts, and memory that processes share."""
+
 _LEAST_VERSION = (0, 8)
 _TOOLS = ("bwrap", "prlimit", "choom", "sh", "tar")
 _UNPACK = 'tar -xf - && exec "$@" < /dev/null'
@@ -31,7 +45,7 @@ _SYSTEM = ("/usr/local/bin", "/usr/bin")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _PROBE_LIMITS = Limits(wall_seconds=10, processes=12, disk_bytes=MIB)
 _PROBE = """cat /proc/self/status /proc/net/dev
-touch /here /usr/here /dev/shm/here
+touch /here /usr/here /dev/here
 head -c 2097152 /dev/zero > full
 for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do sleep 0.2 & done
 echo unlimited
@@ -105,7 +119,8 @@ class Sandbox:
                 assert process.stdout is not None
                 assert process.stderr is not None
                 pipes = {"out": process.stdout.fileno(), "err": process.stderr.fileno()}
-                stopped, wrote = watch(process, pipes | {STATUS: read}, limits, FOLDER)
+                folders = {FOLDER: limits.disk_bytes, _SHARED: _SHARED_BYTES}
+                stopped, wrote = watch(process, pipes | {STATUS: read}, limits, folders)
             seconds = time.monotonic() - began
         exit_code = None if stopped else _exit_code(wrote[STATUS])
         if exit_code is None and not stopped:
@@ -133,6 +148,7 @@ class Sandbox:
             *("--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"),
             *("--symlink", "usr/lib64", "/lib64"),
             *("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
+            *("--size", str(_SHARED_BYTES), "--tmpfs", _SHARED),
             *("--size", str(limits.disk_bytes), "--tmpfs", FOLDER),
             *(part for path in self.toolchains for part in ("--ro-bind", path, path)),
             *(part for path in binds for part in ("--ro-bind-try", path, path)),
@@ -218,12 +234,28 @@ def _toolchain(folder: Path) -> str:
     found = folder.resolve()
     if not (found / "bin").is_dir():
         raise EvaluationError(f"toolchain {folder} has no folder bin; name the one that has")
-    if Path.home().resolve().is_relative_to(found):
+    if fault := _more_than_a_toolchain(found):
         raise EvaluationError(
-            f"toolchain {folder} holds your home folder, which generated programs would read; "
+            f"toolchain {folder} {fault}, which generated programs would read; "
             "name the toolchain's own folder"
         )
     return str(found)
+
+
+def _more_than_a_toolchain(folder: Path) -> str:
+    """What else is in a folder; empty: nothing that can be seen."""
+    own = Path.home().resolve()
+    if own.is_relative_to(folder):
+        return "holds your home folder"
+    people = [user for user in pwd.getpwall() if user.pw_uid in (0, *_PEOPLE)]
+    homes = {own, *_HOMES, *(Path(user.pw_dir).resolve() for user in people)}
+    for home in sorted(homes | set(_EVERYBODYS)):
+        if home.is_relative_to(folder):
+            return f"holds {home}"
+    if folder.parent in homes and folder.name.startswith("."):
+        return "keeps settings and keys of its owner"
+    found = [name for name in _PERSONAL if os.path.lexists(folder / name)]
+    return f"has {found[0]} in it, as home folders have" if found else ""
 
 
 def find_sandbox(toolchains: Iterable[Path] = ()) -> Sandbox:
@@ -297,5 +329,5 @@ def _cure() -> str:
             return f"User namespaces are forbidden here: sysctl -w {name}={allows}"
     return (
         "Does this machine allow user namespaces? In a container they need to be allowed from "
-        "outside (docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined)"
+        'outside, and no more than they: see "In a container" of docs/evaluation.md'
     )

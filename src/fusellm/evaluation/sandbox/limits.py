@@ -12,7 +12,9 @@ class Limits:
     Attributes:
         wall_seconds: time on the clock, for all its processes.
         address_space_bytes: virtual memory of each process.
-        memory_bytes: resident memory of all its processes together, looked at 20 times a second.
+        memory_bytes: resident and swapped memory of all its processes together, their page tables,
+            and 2 × 208 KiB for each socket (or what a socket's buffer is here); looked at 20 times
+            a second.
         processes: processes and threads at one time, those of the sandbox (3) among them.
         file_bytes: size of one file.
         disk_bytes: of the only folder it can write to, which lies in memory.
