@@ -1,5 +1,6 @@
 """What is told of tokenizers and text before a model is loaded, and beside the results."""
 
+import errno
 import json
 import shutil
 import sys
@@ -10,9 +11,10 @@ import pytest
 
 from conftest import prose
 from fusellm import preflight
+from fusellm.cli.evaluate_screen import require_savable
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
-from fusellm.errors import CorpusError, ModelError, TokenizerError
+from fusellm.errors import CorpusError, ModelError, StoreError, TokenizerError
 from fusellm.models import load
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -205,3 +207,36 @@ def test_every_models_files_are_looked_at(
     assert not run.exists()
     with pytest.raises(ModelError, match="no whole safetensors file"):
         pipeline(world, run, *changes).check()
+
+
+@pytest.mark.parametrize("place", ["file/run", "file", "/proc/run", "/dev/null", "locked/run"])
+def test_a_run_that_cannot_be_written_is_told_before_anything_is_read(
+    world: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "locked").mkdir()
+    if "locked" in place:  # root writes whatever the mode says
+        refused = OSError(errno.EROFS, "Read-only file system")
+
+        def refuse(folder: Path) -> None:
+            raise refused
+
+        monkeypatch.setattr("fusellm.store.files._try_to_write", refuse)
+    recipe = resolve_paths(load_recipe(world / "recipe.yaml"), world)
+    run = tmp_path / place
+    for act in (Pipeline.check, Pipeline.execute):
+        with pytest.raises(StoreError, match=r"can be no folder|cannot be written to: .*; give"):
+            act(Pipeline(recipe, run, Silent()))
+    assert (tmp_path / "file").read_text() == "text"
+    assert not list((tmp_path / "locked").iterdir())
+
+
+def test_results_that_could_not_be_saved_are_told_before_any_are_made(tmp_path: Path) -> None:
+    for place, what in (("/proc/x.md", "cannot be written to"), (f"{tmp_path}", "no name for a")):
+        with pytest.raises(StoreError, match=what):
+            require_savable([Path(place)])
+    (tmp_path / "x.md").mkdir()
+    with pytest.raises(StoreError, match="is a folder; name a file"):
+        require_savable([tmp_path / "x.md"])
+    require_savable([tmp_path / "y.json"])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.md"]

@@ -18,9 +18,10 @@ from fusellm.evaluation.measure import Prepared, prepare
 from fusellm.evaluation.settings import settings_of
 from fusellm.models import processes
 from fusellm.models.cards import training_card
-from fusellm.models.load import Located, describe, locate
+from fusellm.models.load import Located, locate
 from fusellm.models.readers import plain_text_note, readers_of
 from fusellm.preflight import (
+    described,
     fits,
     projected_store_bytes,
     require_fits,
@@ -34,7 +35,7 @@ from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
 from fusellm.stages.suites import run_suites
 from fusellm.store.externalized import TARGET
-from fusellm.store.files import alone_in, make_folder, write_text
+from fusellm.store.files import alone_in, make_folder, require_writable, write_text
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
@@ -135,8 +136,14 @@ class Pipeline:
         for part in parts:
             if all(self._complete(name) for name in part.after):
                 self._ensure(part, parts, redo)
+        self._require_place(parts)
         make_folder(self.run)
         self._write_recipe()
+
+    def _require_place(self, parts: Sequence[_Part]) -> None:
+        """Check that the run can be written; a finished one may be read-only."""
+        if not all(self._complete(part.name) for part in parts):
+            require_writable(self.run)
 
     def _ready(self, part: _Part, parts: Sequence[_Part], redo: bool) -> None:
         self._require(part.name, part.after)
@@ -372,6 +379,7 @@ class Pipeline:
             EvaluationError: data, packages or the sandbox of the recipe's suites are missing.
         """
         recipe = self.recipe
+        self._require_place(self._parts())
         train.rehearse(recipe)
         require_models(self.readers)
         self.prepare_suites()
@@ -379,18 +387,14 @@ class Pipeline:
         cut = self._complete("corpus")
         look_at(recipe.corpus, self._progress)
         tried = try_text(recipe, self.run, self.readers, cut)
-        models = {}
-        for name, reader in self.readers.items():
-            if cut:
+        if cut:
+            for name, reader in self.readers.items():
                 require_fits(self.run, name, reader, recipe.corpus, self._progress)
-            encoder = reader.encoder
-            models[name] = describe(reader.located) | {
-                "tokens": len(encoder.vocabulary),
-                "every_block_fits": cut or fits(reader, recipe.corpus.block_bytes),
-                "blocks_tried": tried[name].blocks,
-                "blocks_changed": tried[name].changed,
-                "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
-            }
+        models = {
+            name: described(reader, tried[name])
+            | {"every_block_fits": cut or fits(reader, recipe.corpus.block_bytes)}
+            for name, reader in self.readers.items()
+        }
         existing = next(path for path in [self.run, *self.run.absolute().parents] if path.exists())
         return {
             "run": str(self.run),

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
 from fusellm.errors import CorpusError, ModelError, TokenizerError
 from fusellm.models.headers import weight_problems
-from fusellm.models.load import require_packages
+from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.corpus.sample import first_blocks
@@ -158,6 +159,21 @@ def require_fits(
                         f"lower corpus.block_bytes (now {corpus.block_bytes})"
                     )
             bar.advance()
+
+
+def described(reader: Reader, tried: Sample) -> dict[str, Any]:
+    """A model and its tokenizer, for `check`.
+
+    Args:
+        tried: what the tokenizer made of some blocks.
+    """
+    encoder = reader.encoder
+    return describe(reader.located) | {
+        "tokens": len(encoder.vocabulary),
+        "blocks_tried": tried.blocks,
+        "blocks_changed": tried.changed,
+        "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
+    }
 
 
 def projected_store_bytes(recipe: Recipe) -> int | None:

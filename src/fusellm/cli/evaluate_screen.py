@@ -156,8 +156,11 @@ def require_savable(paths: Sequence[Path]) -> None:
     """Check before any work that results can be saved in these files.
 
     Raises:
-        StoreError: a name does not end as it must, or its folder is not there.
+        StoreError: a name does not end as it must, its folder is not there, or it cannot be
+            written.
     """
+    from fusellm.store.files import require_writable
+
     for path in paths:
         if path.suffix not in ENDINGS:
             raise StoreError(
@@ -165,6 +168,9 @@ def require_savable(paths: Sequence[Path]) -> None:
             )
         if not path.absolute().parent.is_dir():
             raise StoreError(f"--save {path}: there is no folder {path.parent}; make it first")
+        if path.is_dir():
+            raise StoreError(f"--save {path} is a folder; name a file")
+        require_writable(path.absolute().parent)
 
 
 def save(found: Results, path: Path) -> None:

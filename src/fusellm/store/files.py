@@ -70,6 +70,26 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Check that a folder, which need not be there yet, can be written to, by writing to it.
+
+    What would hold it is written to where it is not there. Nothing is left behind.
+
+    Raises:
+        StoreError: it cannot.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise StoreError(f"{folder} can be no folder: {place} is a file; give another place")
+    try:
+        _try_to_write(place)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(
+            f"{place} cannot be written to: {reason}; give another place, or mend that"
+        ) from error
+
+
 def require_inside(path: Path, run: Path) -> None:
     """Check that no link leads out of a run to where something would be written or removed.
 
