@@ -22,7 +22,6 @@ from fusellm.models.load import Located, locate
 from fusellm.models.readers import plain_text_note, readers_of
 from fusellm.preflight import (
     described,
-    fits,
     projected_store_bytes,
     require_fits,
     require_models,
@@ -390,15 +389,10 @@ class Pipeline:
         if cut:
             for name, reader in self.readers.items():
                 require_fits(self.run, name, reader, recipe.corpus, self._progress)
-        models = {
-            name: described(reader, tried[name])
-            | {"every_block_fits": cut or fits(reader, recipe.corpus.block_bytes)}
-            for name, reader in self.readers.items()
-        }
         existing = next(path for path in [self.run, *self.run.absolute().parents] if path.exists())
         return {
             "run": str(self.run),
-            "models": models,
+            "models": described(self.readers, tried, None if cut else recipe.corpus.block_bytes),
             "projected_store_bytes": projected_store_bytes(recipe),
             "free_bytes": shutil.disk_usage(existing).free,
         }

@@ -161,19 +161,26 @@ def require_fits(
             bar.advance()
 
 
-def described(reader: Reader, tried: Sample) -> dict[str, Any]:
-    """A model and its tokenizer, for `check`.
+def described(
+    readers: Mapping[str, Reader], tried: Mapping[str, Sample], block_bytes: int | None
+) -> dict[str, Any]:
+    """Models and their tokenizers, for `check`.
 
     Args:
-        tried: what the tokenizer made of some blocks.
+        tried: what each tokenizer made of some blocks.
+        block_bytes: of blocks that are still to be cut; None where all are known to fit.
     """
-    encoder = reader.encoder
-    return describe(reader.located) | {
-        "tokens": len(encoder.vocabulary),
-        "blocks_tried": tried.blocks,
-        "blocks_changed": tried.changed,
-        "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
-    }
+    found = {}
+    for name, reader in readers.items():
+        encoder = reader.encoder
+        found[name] = describe(reader.located) | {
+            "tokens": len(encoder.vocabulary),
+            "every_block_fits": block_bytes is None or fits(reader, block_bytes),
+            "blocks_tried": tried[name].blocks,
+            "blocks_changed": tried[name].changed,
+            "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
+        }
+    return found
 
 
 def projected_store_bytes(recipe: Recipe) -> int | None:
