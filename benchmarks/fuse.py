@@ -24,11 +24,10 @@ from pathlib import Path
 from types import CodeType
 
 import numpy as np
-from rich.console import Console
 
 from figures import command_line, peak_bytes, show
 from fusellm.align.ragged import offsets_of
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.fusion.kept import Kept
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -71,7 +70,7 @@ def _pipeline(run: Path, train_bytes: int) -> Pipeline:
         f"externalize.k={_KEPT}",
         "sources=[{name: python, model: zoo/python}, {name: cpp, model: zoo/cpp}]",
     ]
-    return Pipeline(load_recipe(_DEMO, changes), run, Terminal(Console(stderr=True)))
+    return Pipeline(load_recipe(_DEMO, changes), run, Terminal(SafeConsole(stderr=True)))
 
 
 def _made(pipeline: Pipeline, name: str) -> None:

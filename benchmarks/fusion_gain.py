@@ -14,10 +14,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from figures import command_line, show
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import Recipe
 from fusellm.pipeline import Pipeline
 from fusellm.recipe_file import load_recipe
@@ -41,7 +39,7 @@ def variant(base: Path, out: Path, recipe: Recipe) -> Pipeline:
     for name in ("corpus", "externalize"):
         if not (out / name).exists():
             shutil.copytree(base / name, out / name, copy_function=_link)
-    return Pipeline(recipe, out, Terminal(Console(stderr=True)))
+    return Pipeline(recipe, out, Terminal(SafeConsole(stderr=True)))
 
 
 def _link(source: str, target: str) -> None:
@@ -120,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     changes = [*(QUICK if arguments.quick else []), *arguments.set]
     base = arguments.out / "base"
-    Pipeline(demo_recipe(changes), base, Terminal(Console(stderr=True))).execute(
+    Pipeline(demo_recipe(changes), base, Terminal(SafeConsole(stderr=True))).execute(
         ["corpus", "externalize"]
     )
     if arguments.study == "search":

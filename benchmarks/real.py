@@ -31,10 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from figures import command_line, peak_bytes, show
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import ModelSettings, Recipe
 from fusellm.evaluation.bits_per_byte import blocks_nats
 from fusellm.evaluation.intervals import MEAN, Record, Scores, records
@@ -127,7 +126,7 @@ class Study:
 
 def terminal() -> Terminal:
     """Where progress is shown."""
-    return Terminal(Console(stderr=True))
+    return Terminal(SafeConsole(stderr=True))
 
 
 def suspects() -> dict[str, Arm]:

@@ -40,7 +40,7 @@ from figures import command_line
 from fusellm.align.positions import Situation
 from fusellm.align.strategies import STRATEGIES, Tokens
 from fusellm.align.translation import Translation
-from fusellm.cli.console import Terminal
+from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import ModelSettings
 from fusellm.models.heads import head_of, last_hidden
 from fusellm.models.load import load_model, load_tokenizer, locate
@@ -297,7 +297,7 @@ def training(
         *changes,
     ]
     base = out / "base"
-    whole = Pipeline(demo_recipe(common), base, Terminal(Console(stderr=True)))
+    whole = Pipeline(demo_recipe(common), base, Terminal(SafeConsole(stderr=True)))
     whole.execute(["corpus", "externalize"])
     figures: dict[str, float] = {}
     best = {}
