@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 
@@ -245,12 +245,12 @@ class Seen:
     missed: int = 0
     decoded: int = 0
     left_out: int = 0
-    situations: np.ndarray | None = None
+    situations: np.ndarray = field(default_factory=lambda: np.zeros(len(Situation), dtype=np.int64))
 
 
 def check(texts: Sequence[str], source: Reader, target: Reader) -> Seen:
     """Hold the alignment against what both have read, position by position."""
-    seen = Seen(situations=np.zeros(len(Situation), dtype=np.int64))
+    seen = Seen()
     chance = np.random.default_rng(0)
     whole = [True] * len(texts)
     encoded = zip(
@@ -294,7 +294,6 @@ def truth(
     source, target = readers
     for domain, some in texts.items():
         seen = check(some, source, target)
-        assert seen.situations is not None
         shares = seen.situations / max(seen.positions, 1)
         print(
             f"{names[1]:>14} <- {names[0]:<14} {domain:<7} "

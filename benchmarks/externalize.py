@@ -224,7 +224,8 @@ def measure(
     with tempfile.TemporaryDirectory() as place:
         run = corpus(Path(place), train_bytes, 64, changes, recipe_file)
         contest = Contest(run, name)
-        contest.forward(), contest.ours()
+        contest.forward()
+        contest.ours()
         forward = _ratios(contest.forward, contest.ours, rounds)
         figures = {
             "tokens_per_second": contest.tokens / statistics.median(ours for _, ours in forward),

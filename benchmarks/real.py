@@ -299,7 +299,7 @@ def stages(study: Study, most: int | None = None) -> dict[str, float]:
     names = [f"externalize/{source.name}" for source in recipe.sources]
     order = ["corpus", "externalize/target", *names, "fuse"]
     order += [f"train/{FUSED}", f"train/{CLM}", "evaluate", "report"]
-    figures = {}
+    figures: dict[str, float] = {}
     for stage in order[:most]:
         command = [sys.executable, __file__, "stages", f"--out={study.out}", "--json"]
         command += [f"--recipe={study.file}", f"--stage={stage}", f"--run={run}"]

@@ -32,7 +32,7 @@ from urllib.parse import urljoin
 # pip has no public interface. These two calls give its settings (index, certificates, proxies).
 # `pip download` will not do: to know a source archive's name it runs the archive's build code.
 from pip._internal.commands import create_command
-from pip._vendor.requests import RequestException
+from pip._vendor.requests.exceptions import RequestException
 
 from figures import command_line, show
 from fusellm.errors import CorpusError, FusellmError

@@ -44,7 +44,7 @@ import pyarrow.parquet
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import GPTNeoXForCausalLM, PreTrainedModel
+from transformers import GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from align import _TOKENIZERS as TOKENIZERS
 from align import load as load_encoder
@@ -314,7 +314,9 @@ def trained(name: str, folder: Path, train_bytes: int) -> tuple[PreTrainedModel,
 
 
 def _train(specialist: Specialist, encoder: Encoder, text: Sequence[Document], place: Path) -> None:
-    steps = train(specialist, encoder.tokenizer, text)
+    tokenizer = encoder.tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    steps = train(specialist, tokenizer, text)
     for trained_model, step in steps:
         model = trained_model
         if step.step % 50 == 0 or step.step == step.steps:

@@ -232,7 +232,7 @@ def main() -> None:
     targets = [("", given.layers)]
     if not given.quick and given.layers is None and is_demo:
         targets.append(("large_", _LARGE[0]))
-    figures = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
         run = Path(place) / "run"
         Bench(run, given.recipe, changes, None, 0).pipeline.execute(

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from figures import command_line
 from fusellm.align.positions import Situation
@@ -61,7 +62,7 @@ class Model:
 
     name: str
     encoder: Encoder
-    network: torch.nn.Module
+    network: PreTrainedModel
 
     @classmethod
     def load(cls, name: str) -> "Model":
