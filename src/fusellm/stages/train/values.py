@@ -4,7 +4,6 @@ Its types are annotations only. What is out of range fails once training begins,
 negative `max_grad_norm` turns the gradient round.
 """
 
-import math
 from collections.abc import Callable
 from enum import Enum
 from functools import cache
@@ -34,8 +33,9 @@ _NOT_NEGATIVE = (
     "warmup_steps",
     "eval_delay",
     "neftune_noise_alpha",
-    "dataloader_num_workers",
 )
+_MOST_WORKERS = 128  # each is a process
+_LARGEST = 2**32 - 1  # of seeds; what is larger elsewhere is a mistake
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys(_ONE_OR_MORE, (lambda x: x >= 1, "1 or more")),
     **dict.fromkeys(_NOT_NEGATIVE, (lambda x: x >= 0, "0 or more")),
@@ -44,7 +44,8 @@ _RANGES: dict[str, _Range] = {
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda x: 0 <= x < 1, "0 or more, below 1")),
     "max_steps": (lambda x: x == -1 or x >= 1, "1 or more; -1 is for all epochs"),
-    "seed": (lambda x: 0 <= x < 2**32, "0 to 4294967295"),
+    "dataloader_num_workers": (lambda x: 0 <= x <= _MOST_WORKERS, f"0 to {_MOST_WORKERS}"),
+    "seed": (lambda x: 0 <= x <= _LARGEST, f"0 to {_LARGEST}"),
 }
 _ALSO: dict[str, type] = {"fsdp": bool}
 """What transformers takes besides what it says."""
@@ -77,18 +78,11 @@ def checked(place: str, key: str, value: Any) -> Any:
         raise RecipeError(f"{place}.{key}: {shown(value)} is not {_spoken(kinds)}") from None
     if isinstance(found, int | float) and not isinstance(found, bool):
         fits, words = _RANGES.get(key, (lambda _: True, ""))
-        if not _is_finite(found):
-            raise RecipeError(f"{place}.{key}: {shown(value)} is no finite number")
+        if not abs(found) <= _LARGEST:  # nor NaN
+            raise RecipeError(f"{place}.{key}: {shown(value)} is no number of this size")
         if not fits(found):
             raise RecipeError(f"{place}.{key} is {shown(value)}, and has to be {words}")
     return found
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond float's
-        return False
 
 
 @cache
