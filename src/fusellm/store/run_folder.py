@@ -1,11 +1,10 @@
 """A run's folder: its stages, how far they are, and what can be removed of it."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusellm.errors import StoreError
-from fusellm.store.files import require_inside
+from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
@@ -27,7 +26,10 @@ def suites_of(run: Path) -> tuple[bool, int] | None:
     if not begun:
         return None
     index = run / SUITES / INDEX
-    finished = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    try:
+        finished = from_json(index.read_text(encoding="utf-8")) if index.exists() else {}
+    except ValueError:  # `evaluate` says what is wrong with it
+        finished = {}
     records = sum(len(list(path.glob("*/*.jsonl"))) for path in begun)
     return len(finished) >= len(begun), records
 
