@@ -187,12 +187,14 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
     except _BUILDING_FAULTS:
         return []
     model = located.settings.model
-    problems = [
-        f"{name} of {model} is {_size(mine)}, and by its config.json {_size(theirs)}; take both "
-        "from one place"
-        for name, mine, theirs in sorted(found["mismatched_keys"])
-    ]
-    return problems or ([lacking(model, found["missing_keys"])] if found["missing_keys"] else [])
+    if found["mismatched_keys"]:
+        (name, mine, theirs), *others = sorted(found["mismatched_keys"])
+        more = f" (and {len(others):,} more)" if others else ""
+        return [
+            f"{name} of {model} is {_size(mine)}, and by its config.json {_size(theirs)}{more}; "
+            "take both from one place"
+        ]
+    return [lacking(model, found["missing_keys"])] if found["missing_keys"] else []
 
 
 @contextmanager
