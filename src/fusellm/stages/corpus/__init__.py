@@ -184,9 +184,13 @@ class _Cutter:
         invalid = self.counts["documents_with_invalid_utf8"]
         if invalid:
             progress.say(
-                f"documents with bytes that are no UTF-8, read as \ufffd: {invalid}; the first is "
-                f"{self._first_invalid}"
+                f"documents with bytes that are no UTF-8, read as \ufffd (halves of characters in "
+                f"JSON as ?): {invalid}; the first is {self._first_invalid}. If these are more "
+                "than strays, convert the files (iconv -t UTF-8)"
             )
+        empty = self.counts["empty_documents"]
+        if empty:
+            progress.say(f"documents without any text, left out: {empty}")
 
 
 def _leading(

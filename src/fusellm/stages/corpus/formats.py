@@ -48,6 +48,7 @@ _FORMATS = _RECORDS | dict.fromkeys(_TEXT.split(), "text")
 _BUFFER_BYTES = 1 << 20
 _LOOKED_AT_BYTES = 1 << 16
 _TEXT_BYTES = 1 << 23  # a longer text file is read as several documents
+_ROWS = 32  # of columns that are read at once
 _RECORD_BYTES = 1 << 26  # a longer record is refused: it may be a bomb
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, csv.Error)
 
@@ -302,7 +303,7 @@ def _unpacked(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
 def _parquet(place: Path, path: Path, fields: Fields) -> Iterator[Record]:
     with pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES) as file:
         _require_columns(file.schema_arrow, path, fields)
-        for batch in file.iter_batches(batch_size=256, columns=list(fields.names)):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=list(fields.names)):
             yield from _rows(batch, path, fields)
 
 
@@ -350,7 +351,9 @@ def _is_text(kind: pa.DataType) -> bool:
 def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[Record]:
     utf8 = _Utf8()
     for values in zip(*(_as_bytes(batch.column(name)) for name in fields.names), strict=True):
-        texts = (value.as_py() for value in values)
+        texts = [value.as_py() for value in values]
+        if sum(len(text or b"") for text in texts) > _RECORD_BYTES:
+            raise _too_long(f"a record of {path}")
         row = {
             name: None if text is None else utf8.decode(text)
             for name, text in zip(fields.names, texts, strict=True)
