@@ -123,7 +123,7 @@ def read_text(origin: Origin, data_dir: Path | None) -> tuple[str, dict[str, str
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{files[0]} is no UTF-8 text: {error}") from error
+        raise EvaluationError(f"{files[0]} is no UTF-8 text ({error}); get it again") from error
     name = files[0].relative_to(data_dir).as_posix()
     return text, {name: hashlib.sha256(content).hexdigest()}
 

@@ -163,7 +163,8 @@ def merge_from(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
-                f"the adapters of {folder} do not fit their model: {reason}"
+                f"the adapters of {folder} do not fit their model: {reason}; take those that were "
+                "made on it"
             ) from error
     return cast(PreTrainedModel, cast(Any, merged(adapted)).to(dtype))
 

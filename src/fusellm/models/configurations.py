@@ -27,6 +27,7 @@ _FAULTS = (
     TypeError,
     ValueError,
 )
+_UNQUANTIZED = "Install what it names, or take the model as it was before it was quantized"
 _LAYERS = re.compile(r"(?i)layers?$")
 _MOST_LAYERS = 10_000  # an architecture is built before its weights are looked at
 # Ends of the names of classes that see both sides of a token, or say something else than tokens;
@@ -120,13 +121,18 @@ def require_quantizer(model: str, stored: Mapping[str, Any]) -> None:
     try:
         quantizer = AutoHfQuantizer.from_config(dict(stored))
     except (ImportError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{cannot}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{cannot}: {_first_sentence(error)}. {_UNQUANTIZED}") from error
     try:
         quantizer.validate_environment(device_map=None, dtype=None)
     except ImportError as error:
-        raise ModelError(f"{cannot}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{cannot}: {_first_sentence(error)}. {_UNQUANTIZED}") from error
     except (RuntimeError, ValueError):  # no such GPU here, and there may be where it is loaded
         return
+
+
+def _first_sentence(error: Exception) -> str:
+    """What transformers says of a quantization, without its list of all that there are."""
+    return " ".join(str(error).split()).split(" - supported types")[0][:300].rstrip(".")
 
 
 def _require_causal(model: str, config: PretrainedConfig) -> None:

@@ -142,7 +142,8 @@ def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
     except (HTTPError, OSError, SafetensorsParsingError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"the weights of {model} cannot be looked at on the hub: {reason}"
+            f"the weights of {model} cannot be looked at on the hub: {reason}; check the "
+            "connection, or download it and name its folder"
         ) from error
     return {
         name: {n: TensorHeader(t.dtype, tuple(t.shape)) for n, t in file.tensors.items()}

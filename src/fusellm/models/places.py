@@ -118,7 +118,9 @@ def local_folder(name: str) -> Path | None:
     if name.startswith("zoo/"):
         folder = zoo_folder(name.removeprefix("zoo/"))
         if not (folder / "config.json").exists():
-            raise ModelError(f"{name} is not in this installation ({folder}); `fusellm zoo train`")
+            raise ModelError(
+                f"{name} is not in this installation ({folder}); `fusellm zoo train` makes it"
+            )
         return folder
     folder = Path(name).expanduser()
     if not folder.is_dir():

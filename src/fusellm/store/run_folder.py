@@ -78,7 +78,8 @@ def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
         StoreError: the folder is no run, or a manifest is damaged.
     """
     if not (run / RECIPE).exists():
-        raise StoreError(f"{run} is not a run: it has no {RECIPE}; give the folder of a run")
+        what = "it is a file" if run.is_file() else f"it has no {RECIPE}"
+        raise StoreError(f"{run} is not a run: {what}; give the folder of a run, as runs/NAME")
     for stage in STAGES:
         for path in sorted([run / stage, *(run / stage).glob("*")]):
             if (path / MANIFEST).exists():

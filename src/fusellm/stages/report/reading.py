@@ -183,7 +183,9 @@ def _log(path: Path) -> Log:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if index == len(lines) - 1:
                 break  # cut off while it was written
-            raise StoreError(f"{path}, line {index + 1}, is no log line ({error!r})") from None
+            raise StoreError(
+                f"{path}, line {index + 1}, is no log line ({error!r}); remove it"
+            ) from None
     return Log(
         {name: _curve(points) for name, points in losses.items()},
         {name: _curve(points) for name, points in validation.items()},
