@@ -291,11 +291,15 @@ WITHOUT_MEANING = [
         "with compatibility: paper, which puts all mass on one token",
     ),
     ({"temperature": 2, "strategy": "bytes"}, TOP, "fusion.temperature: 2 flattens the"),
-    ({"temperature": 2, "strategy": "bytes"}, {}, "one outcome with rest: bucket, is none; use"),
+    (
+        {"temperature": 2, "strategy": "bytes"},
+        {},
+        "it needs externalize.scheme: top, fusion.rest: renormalize; set that",
+    ),
     (
         {"temperature": 2, "rest": "renormalize"},
         TOP,
-        "with strategy: partition outcomes are classes of them; use bytes, mined or em",
+        "fusion.strategy: bytes (or mined, em); set that",
     ),
     ({"lambda_schedule": "linear"}, {}, "fusion.lambda_schedule: linear needs fusion.lambda_end"),
     ({"lambda_schedule": "cosine"}, {}, "fusion.lambda_schedule: cosine needs fusion.lambda_end"),

@@ -138,7 +138,7 @@ def _first_sentence(error: Exception) -> str:
 def _require_causal(model: str, config: PretrainedConfig) -> None:
     named = list(config.architectures or [type(config).__name__.removesuffix("Config")])
     what = f"{model} is a {named[0]}"
-    wanted = "fusellm reads causal language models, which say what comes next"
+    wanted = "fusellm reads causal language models, which say what comes next; take one of these"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what}, an encoder with a decoder; {wanted}")
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):

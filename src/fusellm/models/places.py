@@ -27,10 +27,11 @@ def not_found(what: str, error: Exception) -> str:
     if "couldn't connect" in told or isinstance(error, LocalEntryNotFoundError):
         why = "it cannot be reached"
         if hub_constants.HF_HUB_OFFLINE:
-            why = "HF_HUB_OFFLINE is set, so that it is not asked"
+            why = "it is not asked, as HF_HUB_OFFLINE is set"
         return (
             f"there is no folder of the {what}, and of the hub only what is in its local cache is "
-            f"at hand: {why}. Check the name; download it where there is a connection"
+            f"at hand: {why}. Check the name and the connection, or download it elsewhere and name "
+            "its folder"
         )
     told = told.split(" If this is a private repository")[0][:300]
     return (

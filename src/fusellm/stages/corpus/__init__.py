@@ -94,8 +94,8 @@ def run_corpus(
             measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
         for part in parts.values():
             part.close()
-        _require_text(recipe, parts)
         cutter.tell(progress)
+        _require_text(recipe, parts)
         summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
         folder.finish({"bytes": summary, **+cutter.counts})
 

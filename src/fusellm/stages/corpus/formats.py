@@ -27,6 +27,7 @@ from fusellm.stages.corpus.fields import Fields, Spans
 from fusellm.tokens.blocks import cut_point
 
 _PACKED = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "xz": "xz"}
+_BEGINS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ"}
 _RECORDS = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
@@ -131,11 +132,21 @@ def read_records(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
             _require_text(path, stream)
             yield from _OF_LINES[kind.format](stream, path, fields)
     except _UNREADABLE as error:
+        if kind.packed is not None and not _is_packed(path, kind.packed):
+            raise CorpusError(
+                f"{path} is not packed, though its name says so ({kind.packed}); take that ending "
+                "off, or fetch it anew"
+            ) from error
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise CorpusError(
             f"{path} cannot be read as {kind}: {reason}; fetch or make it anew, or leave it out "
             "of files"
         ) from error
+
+
+def _is_packed(path: Path, packed: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith(_BEGINS[packed])
 
 
 def _opened(path: Path, packed: str | None) -> io.BufferedReader:
