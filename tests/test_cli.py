@@ -167,7 +167,7 @@ def test_faults_of_tokenizers_are_one_line(
         (llama, "zoo/rust"): "there is no zoo/rust; the zoo has",
         (str(nothing), llama): "holds no tokenizer that can be loaded (it holds: nothing)",
         (str(world / "prose.jsonl"), llama): "is a file; give the folder",
-        ("no-such-user/no-such-model", llama): "neither as a folder nor on the hub",
+        ("no-such-user/no-such-model", llama): "there is no folder of the tokenizer",
         (str(words), llama): "cannot be told as bytes; choose a model",
         (llama, llama, "--text", str(tmp_path / "none")): "cannot be read",
         (llama, llama, "--text", str(latin)): "is not UTF-8 (byte 3)",

@@ -365,7 +365,7 @@ def test_faults_are_one_line(
     blocks = len(list(table(fused / "corpus")))
     block = ("--block", "0")
     cases = {
-        (str(tmp_path / "none"), *block): "is not a run: there is no such folder",
+        (str(tmp_path / "none"), *block): "is not a run: it is no folder",
         (str(tmp_path), *block): "is not a run: it has no recipe.yaml",
         (str(early), *block): f"first: fusellm fuse {early}",
         (str(other), *block): "the tokenizer of 'second' is not the one",

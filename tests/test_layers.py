@@ -291,11 +291,15 @@ WITHOUT_MEANING = [
         "with compatibility: paper, which puts all mass on one token",
     ),
     ({"temperature": 2, "strategy": "bytes"}, TOP, "fusion.temperature: 2 flattens the"),
-    ({"temperature": 2, "strategy": "bytes"}, {}, "one outcome with rest: bucket, is none; use"),
+    (
+        {"temperature": 2, "strategy": "bytes"},
+        {},
+        "it needs externalize.scheme: top, fusion.rest: renormalize; set that",
+    ),
     (
         {"temperature": 2, "rest": "renormalize"},
         TOP,
-        "with strategy: partition outcomes are classes of them; use bytes, mined or em",
+        "fusion.strategy: bytes (or mined, em); set that",
     ),
     ({"lambda_schedule": "linear"}, {}, "fusion.lambda_schedule: linear needs fusion.lambda_end"),
     ({"lambda_schedule": "cosine"}, {}, "fusion.lambda_schedule: cosine needs fusion.lambda_end"),
@@ -408,10 +412,10 @@ def test_of_two_changes_the_later_stands(tmp_path: Path) -> None:
     ("change", "part"),
     [
         ("seed", "must be KEY=VALUE"),
-        ("sources.2.model=z", "'2' is not a block"),
-        ("sources.2={name: c, model: z}", "the list has 2 entries, from 0"),
-        ("sources.-1.model=z", "'-1' is not a block"),
-        ("sources.a.model=z", "'a' is not a block"),
+        ("sources.2.model=z", "the entries 0 to 1"),
+        ("sources.2={name: c, model: z}", "the entries 0 to 1"),
+        ("sources.-1.model=z", "the entries 0 to 1"),
+        ("sources.a.model=z", "the entries 0 to 1"),
         ("name.x=1", "'name' is not a block"),
         ("seed=[1", "is not YAML"),
         ("sources.0.nmae=z", "unknown key sources.0.nmae; did you mean name?"),
@@ -428,8 +432,8 @@ def test_set_that_leads_nowhere_is_refused(tmp_path: Path, change: str, part: st
     ("text", "part"),
     [
         ("name: [", "is not YAML"),
-        ("- 1", "must be a mapping of keys to values, and is list"),
-        ("", "must be a mapping of keys to values, and is NoneType"),
+        ("- 1", "must have keys with values, like name: my-run, and is a list"),
+        ("", "must have keys with values, like name: my-run, and is empty"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:

@@ -22,6 +22,7 @@ from fusellm.models.load import Located, locate
 from fusellm.models.readers import plain_text_note, readers_of
 from fusellm.preflight import (
     described,
+    is_same,
     projected_store_bytes,
     require_fits,
     require_models,
@@ -384,6 +385,7 @@ class Pipeline:
         self.prepare_suites()
         self._say_note()
         cut = self._complete("corpus")
+        cut = cut and is_same(self.run / "corpus", self._corpus_identity(), self._progress)
         look_at(recipe.corpus, self._progress)
         tried = try_text(recipe, self.run, self.readers, cut)
         if cut:

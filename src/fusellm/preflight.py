@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
-from fusellm.errors import CorpusError, ModelError, TokenizerError
+from fusellm.errors import CorpusError, IdentityError, ModelError, TokenizerError
 from fusellm.models.headers import weight_problems
 from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
@@ -14,6 +14,8 @@ from fusellm.progress import Progress
 from fusellm.stages.corpus.sample import first_blocks
 from fusellm.stages.evaluate import require_comparable
 from fusellm.store.blocks import open_corpus, read_part, read_shard
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import check_identity
 from fusellm.store.tables import shard_names
 from fusellm.tokens.sample import Sample, sample
 
@@ -64,6 +66,16 @@ def try_text(
     if cut:
         require_measurable(run, readers)
     return found
+
+
+def is_same(folder: Path, identity: Identity, progress: Progress) -> bool:
+    """Whether a stage's folder was made from this identity; else what `run` would say is said."""
+    try:
+        check_identity(folder, identity)
+    except IdentityError as error:
+        progress.say(f"`fusellm run` would stop: {error}")
+        return False
+    return True
 
 
 def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[str]:

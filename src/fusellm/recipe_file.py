@@ -22,6 +22,7 @@ from fusellm.config.yaml_text import read_yaml
 from fusellm.errors import RecipeError
 
 _SHOWN_CHARACTERS = 80
+_YAML_KINDS: dict[Any, str] = {list: "list", str: "text"}
 _SECRET_KEY = re.compile(r"(?i)(token|api_?key|password|secret)$")
 _SECRET_VALUE = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|://[^/@\s]+:[^/@\s]+@")
 
@@ -39,6 +40,11 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.suffix not in (".yaml", ".yml"):
+            raise RecipeError(
+                f"there is no {path}, neither as a recipe nor as a run; check the path. `fusellm "
+                "init my-run.yaml` writes a recipe to start from"
+            ) from None
         raise RecipeError(
             f"there is no recipe {path}; `fusellm init {path}` writes a commented one"
         ) from None
@@ -49,9 +55,10 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"{path}, {error}") from None
     if not isinstance(raw, dict):
+        what = "is empty" if raw is None else f"is a {_YAML_KINDS.get(type(raw), 'single value')}"
         raise RecipeError(
-            f"{path} must be a mapping of keys to values, and is {type(raw).__name__}; "
-            "`fusellm init` writes an example"
+            f"{path} must have keys with values, like name: my-run, and {what}; `fusellm init` "
+            "writes an example"
         )
     for change in changes:
         _apply(_spelled_out(raw), change)
@@ -139,7 +146,7 @@ def _spelled_out(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(raw: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
-    if not equals:
+    if not equals or not path.strip():
         raise RecipeError(f"--set {change!r} must be KEY=VALUE, like fusion.lambda=0.7")
     *parents, last = path.strip().split(".")
     node: Any = raw
@@ -149,7 +156,9 @@ def _apply(raw: dict[str, Any], change: str) -> None:
             continue
         if isinstance(node, dict) and node.get(parent) is None:
             node[parent] = {}
-        node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, list):
+            raise _outside(change, node)
+        node = node.get(parent)
         if not isinstance(node, dict | list):
             raise RecipeError(f"--set {change!r}: {parent!r} is not a block of the recipe")
     try:
@@ -158,10 +167,17 @@ def _apply(raw: dict[str, Any], change: str) -> None:
         raise RecipeError(f"--set {change!r}: {error}") from None
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
-            raise RecipeError(f"--set {change!r}: the list has {len(node)} entries, from 0")
+            raise _outside(change, node)
         node[int(last)] = value
     else:
         node[last] = value
+
+
+def _outside(change: str, entries: list[Any]) -> RecipeError:
+    return RecipeError(
+        f"--set {change!r}: the list has the entries 0 to {len(entries) - 1}; name one by its "
+        "number, or set the whole list"
+    )
 
 
 def _explain(fault: Any) -> str:
@@ -180,12 +196,18 @@ def _explain(fault: Any) -> str:
         return f"{place} is missing"
     if fault["type"] == "value_error":
         return f"{place}: {message}" if place else message
-    given = repr(fault["input"])
+    if fault["type"] == "string_pattern_mismatch":
+        message = "only letters, digits and . _ - may be in it, the first a letter or digit"
+    if fault["type"] == "too_short":
+        message = "at least one is needed"
+    given = "nothing" if fault["input"] is None else repr(fault["input"])
     given = given if len(given) <= _SHOWN_CHARACTERS else given[:_SHOWN_CHARACTERS] + "…"
     cure = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
         kind = "yes or no" if isinstance(fault["input"], bool) else "a number"
         cure = f"; YAML reads it as {kind}: put it in quotes"
+    if fault["type"] == "int_parsing":
+        message, cure = "a whole number is needed", "; write it in digits, like 10_000_000"
     return f"{place}: {message}, got {given}{cure}"
 
 
@@ -221,8 +243,8 @@ def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
 
     def place(name: str) -> str:
         local = recipe_folder / Path(name).expanduser()
-        is_local = local.is_dir() or (local.is_file() and local.suffix == ".gguf")
-        return str(local.resolve()) if is_local and not name.startswith("zoo/") else name
+        is_local = bool(name) and local.exists() and not name.startswith("zoo/")
+        return str(local.resolve()) if is_local else name
 
     def model(block: dict[str, Any]) -> dict[str, Any]:
         given = {key: block[key] for key in ("model", "tokenizer") if block[key] is not None}

@@ -169,7 +169,8 @@ def _evaluate_models(
         patterns = ("*config.json", "*.gguf")
         if Path(name).is_dir() and not any(any(Path(name).glob(p)) for p in patterns):
             raise ModelError(
-                f"{name} is neither a run (it has no recipe.yaml) nor a model (no config.json)"
+                f"{name} is neither a run (it has no recipe.yaml) nor a model (no config.json); "
+                "check the path"
             )
     evaluation = changed_evaluation(EvaluationSettings(), given)
     settings, shown = settings_of(evaluation), Terminal(STDERR)

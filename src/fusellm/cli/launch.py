@@ -18,6 +18,7 @@ from fusellm.cli.console import STDERR
 from fusellm.errors import RecipeError
 
 _GRACE_SECONDS = 3.0
+_PROCESSES_WITHOUT_GPU = 2  # may be tried on any machine
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _BY_US = "FUSELLM_MEETING"  # for the processes that --nproc starts: the file in which they meet
 
@@ -69,7 +70,7 @@ def require_one_process(command: str) -> None:
 
 
 def require_devices(count: int) -> None:
-    """Check that there is a GPU for each process, or none at all.
+    """Check that there is a GPU for each process, or a core where there are none at all.
 
     Raises:
         RecipeError: there are fewer.
@@ -81,9 +82,12 @@ def require_devices(count: int) -> None:
             f"--nproc {count} starts processes, and a launcher has started {launched()} already: "
             "leave one of them out"
         )
-    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else count
-    if count > gpus:
-        raise RecipeError(f"--nproc {count}: this machine has {gpus} GPU(s); give as many at most")
+    if torch.accelerator.is_available():
+        most, what = torch.accelerator.device_count(), "GPU(s)"
+    else:  # each takes memory of its own
+        most, what = max(os.cpu_count() or 1, _PROCESSES_WITHOUT_GPU), "core(s) and no GPU"
+    if count > most:
+        raise RecipeError(f"--nproc {count}: this machine has {most} {what}; give as many at most")
 
 
 def train_on(count: int, run: Path, trusted: bool) -> None:

@@ -276,7 +276,7 @@ def inspect_command(
     from fusellm.models.readers import readers_of
 
     if not run.is_dir():
-        raise StoreError(f"{run} is not a run: there is no such folder; give the folder of a run")
+        raise StoreError(f"{run} is not a run: it is no folder; give the folder of a run")
     if part != PART:
         raise StoreError(
             f"--part {part} has no distributions: sources read the part {PART} only; leave --part "

@@ -80,6 +80,8 @@ def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("my-run.yaml"),
 ) -> None:
     """Write a commented recipe to start from."""
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a file in it, such as {path / 'my-run.yaml'}")
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file or move it away")
     if not path.absolute().parent.is_dir():

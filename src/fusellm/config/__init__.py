@@ -382,15 +382,15 @@ def _check_divergence(fusion: FusionSettings, externalize: ExternalizeSettings) 
             )
     if fusion.temperature == 1.0:
         return
+    wanted = []  # all of it at once: one of these alone may be refused for want of another
+    if externalize.scheme == "sampled":
+        wanted.append("externalize.scheme: top")
     if fusion.rest != "renormalize":
-        raise ValueError(
-            f"fusion.temperature: {fusion.temperature:g} flattens the probabilities of single "
-            "tokens, and what was not kept, one outcome with rest: bucket, is none; use rest: "
-            "renormalize"
-        )
+        wanted.append("fusion.rest: renormalize")
     if fusion.strategy == "partition":
+        wanted.append("fusion.strategy: bytes (or mined, em)")
+    if wanted:
         raise ValueError(
             f"fusion.temperature: {fusion.temperature:g} flattens the probabilities of single "
-            "tokens, and with strategy: partition outcomes are classes of them; use bytes, mined "
-            "or em"
+            f"tokens, so that it needs {', '.join(wanted)}; set that, or leave temperature out"
         )

@@ -115,10 +115,14 @@ def read_problems(path: Path, key: str, verbatim: bool = False) -> list[Problem]
 
 def _problem(row: Any, place: str, key: str) -> Problem:
     if not isinstance(row, dict):
-        raise EvaluationError(f"{place} is {type(row).__name__}, and must be an object")
+        raise EvaluationError(
+            f"{place} is {type(row).__name__}, and must be an object; get the file again"
+        )
     language = str(row.get("language", key)).removesuffix("_test.go")
     if language not in (key, {"python": "py"}.get(key)):
-        raise EvaluationError(f"{place} is a problem in {language}, and {key} was asked for")
+        raise EvaluationError(
+            f"{place} is a problem in {language}, and {key} was asked for; give the file of {key}"
+        )
     name, prompt = row.get("name", row.get("task_id")), row.get("prompt")
     tests, stop_tokens = row.get("tests", row.get("test")), row.get("stop_tokens") or []
     if key == "python":
@@ -127,9 +131,13 @@ def _problem(row: Any, place: str, key: str) -> Problem:
             tests = f"{tests}\ncheck({row['entry_point']})\n"
     for field, value in (("name or task_id", name), ("prompt", prompt), ("tests or test", tests)):
         if not isinstance(value, str) or not value.strip():
-            raise EvaluationError(f"{place} has no {field}; it has {', '.join(sorted(row))}")
+            raise EvaluationError(
+                f"{place} has no {field}; it has {', '.join(sorted(row))}; get the file again"
+            )
     if not stop_tokens or not all(isinstance(token, str) and token for token in stop_tokens):
-        raise EvaluationError(f"{place}: stop_tokens are {stop_tokens!r}, and must be texts")
+        raise EvaluationError(
+            f"{place}: stop_tokens are {stop_tokens!r}, and must be texts; get the file again"
+        )
     assert name is not None
     assert prompt is not None
     assert tests is not None

@@ -1,7 +1,6 @@
 """Finding the data of a benchmark: files in a folder, or the hub where the user allows it."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.parquet
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.settings import DATA_DIR, DOWNLOAD
 from fusellm.models.hub import HUB_FAULTS
-from fusellm.store.files import file_digest
+from fusellm.store.files import file_digest, from_json
 from fusellm.store.identity import digest
 
 Row = dict[str, Any]
@@ -124,7 +123,7 @@ def read_text(origin: Origin, data_dir: Path | None) -> tuple[str, dict[str, str
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{files[0]} is no UTF-8 text: {error}") from error
+        raise EvaluationError(f"{files[0]} is no UTF-8 text ({error}); get it again") from error
     name = files[0].relative_to(data_dir).as_posix()
     return text, {name: hashlib.sha256(content).hexdigest()}
 
@@ -189,12 +188,12 @@ def _download(hub: Hub) -> list[Row]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return from_json(path.read_text(encoding="utf-8"))
 
 
 def _json_lines(path: Path) -> Any:
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [from_json(line) for line in lines if line.strip()]
 
 
 def _parquet(path: Path) -> Any:

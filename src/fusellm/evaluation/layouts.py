@@ -46,7 +46,9 @@ def _choices(number: int, row: Row, key: str) -> Row:
     question, texts = choices_of(number, row["instruction"])
     place = re.fullmatch(r"answer(\d)", row["answer"])
     if place is None or not 1 <= int(place[1]) <= len(texts):
-        raise EvaluationError(f"record {number} has the answer {row['answer']!r}, which is none")
+        raise EvaluationError(
+            f"record {number} has the answer {row['answer']!r}, which is none; get its file again"
+        )
     labels = list(_LETTERS[: len(texts)])
     choices = {"text": texts, "label": labels}
     return {key: question, "choices": choices, "answerKey": labels[int(place[1]) - 1]}
@@ -70,7 +72,8 @@ def choices_of(number: int, instruction: str) -> tuple[str, list[str]]:
         if places == wanted and all(text.strip() == text != "" for text in texts):
             return whole[1], texts
     raise EvaluationError(
-        f"record {number} has choices that cannot be told apart: {instruction[:200]!r}"
+        f"record {number} has choices that cannot be told apart: {instruction[:200]!r}; get "
+        "its file again"
     )
 
 
@@ -91,7 +94,9 @@ def _yes_or_no(number: int, row: Row) -> Row:
         return {"question": row["question"], "passage": row["passage"], "label": int(label)}
     question = _YES_OR_NO.fullmatch(row["instruction"])
     if question is None or row["answer"] not in ("true", "false"):
-        raise EvaluationError(f"record {number} is no question of BoolQ: {row!r:.200}")
+        raise EvaluationError(
+            f"record {number} is no question of BoolQ: {row!r:.200}; get its file again"
+        )
     return {"question": question[1], "label": int(row["answer"] == "true")}
 
 

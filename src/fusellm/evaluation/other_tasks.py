@@ -47,7 +47,9 @@ def other_tasks(name: str, settings: Settings) -> list[Task]:
         ) from error
     wanted = settings.only or tuple(tasks)
     if not set(wanted) <= tasks.keys():
-        raise EvaluationError(f"{name} has the tasks {', '.join(tasks)}, not {', '.join(wanted)}")
+        raise EvaluationError(
+            f"{name} has the tasks {', '.join(tasks)}, not {', '.join(wanted)}; name some of these"
+        )
     return [_ready(name, label, tasks[label], settings) for label in tasks if label in wanted]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusellm.errors import StoreError
-from fusellm.store.files import write_text
+from fusellm.store.files import from_json, write_text
 from fusellm.store.identity import digest
 
 Kind = Literal["binary", "value", "samples", "bleu"]
@@ -105,7 +105,7 @@ def read_record(path: Path) -> TaskRecord:
     try:
         first, *rest = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         return TaskRecord(
-            Header(**json.loads(first)), tuple(Answer(**json.loads(line)) for line in rest)
+            Header(**from_json(first)), tuple(Answer(**from_json(line)) for line in rest)
         )
     except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{path} is no record of a task ({error}); remove it") from error

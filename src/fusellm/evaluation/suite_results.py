@@ -23,7 +23,7 @@ from fusellm.evaluation.measure import (
 from fusellm.evaluation.records import TaskRecord, read_record
 from fusellm.evaluation.settings import Settings
 from fusellm.progress import Progress
-from fusellm.store.files import make_folder, write_text
+from fusellm.store.files import from_json, make_folder, write_text
 from fusellm.store.run_folder import INDEX
 from fusellm.store.writer import set_aside
 
@@ -127,7 +127,7 @@ def _record(folder: Path, suite: str, model: str, task: str, identity: str) -> T
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 PEFT is an extra, so that it is imported where it is used.
 """
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fusellm.config import LoraSettings
 from fusellm.errors import ModelError
+from fusellm.store.files import from_json
 
 _CONFIG = "adapter_config.json"
 ADAPTER_FILES = (_CONFIG, "adapter_model.safetensors")
@@ -138,10 +138,13 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     """
     path = folder / _CONFIG
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
         return str(found["base_model_name_or_path"]), found.get("revision")
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} names no model that the adapters are on ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} names no model that the adapters are on ({error!r}); fetch it again, or set "
+            "its base_model_name_or_path"
+        ) from error
 
 
 def merge_from(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -160,7 +163,8 @@ def merge_from(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
-                f"the adapters of {folder} do not fit their model: {reason}"
+                f"the adapters of {folder} do not fit their model: {reason}; take those that were "
+                "made on it"
             ) from error
     return cast(PreTrainedModel, cast(Any, merged(adapted)).to(dtype))
 

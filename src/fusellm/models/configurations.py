@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
+from fusellm.models.places import not_found
 from fusellm.models.remote_code import not_trusted
 from fusellm.models.weights import require_content
 
@@ -21,10 +22,14 @@ _FAULTS = (
     ImportError,
     KeyError,
     OSError,
+    RecursionError,
     StrictDataclassError,
     TypeError,
     ValueError,
 )
+_UNQUANTIZED = "Install what it names, or take the model as it was before it was quantized"
+_LAYERS = re.compile(r"(?i)layers?$")
+_MOST_LAYERS = 10_000  # an architecture is built before its weights are looked at
 # Ends of the names of classes that see both sides of a token, or say something else than tokens;
 # several of them have a causal twin, which would be loaded in silence.
 _NOT_CAUSAL = (
@@ -50,6 +55,8 @@ def read_configuration(settings: ModelSettings, place: str, runs_code: bool) -> 
     """
     require_content(settings.model, Path(place) / "config.json")
     try:
+        raw, _ = PretrainedConfig.get_config_dict(place, revision=settings.revision)
+        _require_few_layers(settings.model, raw)
         config: PretrainedConfig = AutoConfig.from_pretrained(
             place, revision=settings.revision, trust_remote_code=runs_code
         )
@@ -57,6 +64,17 @@ def read_configuration(settings: ModelSettings, place: str, runs_code: bool) -> 
         raise ModelError(_why_not_read(settings, place, error)) from error
     _require_causal(settings.model, config)
     return config
+
+
+def _require_few_layers(model: str, config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_few_layers(model, value)
+        elif _LAYERS.search(key) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ModelError(
+                f"the config.json of {model} has {key}: {value:,}, more than any model; take the "
+                "config.json that belongs to its weights"
+            )
 
 
 def class_of(config: PretrainedConfig) -> Any:
@@ -102,20 +120,25 @@ def require_quantizer(model: str, stored: Mapping[str, Any]) -> None:
     cannot = f"{model} is stored quantized ({method_of(stored)}), and cannot be loaded so"
     try:
         quantizer = AutoHfQuantizer.from_config(dict(stored))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{cannot}: {' '.join(str(error).split())[:300]}") from error
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{cannot}: {_first_sentence(error)}. {_UNQUANTIZED}") from error
     try:
         quantizer.validate_environment(device_map=None, dtype=None)
     except ImportError as error:
-        raise ModelError(f"{cannot}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{cannot}: {_first_sentence(error)}. {_UNQUANTIZED}") from error
     except (RuntimeError, ValueError):  # no such GPU here, and there may be where it is loaded
         return
+
+
+def _first_sentence(error: Exception) -> str:
+    """What transformers says of a quantization, without its list of all that there are."""
+    return " ".join(str(error).split()).split(" - supported types")[0][:300].rstrip(".")
 
 
 def _require_causal(model: str, config: PretrainedConfig) -> None:
     named = list(config.architectures or [type(config).__name__.removesuffix("Config")])
     what = f"{model} is a {named[0]}"
-    wanted = "fusellm reads causal language models, which say what comes next"
+    wanted = "fusellm reads causal language models, which say what comes next; take one of these"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what}, an encoder with a decoder; {wanted}")
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -137,10 +160,13 @@ def _why_not_read(settings: ModelSettings, place: str, error: Exception) -> str:
             "pip install --upgrade transformers"
         )
     if "`model_type` key" in reason:
-        return f"the config.json of {model} has no model_type, so that its architecture is not told"
-    reason = f"{type(error).__name__}: {reason[:300]}{'…' if len(reason) > 300 else ''}"
+        return (
+            f"the config.json of {model} has no model_type, so that its architecture is not told; "
+            "take the config.json that came with the model"
+        )
     if Path(place).is_dir():
-        return f"the config.json of {model} cannot be used: {reason}"
+        reason = f"{type(error).__name__}: {reason[:300]}{'…' if len(reason) > 300 else ''}"
+        return f"the config.json of {model} cannot be used: {reason}; fetch it again"
     where = model if settings.revision is None else f"{model} at {settings.revision}"
     cure = "; name its file, as gguf_file: NAME.gguf" if "gguf" in model.lower() else ""
-    return f"model {where} could not be found, neither as a folder nor on the hub: {reason}{cure}"
+    return f"{not_found(f'model {where}', error)}{cure}"

@@ -142,7 +142,8 @@ def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
     except (HTTPError, OSError, SafetensorsParsingError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"the weights of {model} cannot be looked at on the hub: {reason}"
+            f"the weights of {model} cannot be looked at on the hub: {reason}; check the "
+            "connection, or download it and name its folder"
         ) from error
     return {
         name: {n: TensorHeader(t.dtype, tuple(t.shape)) for n, t in file.tensors.items()}
@@ -187,12 +188,14 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
     except _BUILDING_FAULTS:
         return []
     model = located.settings.model
-    problems = [
-        f"{name} of {model} is {_size(mine)}, and by its config.json {_size(theirs)}; take both "
-        "from one place"
-        for name, mine, theirs in sorted(found["mismatched_keys"])
-    ]
-    return problems or ([lacking(model, found["missing_keys"])] if found["missing_keys"] else [])
+    if found["mismatched_keys"]:
+        (name, mine, theirs), *others = sorted(found["mismatched_keys"])
+        more = f" (and {len(others):,} more)" if others else ""
+        return [
+            f"{name} of {model} is {_size(mine)}, and by its config.json {_size(theirs)}{more}; "
+            "take both from one place"
+        ]
+    return [lacking(model, found["missing_keys"])] if found["missing_keys"] else []
 
 
 @contextmanager

@@ -291,7 +291,10 @@ def load_model(
 def lacking(model: str, names: Collection[str]) -> str:
     """What is said of a model without some of its weights."""
     few = f"{', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
-    return f"{model} lacks weights that its configuration asks for ({few}); they would be random"
+    return (
+        f"{model} lacks weights that its configuration asks for ({few}); they would be random. "
+        "Fetch all of its files, or take the config.json that belongs to them"
+    )
 
 
 def default_device() -> torch.device:

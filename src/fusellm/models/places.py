@@ -3,6 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -13,6 +14,32 @@ from fusellm.models.gguf import SUFFIX, require_gguf
 
 ZOO = ("prose", "python", "cpp")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def not_found(what: str, error: Exception) -> str:
+    """What is said of a model or tokenizer that is neither a folder nor on the hub.
+
+    Args:
+        what: it is, and its name.
+        error: what transformers or the hub's client raised.
+    """
+    told = " ".join(str(error).split())
+    if "couldn't connect" in told or isinstance(error, LocalEntryNotFoundError):
+        why = "it cannot be reached"
+        if hub_constants.HF_HUB_OFFLINE:
+            why = "it is not asked, as HF_HUB_OFFLINE is set"
+        return (
+            f"there is no folder of the {what}, and of the hub only what is in its local cache is "
+            f"at hand: {why}. Check the name and the connection, or download it elsewhere and name "
+            "its folder"
+        )
+    told = told.split(" If this is a private repository")[0][:300]
+    return (
+        f"there is no folder of the {what}, and the hub does not give it either: {told}. Check the "
+        "name; for one that is private or gated, `hf auth login` first"
+    )
+
+
 HUB_FAULTS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
 """What is raised where a file of the hub cannot be had."""
 
@@ -92,12 +119,16 @@ def local_folder(name: str) -> Path | None:
     if name.startswith("zoo/"):
         folder = zoo_folder(name.removeprefix("zoo/"))
         if not (folder / "config.json").exists():
-            raise ModelError(f"{name} is not in this installation ({folder}); `fusellm zoo train`")
+            raise ModelError(
+                f"{name} is not in this installation ({folder}); `fusellm zoo train` makes it"
+            )
         return folder
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_file():
             raise ModelError(f"{name} is a file; give the folder that it is in, or a {SUFFIX} file")
+        if "://" in name:
+            raise ModelError(f"{name} is an address; give the name on the hub alone: owner/name")
         if looks_local(name):
             raise ModelError(f"there is no model folder {name}; check the path")
         return None
@@ -111,7 +142,10 @@ def local_folder(name: str) -> Path | None:
             f"{folder} has its model as GGUF ({names}); name the file: model: {quantized[0]}"
         )
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} holds no model: it has no config.json")
+        raise ModelError(
+            f"{folder} holds no model: it has no config.json; give the folder that has one beside "
+            "its weights, a name on the hub, or a GGUF file"
+        )
     if not has_weights:
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         if pickles:
@@ -120,5 +154,8 @@ def local_folder(name: str) -> Path | None:
                 "run code when loaded; convert them with save_pretrained(), which writes "
                 "safetensors, where you trust them"
             )
-        raise ModelError(f"{folder} has no weights (no *.safetensors)")
+        raise ModelError(
+            f"{folder} has no weights (no *.safetensors); fetch them, or give the folder that has "
+            "them"
+        )
     return folder

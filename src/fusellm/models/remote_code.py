@@ -5,7 +5,6 @@ command says that they have read it (`--trust-remote-code`). A recipe may be som
 that nothing in a file lets code run, and nothing is remembered from one command to the next.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
 from fusellm.models.adapters import adapter_base, holds_adapters
 from fusellm.models.places import HUB_FAULTS, looks_local
+from fusellm.store.files import from_json
 
 _SAYING = ("config.json", "tokenizer_config.json")
 
@@ -96,7 +96,7 @@ def _read(name: str, revision: str | None, file: str) -> dict[str, Any]:
             if looks_local(name) or name.startswith("zoo/"):
                 return {}
             path = Path(hf_hub_download(name, file, revision=revision))
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except HUB_FAULTS:
         return {}
     return found if isinstance(found, dict) else {}

@@ -12,8 +12,10 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from fusellm.errors import ModelError
+from fusellm.models.places import not_found
 from fusellm.models.remote_code import not_trusted
 from fusellm.models.weights import require_content
+from fusellm.store.files import from_json
 
 _LAYOUT = "tokenizer.json"
 # Files of tokenizers that have no tokenizer.json.
@@ -42,7 +44,7 @@ def why_not_loaded(name: str, place: str, revision: str | None, error: Exception
         return fault
     reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
     if not Path(place).is_dir():
-        return f"tokenizer {name} could not be found, neither as a folder nor on the hub: {reason}"
+        return not_found(f"tokenizer {name}", error)
     held = ", ".join(sorted(path.name for path in Path(place).iterdir())[:6]) or "nothing"
     return (
         f"{name} holds no tokenizer that can be loaded (it holds: {held}); give a folder with a "
@@ -62,7 +64,7 @@ def _fault_of_layout(name: str, path: Path) -> str | None:
     """What is wrong with a tokenizer.json; None where the library reads it."""
     try:
         require_content(name, path)
-        layout = json.loads(path.read_text(encoding="utf-8"))
+        layout = from_json(path.read_text(encoding="utf-8"))
     except ModelError as error:
         return str(error)
     except (OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Finding and loading a tokenizer that a user names, and whether it fits a model's head."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fusellm.models.gguf import SUFFIX, read_header, require_gguf
 from fusellm.models.gguf_tokenizer import tokenizer_of
 from fusellm.models.places import looks_local, zoo_folder
 from fusellm.models.tokenizer_faults import why_not_loaded
+from fusellm.store.files import from_json
 
 # Settings by which transformers builds a template of its own as it loads a tokenizer.
 _BUILD_TEMPLATES = ("add_bos_token", "add_eos_token")
@@ -49,6 +49,11 @@ def read_tokenizer(
         )
     except Exception as error:  # tokenizers, in Rust, raises nothing narrower
         raise ModelError(why_not_loaded(name, place, revision, error)) from error
+    if set(loaded.get_vocab().values()) <= loaded.added_tokens_decoder.keys():
+        raise ModelError(
+            f"{name} has no tokenizer: transformers makes one without any tokens of text for it. "
+            "Fetch its tokenizer.json, or name another model's as `tokenizer:`"
+        )
     return loaded
 
 
@@ -102,7 +107,7 @@ def rows_beside(name: str) -> int | None:
     if path.is_file():
         return read_header(path).rows
     try:
-        found = json.loads((Path(_place(name)) / "config.json").read_text(encoding="utf-8"))
+        found = from_json((Path(_place(name)) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     text = found.get("text_config") or found

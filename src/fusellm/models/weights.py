@@ -1,6 +1,5 @@
 """The files that a model's weights are in, and their digests."""
 
-import json
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -8,7 +7,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub import try_to_load_from_cache
 
 from fusellm.errors import ModelError
-from fusellm.store.files import file_digest
+from fusellm.store.files import file_digest, from_json
 
 INDEX = ".index.json"
 """How the name of a file ends that says which tensor is in which shard."""
@@ -69,7 +68,7 @@ def read_index(model: str, path: Path) -> dict[str, str]:
     """
     require_content(model, path)
     try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = from_json(path.read_text(encoding="utf-8"))["weight_map"]
         found = {str(tensor): str(shard) for tensor, shard in shards.items()}
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ModelError(

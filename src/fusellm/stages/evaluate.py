@@ -14,6 +14,7 @@ from fusellm.evaluation.intervals import Record, Scores, records
 from fusellm.models.load import Located, default_device, load_model
 from fusellm.progress import Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.store.files import from_json
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
@@ -205,5 +206,5 @@ def notes_of(run: Path) -> dict[str, Any]:
 
 def _results(run: Path) -> dict[str, Any]:
     folder = StageFolder(run / FOLDER).require_complete(f"fusellm evaluate {run}")
-    body: dict[str, Any] = json.loads(folder.file(RESULTS).read_text(encoding="utf-8"))
+    body: dict[str, Any] = from_json(folder.file(RESULTS).read_text(encoding="utf-8"))
     return body

@@ -3,12 +3,13 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -21,6 +22,19 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def from_json(text: str) -> Any:
+    """What a text is in JSON.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python reads, as no one writes it who means
+            well.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def write_text(path: Path, text: str) -> None:

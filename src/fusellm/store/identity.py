@@ -53,6 +53,9 @@ class Identity:
             for key in sorted(mine.keys() | theirs.keys()):
                 if mine.get(key) != theirs.get(key):
                     had, wanted = _short(theirs.get(key)), _short(mine.get(key))
+                    if kind and key.startswith("documents."):  # files, by name and content
+                        found.append(f"what corpus.{key} holds was {had} and is now {wanted}")
+                        continue
                     found.append(f"{kind}{key} was {had} and is now {wanted}")
         return found
 

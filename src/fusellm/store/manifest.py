@@ -125,7 +125,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror}; check its rights and the disk"
+        ) from error
     end = len(_CHECKSUM.format("0" * 64))
     body = raw[:-end]
     if raw[-end:] != _CHECKSUM.format(hashlib.sha256(body).hexdigest()).encode():

@@ -1,11 +1,10 @@
 """A run's folder: its stages, how far they are, and what can be removed of it."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusellm.errors import StoreError
-from fusellm.store.files import require_inside
+from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
@@ -27,7 +26,10 @@ def suites_of(run: Path) -> tuple[bool, int] | None:
     if not begun:
         return None
     index = run / SUITES / INDEX
-    finished = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    try:
+        finished = from_json(index.read_text(encoding="utf-8")) if index.exists() else {}
+    except ValueError:  # `evaluate` says what is wrong with it
+        finished = {}
     records = sum(len(list(path.glob("*/*.jsonl"))) for path in begun)
     return len(finished) >= len(begun), records
 
@@ -76,7 +78,8 @@ def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
         StoreError: the folder is no run, or a manifest is damaged.
     """
     if not (run / RECIPE).exists():
-        raise StoreError(f"{run} is not a run: it has no {RECIPE}; give the folder of a run")
+        what = "it is a file" if run.is_file() else f"it has no {RECIPE}"
+        raise StoreError(f"{run} is not a run: {what}; give the folder of a run, as runs/NAME")
     for stage in STAGES:
         for path in sorted([run / stage, *(run / stage).glob("*")]):
             if (path / MANIFEST).exists():

@@ -94,8 +94,8 @@ def run_corpus(
             measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
         for part in parts.values():
             part.close()
-        _require_text(recipe, parts)
         cutter.tell(progress)
+        _require_text(recipe, parts)
         summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
         folder.finish({"bytes": summary, **+cutter.counts})
 
@@ -184,9 +184,13 @@ class _Cutter:
         invalid = self.counts["documents_with_invalid_utf8"]
         if invalid:
             progress.say(
-                f"documents with bytes that are no UTF-8, read as \ufffd: {invalid}; the first is "
-                f"{self._first_invalid}"
+                f"documents with bytes that are no UTF-8, read as \ufffd (halves of characters in "
+                f"JSON as ?): {invalid}; the first is {self._first_invalid}. If these are more "
+                "than strays, convert the files (iconv -t UTF-8)"
             )
+        empty = self.counts["empty_documents"]
+        if empty:
+            progress.say(f"documents without any text, left out: {empty}")
 
 
 def _leading(

@@ -97,7 +97,8 @@ def hub_records(entry: HubDocuments, split: str) -> Iterator[Named]:
     except _HUB_FAULTS as error:
         reason = " ".join(str(error).split())[:300]
         raise CorpusError(
-            f"corpus.documents: dataset {entry.hub!r}, split {split!r} cannot be read: {reason}"
+            f"corpus.documents: dataset {entry.hub!r}, split {split!r} cannot be read: {reason}; "
+            "check its name and splits, and the connection"
         ) from error
 
 

@@ -27,6 +27,7 @@ from fusellm.stages.corpus.fields import Fields, Spans
 from fusellm.tokens.blocks import cut_point
 
 _PACKED = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "xz": "xz"}
+_BEGINS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ"}
 _RECORDS = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
@@ -48,6 +49,7 @@ _FORMATS = _RECORDS | dict.fromkeys(_TEXT.split(), "text")
 _BUFFER_BYTES = 1 << 20
 _LOOKED_AT_BYTES = 1 << 16
 _TEXT_BYTES = 1 << 23  # a longer text file is read as several documents
+_ROWS = 32  # of columns that are read at once
 _RECORD_BYTES = 1 << 26  # a longer record is refused: it may be a bomb
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, csv.Error)
 
@@ -130,11 +132,21 @@ def read_records(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
             _require_text(path, stream)
             yield from _OF_LINES[kind.format](stream, path, fields)
     except _UNREADABLE as error:
+        if kind.packed is not None and not _is_packed(path, kind.packed):
+            raise CorpusError(
+                f"{path} is not packed, though its name says so ({kind.packed}); take that ending "
+                "off, or fetch it anew"
+            ) from error
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise CorpusError(
             f"{path} cannot be read as {kind}: {reason}; fetch or make it anew, or leave it out "
             "of files"
         ) from error
+
+
+def _is_packed(path: Path, packed: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith(_BEGINS[packed])
 
 
 def _opened(path: Path, packed: str | None) -> io.BufferedReader:
@@ -302,7 +314,7 @@ def _unpacked(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
 def _parquet(place: Path, path: Path, fields: Fields) -> Iterator[Record]:
     with pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES) as file:
         _require_columns(file.schema_arrow, path, fields)
-        for batch in file.iter_batches(batch_size=256, columns=list(fields.names)):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=list(fields.names)):
             yield from _rows(batch, path, fields)
 
 
@@ -350,7 +362,9 @@ def _is_text(kind: pa.DataType) -> bool:
 def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[Record]:
     utf8 = _Utf8()
     for values in zip(*(_as_bytes(batch.column(name)) for name in fields.names), strict=True):
-        texts = (value.as_py() for value in values)
+        texts = [value.as_py() for value in values]
+        if sum(len(text or b"") for text in texts) > _RECORD_BYTES:
+            raise _too_long(f"a record of {path}")
         row = {
             name: None if text is None else utf8.decode(text)
             for name, text in zip(fields.names, texts, strict=True)

@@ -43,7 +43,9 @@ class Text:
     @classmethod
     def of(cls, name: str, part: str, record: Record) -> "Text":
         """A whole record; halves of surrogate pairs, which JSON can have, become `?`."""
-        return cls(name, part, _whole(record.text), record.context, record.is_utf8, record.ends)
+        text = _whole(record.text)
+        is_utf8 = record.is_utf8 and text == record.text
+        return cls(name, part, text, record.context, is_utf8, record.ends)
 
 
 def part_by_hash(text: str, corpus: CorpusSettings) -> str:
@@ -131,7 +133,7 @@ def _by_place(
             text = "".join([blocks[number - before] for number in numbers])
             end = start + len(text.encode())
             context = spans_within(record.context, start, end)
-            is_utf8 = record.is_utf8 or start > 0  # counted once a document
+            is_utf8 = (record.is_utf8 and _whole(record.text) == record.text) or start > 0  # once
             ends = record.ends and end == size
             yield Text(f"{name}@{start}", part, text, context, is_utf8, ends)
             start = end

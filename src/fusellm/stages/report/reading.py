@@ -1,6 +1,5 @@
 """A run's folder, read for the report."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import yaml
 from fusellm.errors import StoreError
 from fusellm.evaluation.suite_results import SuiteResults, read_suites
 from fusellm.models.cards import without_folders
+from fusellm.store.files import from_json
 from fusellm.store.run_folder import SUITES
 
 LOSSES = ("clm_loss", "fusion_loss")
@@ -125,7 +125,7 @@ def read_run(run: Path) -> Run:
 def _required(run: Path, relative: str, stage: str) -> Any:
     path = run / relative
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(
             f"there is no {path}, which the report needs; `fusellm {stage} {run}` writes it"
@@ -172,7 +172,7 @@ def _log(path: Path) -> Log:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = from_json(line)
             step, tokens = int(entry["step"]), float(entry["tokens"])
             validated = entry.get("validation")
             named = validated or {name: entry.get(name) for name in LOSSES}
@@ -183,7 +183,9 @@ def _log(path: Path) -> Log:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if index == len(lines) - 1:
                 break  # cut off while it was written
-            raise StoreError(f"{path}, line {index + 1}, is no log line ({error!r})") from None
+            raise StoreError(
+                f"{path}, line {index + 1}, is no log line ({error!r}); remove it"
+            ) from None
     return Log(
         {name: _curve(points) for name, points in losses.items()},
         {name: _curve(points) for name, points in validation.items()},
@@ -209,7 +211,7 @@ def _manifests(run: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for folder in paths:
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = from_json((folder / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # nothing on the page depends on one
         if isinstance(manifest, dict):
