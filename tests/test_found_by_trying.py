@@ -37,6 +37,8 @@ from transformers import AutoTokenizer
 import worlds
 from conftest import prose
 from fusellm.cli.main import main
+from fusellm.errors import EvaluationError
+from fusellm.evaluation.sandbox import Limits, find_sandbox
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -490,7 +492,39 @@ def test_a10_few_documents(tried: Tried, world: Path) -> None:
 
 # B. Late, raw, or a dead end
 
-# B1 (training settings that `check` passes): tests/test_training_settings.py. Its rows go here.
+
+@pytest.mark.parametrize(
+    ("change", "before", "says"),
+    [
+        ("report_to=wandb", "a traceback, once training began", "pip install wandb"),
+        ("per_device_train_batch_size=0", "the same", "is 0, and has to be 1 or more"),
+        ("seed=4294967296", "the same; its cure read the sources again", "4294967296 is no number"),
+        ("optim=adamw_bnb_8bit", "the same", "pip install -U bitsandbytes"),
+        ("lr_scheduler_type=cosine_with_min_lr", "the same", "lr_scheduler_kwargs"),
+        ("dataloader_persistent_workers=true", "the same", "persistent_workers: true cannot be"),
+        ("max_grad_norm=-1", "the gradient was turned round", "is -1, and has to be 0 or more"),
+        ("max_steps=0", "all epochs were trained", "1 or more; -1 is for all epochs"),
+        ("per_device_eval_batch_size=4", "had no effect", "in batches of evaluation.batch_tokens"),
+        ("dataloader_num_workers=5000", "started 5,000 processes", "has to be 0 to 128"),
+    ],
+)
+def test_b1_settings_of_a_training(
+    tried: Tried, recipe: Path, tmp_path: Path, change: str, before: str, says: str
+) -> None:
+    """Each of transformers' settings, with what it cannot be: tests/test_training_settings.py."""
+    for command in (("check", recipe), ("run", recipe, "--out", tmp_path / "run")):
+        tried("B1", before, *command, *sets(f"training.{change}"), code=1, says=[says])
+    assert not (tmp_path / "run").exists()
+
+
+def test_b1_places_that_cannot_be_written(tried: Tried, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = ("--out", tmp_path / "file" / "run")
+    before = "`check` passed it"
+    tried("B1", before, "check", recipe, *out, code=1, says=["file is a file; give another place"])
+    save = ("--suite", "smoke", "--limit", 1, "--save", "/proc/table.md")
+    before = "told when all had been measured"
+    tried("B1", before, "evaluate", "zoo/prose", *save, code=1, says=["/proc cannot be written to"])
 
 
 @pytest.mark.parametrize(
@@ -862,7 +896,24 @@ def test_c2_what_a_terminal_is_sent(
         assert "\u202e" not in told
 
 
-# C3 (the sandbox): tests/test_sandbox.py. Its rows go here.
+@pytest.mark.parametrize(
+    ("family", "before"),
+    [
+        ("AF_VSOCK", "was made: it reaches the host of a virtual machine"),
+        ("AF_NETLINK", "was made"),
+        ("AF_INET", "was made, with nothing to reach"),
+    ],
+)
+def test_c3_sockets_of_generated_programs(tried: Tried, family: str, before: str) -> None:
+    """Memory in their buffers, and what more is refused: tests/test_sandbox.py."""
+    try:
+        sandbox = find_sandbox()
+    except EvaluationError as error:
+        pytest.skip(str(error))
+    program = f"import socket; socket.socket(socket.{family})"
+    done = sandbox.run(["python3", "-I", "-c", program], Limits())
+    assert b"Address family not supported" in done.stderr
+    tried.note("C3", f"a program: {program}", before, "Address family not supported")
 
 
 def test_c4_secrets(tried: Tried, recipe: Path) -> None:
