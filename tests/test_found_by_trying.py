@@ -990,7 +990,17 @@ def test_c5_bombs_and_what_is_made_to_harm(
     tried("C5", "a traceback", "report", run, code=1, says=says)
 
 
-# C6 (a lock, and bounds that were tried): tests/test_packages.py. Its rows go here.
+def test_c6_packages(tried: Tried) -> None:
+    """What is in the lock: tests/test_lock.py. Overridden methods: tests/test_trainer_methods.py."""
+    lock = Path(__file__).resolve().parents[1] / "requirements.lock"
+    if not lock.exists():
+        pytest.skip("the tests of an installed package come without its lock")
+    text = lock.read_text(encoding="utf-8")
+    pinned = text.count("==")
+    assert pinned > 100
+    assert text.count("--hash=sha256:") > pinned
+    after = "every package but torch is pinned, with the hashes of its files"
+    tried.note("C6", "make demo", "pinned 1 of 119 packages, none by hash", after)
 
 
 # D. Rough edges

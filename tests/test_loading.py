@@ -668,6 +668,7 @@ def test_adapters_beside_a_model_are_merged_and_part_of_its_fingerprint(
     plain, found = (locate(ModelSettings(model=str(folder))) for folder in (llama, beside))
     assert found.fingerprint != plain.fingerprint
     model = load_model(found, CPU)
+    assert model.name_or_path == str(beside)
     same(model, loaded(apart))
     assert not any("lora" in name for name, _ in model.named_parameters())
     for one, other in zip(logits(model), logits(loaded(llama)), strict=True):

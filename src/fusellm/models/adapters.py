@@ -126,6 +126,23 @@ def adapters_beside(folder: Path) -> bool:
     return True
 
 
+def model_alone(place: str, scratch: Path) -> str:
+    """Where the model of a folder is loaded from, so that no adapters beside it are found.
+
+    transformers before 5.23 takes them from a folder whatever it is told: it is given links to all
+    other files, made in `scratch`.
+    """
+    folder = Path(place)
+    if not (folder / _CONFIG).is_file():
+        return place
+    alone = scratch / "model"
+    alone.mkdir()
+    for path in folder.iterdir():
+        if path.name not in ADAPTER_FILES:
+            (alone / path.name).symlink_to(path.resolve())
+    return str(alone)
+
+
 def _has_adapters(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ADAPTER_FILES)
 

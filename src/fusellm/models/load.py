@@ -27,6 +27,7 @@ from fusellm.models.adapters import (
     adapters_beside,
     holds_adapters,
     merge_from,
+    model_alone,
     require_peft,
 )
 from fusellm.models.attention import choose_attention
@@ -264,15 +265,17 @@ def load_model(
     require_packages(located)
     arguments = _loading_arguments(located, device, dtype)
     offload = TemporaryDirectory(prefix="fusellm-offload-")
+    place = model_alone(located.place, Path(offload.name))
     try:
         with without_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                located.place, **arguments, offload_folder=offload.name, output_loading_info=True
+                place, **arguments, offload_folder=offload.name, output_loading_info=True
             )
     except _LOADING_ERRORS as error:
         offload.cleanup()
         raise ModelError(_why_not_loaded(located, error)) from error
     model, found = loaded
+    model.name_or_path = model.config.name_or_path = located.place
     weakref.finalize(model, offload.cleanup)
     absent = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
     if absent:
