@@ -991,7 +991,7 @@ def test_c5_bombs_and_what_is_made_to_harm(
 
 
 def test_c6_packages(tried: Tried) -> None:
-    """What is in the lock: tests/test_lock.py. Overridden methods: tests/test_trainer_methods.py."""
+    """What is in it: tests/test_lock.py. Overridden methods: tests/test_trainer_methods.py."""
     lock = Path(__file__).resolve().parents[1] / "requirements.lock"
     if not lock.exists():
         pytest.skip("the tests of an installed package come without its lock")

@@ -44,12 +44,7 @@ from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
 from fusellm.models.heads import check_head
 from fusellm.models.places import gguf_file, local_folder
 from fusellm.models.remote_code import not_trusted
-from fusellm.models.tokenizers import (
-    put_before,
-    read_tokenizer,
-    require_rows,
-    tokenizer_at,
-)
+from fusellm.models.tokenizers import put_before, read_tokenizer, require_rows, tokenizer_at
 from fusellm.models.weights import cached_digest, loaded_files, require_content, weight_files
 from fusellm.store.identity import digest
 
