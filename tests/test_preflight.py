@@ -218,14 +218,14 @@ def test_a_run_that_cannot_be_written_is_told_before_anything_is_read(
     if "locked" in place:  # root writes whatever the mode says
         refused = OSError(errno.EROFS, "Read-only file system")
 
-        def refuse(folder: Path) -> None:
+        def refuse(folder: Path, size: int) -> None:
             raise refused
 
         monkeypatch.setattr("fusellm.store.files._try_to_write", refuse)
     recipe = resolve_paths(load_recipe(world / "recipe.yaml"), world)
     run = tmp_path / place
     for act in (Pipeline.check, Pipeline.execute):
-        with pytest.raises(StoreError, match=r"can be no folder|cannot be written to: .*; give"):
+        with pytest.raises(StoreError, match=r"can be no folder|cannot be written to: .*, or give"):
             act(Pipeline(recipe, run, Silent()))
     assert (tmp_path / "file").read_text() == "text"
     assert not list((tmp_path / "locked").iterdir())

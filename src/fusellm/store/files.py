@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from fusellm.errors import StoreError
 
 _LITTLE_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def file_digest(path: Path) -> str:
@@ -96,12 +97,13 @@ def require_writable(folder: Path) -> None:
     if not place.is_dir():
         raise StoreError(f"{folder} can be no folder: {place} is a file; give another place")
     try:
-        _try_to_write(place)
+        _try_to_write(place, 1)
     except OSError as error:
-        reason = error.strerror or error
-        raise StoreError(
-            f"{place} cannot be written to: {reason}; give another place, or mend that"
-        ) from error
+        if error.errno in _FULL:
+            message = f"the disk is full: {place} cannot be written to; free some space"
+        else:
+            message = f"{place} cannot be written to: {error.strerror or error}; mend that"
+        raise StoreError(f"{message}, or give another place") from error
 
 
 def require_inside(path: Path, run: Path) -> None:
@@ -146,7 +148,7 @@ def writing_explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         kept = "Finished shards are kept;"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             message = f"the disk is full: {path} could not be written. {kept} free some space"
         else:
             message = f"{path} could not be written: {error.strerror or error}. {kept} mend that"
@@ -176,10 +178,10 @@ def saving_explained(folder: Path) -> Iterator[None]:
             raise
 
 
-def _try_to_write(folder: Path) -> None:
+def _try_to_write(folder: Path, size: int = _LITTLE_BYTES) -> None:
     """Write a little, for the system's own error where nothing can be written."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(_LITTLE_BYTES))
+        file.write(bytes(size))
         file.flush()
         os.fsync(file.fileno())
 

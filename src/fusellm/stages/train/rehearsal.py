@@ -19,7 +19,7 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging as transformers_logging
 
 from fusellm.config import Recipe
-from fusellm.errors import NumericsError
+from fusellm.errors import NumericsError, StoreError
 from fusellm.models.objective_forward import objective_forward
 from fusellm.models.training_batches import Collator
 from fusellm.models.training_rows import Rows
@@ -97,6 +97,7 @@ def rehearse(recipe: Recipe, which: str) -> None:
 
     Raises:
         RecipeError: that fails. It names the setting without which it does not.
+        StoreError: the system's folder for temporary files cannot be written.
     """
     key = digest([recipe.training.model_dump(mode="json"), recipe.seed, which])
     if key in _REHEARSED:
@@ -104,6 +105,8 @@ def rehearse(recipe: Recipe, which: str) -> None:
     with _quietly():
         try:
             _train(recipe, which)
+        except StoreError:  # a disk that is full, say
+            raise
         except Exception as error:  # of any library
             given = settings_of(recipe, which)
             guilty = culprit(list(given), lambda keys: _train(_only(recipe, keys), which))
