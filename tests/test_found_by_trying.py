@@ -561,12 +561,17 @@ def test_b1_places_that_cannot_be_written(tried: Tried, recipe: Path, tmp_path: 
             ["has num_hidden_layers: 1,000,000,000, more than any model"],
         ),
         (
+            configured(max_position_embeddings=0),
+            "taken as any length",
+            ["has max_position_embeddings: 0, a context without tokens"],
+        ),
+        (
             holding("config.json", '{"a":' * 100_000),
             "“unforeseen RecursionError”",
             ["the config.json of", "cannot be used", "fetch it again"],
         ),
     ],
-    ids=["lfs", "t5", "cut", "shapes", "gptq", "layers", "deep"],
+    ids=["lfs", "t5", "cut", "shapes", "gptq", "layers", "context", "deep"],
 )
 def test_b2_weights_by_their_headers(
     tried: Tried,

@@ -56,7 +56,7 @@ def read_configuration(settings: ModelSettings, place: str, runs_code: bool) -> 
     require_content(settings.model, Path(place) / "config.json")
     try:
         raw, _ = PretrainedConfig.get_config_dict(place, revision=settings.revision)
-        _require_few_layers(settings.model, raw)
+        _require_sizes(settings.model, raw)
         config: PretrainedConfig = AutoConfig.from_pretrained(
             place, revision=settings.revision, trust_remote_code=runs_code
         )
@@ -66,15 +66,21 @@ def read_configuration(settings: ModelSettings, place: str, runs_code: bool) -> 
     return config
 
 
-def _require_few_layers(model: str, config: Mapping[str, Any]) -> None:
+def _require_sizes(model: str, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _require_few_layers(model, value)
+            _require_sizes(model, value)
         elif _LAYERS.search(key) and isinstance(value, int) and value > _MOST_LAYERS:
-            raise ModelError(
-                f"the config.json of {model} has {key}: {value:,}, more than any model; take the "
-                "config.json that belongs to its weights"
-            )
+            raise _wrong_size(model, key, value, "more than any model")
+        elif key in _CONTEXT_KEYS and isinstance(value, int) and value < 1:
+            raise _wrong_size(model, key, value, "a context without tokens")
+
+
+def _wrong_size(model: str, key: str, value: int, what: str) -> ModelError:
+    return ModelError(
+        f"the config.json of {model} has {key}: {value:,}, {what}; take the config.json that "
+        "belongs to its weights"
+    )
 
 
 def class_of(config: PretrainedConfig) -> Any:
