@@ -1,0 +1,184 @@
+"""Where fusion loses: at the target's boundaries that a source's tokens span.
+
+    python benchmarks/boundaries.py --run RUN [--source NAME]
+
+A source says what comes after a boundary of its own. Where `;` and a line end are one token to it,
+it has a boundary after `;` only where no line end follows, and says there that none does. The
+target has its boundary after every `;`. Taught at the boundaries that both have, it learns that
+after `;` hardly any line ends; where one does, the source has no boundary, and says nothing.
+
+Over the held-out text of a finished run, by domain and by what comes next, for the target's
+boundaries that the source shares, and for those that its tokens span:
+
+    boundaries …   share of the target's boundaries
+    shared …       share of them that the source has too
+    difference …   fused − CLM of the target's tokens that begin there, in bits per byte of the
+                   domain's text, so that the rows of a domain add up; 95 % interval over documents
+
+And over every sixth block of the training text, as long as its distributions are kept, after a
+character of punctuation:
+
+    said …         mass that the source gives a line end, at its own boundaries
+    text …         share of these characters that a line end follows
+
+`--quick` makes a small run of the zoo; `--json` prints the figures as one object.
+"""
+
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from figures import command_line, show
+from fusellm.cli.console import SafeConsole, Terminal
+from fusellm.evaluation.intervals import MEAN, Scores, records
+from fusellm.models.readers import readers_of
+from fusellm.pipeline import Pipeline
+from fusellm.recipe_file import load_recipe
+from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.store.externalized import TARGET, externalized_folder
+from fusellm.store.manifest import StageFolder
+from fusellm.store.measured import NATS
+from fusellm.store.opened import open_store
+from fusellm.store.tables import Shard
+from fusellm.tokens.encode import Encoder
+from fusion_gain import QUICK, demo_recipe
+
+_MODELS = ("clm", "fused")
+_KINDS = ("a line end", "other text")
+_HAD = {True: "shared", False: "spanned"}
+_LINE_END = ord("\n")
+_PUNCTUATION = b";,.:){}"
+_EVERY = 6  # blocks
+
+
+def nats_of(run: Path, name: str) -> list[np.ndarray]:
+    """Each held-out block's nats by byte under a model."""
+    shard = Shard(StageFolder(run / "evaluate"), f"{name}.arrow", NATS)
+    return [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
+
+
+def places(
+    blocks: list[Block], target: Encoder, source: Encoder
+) -> Iterator[tuple[int, int, int, str, bool]]:
+    """(block, first byte, end, what it begins with, whether the source has a boundary there).
+
+    Of each of the target's tokens but a block's first.
+    """
+    texts, last = [block.text for block in blocks], [block.last for block in blocks]
+    read = zip(target.encode(texts, last), source.encode(texts, last), strict=True)
+    for n, (mine, theirs) in enumerate(read):
+        if mine.ends is None or theirs.ends is None:
+            continue
+        raw, shared = texts[n].encode(), {int(end) for end in theirs.ends}
+        for first, end in zip(mine.ends[:-1].tolist(), mine.ends[1:].tolist(), strict=True):
+            if 0 < first < end:
+                kind = _KINDS[raw[first] != _LINE_END]
+                yield n, first, end, kind, first in shared
+
+
+def measured(run: Path, source: str) -> dict[str, float]:
+    """The figures of a run."""
+    readers = readers_of(load_recipe(run / "recipe.yaml", []))
+    blocks = list(read_part(open_corpus(run), "held_out"))
+    nats = {name: nats_of(run, name) for name in _MODELS}
+    number: dict[tuple[str, str], int] = {}
+    of_block = [number.setdefault((b.domain, b.document), len(number)) for b in blocks]
+    scored_bytes = np.zeros(len(number), dtype=np.int64)
+    for document, row in zip(of_block, nats["clm"], strict=True):
+        scored_bytes[document] += int(np.isfinite(row).sum())
+    sums = {
+        (kind, had, name): np.zeros(len(number))
+        for kind in _KINDS
+        for had in _HAD.values()
+        for name in _MODELS
+    }
+    counts: Counter[tuple[str, str, str]] = Counter()
+    encoders = readers[TARGET].encoder, readers[source].encoder
+    for n, first, end, kind, shared in places(blocks, *encoders):
+        counts[blocks[n].domain, kind, _HAD[shared]] += 1
+        for name in _MODELS:
+            sums[kind, _HAD[shared], name][of_block[n]] += np.nansum(nats[name][n][first:end])
+    domains = [domain for domain, _ in number]
+    figures: dict[str, float] = {}
+    for domain in dict.fromkeys(domains):
+        boundaries = sum(counts[domain, kind, had] for kind in _KINDS for had in _HAD.values())
+        for kind in _KINDS:
+            mine = {had: counts[domain, kind, had] for had in _HAD.values()}
+            of_kind = sum(mine.values())
+            figures[f"boundaries {domain}, {kind} next"] = of_kind / max(boundaries, 1)
+            figures[f"shared {domain}, {kind} next"] = mine[_HAD[True]] / max(of_kind, 1)
+    for kind in _KINDS:
+        for had in _HAD.values():
+            scores = Scores(
+                domains, scored_bytes, {name: sums[kind, had, name] for name in _MODELS}
+            )
+            for record in records(scores, 10_000, 0, [("fused", "clm")]):
+                if record.model == "fused-clm" and record.task != MEAN:
+                    place = f"difference {record.task}, {kind} next, {had}"
+                    figures[place] = record.value
+                    if record.low is not None and record.high is not None:
+                        figures |= {f"{place} low": record.low, f"{place} high": record.high}
+    return figures
+
+
+def after_punctuation(run: Path, source: str) -> dict[str, float]:
+    """What the source says of line ends after punctuation, and what the text has there."""
+    vocabulary = readers_of(load_recipe(run / "recipe.yaml", []))[source].encoder.vocabulary
+    ends_line = np.array([t is not None and t[:1] == b"\n" for t in vocabulary.token_bytes])
+    blocks = {block.number: block for block in read_part(open_corpus(run), "train")}
+    said: dict[str, list[float]] = {}
+    followed: dict[str, list[bool]] = {}
+    for n, read in enumerate(open_store(externalized_folder(run, source))):
+        block = blocks[read.number]
+        raw = block.text.encode()
+        followed.setdefault(block.domain, []).extend(
+            after == _LINE_END for mark, after in itertools.pairwise(raw) if mark in _PUNCTUATION
+        )
+        if n % _EVERY:
+            continue
+        masses = read.kept.masses()
+        for position, end in enumerate(read.ends[:-1].tolist()):
+            if 0 < end < len(raw) and raw[end - 1] in _PUNCTUATION:
+                kept = slice(*read.kept.offsets[position : position + 2])
+                ids = read.kept.ids[kept]
+                mass = float(masses[kept][ends_line[ids]].sum())
+                said.setdefault(block.domain, []).append(mass)
+    figures = {f"said {domain}": float(np.mean(masses)) for domain, masses in said.items()}
+    return figures | {f"text {domain}": float(np.mean(row)) for domain, row in followed.items()}
+
+
+def made(place: Path) -> Path:
+    """A small run of the zoo."""
+    run = place / "run"
+    changes = [*QUICK, "training.max_steps=4", "corpus.held_out_bytes=40000"]
+    stages = ["corpus", "externalize", "fuse", "train", "evaluate"]
+    Pipeline(demo_recipe(changes), run, Terminal(SafeConsole(stderr=True))).execute(stages)
+    return run
+
+
+def main() -> None:
+    """Compare the places of a run."""
+    parser = command_line(__doc__)
+    parser.add_argument("--run", type=Path, help="folder of a run that is done")
+    parser.add_argument("--source", help="name of a source; the first if not given")
+    given = parser.parse_args()
+    if not given.quick and given.run is None:
+        parser.error("name a run that is done with --run, or give --quick")
+    with tempfile.TemporaryDirectory() as place:
+        run = given.run or made(Path(place))
+        names = [source.name for source in load_recipe(run / "recipe.yaml", []).sources]
+        source = given.source or names[-1 if given.quick else 0]
+        if source not in names:
+            parser.error(f"--source {source}: the run has {', '.join(names)}")
+        figures = measured(run, source)
+        if externalized_folder(run, source).is_dir():
+            figures |= after_punctuation(run, source)
+        show(figures, given.json, ".4f")
+
+
+if __name__ == "__main__":
+    main()
