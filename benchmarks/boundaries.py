@@ -15,19 +15,23 @@ boundaries that the source shares, and for those that its tokens span:
     difference …   fused − CLM of the target's tokens that begin there, in bits per byte of the
                    domain's text, so that the rows of a domain add up; 95 % interval over documents
 
-And over every sixth block of the training text, as long as its distributions are kept, after a
-character of punctuation:
+And over every sixth block of the training text, as long as its distributions are kept, at the
+target's boundaries after punctuation:
 
-    said …         mass that the source gives a line end, at its own boundaries
-    text …         share of these characters that a line end follows
+    text …         share of them that a line end follows
+    said …         mass that the source gives a line end, where it has the boundary too
+    answered …     the same, asked of its token before as well (see `add`); `asked …` is the share
+                   of boundaries where it can be, `text where asked …` what the text has there
+    nats …         of whether a line ends, by what is said (nothing is 0) and by what is answered
 
 `--quick` makes a small run of the zoo; `--json` prints the figures as one object.
 """
 
-import itertools
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +46,7 @@ from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.externalized import TARGET, externalized_folder
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS
-from fusellm.store.opened import open_store
+from fusellm.store.opened import StoredBlock, open_store
 from fusellm.store.tables import Shard
 from fusellm.tokens.encode import Encoder
 from fusion_gain import QUICK, demo_recipe
@@ -53,6 +57,7 @@ _HAD = {True: "shared", False: "spanned"}
 _LINE_END = ord("\n")
 _PUNCTUATION = b";,.:){}"
 _EVERY = 6  # blocks
+_HALF_A_DRAW = 1 / 64
 
 
 def nats_of(run: Path, name: str) -> list[np.ndarray]:
@@ -125,30 +130,109 @@ def measured(run: Path, source: str) -> dict[str, float]:
     return figures
 
 
+@dataclass
+class Asked:
+    """Sums over the target's boundaries after punctuation, of a domain."""
+
+    places: int = 0
+    line_ends: int = 0
+    shared: int = 0
+    said: float = 0.0
+    asked: int = 0
+    answered: float = 0.0
+    asked_line_ends: int = 0
+    nats_said: float = 0.0
+    nats_answered: float = 0.0
+
+    def figures(self, domain: str) -> dict[str, float]:
+        """Means."""
+        asked = max(self.asked, 1)
+        return {
+            f"text {domain}": self.line_ends / self.places,
+            f"said {domain}": self.said / max(self.shared, 1),
+            f"asked {domain}": self.asked / self.places,
+            f"answered {domain}": self.answered / asked,
+            f"text where asked {domain}": self.asked_line_ends / asked,
+            f"nats said {domain}": self.nats_said / asked,
+            f"nats answered {domain}": self.nats_answered / asked,
+        }
+
+
 def after_punctuation(run: Path, source: str) -> dict[str, float]:
     """What the source says of line ends after punctuation, and what the text has there."""
-    vocabulary = readers_of(load_recipe(run / "recipe.yaml", []))[source].encoder.vocabulary
-    ends_line = np.array([t is not None and t[:1] == b"\n" for t in vocabulary.token_bytes])
+    readers = readers_of(load_recipe(run / "recipe.yaml", []))
+    target, spelled = readers[TARGET].encoder, readers[source].encoder.vocabulary.token_bytes
     blocks = {block.number: block for block in read_part(open_corpus(run), "train")}
-    said: dict[str, list[float]] = {}
-    followed: dict[str, list[bool]] = {}
+    found: dict[str, Asked] = {}
     for n, read in enumerate(open_store(externalized_folder(run, source))):
-        block = blocks[read.number]
-        raw = block.text.encode()
-        followed.setdefault(block.domain, []).extend(
-            after == _LINE_END for mark, after in itertools.pairwise(raw) if mark in _PUNCTUATION
-        )
         if n % _EVERY:
             continue
-        masses = read.kept.masses()
-        for position, end in enumerate(read.ends[:-1].tolist()):
-            if 0 < end < len(raw) and raw[end - 1] in _PUNCTUATION:
-                kept = slice(*read.kept.offsets[position : position + 2])
-                ids = read.kept.ids[kept]
-                mass = float(masses[kept][ends_line[ids]].sum())
-                said.setdefault(block.domain, []).append(mass)
-    figures = {f"said {domain}": float(np.mean(masses)) for domain, masses in said.items()}
-    return figures | {f"text {domain}": float(np.mean(row)) for domain, row in followed.items()}
+        block = blocks[read.number]
+        (mine,) = target.encode([block.text], [block.last])
+        if mine.ends is not None:
+            sums = found.setdefault(block.domain, Asked())
+            add(sums, block.text.encode(), mine.ends.tolist(), read, spelled)
+    return {k: v for domain, sums in found.items() for k, v in sums.figures(domain).items()}
+
+
+def add(
+    sums: Asked,
+    raw: bytes,
+    ends: list[int],
+    read: StoredBlock,
+    spelled: Sequence[bytes | None],
+) -> None:
+    """Add a block's boundaries: what the source says at them, and one boundary before them.
+
+    Let a source's token before the boundary p begin at q, and w be the text between the two. At q
+    it gave mass to w, and to longer tokens w + u. So the share of a line end at p is
+
+        (P_q(w) P_p(line end) + sum of P_q(w + u) over u that begin with a line end)
+        / sum of P_q(v) over all tokens v that begin with w.
+    """
+    kept, masses = read.kept, read.kept.masses()
+
+    def tokens(position: int) -> list[tuple[bytes, float]]:
+        rows = slice(*kept.offsets[position : position + 2].tolist())
+        pairs = zip(kept.ids[rows].tolist(), masses[rows].tolist(), strict=True)
+        return [(spelled[id_] or b"", mass) for id_, mass in pairs]
+
+    def line_end(position: int) -> float:
+        return sum(mass for token, mass in tokens(position) if token[:1] == b"\n")
+
+    places = {int(end): n for n, end in enumerate(read.ends[:-1].tolist())}
+    for p in ends:
+        if not (0 < p < len(raw) and raw[p - 1] in _PUNCTUATION):
+            continue
+        truth = raw[p] == _LINE_END
+        sums.places += 1
+        sums.line_ends += truth
+        said = line_end(places[p]) if p in places else 0.0
+        if p in places:
+            sums.shared += 1
+            sums.said += said
+        before = int(np.searchsorted(read.ends, p)) - 1
+        if before < 0:
+            continue
+        w = raw[int(read.ends[before]) : p]
+        fitting = [(token, mass) for token, mass in tokens(before) if token.startswith(w)]
+        whole = sum(mass for _, mass in fitting)
+        if whole <= 0:
+            continue
+        longer = sum(m for token, m in fitting if token[len(w) :][:1] == b"\n")
+        exact = sum(m for token, m in fitting if token == w)
+        answer = (exact * said + longer) / whole
+        sums.asked += 1
+        sums.asked_line_ends += truth
+        sums.answered += answer
+        sums.nats_said += nats(said, truth)
+        sums.nats_answered += nats(answer, truth)
+
+
+def nats(share: float, truth: bool) -> float:
+    """What a yes or no costs; shares of draws are kept from 0 and 1 by half a draw."""
+    share = min(max(share, _HALF_A_DRAW), 1 - _HALF_A_DRAW)
+    return -math.log(share if truth else 1 - share)
 
 
 def made(place: Path) -> Path:
