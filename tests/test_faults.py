@@ -374,8 +374,9 @@ def test_a_training_that_is_stopped_saves_a_checkpoint(
         checkpoints = run / "train" / "fused-checkpoints"
         saved += any(checkpoints.glob("checkpoint-*/saved-whole"))
         what = f"case {case}: {ended}"
-        assert ended.status in (0, 128 + number), what
-        assert ended.status == 0 or "stopped; the same command goes on" in ended.output, what
+        done = ended.status == 0 or ended.message == "0"  # told once it was ending by itself
+        assert done or ended.status == 128 + number, what
+        assert done or "stopped; the same command goes on" in ended.output, what
         again = ground.server.do("command", arguments=arguments)
         assert again.status == 0, again
         mine, theirs = (
@@ -431,6 +432,8 @@ def test_whatever_write_fails_the_message_says_which(
         kept = finished_shards(run / PART)
         assert ended.error == "StoreError", what
         path = run / calls[at].split(" ", 1)[1].removesuffix(".writing")
+        if path.name.endswith("(deleted)"):  # has no name: the folder is tried
+            path = path.parent
         assert str(path) in ended.message, what
         full = number in (FULL, QUOTA)
         assert ("the disk is full" in ended.message) is full, what
