@@ -74,7 +74,9 @@ def _set_damaged_aside(checkpoints: Path, progress: Progress) -> list[tuple[Path
             folders.append(folder)
         else:
             shutil.rmtree(folder)
-    found = []
+    found: list[tuple[Path, Path]] = []
+    if not folders:
+        return found
     megabytes = sum(folder_bytes(folder) for folder in folders) / 1e6
     with progress.start("verifying checkpoints", megabytes, "MB") as bar:
         for folder in folders:
