@@ -346,7 +346,7 @@ def test_interrupted_it_says_so_and_goes_on_later(
     print(f"\n{interrupted} interrupts, the slowest ended {slowest:.2f} s later")
 
 
-@some(2, 20)
+@some(2, 50)
 @STOPS
 def test_a_training_that_is_stopped_saves_a_checkpoint(
     ground: Ground, tmp_path: Path, number: signal.Signals, cases: int
