@@ -77,7 +77,10 @@ def of(lower: Path, texts: Path) -> tuple[str, ...]:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded."""
-    refuse = lambda *_, **__: pytest.fail("a model was loaded")  # noqa: E731
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was loaded")
+
     monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", refuse)
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from fusellm.config import Recipe
-from fusellm.errors import FusellmError, NumericsError, RecipeError
+from fusellm.errors import NumericsError, RecipeError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -124,14 +124,17 @@ BEFORE_ANYTHING_IS_READ = [
     ({"report_to": "wandb"}, "training.report_to: 'wandb' cannot be used: .*pip install wandb"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, and has to be 1 or"),
     ({"per_device_train_batch_size": True}, "batch_size: true is not a whole number$"),
-    ({"seed": 2**32}, "training.seed: 4294967296 is no number of this size"),
+    ({"seed": 2**32}, "training.seed is 4294967296, and has to be a number up to 4294967295"),
     ({"dataloader_num_workers": 999}, "dataloader_num_workers is 999, and has to be 0 to 128"),
     ({"max_grad_norm": -1}, "training.max_grad_norm is -1, and has to be 0 or more"),
     ({"max_steps": 0}, "training.max_steps is 0, and has to be 1 or more; -1 is for all epochs"),
     ({"num_train_epochs": 0}, "training.num_train_epochs is 0, and has to be more than 0"),
     ({"learning_rate": "fast"}, "training.learning_rate: 'fast' is not a number$"),
     ({"learning_rate": [1e-4]}, r"training.learning_rate: \[0.0001\] is not a number$"),
-    ({"learning_rate": math.nan}, "training.learning_rate: nan is no number of this size"),
+    (
+        {"learning_rate": math.nan},
+        "training.learning_rate is nan, and has to be a number up to",
+    ),
     ({"optim": "adamw_bnb_8bit"}, "training.optim: 'adamw_bnb_8bit' cannot be used: .*install"),
     ({"optim": "adam"}, "training.optim: 'adam' cannot be used: .* not a valid OptimizerNames"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "training.lr_scheduler_type: .*min_lr"),
@@ -177,6 +180,7 @@ def test_a_setting_of_a_recipe_is_read_as_yaml_has_it(world: Path) -> None:
         ("report_to", 3, "a text, a list of texts or null"),
         ("save_steps", None, "a number"),
         ("run_name", ["x"], "a text or null"),
+        ("report_to", [3], "a text, a list of texts or null"),
     ],
 )
 def test_a_wrong_type_is_named(key: str, value: Any, kind: str) -> None:
@@ -197,10 +201,3 @@ def test_a_rehearsal_leaves_nothing_behind(world: Path, tmp_path: Path) -> None:
     assert seeded(lambda: train.rehearse(recipe)) == seeded(lambda: None)
     assert not torch.are_deterministic_algorithms_enabled()
     assert train.training_arguments(recipe_of(world, {}), tmp_path, "fused").mixed_precision == "no"
-
-
-def test_an_error_of_a_library_is_one_line_on_the_screen(world: Path) -> None:
-    error = refusal(recipe_of(world, {"report_to": ["tensorboard", "none of these"]}), world)
-    assert error is not None
-    assert_clear(error, "report_to")
-    assert issubclass(RecipeError, FusellmError)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from fusellm.errors import ModelError
-from fusellm.models.configurations import class_of as _class_of
+from fusellm.models.configurations import class_of
 
 _HALF = (torch.bfloat16, torch.float16)
 _AMPERE, _HOPPER = 8, 9  # compute capabilities: 2 runs from the first on, 3 on the second alone
@@ -40,7 +40,7 @@ def choose_attention(
     Raises:
         ModelError: the architecture or this machine does not have the one that is wanted.
     """
-    architecture = _class_of(config)
+    architecture = class_of(config)
     if architecture is None:  # code that comes with the model: transformers checks it
         return None if wanted == "auto" else wanted
     has = implementations(architecture, config)

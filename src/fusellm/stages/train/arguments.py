@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.errors import RecipeError
-from fusellm.stages.train.values import checked, shown
+from fusellm.stages.train.values import as_written, checked
 
 BASELINE = "clm"
 _ORDERS = ("random", "sequential", "group_by_length")
@@ -232,7 +232,7 @@ def cannot_be_used(
     if key is None:
         return RecipeError(f"training cannot be as the recipe has it: {reason}")
     place, value = given[key]
-    return RecipeError(f"{place}.{key}: {shown(value)} cannot be used: {reason}")
+    return RecipeError(f"{place}.{key}: {as_written(value)} cannot be used: {reason}")
 
 
 def require_processes(arguments: TrainingArguments, count: int) -> None:

@@ -73,15 +73,16 @@ def checked(place: str, key: str, value: Any) -> Any:
     try:
         if isinstance(value, bool) and bool not in kinds:  # which is a number to Python
             raise ValueError
-        found = value if type(value) in kinds else _adapter(key).validate_python(value)
+        is_also = type(value) is _ALSO.get(key)
+        found = value if is_also else _adapter(key).validate_python(value)
     except (ValueError, RecursionError):  # of pydantic too
-        raise RecipeError(f"{place}.{key}: {shown(value)} is not {_spoken(kinds)}") from None
+        raise RecipeError(f"{place}.{key}: {as_written(value)} is not {_spoken(kinds)}") from None
     if isinstance(found, int | float) and not isinstance(found, bool):
         fits, words = _RANGES.get(key, (lambda _: True, ""))
         if not abs(found) <= _LARGEST:  # nor NaN
-            raise RecipeError(f"{place}.{key}: {shown(value)} is no number of this size")
+            fits, words = (lambda _: False), f"a number up to {_LARGEST}"
         if not fits(found):
-            raise RecipeError(f"{place}.{key} is {shown(value)}, and has to be {words}")
+            raise RecipeError(f"{place}.{key} is {as_written(value)}, and has to be {words}")
     return found
 
 
@@ -115,10 +116,10 @@ def _spoken(kinds: frozenset[type]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def shown(value: Any) -> str:
+def as_written(value: Any) -> str:
     """A value as a recipe has it, cut where it is long.
 
-    >>> shown(None), shown("adamw")
+    >>> as_written(None), as_written("adamw")
     ('null', "'adamw'")
     """
     if value is None or isinstance(value, bool):
