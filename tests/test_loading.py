@@ -35,6 +35,7 @@ from fusellm.errors import ModelError
 from fusellm.models import attention, load
 from fusellm.models.adapters import ADAPTER_FILES, save_adapters, with_adapters
 from fusellm.models.attention import choose_attention, implementations
+from fusellm.models.configurations import class_of
 from fusellm.models.headers import require_loadable, weight_problems
 from fusellm.models.heads import head_of, input_device, last_hidden
 from fusellm.models.load import load_model, locate, require_packages, weights_digest
@@ -353,7 +354,7 @@ def test_the_fastest_attention_is_chosen(
 def test_what_an_architecture_does_not_have_is_refused_with_what_it_has(
     config: PretrainedConfig, expected: list[str]
 ) -> None:
-    architecture = attention._class_of(config)
+    architecture = class_of(config)
     assert implementations(architecture, config) == expected
     for wanted in {"flash_attention_2", "sdpa", "eager"} - set(expected):
         with pytest.raises(ModelError, match=f"{wanted} is not .* which has {', '.join(expected)}"):
