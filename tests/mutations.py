@@ -410,8 +410,8 @@ def _use(batch: dict[str, Any]) -> None:
     """What `fuse` does with a record batch, in loops that check no index."""
     tokens, kept = tokens_of(batch), kept_of(batch)
     rows = np.arange(len(kept.tail))
-    carry(kept, kept.masses(), rows, _SAME, False)
-    map_counts(kept, kept.masses(), rows, _SAME)
+    carry(kept.distributions(), rows, _SAME, False)
+    map_counts(kept.distributions(), rows, _SAME)
     sizes = np.add.reduceat(np.append(batch["bytes"].values, 0), batch["bytes"].offsets[:-1])
     sizes = np.where(np.diff(batch["bytes"].offsets) > 0, sizes, 0)
     nats_by_byte(tokens.ends, tokens.offsets, kept.true_log_prob, offsets_of(sizes))

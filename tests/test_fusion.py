@@ -110,7 +110,8 @@ def reading_of(
     read = np.concatenate([NONE, *(ends[:-1] for ends in target.ends)])
     first = (read == 0) & (found >= 0) & (not from_start)
     found[first], situations[first] = -1, Situation.UNALIGNED
-    return Reading(mine, kept, translation, Aligned(found, situations, first))
+    aligned = Aligned(found, situations, first)
+    return Reading(mine, kept.distributions(), kept.true_log_prob, translation, aligned)
 
 
 @dataclass(frozen=True)
@@ -186,20 +187,17 @@ def parts_of(fused: Fused) -> Parts:
 
 def slow_row(source: Reading, position: int) -> tuple[dict[int, float], float]:
     """(outcomes with masses, rest) that a source's distribution becomes, id by id."""
-    kept, translation = source.kept, source.translation
-    entries = range(int(kept.offsets[position]), int(kept.offsets[position + 1]))
-    draws = sum(int(kept.counts[e]) for e in entries) if len(kept.counts) else 0
+    given, translation = source.distributions, source.translation
     row: dict[int, float] = {}
-    rest = float(kept.tail[position])
-    for e in entries:
-        mass = int(kept.counts[e]) / draws if draws else float(np.exp(kept.log_probs[e]))
-        outcome = int(translation.outcome_of_source[kept.ids[e]])
-        if outcome < 0 and translation.complete and draws:
+    rest = float(given.tail[position])
+    for e in range(int(given.offsets[position]), int(given.offsets[position + 1])):
+        outcome = int(translation.outcome_of_source[given.ids[e]])
+        if outcome < 0 and translation.complete and given.sampled:
             outcome = translation.outcomes  # drawn ids without a class are themselves an outcome
         if outcome < 0:
-            rest += mass
+            rest += float(given.masses[e])
         else:
-            row[outcome] = row.get(outcome, 0.0) + mass
+            row[outcome] = row.get(outcome, 0.0) + float(given.masses[e])
     return row, rest
 
 
@@ -347,7 +345,7 @@ def slow_spans(world: World) -> tuple[np.ndarray, np.ndarray]:
 def block_nats(source: Reading, block: int, length: int) -> np.ndarray:
     first, last = source.tokens.offsets[block : block + 2]
     ends = source.tokens.ends[first:last]
-    log_p = source.kept.true_log_prob[slice(*source.tokens.position_offsets[block : block + 2])]
+    log_p = source.true_log_prob[slice(*source.tokens.position_offsets[block : block + 2])]
     return nats_by_byte(ends, np.array([0, len(ends)]), log_p, np.array([0, length]))
 
 
@@ -597,14 +595,14 @@ def test_counts_say_what_was_met(world: World) -> None:
             ]
             assert count["wins"][block] == pytest.approx(sum(weights), abs=1e-5)
             rows = [source.tokens.position_offsets[block] + j for j in at if j >= 0]
-            tails = sum(float(source.kept.tail[j]) for j in rows)
+            tails = sum(float(source.distributions.tail[j]) for j in rows)
             slow = [slow_row(without_leftover(source), j)[0] for j in rows]
             assert count["mass_kept"][block] == pytest.approx(len(rows) - tails, abs=1e-4)
             carried = sum(sum(row.values()) for row in slow)
             assert count["mass_carried"][block] == pytest.approx(carried, abs=1e-4)
             outcome = source.translation.outcome_of_source
-            entries = [slice(source.kept.offsets[j], source.kept.offsets[j + 1]) for j in rows]
-            with_one = sum(int((outcome[source.kept.ids[e]] >= 0).sum()) for e in entries)
+            entries = [slice(source.distributions.offsets[j], source.distributions.offsets[j + 1]) for j in rows]
+            with_one = sum(int((outcome[source.distributions.ids[e]] >= 0).sum()) for e in entries)
             assert count["met"][block] == with_one - sum(len(row) for row in slow)
             by_byte = block_nats(source, block, world.lengths[block])
             assert count["scored_bytes"][block] == np.isfinite(by_byte).sum()
@@ -666,7 +664,7 @@ def test_the_true_next_token_of_real_readings_is_in_the_outcome_it_belongs_to(
         sure = sampled([{int(id_): 9} for id_ in theirs.ids[1:]])
         translation = STRATEGIES[strategy].translate(source, target, None)
         aligned = STRATEGIES[strategy].aligner(source, target, translation)(mine, theirs)
-        reading = Reading(theirs, sure, translation, aligned)
+        reading = Reading(theirs, sure.distributions(), sure.true_log_prob, translation, aligned)
         fused, _, _ = fuse_blocks(mine, np.array([0, len(text.encode())]), [reading], Rules(mince))
         right = [
             parts[0][1] == {int(translation.outcome_of_target[mine.ids[n + 1]]): 1.0}

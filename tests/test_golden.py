@@ -130,7 +130,7 @@ def as_authors(
     fused, _, _ = fuse_blocks(
         theirs,
         np.array([0, 0]),
-        [Reading(mine, kept, table, aligned)],
+        [Reading(mine, kept.distributions(), kept.true_log_prob, table, aligned)],
         Rules(mince, as_authors=True),
     )
     assert fused.parts.tolist() == [1] * len(target_ids)

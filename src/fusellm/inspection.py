@@ -12,10 +12,10 @@ import numpy as np
 
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
-from fusellm.fusion.fuse import Fused, Reading
+from fusellm.fusion.fuse import Fused
 from fusellm.fusion.view import BlockView, Material, view_block
 from fusellm.progress import Progress
-from fusellm.stages.fuse import aligners_of, rules_of, translations_of
+from fusellm.stages.fuse import pairings_of, rules_of
 from fusellm.store import fused as fused_store
 from fusellm.store.blocks import BLOCKS, Block, open_corpus, read_shard, text_bytes
 from fusellm.store.externalized import (
@@ -87,12 +87,10 @@ def inspect_block(
     positions = len(target.predicting)
     if position is not None and not 0 <= position < positions:
         raise _no_position(position, number, positions)
-    translations = translations_of(recipe, encoders, fingerprints, progress)
-    aligners = aligners_of(recipe.fusion, encoders, translations)
-    readings = []
-    for name in names:
-        aligned = aligners[name](target, tokens[name])
-        readings.append(Reading(tokens[name], kept_of(read[name]), translations[name], aligned))
+    pairings = pairings_of(recipe, encoders, fingerprints, progress)
+    readings = [
+        pairings[name].reading(target, tokens[name], kept_of(read[name])) for name in names
+    ]
     material = Material(
         len(block.text.encode()),
         target,

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from fusellm.align.ragged import offsets_of
-from fusellm.tokens.encode import Encoder
+from fusellm.tokens.encode import Encoded, Encoder
 
 # What a token is encoded after. Each is a context in which one kind of token stands alone; the
 # first that no merge crosses is used.
@@ -52,6 +52,41 @@ class Translation:
         return offsets_of(np.bincount(outcome, minlength=self.outcomes + 1)), ids
 
 
+def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
+    """The tokens of some bytes where they go on after other text, by one tokenizer.
+
+    Returns:
+        Of each piece its tokens and where they end, counted from its beginning; None where the
+        bytes are no whole characters, or no text is found that they stand apart from.
+    """
+    found: dict[bytes, Encoded | None] = {}
+    texts: dict[bytes, str] = {}
+    for piece in pieces:
+        try:
+            texts[piece] = piece.decode("utf-8")
+        except UnicodeDecodeError:
+            found[piece] = None
+    for anchor in _ANCHORS:
+        before, left = len(anchor.encode()), {}
+        encoded = encoder.encode([anchor + text for text in texts.values()], [False] * len(texts))
+        for (piece, text), block in zip(texts.items(), encoded, strict=True):
+            at = _first_after(block.ends, before)
+            if at is None or block.ends is None:
+                left[piece] = text
+            else:
+                found[piece] = Encoded(block.ids[at:], block.ends[at:] - before)
+        texts = left
+    return found | dict.fromkeys(texts, None)
+
+
+def _first_after(ends: np.ndarray | None, anchor_bytes: int) -> int | None:
+    """Index of the first token after the anchor that reads anything."""
+    if ends is None:
+        return None
+    after = int(np.searchsorted(ends, anchor_bytes, side="right"))
+    return after if after > 0 and ends[after - 1] == anchor_bytes else None
+
+
 class FirstTokens:
     """The first token of some bytes, spelled as a continuation, by one tokenizer."""
 
@@ -67,38 +102,9 @@ class FirstTokens:
 
     def look_up(self, pieces: Iterable[bytes]) -> None:
         """Find many at once; `first` then answers from memory."""
-        texts: dict[bytes, str] = {}
-        for piece in pieces:
-            if piece in self._known or piece in texts:
-                continue
-            try:
-                texts[piece] = piece.decode("utf-8")
-            except UnicodeDecodeError:
-                self._known[piece] = None
-        for anchor in _ANCHORS:
-            texts = self._try(anchor, texts)
-        self._known.update(dict.fromkeys(texts, None))
-
-    def _try(self, anchor: str, texts: dict[bytes, str]) -> dict[bytes, str]:
-        encoded = self._encoder.encode(
-            [anchor + text for text in texts.values()], [False] * len(texts)
-        )
-        left = {}
-        for (piece, text), block in zip(texts.items(), encoded, strict=True):
-            at = self._boundary(block.ends, len(anchor.encode()))
-            if at is None:
-                left[piece] = text
-            else:
-                self._known[piece] = int(block.ids[at])
-        return left
-
-    @staticmethod
-    def _boundary(ends: np.ndarray | None, anchor_bytes: int) -> int | None:
-        """Index of the first token after the anchor that reads anything."""
-        if ends is None:
-            return None
-        after = int(np.searchsorted(ends, anchor_bytes, side="right"))
-        return after if after > 0 and ends[after - 1] == anchor_bytes else None
+        unknown = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
+        for piece, found in as_continuations(self._encoder, unknown).items():
+            self._known[piece] = None if found is None else int(found.ids[0])
 
     def first(self, piece: bytes) -> int | None:
         """Id of the first token of the bytes; None where they are no whole characters."""

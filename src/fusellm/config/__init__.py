@@ -129,6 +129,10 @@ class FusionSettings(SettingsBlock):
     compatibility: Literal["none", "paper"] = "none"
     """`paper`: the authors' rules where `mined` and `em` cannot align a position (all mass on the
     token just read, off by one) and where ids meet (all but the first dropped); for comparison."""
+    token_healing: bool | None = None
+    """Whether a source is asked one token back as well, where its tokens go on past a boundary of
+    the target's: what comes after `;` where `;` and a line end are one token to it. null does so
+    with `partition` and `bytes`; `mined` and `em` have no boundaries to heal at."""
     function: Literal["mince", "avgce", "avgce_paper", "uniform", "best"] = "mince"
     """`mince`: the distribution of the source with the least cross-entropy against the text;
     `avgce`: the average, weights ∝ exp(−beta · cross-entropy); `avgce_paper`: by the authors'
@@ -154,6 +158,16 @@ class FusionSettings(SettingsBlock):
     """By which both distributions of L_Fusion are flattened, and L_Fusion times its square."""
     rest: Literal["bucket", "renormalize"] = "bucket"
     """What was not kept: one more outcome (`bucket`), or scaled away (`renormalize`, the paper)."""
+
+    @property
+    def by_boundaries(self) -> bool:
+        """Whether positions are aligned that have read the same bytes."""
+        return self.strategy in ("partition", "bytes")
+
+    @property
+    def heals(self) -> bool:
+        """Whether tokens are healed."""
+        return self.by_boundaries if self.token_healing is None else self.token_healing
 
 
 class LoraSettings(SettingsBlock):
@@ -329,6 +343,11 @@ class Recipe(SettingsBlock):
             raise ValueError(
                 f"fusion.compatibility: paper belongs to strategy mined or em, not to "
                 f"{fusion.strategy}; leave it out"
+            )
+        if fusion.token_healing and not fusion.by_boundaries:
+            raise ValueError(
+                f"fusion.token_healing: true belongs to strategy partition or bytes, not to "
+                f"{fusion.strategy}, whose positions have not read the same; leave it out"
             )
         if fusion.cross_entropy == "nats_per_token" and fusion.granularity == "window":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Kept distributions carried through a vocabulary map: sparse in, sparse out.
+"""Distributions carried through a vocabulary map: sparse in, sparse out.
 
 N source positions; R parts, each one source's distribution at one target position; M outcomes in
 all; U outcomes of a translation.
@@ -10,7 +10,7 @@ import numpy as np
 
 from fusellm.align.translation import Translation
 from fusellm.compiled import compiled
-from fusellm.fusion.kept import Kept
+from fusellm.fusion.kept import Distributions
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _carry(
 
 
 def carry(
-    kept: Kept, masses: np.ndarray, rows: np.ndarray, translation: Translation, first_only: bool
+    given: Distributions, rows: np.ndarray, translation: Translation, first_only: bool
 ) -> Carried:
     """The distributions at `rows`, over the translation's outcomes.
 
@@ -96,20 +96,19 @@ def carry(
     then one more outcome, numbered U.
 
     Args:
-        masses: [K] `kept.masses()`.
-        rows: [R] positions of `kept`, as often as wanted.
+        rows: [R] positions of `given`, as often as wanted.
         first_only: of ids that meet only the first keeps its mass (the authors' rule).
     """
-    bound = int((kept.offsets[rows + 1] - kept.offsets[rows]).sum())
+    bound = int((given.offsets[rows + 1] - given.offsets[rows]).sum())
     lengths, rest = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
     outcomes, found = np.zeros(bound, dtype=np.int64), np.zeros(bound)
-    whole = kept.sampled and translation.complete and translation.has_leftover
+    whole = given.sampled and translation.complete and translation.has_leftover
     used = _carry(
         rows,
-        kept.offsets,
-        kept.ids,
-        masses,
-        kept.tail,
+        given.offsets,
+        given.ids,
+        given.masses,
+        given.tail,
         translation.outcome_of_source,
         translation.outcomes if whole else -1,
         first_only,
@@ -146,16 +145,14 @@ def _count(
                 seen_by[outcome] = r
 
 
-def map_counts(
-    kept: Kept, masses: np.ndarray, rows: np.ndarray, translation: Translation
-) -> MapCounts:
+def map_counts(given: Distributions, rows: np.ndarray, translation: Translation) -> MapCounts:
     """What of the distributions at `rows` has an outcome, and how many ids meet in one."""
     found = MapCounts(np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64))
     _count(
         rows,
-        kept.offsets,
-        kept.ids,
-        masses,
+        given.offsets,
+        given.ids,
+        given.masses,
         translation.outcome_of_source,
         np.full(translation.outcomes + 1, -1, dtype=np.int64),
         found.kept,

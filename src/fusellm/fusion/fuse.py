@@ -17,7 +17,7 @@ from fusellm.align.translation import Translation
 from fusellm.fusion.carry import Carried, carry, map_counts
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import Compared
-from fusellm.fusion.kept import Kept
+from fusellm.fusion.kept import Distributions
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,28 @@ class Reading:
 
     Attributes:
         tokens: its tokens and their boundaries.
-        kept: its distributions at all but each block's last position.
+        distributions: at all but each block's last position.
+        true_log_prob: at the same positions, nats of the true next token.
         translation: its vocabulary map.
         aligned: which of its positions belongs to each target position.
     """
 
     tokens: Tokens
-    kept: Kept
+    distributions: Distributions
+    true_log_prob: np.ndarray
     translation: Translation
     aligned: Aligned
 
     def nats_by_byte(self, byte_offsets: np.ndarray) -> np.ndarray:
         """[L] float64 nats by byte; `byte_offsets` [B+1] says where each block's bytes are."""
         tokens = self.tokens
-        where = tokens.offsets, self.kept.true_log_prob, byte_offsets
+        where = tokens.offsets, self.true_log_prob, byte_offsets
         return nats_by_byte(tokens.ends, *where, tokens.prefix_tokens)
 
     def nats_per_token(self) -> np.ndarray:
         """[B] float64 mean nats of each block's tokens, without its prefix."""
         offsets, asked = self.tokens.position_offsets, self.tokens.asked
-        nats = np.where(asked, -self.kept.true_log_prob.astype(np.float64), 0.0)
+        nats = np.where(asked, -self.true_log_prob.astype(np.float64), 0.0)
         sums, counts = (np.concatenate([[0], np.cumsum(values)]) for values in (nats, asked))
         per_block = sums[offsets[1:]] - sums[offsets[:-1]]
         return np.asarray(per_block / np.maximum(counts[offsets[1:]] - counts[offsets[:-1]], 1))
@@ -191,8 +193,8 @@ def _carry_or_fall_back(
 ) -> Carried:
     """Carry `rows`; where one is -1, all mass goes to the token just read (the authors' rule)."""
     there = rows >= 0
-    masses = reading.kept.masses()
-    found = carry(reading.kept, masses, rows[there], reading.translation, rules.as_authors)
+    given, translation = reading.distributions, reading.translation
+    found = carry(given, rows[there], translation, rules.as_authors)
     if there.all():
         return found
     lengths, rest = np.ones(len(rows), dtype=np.int64), np.zeros(len(rows))
@@ -224,7 +226,7 @@ def _counts_of(
     blocks = len(read)
     there = source.aligned.source >= 0
     rows = source.tokens.position_offsets[block[there]] + source.aligned.source[there]
-    found = map_counts(source.kept, source.kept.masses(), rows, source.translation)
+    found = map_counts(source.distributions, rows, source.translation)
     byte_block = np.repeat(np.arange(blocks), np.diff(byte_offsets))
     sums = {
         "mass_kept": (block[there], found.kept),

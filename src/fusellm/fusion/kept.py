@@ -39,3 +39,27 @@ class Kept:
             return np.exp(self.log_probs.astype(np.float64))
         draws = np.add.reduceat(self.counts.astype(np.int64), self.offsets[:-1])
         return np.asarray(self.counts / np.repeat(draws, np.diff(self.offsets)))
+
+    def distributions(self) -> "Distributions":
+        """As fusion works on them."""
+        tail = self.tail.astype(np.float64)
+        return Distributions(self.offsets, self.ids, self.masses(), tail, self.sampled)
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Probabilities at N positions; with the tail they sum to 1 at each.
+
+    Attributes:
+        offsets: [N+1] int64, where each position's entries are.
+        ids: [K] int64 token ids, each at most once at a position.
+        masses: [K] float64 probabilities.
+        tail: [N] float64, mass of what was not kept.
+        sampled: whether the masses are shares of draws, and so leave no tail.
+    """
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    masses: np.ndarray
+    tail: np.ndarray
+    sampled: bool

@@ -292,11 +292,10 @@ def _before(material: Material, s: int, position: int) -> Before | None:
     place = int(reading.aligned.source[position])
     if place < 0:
         return None
-    translation, kept, ends = reading.translation, reading.kept, reading.tokens.ends
-    masses = kept.masses()
-    carried = carry(kept, masses, np.array([place]), translation, material.rules.as_authors)
-    rows = slice(kept.offsets[place], kept.offsets[place + 1])
-    ids, own = kept.ids[rows], masses[rows]
+    translation, given, ends = reading.translation, reading.distributions, reading.tokens.ends
+    carried = carry(given, np.array([place]), translation, material.rules.as_authors)
+    rows = slice(given.offsets[place], given.offsets[place + 1])
+    ids, own = given.ids[rows], given.masses[rows]
     becomes = translation.outcome_of_source[ids]
     entries = tuple(
         Entry(
@@ -315,9 +314,9 @@ def _before(material: Material, s: int, position: int) -> Before | None:
         place,
         tuple(encoder.spelled(int(i)) for i in reading.tokens.ids[place + 1 : last + 1]),
         entries,
-        float(kept.tail[place]),
+        float(given.tail[place]),
         _outcomes(material, translation, carried.outcomes, carried.masses, true_id),
-        max(float(carried.rest[0] - kept.tail[place]), 0.0),
+        max(float(carried.rest[0] - given.tail[place]), 0.0),
         _outcome_of(translation, true_id),
     )
 

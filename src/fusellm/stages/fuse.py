@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fusellm.align.continuations import continuations_of
 from fusellm.align.positions import Situation
 from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import STRATEGIES, Aligner, Tokens
+from fusellm.align.strategies import STRATEGIES, Tokens
 from fusellm.align.translation import Translation
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
-from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
+from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks
+from fusellm.fusion.pairing import Pairing
 from fusellm.progress import Progress
 from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
 from fusellm.store.externalized import (
@@ -73,12 +75,11 @@ def run_fuse(
     with StageWriter.open(fused_folder(run), identity_) as folder:
         if folder.complete:
             return
-        translations = translations_of(recipe, encoders, fingerprints, progress)
-        for name, translation in translations.items():
-            write_members(folder, name, *translation.members())
-        aligners = aligners_of(recipe.fusion, encoders, translations)
+        pairings = pairings_of(recipe, encoders, fingerprints, progress)
+        for name, pairing in pairings.items():
+            write_members(folder, name, *pairing.translation.members())
         prefixes = {name: encoder.prefix_tokens for name, encoder in encoders.items()}
-        outcomes = max(t.outcomes for t in translations.values()) + 1
+        outcomes = max(pairing.translation.outcomes for pairing in pairings.values()) + 1
         schema = fused_schema(len(encoders[TARGET].vocabulary), outcomes)
         layouts = {
             name: layout_of(stage, len(encoders[name].vocabulary))
@@ -94,8 +95,7 @@ def run_fuse(
                         Shard(corpus, name, BLOCKS),
                         Shard(target, name, layouts[TARGET]),
                         {s: Shard(source, name, layouts[s]) for s, source in sources.items()},
-                        translations,
-                        aligners,
+                        pairings,
                         prefixes,
                         rules_of(recipe.fusion),
                         schema,
@@ -117,19 +117,30 @@ def rules_of(settings: FusionSettings) -> Rules:
     )
 
 
-def aligners_of(
-    settings: FusionSettings,
+def pairings_of(
+    recipe: Recipe,
     encoders: dict[str, Encoder],
-    translations: dict[str, Translation],
-) -> dict[str, Aligner]:
-    """The token alignment of each source with the target, by the recipe's strategy."""
+    fingerprints: dict[str, str],
+    progress: Progress,
+) -> dict[str, Pairing]:
+    """Each source beside the target, by the recipe's strategy.
+
+    Args:
+        encoders, fingerprints: as `run_fuse` takes them.
+    """
+    settings, target = recipe.fusion, encoders[TARGET]
     strategy = STRATEGIES[settings.strategy]
     authors = strategy.as_authors if settings.compatibility == "paper" else None
     make = authors or strategy.aligner
-    return {name: make(encoders[name], encoders[TARGET], t) for name, t in translations.items()}
+    found = {}
+    for name, translation in _translations_of(recipe, encoders, fingerprints, progress).items():
+        aligner = make(encoders[name], target, translation)
+        healed = continuations_of(encoders[name], target) if settings.heals else None
+        found[name] = Pairing(translation, aligner, healed)
+    return found
 
 
-def translations_of(
+def _translations_of(
     recipe: Recipe,
     encoders: dict[str, Encoder],
     fingerprints: dict[str, str],
@@ -167,42 +178,30 @@ def _fuse_shard(
     corpus: Shard,
     target: Shard,
     sources: Mapping[str, Shard],
-    translations: Mapping[str, Translation],
-    aligners: Mapping[str, Aligner],
+    pairings: Mapping[str, Pairing],
     prefixes: Mapping[str, int],
     rules: Rules,
     schema: pa.Schema,
 ) -> None:
     written: list[tuple[np.ndarray, Ragged, Tokens, Fused]] = []
     tally = _Tally(list(sources))
-    read = (target, *sources.values())
-    for shard in read:
+    shards = (target, *sources.values())
+    for shard in shards:
         require_same_blocks(shard, corpus)
-    batches = zip(corpus.batches(), *(shard.batches() for shard in read), strict=True)
+    batches = zip(corpus.batches(), *(shard.batches() for shard in shards), strict=True)
     for n, (blocks, mine, *theirs) in enumerate(batches):
         lengths = text_bytes(blocks)
-        for shard, columns in zip(read, (mine, *theirs), strict=True):
+        for shard, columns in zip(shards, (mine, *theirs), strict=True):
             require_text(shard, n, columns, blocks["block"], lengths)
         tokens = tokens_of(mine, prefixes[TARGET])
         readings = [
-            _reading(columns, tokens, translations[source], aligners[source], prefixes[source])
-            for source, columns in zip(sources, theirs, strict=True)
+            pairings[source].reading(tokens, tokens_of(read, prefixes[source]), kept_of(read))
+            for source, read in zip(sources, theirs, strict=True)
         ]
         fused, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
         written.append((blocks["block"], mine["ids"], tokens, fused))
         tally.add(blocks, together, each)
     write_table(folder, name, _columns(written), schema, tally.as_counts())
-
-
-def _reading(
-    columns: Mapping[str, Any],
-    target: Tokens,
-    translation: Translation,
-    aligner: Aligner,
-    prefix_tokens: int,
-) -> Reading:
-    tokens = tokens_of(columns, prefix_tokens)
-    return Reading(tokens, kept_of(columns), translation, aligner(target, tokens))
 
 
 def _columns(

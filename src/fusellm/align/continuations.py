@@ -1,0 +1,90 @@
+"""What is left of a source's token when its first bytes have been read already.
+
+A source that has `;` and a line end as one token says nothing of line ends once it has read `;`
+alone: it said so one token before, when it gave mass to the longer token. Of that token, once `;`
+is read, a line end is left. Fusion asks for it with `fusellm.fusion.healing`.
+
+Vs source vocabulary size.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from fusellm.align.ragged import offsets_of
+from fusellm.align.translation import FirstTokens, as_continuations, same_tokenizer
+from fusellm.tokens.encode import Encoder
+
+_UNKNOWN = -2
+
+
+class Continuations:
+    """The source token that the rest of a source token begins with, of one source and the target.
+
+    A token v of which the first n bytes are read has the slot `offsets[v] + n`. Slots are filled
+    as they are asked for: few of all are met in a text.
+
+    Attributes:
+        offsets: [Vs+1] int64, where each token's bytes are; special tokens have none.
+        spelled: uint8, the bytes of all tokens.
+    """
+
+    NOTHING = -1
+    """Where no boundary of the target can be: its own tokens span the place."""
+
+    def __init__(self, source: Encoder, target: Encoder) -> None:
+        tokens = [token or b"" for token in source.vocabulary.token_bytes]
+        self.offsets = offsets_of(np.array([len(token) for token in tokens], dtype=np.int64))
+        self.spelled = np.frombuffer(b"".join(tokens), dtype=np.uint8)
+        self._tokens = tokens
+        self._target = target
+        self._of_target = {token for token in target.vocabulary.token_bytes if token}
+        self._firsts = FirstTokens(source)
+        self._next = np.full(len(self.spelled), _UNKNOWN, dtype=np.int64)
+
+    def __getitem__(self, slots: np.ndarray) -> np.ndarray:
+        """Source ids of `slots`, of the same shape; `NOTHING` where the target's tokens span it."""
+        found = self._next[slots]
+        if (found == _UNKNOWN).any():
+            self._fill(np.unique(slots[found == _UNKNOWN]))
+            found = self._next[slots]
+        return np.asarray(found)
+
+    def _fill(self, slots: np.ndarray) -> None:
+        ids = np.searchsorted(self.offsets, slots, side="right") - 1
+        asked = [
+            (slot, self._tokens[id_], slot - int(self.offsets[id_]))
+            for slot, id_ in zip(slots.tolist(), ids.tolist(), strict=True)
+        ]
+        cuts = self._cuts(token for _, token, _ in asked)
+        self._firsts.look_up(token[n:] for _, token, n in asked)
+        for slot, token, n in asked:
+            self._next[slot] = self._first(token[n:]) if n in cuts[token] else self.NOTHING
+
+    def _cuts(self, tokens: Iterable[bytes]) -> dict[bytes, set[int]]:
+        """Where the target has boundaries within each token.
+
+        Bytes that are no whole characters cannot be given to a tokenizer. The target has them as
+        one token, or is taken to cut between any two.
+        """
+        found = {}
+        for token, encoded in as_continuations(self._target, set(tokens)).items():
+            if encoded is not None and encoded.ends is not None:
+                found[token] = set(encoded.ends.tolist())
+            else:
+                found[token] = set() if token in self._of_target else set(range(len(token)))
+        return found
+
+    def _first(self, rest: bytes) -> int:
+        found = self._firsts.first(rest)
+        found = self._firsts.beginning(rest) if found is None else found
+        return self.NOTHING if found is None else found
+
+
+def continuations_of(source: Encoder, target: Encoder) -> Continuations | None:
+    """Those of a source and the target; None where the two cut every text alike.
+
+    A target that cuts as its source does has the same boundaries, and what the source says at one
+    is what the target has to learn there.
+    """
+    return None if same_tokenizer(source, target) else Continuations(source, target)

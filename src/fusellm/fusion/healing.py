@@ -1,0 +1,167 @@
+r"""Token healing: what a source says once some bytes are read, whatever tokens they are to it.
+
+A source's distribution at a boundary is about texts that it would cut there. Where `;` and a line
+end are one token to it, it has a boundary after `;` only where no line end follows, and so gives
+line ends no mass there. The target, which has the two apart, would learn that no line ends after
+`;` (the tokenization bias of Phan et al. 2024, arXiv:2410.09303).
+
+The mass is not lost: the source gave it one token before, to the longer token. Let the source's
+token w be the last it read, P its distribution after w, and Q the one before w. Among texts that
+go on with the bytes of w,
+
+    P'(a)  =  ( Q(w) P(a)  +  sum of Q(v) over v = w u, u not empty, whose u begins with a ) / Z
+    Z      =  Q(w)  +  sum of Q(v) over the same v, whatever u
+
+for every source token a. Only such v count whose u can follow a boundary of the target there
+(`fusellm.align.continuations`). This goes one token back. Longer tokens that begin before w are
+left out.
+
+The source's distributions are of B blocks, one after another; N positions that predict, K entries.
+"""
+
+import numpy as np
+
+from fusellm.align.continuations import Continuations
+from fusellm.align.tokens import Tokens
+from fusellm.compiled import compiled
+from fusellm.fusion.kept import Distributions, Kept
+
+
+@compiled()
+def _longer(
+    tokens: np.ndarray,
+    token_offsets: np.ndarray,
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    spelled: np.ndarray,
+    spelled_offsets: np.ndarray,
+    slots: np.ndarray,
+) -> int:
+    # Relies on: ids and tokens below the vocabulary's size, offsets that ascend to len(ids).
+    row, found = 0, 0
+    for b in range(len(token_offsets) - 1):
+        for t in range(token_offsets[b], token_offsets[b + 1] - 1):
+            read = tokens[t + 1]
+            first = spelled_offsets[read]
+            width = spelled_offsets[read + 1] - first
+            for entry in range(offsets[row], offsets[row + 1]):
+                begin = spelled_offsets[ids[entry]]
+                if width > 0 and spelled_offsets[ids[entry] + 1] - begin > width:
+                    same = 0
+                    while same < width and spelled[begin + same] == spelled[first + same]:
+                        same += 1
+                    if same == width:
+                        slots[entry] = begin + width
+                        found += 1
+            row += 1
+    return found
+
+
+@compiled()
+def _heal(
+    token_offsets: np.ndarray,
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    mass: np.ndarray,
+    tail: np.ndarray,
+    stays: np.ndarray,
+    moved: np.ndarray,
+    new_offsets: np.ndarray,
+    new_ids: np.ndarray,
+    new_mass: np.ndarray,
+    new_tail: np.ndarray,
+) -> int:
+    # Relies on: the same as `_longer`, and room in new_ids for all entries and all that move.
+    row, used = 0, 0
+    for b in range(len(token_offsets) - 1):
+        for t in range(token_offsets[b], token_offsets[b + 1] - 1):
+            begin, share, moves = used, 1.0, 0.0
+            if t > token_offsets[b]:  # the block's first position has none before it
+                for entry in range(offsets[row - 1], offsets[row]):
+                    if moved[entry] >= 0:
+                        moves += mass[entry]
+                if moves > 0.0:
+                    share = stays[row - 1] / (stays[row - 1] + moves)
+            if share > 0.0:
+                for entry in range(offsets[row], offsets[row + 1]):
+                    new_ids[used], new_mass[used] = ids[entry], mass[entry] * share
+                    used += 1
+            new_tail[row] = tail[row] * share
+            if moves > 0.0:
+                whole = stays[row - 1] + moves
+                for entry in range(offsets[row - 1], offsets[row]):
+                    if moved[entry] >= 0:
+                        place = begin
+                        while place < used and new_ids[place] != moved[entry]:
+                            place += 1
+                        if place == used:
+                            new_ids[used], new_mass[used] = moved[entry], 0.0
+                            used += 1
+                        new_mass[place] += mass[entry] / whole
+            row += 1
+            new_offsets[row] = used
+    return used
+
+
+@compiled()
+def _stays(
+    tokens: np.ndarray,
+    token_offsets: np.ndarray,
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    mass: np.ndarray,
+    stays: np.ndarray,
+) -> None:
+    # Relies on the same as `_longer`.
+    row = 0
+    for b in range(len(token_offsets) - 1):
+        for t in range(token_offsets[b], token_offsets[b + 1] - 1):
+            for entry in range(offsets[row], offsets[row + 1]):
+                if ids[entry] == tokens[t + 1]:
+                    stays[row] += mass[entry]
+            row += 1
+
+
+def heal(tokens: Tokens, kept: Kept, continuations: Continuations) -> Distributions:
+    """The distributions of a source once the bytes of its last token are read, by one token back.
+
+    Of draws, both Q(w) and Q(v) are their shares, so that the answer is right on average; where no
+    draw fits the text, there is none, and P stays. Of the most probable tokens Q(w) is exact, and
+    of Q(v) what was kept.
+
+    Args:
+        tokens: the blocks as the source reads them.
+        kept: its distributions at all but each block's last position.
+
+    Returns:
+        [N] positions, with entries that moved among them.
+    """
+    given = kept.distributions()
+    slots = np.full(len(given.ids), -1, dtype=np.int64)
+    where = tokens.ids, tokens.offsets, given.offsets, given.ids
+    if _longer(*where, continuations.spelled, continuations.offsets, slots) == 0:
+        return given
+    moved = np.full(len(slots), Continuations.NOTHING, dtype=np.int64)
+    moved[slots >= 0] = continuations[slots[slots >= 0]]
+    if kept.sampled:
+        stays = np.zeros(len(given.tail))
+        _stays(*where, given.masses, stays)
+    else:
+        stays = np.exp(kept.true_log_prob.astype(np.float64))
+    room = len(given.ids) + int((moved >= 0).sum())
+    ids, masses = np.zeros(room, dtype=np.int64), np.zeros(room)
+    offsets, tail = np.zeros(len(given.offsets), dtype=np.int64), np.zeros(len(given.tail))
+    used = _heal(
+        tokens.offsets,
+        given.offsets,
+        given.ids,
+        given.masses,
+        given.tail,
+        stays,
+        moved,
+        offsets,
+        ids,
+        masses,
+        tail,
+    )
+    return Distributions(offsets, ids[:used], masses[:used], tail, given.sampled)
