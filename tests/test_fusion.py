@@ -601,7 +601,10 @@ def test_counts_say_what_was_met(world: World) -> None:
             carried = sum(sum(row.values()) for row in slow)
             assert count["mass_carried"][block] == pytest.approx(carried, abs=1e-4)
             outcome = source.translation.outcome_of_source
-            entries = [slice(source.distributions.offsets[j], source.distributions.offsets[j + 1]) for j in rows]
+            entries = [
+                slice(source.distributions.offsets[j], source.distributions.offsets[j + 1])
+                for j in rows
+            ]
             with_one = sum(int((outcome[source.distributions.ids[e]] >= 0).sum()) for e in entries)
             assert count["met"][block] == with_one - sum(len(row) for row in slow)
             by_byte = block_nats(source, block, world.lengths[block])

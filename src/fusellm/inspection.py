@@ -88,9 +88,7 @@ def inspect_block(
     if position is not None and not 0 <= position < positions:
         raise _no_position(position, number, positions)
     pairings = pairings_of(recipe, encoders, fingerprints, progress)
-    readings = [
-        pairings[name].reading(target, tokens[name], kept_of(read[name])) for name in names
-    ]
+    readings = [pairings[name].reading(target, tokens[name], kept_of(read[name])) for name in names]
     material = Material(
         len(block.text.encode()),
         target,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fusellm.align.ragged import offsets_of
-from fusellm.align.translation import FirstTokens, as_continuations, same_tokenizer
+from fusellm.align.translation import FirstTokens, as_continuations
 from fusellm.tokens.encode import Encoder
 
 _UNKNOWN = -2
@@ -79,12 +79,3 @@ class Continuations:
         found = self._firsts.first(rest)
         found = self._firsts.beginning(rest) if found is None else found
         return self.NOTHING if found is None else found
-
-
-def continuations_of(source: Encoder, target: Encoder) -> Continuations | None:
-    """Those of a source and the target; None where the two cut every text alike.
-
-    A target that cuts as its source does has the same boundaries, and what the source says at one
-    is what the target has to learn there.
-    """
-    return None if same_tokenizer(source, target) else Continuations(source, target)

@@ -16,15 +16,22 @@ for every source token a. Only such v count whose u can follow a boundary of the
 (`fusellm.align.continuations`). This goes one token back. Longer tokens that begin before w are
 left out.
 
+The target has its own long tokens. After `;` it never reads a line end where it has both as one
+token. So of P' only what leaves the target a boundary is kept, and scaled to 1 (`where_cut`).
+
 The source's distributions are of B blocks, one after another; N positions that predict, K entries.
 """
 
 import numpy as np
 
 from fusellm.align.continuations import Continuations
+from fusellm.align.ragged import offsets_of, take_rows
+from fusellm.align.target_cuts import TargetCuts
 from fusellm.align.tokens import Tokens
 from fusellm.compiled import compiled
 from fusellm.fusion.kept import Distributions, Kept
+
+_NOTHING_LEFT = 1e-9
 
 
 @compiled()
@@ -165,3 +172,36 @@ def heal(tokens: Tokens, kept: Kept, continuations: Continuations) -> Distributi
         tail,
     )
     return Distributions(offsets, ids[:used], masses[:used], tail, given.sampled)
+
+
+def where_cut(
+    given: Distributions, rows: np.ndarray, read: np.ndarray, cuts: TargetCuts
+) -> tuple[Distributions, np.ndarray]:
+    """Distributions under the condition that the target has a boundary at these positions.
+
+    Args:
+        rows: [R] positions of `given`, each once.
+        read: [R] the target's last token at each.
+
+    Returns:
+        (the distributions, [R] bool: whether anything is left of each). Where nothing is, it
+        stays as it was.
+    """
+    entries, row = take_rows(given.offsets, rows)
+    spanned = cuts.spanned(read[row], given.ids[entries])
+    lost = np.bincount(row, weights=given.masses[entries] * spanned, minlength=len(rows))
+    left = lost < 1 - _NOTHING_LEFT
+    spanned &= left[row]
+    if not spanned.any():
+        return given, left
+    scale = np.ones(len(given.tail))
+    scale[rows[left]] = 1 / (1 - lost[left])
+    lengths = np.diff(given.offsets)
+    np.subtract.at(lengths, rows[row[spanned]], 1)
+    stays = np.ones(len(given.ids), dtype=np.bool_)
+    stays[entries[spanned]] = False
+    masses = given.masses[stays] * np.repeat(scale, lengths)
+    healed = Distributions(
+        offsets_of(lengths), given.ids[stays], masses, given.tail * scale, given.sampled
+    )
+    return healed, left

@@ -1,13 +1,36 @@
 """One source beside the target: all that fusion has to know of their two tokenizers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fusellm.align.continuations import Continuations
 from fusellm.align.strategies import Aligner, Tokens
-from fusellm.align.translation import Translation
+from fusellm.align.target_cuts import TargetCuts
+from fusellm.align.translation import Translation, same_tokenizer
 from fusellm.fusion.fuse import Reading
-from fusellm.fusion.healing import heal
+from fusellm.fusion.healing import heal, where_cut
 from fusellm.fusion.kept import Kept
+from fusellm.tokens.encode import Encoder
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What token healing has to know of a source and the target."""
+
+    continuations: Continuations
+    cuts: TargetCuts
+
+
+def healing_of(source: Encoder, target: Encoder) -> Healing | None:
+    """That of a source and the target; None where the two cut every text alike.
+
+    What a source says at a boundary that it has by the target's own rules is what the target has to
+    learn there.
+    """
+    if same_tokenizer(source, target):
+        return None
+    return Healing(Continuations(source, target), TargetCuts(source, target))
 
 
 @dataclass(frozen=True)
@@ -17,12 +40,12 @@ class Pairing:
     Attributes:
         translation: the source's vocabulary map.
         aligner: the token alignment.
-        continuations: for token healing; None for none.
+        healing: None for none.
     """
 
     translation: Translation
     aligner: Aligner
-    continuations: Continuations | None
+    healing: Healing | None
 
     def reading(self, target: Tokens, tokens: Tokens, kept: Kept) -> Reading:
         """The source's reading of some blocks.
@@ -31,10 +54,15 @@ class Pairing:
             target, tokens: the blocks as the target and the source read them.
             kept: the source's distributions at all but each block's last position.
         """
-        given = (
-            kept.distributions()
-            if self.continuations is None
-            else heal(tokens, kept, self.continuations)
-        )
-        aligned = self.aligner(target, tokens)
+        aligned, given = self.aligner(target, tokens), kept.distributions()
+        if self.healing is not None:
+            given = heal(tokens, kept, self.healing.continuations)
+            there = np.nonzero(aligned.source >= 0)[0]
+            read = target.predicting[there]
+            block = np.searchsorted(target.offsets, read, side="right") - 1
+            rows = tokens.position_offsets[block] + aligned.source[there]
+            given, left = where_cut(given, rows, target.ids[read], self.healing.cuts)
+            source = aligned.source.copy()
+            source[there[~left]] = -1
+            aligned = replace(aligned, source=source)
         return Reading(tokens, given, kept.true_log_prob, self.translation, aligned)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusellm.align.continuations import continuations_of
 from fusellm.align.positions import Situation
 from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import STRATEGIES, Tokens
@@ -22,7 +21,7 @@ from fusellm.align.translation import Translation
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
 from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks
-from fusellm.fusion.pairing import Pairing
+from fusellm.fusion.pairing import Pairing, healing_of
 from fusellm.progress import Progress
 from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
 from fusellm.store.externalized import (
@@ -135,8 +134,8 @@ def pairings_of(
     found = {}
     for name, translation in _translations_of(recipe, encoders, fingerprints, progress).items():
         aligner = make(encoders[name], target, translation)
-        healed = continuations_of(encoders[name], target) if settings.heals else None
-        found[name] = Pairing(translation, aligner, healed)
+        healing = healing_of(encoders[name], target) if settings.heals else None
+        found[name] = Pairing(translation, aligner, healing)
     return found
 
 
