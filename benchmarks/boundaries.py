@@ -20,8 +20,9 @@ target's boundaries after punctuation:
 
     text …         share of them that a line end follows
     said …         mass that the source gives a line end, where it has the boundary too
-    answered …     the same, asked of its token before as well (see `add`); `asked …` is the share
-                   of boundaries where it can be, `text where asked …` what the text has there
+    answered …     the same, asked of its token before as well, as token healing does (see `add`);
+                   `asked …` is the share of boundaries where it can be, `text where asked …` what
+                   the text has there
     nats …         of whether a line ends, by what is said (nothing is 0) and by what is answered
 
 `--quick` makes a small run of the zoo; `--json` prints the figures as one object.

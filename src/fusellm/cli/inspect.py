@@ -50,6 +50,7 @@ def as_object(run: str, recipe: "Recipe", found: "Inspection") -> dict[str, Any]
         "recipe": {
             "strategy": fusion.strategy,
             "compatibility": fusion.compatibility,
+            "token_healing": fusion.heals,
             "function": fusion.function,
             "granularity": fusion.granularity,
             "window_bytes": fusion.window_bytes,

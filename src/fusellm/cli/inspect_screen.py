@@ -66,7 +66,7 @@ def _head(run: str, recipe: "Recipe", found: "Inspection") -> Table:
         "run": Text(run),
         "document": Text(visible(block.document)),
         "domain": Text(f"{visible(block.domain)}, {len(block.text.encode()):,} bytes"),
-        "strategy": Text(f"{fusion.strategy}{paper}"),
+        "strategy": Text(f"{fusion.strategy}{paper}{', healed' if fusion.heals else ''}"),
         "function": Text(f"{fusion.function}, sources compared over {over}"),
         "kept": Text(f"{scheme} at each position"),
     }
@@ -308,6 +308,7 @@ class _Panels:
         if weight > 0:
             title.append("wins " if weight > 0.9995 else f"weight {weight:.2f} ", "bold")
         sampled = self._recipe.externalize.scheme == "sampled"
+        heals = self._recipe.fusion.heals
         body: RenderableType
         if not source.tokens.read:
             body = Text("could not read this block", "yellow")
@@ -315,11 +316,13 @@ class _Panels:
             why = "not aligned: no position of it has read exactly this text"
             if at.read_bytes in source.tokens.ends[:-1]:
                 why = "not aligned, though it has read this text"
+                if heals and at.read_bytes > 0:
+                    why = "says only what the target would not cut off here"
             if weight > 0:
                 why = "not aligned: by the authors' rule all mass is on the token just read"
             body = Text(why)
         else:
-            body = Group(self._why(s), kept_list(before, at, sampled, source_style(s)))
+            body = Group(self._why(s), kept_list(before, at, sampled, heals, source_style(s)))
         return Panel(
             body,
             title=title,

@@ -12,13 +12,10 @@ from fusellm.config.corpus import CorpusSettings as CorpusSettings
 from fusellm.config.corpus import Documents as Documents
 from fusellm.config.corpus import FileDocuments as FileDocuments
 from fusellm.config.corpus import HubDocuments as HubDocuments
+from fusellm.config.fusion import READ_BY_TRAIN as READ_BY_TRAIN
+from fusellm.config.fusion import FusionSettings as FusionSettings
 
 RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
-READ_BY_TRAIN = frozenset(
-    {"lambda_", "lambda_schedule", "lambda_end", "divergence", "temperature", "rest"}
-)
-"""Fields of `fusion:` that train reads, and fuse does not."""
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Spread = Literal["auto", "balanced", "balanced_low_0", "sequential"]
@@ -117,57 +114,6 @@ class ExternalizeSettings(SettingsBlock):
     changed_share: Share = 0.5
     """Most blocks that a tokenizer may change (lower case, NFC, unknown characters), as a share of
     all; they are left out for its model. Above it nothing is read."""
-
-
-class FusionSettings(SettingsBlock):
-    """How aligned distributions become one."""
-
-    strategy: Literal["partition", "bytes", "mined", "em"] = "partition"
-    """`partition`: compare over the classes that both tokenizers have; `bytes`: map each source
-    token to the first target token of its bytes; `mined` and `em`: the paper's token alignment,
-    and the target token of nearest or of equal spelling (MinED, EM)."""
-    compatibility: Literal["none", "paper"] = "none"
-    """`paper`: the authors' rules where `mined` and `em` cannot align a position (all mass on the
-    token just read, off by one) and where ids meet (all but the first dropped); for comparison."""
-    token_healing: bool | None = None
-    """Whether a source is asked one token back as well, where its tokens go on past a boundary of
-    the target's: what comes after `;` where `;` and a line end are one token to it. null does so
-    with `partition` and `bytes`; `mined` and `em` have no boundaries to heal at."""
-    function: Literal["mince", "avgce", "avgce_paper", "uniform", "best"] = "mince"
-    """`mince`: the distribution of the source with the least cross-entropy against the text;
-    `avgce`: the average, weights ∝ exp(−beta · cross-entropy); `avgce_paper`: by the authors'
-    formula; `uniform`: the plain average; `best`: an oracle that sees the true next token."""
-    cross_entropy: Literal["bits_per_byte", "nats_per_token"] = "bits_per_byte"
-    """What sources are compared by. Nats per token, the paper's, favours short tokens."""
-    granularity: Literal["block", "window"] = "window"
-    """Over which text sources are compared: the block (the paper), or a window around it."""
-    window_bytes: Annotated[int, Field(gt=0)] = 64
-    """The window's reach to each side, in bytes; the next token is part of it."""
-    beta: Annotated[float, Field(ge=0)] = 5.0
-    """Sharpness of `avgce`: 0 is the plain average, a large one `mince`."""
-    lambda_: Annotated[float, Field(ge=0, le=1, alias="lambda")] = 0.9
-    """Weight of L_CLM in L = λ·L_CLM + (1−λ)·L_Fusion; with a schedule, that of the first step."""
-    lambda_schedule: Literal["constant", "linear", "cosine", "authors"] = "constant"
-    """How λ goes to `lambda_end` over the steps of the training; `authors`: linearly to 1."""
-    lambda_end: Share | None = None
-    """λ after the last step, with `lambda_schedule` linear or cosine."""
-    divergence: Literal["cross_entropy", "kl", "reverse_kl"] = "cross_entropy"
-    """L_Fusion: cross-entropy or KL from the fused distribution to the target's, whose gradients
-    are one, or KL from the target's to the fused."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """By which both distributions of L_Fusion are flattened, and L_Fusion times its square."""
-    rest: Literal["bucket", "renormalize"] = "bucket"
-    """What was not kept: one more outcome (`bucket`), or scaled away (`renormalize`, the paper)."""
-
-    @property
-    def by_boundaries(self) -> bool:
-        """Whether positions are aligned that have read the same bytes."""
-        return self.strategy in ("partition", "bytes")
-
-    @property
-    def heals(self) -> bool:
-        """Whether tokens are healed."""
-        return self.by_boundaries if self.token_healing is None else self.token_healing
 
 
 class LoraSettings(SettingsBlock):

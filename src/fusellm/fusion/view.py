@@ -96,7 +96,7 @@ class Before:
     Attributes:
         place: the source's position.
         next_spelled: the tokens it reads next, until the target's next boundary or past it.
-        kept: by probability; of equals the lower id first.
+        kept: by probability, healed where the recipe says so; of equals the lower id first.
         tail: mass that was not kept.
         becomes: by probability.
         nowhere: mass of kept tokens that become nothing.
