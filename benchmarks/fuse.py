@@ -4,22 +4,24 @@
 
 The stage as a run calls it (read, align, carry, fuse, write) on a made store: the zoo's three
 tokenizers over Python's standard library, two further sources, 10 kept a position with their tails
-(random masses on ids of which the true next one is one). No model is run.
+(random masses on the true next id and on such as follow the same one elsewhere). No model is run.
 
     tokens_per_second_per_core   the target's tokens over the stage's CPU seconds
     memory_growth                peak memory of 4 times the corpus over that of it, above the start
-    share_…                      of the CPU seconds: read, align, carry, compare, write; and check,
-                                 which is a part of read: that values are what they must be
+    share_…                      of the CPU seconds: read, align, heal, carry, compare, write; and
+                                 check, which is a part of read: that values are what they must be
 """
 
 import cProfile
+import itertools
 import json
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
@@ -41,6 +43,7 @@ from fusellm.store.identity import Identity
 from fusellm.store.quantized import ERROR_NATS, STEP_NATS
 from fusellm.store.tables import shard_names, write_table
 from fusellm.store.writer import StageWriter
+from fusellm.tokens.encode import Encoded
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
@@ -54,6 +57,7 @@ _PARTS = {
     ),
     "check": ("store.tables.Shard._check", "store.externalized.require_text"),
     "align": ("align.strategies.boundary_aligner.<locals>.align",),
+    "heal": ("fusion.healing.heal", "fusion.healing.where_cut"),
     "carry": ("fusion.fuse._gather", "fusion.fuse._counts_of"),
     "compare": ("fusion.fuse._compare",),
     "write": ("store.tables.write_table", "stages.fuse._columns"),
@@ -89,8 +93,7 @@ def _made(pipeline: Pipeline, name: str) -> None:
             positions = offsets_of(lengths)
             count = int(positions[-1])
             p = np.sort(chance.dirichlet(np.full(_KEPT + 1, 0.3), count), axis=1)[:, ::-1]
-            ids = chance.integers(3, len(encoder.vocabulary), (count, _KEPT))
-            ids[:, 0] = np.concatenate([block.ids[1:] for block in encoded])
+            ids = _likely(encoded)
             log_p = np.log(p + 1e-6)
             kept = Kept(
                 np.arange(count + 1) * _KEPT,
@@ -102,6 +105,24 @@ def _made(pipeline: Pipeline, name: str) -> None:
             )
             write_table(out, shard, tokens | kept_columns(kept, positions, False), schema)
         out.finish({})
+
+
+def _likely(encoded: Sequence[Encoded]) -> np.ndarray:
+    """[positions, kept] the true next token, then such as follow the same token elsewhere.
+
+    Filled with the commonest of all.
+    """
+    before = np.concatenate([block.ids[:-1] for block in encoded])
+    after = np.concatenate([block.ids[1:] for block in encoded])
+    common = [int(id_) for id_, _ in Counter(after.tolist()).most_common(2 * _KEPT)]
+    following: dict[int, dict[int, None]] = defaultdict(dict)
+    for token, then in zip(before.tolist(), after.tolist(), strict=True):
+        following[token][then] = None
+    rows = []
+    for token, then in zip(before.tolist(), after.tolist(), strict=True):
+        likely = itertools.islice(following[token], 2 * _KEPT)
+        rows.append(list(dict.fromkeys([then, *likely, *common]))[:_KEPT])
+    return np.array(rows)
 
 
 def _about(vocabulary: int) -> About:

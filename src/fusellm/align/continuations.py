@@ -7,8 +7,6 @@ is read, a line end is left. Fusion asks for it with `fusellm.fusion.healing`.
 Vs source vocabulary size.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from fusellm.align.ragged import offsets_of
@@ -39,6 +37,7 @@ class Continuations:
         self._tokens = tokens
         self._target = target
         self._of_target = {token for token in target.vocabulary.token_bytes if token}
+        self._id = {token: id_ for id_, token in enumerate(tokens) if token}
         self._firsts = FirstTokens(source)
         self._next = np.full(len(self.spelled), _UNKNOWN, dtype=np.int64)
 
@@ -56,26 +55,28 @@ class Continuations:
             (slot, self._tokens[id_], slot - int(self.offsets[id_]))
             for slot, id_ in zip(slots.tolist(), ids.tolist(), strict=True)
         ]
-        cuts = self._cuts(token for _, token, _ in asked)
-        self._firsts.look_up(token[n:] for _, token, n in asked)
-        for slot, token, n in asked:
-            self._next[slot] = self._first(token[n:]) if n in cuts[token] else self.NOTHING
+        cuts = self._cuts({token for _, token, _ in asked})
+        rests = {slot: token[n:] for slot, token, n in asked if n in cuts[token]}
+        self._next[slots] = self.NOTHING
+        self._firsts.look_up(rest for rest in rests.values() if rest not in self._id)
+        for slot, rest in rests.items():
+            self._next[slot] = self._first(rest)
 
-    def _cuts(self, tokens: Iterable[bytes]) -> dict[bytes, set[int]]:
+    def _cuts(self, tokens: set[bytes]) -> dict[bytes, set[int]]:
         """Where the target has boundaries within each token.
 
-        Bytes that are no whole characters cannot be given to a tokenizer. The target has them as
-        one token, or is taken to cut between any two.
+        It has none in its own tokens. Of other bytes that are no whole characters a tokenizer
+        cannot be asked: it is taken to cut between any two.
         """
-        found = {}
-        for token, encoded in as_continuations(self._target, set(tokens)).items():
-            if encoded is not None and encoded.ends is not None:
-                found[token] = set(encoded.ends.tolist())
-            else:
-                found[token] = set() if token in self._of_target else set(range(len(token)))
+        found: dict[bytes, set[int]] = {token: set() for token in tokens & self._of_target}
+        for token, encoded in as_continuations(self._target, tokens - self._of_target).items():
+            ends = None if encoded is None else encoded.ends
+            found[token] = set(range(len(token)) if ends is None else ends.tolist())
         return found
 
     def _first(self, rest: bytes) -> int:
-        found = self._firsts.first(rest)
+        """Id of the token of these bytes, else of the first of their tokens."""
+        found = self._id.get(rest)
+        found = self._firsts.first(rest) if found is None else found
         found = self._firsts.beginning(rest) if found is None else found
         return self.NOTHING if found is None else found

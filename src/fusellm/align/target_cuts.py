@@ -20,15 +20,15 @@ _BYTES = 256
 class TargetCuts:
     """Answers for pairs of a target token and the source token after it.
 
-    Only where the target has a token that begins with both, as far as the first byte of the second,
-    is its tokenizer asked; what it said is kept.
+    The two together may be a token of the target's: it does not cut there. It may have no token
+    that takes in any of the second: it does. Else its tokenizer is asked. Answers are kept.
     """
 
     def __init__(self, source: Encoder, target: Encoder) -> None:
         self._source = [token or b"" for token in source.vocabulary.token_bytes]
         self._target_tokens = [token or b"" for token in target.vocabulary.token_bytes]
         self._first_byte = np.array([token[0] if token else 0 for token in self._source])
-        self._target = target
+        self._target, self._spelled = target, frozenset(self._target_tokens)
         self._known: dict[int, bool] = {}
         ids: dict[bytes, list[int]] = {}
         for id_, token in enumerate(self._target_tokens):
@@ -64,12 +64,15 @@ class TargetCuts:
         return np.asarray(found)
 
     def _ask(self, keys: Iterable[int]) -> None:
-        pieces = {}
+        open_: dict[int, tuple[bytes, bytes]] = {}
         for key in keys:
             read, following = divmod(key, len(self._source))
-            pieces[key] = self._target_tokens[read], self._source[following]
-        tokens = as_continuations(self._target, {a + b for a, b in pieces.values() if b})
-        for key, (a, b) in pieces.items():
-            encoded = tokens.get(a + b)
+            a, b = self._target_tokens[read], self._source[following]
+            self._known[key] = a + b in self._spelled
+            if not self._known[key] and any(a + b[:n] in self._spelled for n in range(1, len(b))):
+                open_[key] = a, b
+        tokens = as_continuations(self._target, {a + b for a, b in open_.values()})
+        for key, (a, b) in open_.items():
+            encoded = tokens[a + b]
             ends = None if encoded is None else encoded.ends
             self._known[key] = ends is not None and len(a) not in ends
