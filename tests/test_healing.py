@@ -19,8 +19,9 @@ from fusellm.align.ragged import offsets_of
 from fusellm.align.strategies import STRATEGIES, Tokens
 from fusellm.fusion.functions import mince
 from fusellm.fusion.fuse import Rules, fuse_blocks
-from fusellm.fusion.kept import Kept
-from fusellm.fusion.pairing import Pairing, healing_of
+from fusellm.fusion.healing import heal
+from fusellm.fusion.kept import Distributions, Kept
+from fusellm.fusion.pairing import Healing, Pairing, healing_of
 from fusellm.tokens.encode import Encoder
 
 LETTERS = ("a", "b", ";", "\n")
@@ -210,3 +211,138 @@ def test_draws_teach_the_right_thing_on_average() -> None:
 def test_a_source_that_cuts_as_the_target_does_stays_as_it_is(family: str) -> None:
     encoder = worlds.encoder_of(family)
     assert healing_of(encoder, encoder) is None
+
+
+# On real readings, against the formula written out
+
+
+def slowly_healed(tokens: Tokens, kept: Kept, healing: Healing) -> list[dict[int, float]]:
+    """Each position's distribution one token back, entry by entry; -1 is the tail."""
+    spelled, masses = healing.continuations, kept.masses()
+
+    def bytes_of(id_: int) -> bytes:
+        return spelled.spelled[spelled.offsets[id_] : spelled.offsets[id_ + 1]].tobytes()
+
+    rows = [
+        {int(kept.ids[e]): float(masses[e]) for e in range(*kept.offsets[n : n + 2])}
+        for n in range(len(kept.tail))
+    ]
+    healed, position = [], 0
+    for b in range(len(tokens.offsets) - 1):
+        ids = tokens.ids[tokens.offsets[b] : tokens.offsets[b + 1]].tolist()
+        for n, last in enumerate(ids[:-1]):
+            now = rows[position] | {-1: float(kept.tail[position])}
+            before = rows[position - 1] if n else {}
+            w, moved = bytes_of(last), defaultdict(float)
+            for id_, mass in before.items():
+                v = bytes_of(id_)
+                if w and v.startswith(w) and v != w:
+                    slot = int(spelled.offsets[id_]) + len(w)
+                    (rest,) = spelled[np.array([slot])].tolist()
+                    if rest >= 0:
+                        assert v[len(w) :].startswith(bytes_of(rest)) or not bytes_of(rest)
+                        moved[rest] += mass
+            stays = before.get(last, 0.0)
+            if not kept.sampled and n:
+                stays = float(np.exp(np.float64(kept.true_log_prob[position - 1])))
+            whole = stays + sum(moved.values())
+            share = stays / whole if moved else 1.0
+            row = {id_: mass * share for id_, mass in now.items()}
+            for id_, mass in moved.items():
+                row[id_] = row.get(id_, 0.0) + mass / whole
+            healed.append({id_: mass for id_, mass in row.items() if mass > 0})
+            position += 1
+    return healed
+
+
+@pytest.mark.parametrize("scheme", ["top", "sampled"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("byte-unigram", "byte-bpe"),
+        ("gemma-like", "byte-bpe"),
+        ("always-prefixed", "byte-bpe"),
+        ("byte-bpe", "sentencepiece"),
+        ("byte-unigram", "sentencepiece"),
+    ],
+)
+def test_real_readings_are_healed_as_the_formula_says(
+    source: str, target: str, scheme: str
+) -> None:
+    theirs, mine = worlds.encoder_of(source), worlds.encoder_of(target)
+    healing = healing_of(theirs, mine)
+    assert healing is not None
+    texts = [worlds.sample_text(seed, 40) for seed in range(4)] + list(worlds.LINES)
+    tokens, of_target = tokens_of(theirs, texts), tokens_of(mine, texts)
+    kept = likely(tokens, theirs, scheme)
+    slow = slowly_healed(tokens, kept, healing)
+    healed = heal(tokens, kept, healing.continuations)
+    assert sum(row != slowly for row, slowly in zip(rows_of(kept), slow, strict=True)) > 3
+    for row, slowly in zip(rows_of(healed), slow, strict=True):
+        assert row == pytest.approx(slowly)
+    translation = STRATEGIES["partition"].translate(theirs, mine, None)
+    aligner = STRATEGIES["partition"].aligner(theirs, mine, translation)
+    reading = Pairing(translation, aligner, healing).reading(of_target, tokens, kept)
+    block = np.repeat(np.arange(len(texts)), np.diff(of_target.position_offsets))
+    after = rows_of(reading.distributions)
+    left_out = 0
+    for n, place in enumerate(aligner(of_target, tokens).source.tolist()):
+        if place < 0:
+            continue
+        row = int(tokens.position_offsets[block[n]]) + place
+        read = np.repeat(of_target.ids[of_target.predicting[n]], len(slow[row]))
+        spanned = healing.cuts.spanned(read, np.maximum(list(slow[row]), 0))
+        spanned &= np.array(list(slow[row])) >= 0
+        stays = {id_: m for (id_, m), no in zip(slow[row].items(), spanned, strict=True) if not no}
+        if sum(stays.values()) > 1e-6:
+            whole = sum(stays.values())
+            assert after[row] == pytest.approx({id_: m / whole for id_, m in stays.items()})
+            left_out += int(spanned.any())
+        else:
+            assert reading.aligned.source[n] == -1
+    assert left_out > 0
+    assert [sum(row.values()) for row in after] == pytest.approx([1.0] * len(after))
+
+
+def rows_of(given: Distributions | Kept) -> list[dict[int, float]]:
+    """Each position's distribution; -1 is the tail."""
+    given = given.distributions() if isinstance(given, Kept) else given
+    found = []
+    for n in range(len(given.tail)):
+        entries = range(*given.offsets[n : n + 2])
+        row = {int(given.ids[e]): float(given.masses[e]) for e in entries}
+        assert len(row) == len(entries)
+        found.append({id_: m for id_, m in (row | {-1: float(given.tail[n])}).items() if m > 0})
+    return found
+
+
+def likely(tokens: Tokens, encoder: Encoder, scheme: str) -> Kept:
+    """Random distributions over the true next token, longer ones that begin with it, and others."""
+    chance = np.random.default_rng(0)
+    spelled = [token or b"" for token in encoder.vocabulary.token_bytes]
+    rows, true = [], []
+    for b in range(len(tokens.offsets) - 1):
+        for id_ in tokens.ids[tokens.offsets[b] + 1 : tokens.offsets[b + 1]].tolist():
+            longer = [
+                n for n, v in enumerate(spelled) if spelled[id_] and v.startswith(spelled[id_])
+            ]
+            others = chance.integers(0, len(spelled), 6).tolist()
+            ids = list(dict.fromkeys([id_, *chance.permutation(longer)[:4].tolist(), *others]))
+            if chance.random() < 0.2:
+                ids = ids[1:]
+            rows.append(dict.fromkeys(ids, 0.0))
+            shares = chance.dirichlet(np.ones(len(ids) + 1))
+            rows[-1].update(zip(ids, shares.tolist(), strict=False))
+            true.append(np.log(rows[-1].get(id_, 0.01)))
+    if scheme == "sampled":
+        rows = [{id_: int(1 + 30 * mass) for id_, mass in row.items()} for row in rows]
+    values = np.array([value for row in rows for value in row.values()])
+    tail = np.array([1 - sum(row.values()) if scheme == "top" else 0.0 for row in rows])
+    return Kept(
+        offsets_of(np.array([len(row) for row in rows])),
+        np.array([id_ for row in rows for id_ in row]),
+        np.log(values).astype(np.float32) if scheme == "top" else NOTHING,
+        NOTHING.astype(np.uint8) if scheme == "top" else values.astype(np.uint8),
+        tail.astype(np.float32),
+        np.array(true, dtype=np.float32),
+    )

@@ -301,6 +301,11 @@ WITHOUT_MEANING = [
         TOP,
         "fusion.strategy: bytes (or mined, em); set that",
     ),
+    (
+        {"token_healing": True, "strategy": "em"},
+        {},
+        "fusion.token_healing: true belongs to strategy partition or bytes, not to em",
+    ),
     ({"lambda_schedule": "linear"}, {}, "fusion.lambda_schedule: linear needs fusion.lambda_end"),
     ({"lambda_schedule": "cosine"}, {}, "fusion.lambda_schedule: cosine needs fusion.lambda_end"),
     ({"lambda_end": 0.5}, {}, "fusion.lambda_end: 0.5 has no meaning with lambda_schedule: con"),

@@ -434,6 +434,22 @@ def test_other_settings_run_to_the_end(world: Path, tmp_path: Path, changes: Seq
     assert results(tmp_path / "run")
 
 
+def test_tokens_are_healed_unless_a_recipe_says_not_to(world: Path, tmp_path: Path) -> None:
+    run, stages = tmp_path / "run", ["corpus", "externalize", "fuse"]
+    shard = run / "fuse" / "train-00000.arrow"
+    pipeline(world, run).execute(stages)
+    healed = shard.read_bytes()
+    as_read = ("fusion.token_healing=false",)
+    with pytest.raises(IdentityError, match="token_healing was true and is now false"):
+        pipeline(world, run, *as_read).execute(stages)
+    pipeline(world, run, *as_read).execute(stages, redo=True)
+    assert shard.read_bytes() != healed
+    for change in ("true", "null"):
+        again = pipeline(world, run, f"fusion.token_healing={change}")
+        again.execute(stages, redo=True)
+        assert shard.read_bytes() == healed
+
+
 def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path: Path) -> None:
     """A source equal to the target gives no gradient, to the store's quantization."""
     alone = f'sources=[{{"name": "first", "model": "{world / "llama"}"}}]'

@@ -51,6 +51,7 @@ def identity(recipe: Recipe, externalized: dict[str, str]) -> Identity:
         externalized: fingerprints of the folders under externalize/, the target's too.
     """
     fusion = recipe.fusion.model_dump(exclude=set(READ_BY_TRAIN))
+    fusion["token_healing"] = recipe.fusion.heals
     order = [source.name for source in recipe.sources]
     return Identity("fuse", {"fusion": fusion, "sources": order}, externalized)
 
