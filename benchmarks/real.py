@@ -4,9 +4,10 @@
 
     suspects   one thing changed at a time, on little text: validation part
     search     rates of CLM and of fused, searched alike: validation part
-    result     CLM and fused by seed, with and without the target as a source: text of the installed
-               packages that was held out, and text of `--recent DIR` (benchmarks/recent_text.py),
-               with intervals over documents, paired
+    result     CLM and fused by seed, with and without token healing and the target as a source:
+               text of the installed packages that was held out, and text of `--recent DIR`
+               (benchmarks/recent_text.py), with intervals over documents, paired; `--arm NAME`
+               trains and measures these alone
     stages     the recipe itself: seconds, tokens a second and peak memory of each stage and model
 
 All but `stages` read the distributions once (DIR/base) and train many times; what is finished is
@@ -226,8 +227,12 @@ def nats_of(settings: ModelSettings, held: Held, block_bytes: int, cache: Path) 
         return [arrays[name] for name in arrays.files]
 
 
-def compare(held: Held, nats: Mapping[str, Sequence[np.ndarray]], clm: str) -> list[Record]:
-    """Bits per byte of all models over bytes that all scored, and differences from `clm`."""
+def compare(
+    held: Held,
+    nats: Mapping[str, Sequence[np.ndarray]],
+    pairs: Sequence[tuple[str, str]],
+) -> list[Record]:
+    """Bits per byte of all models over bytes that all scored, and differences of pairs."""
     sums = {name: np.zeros(len(held.documents)) for name in nats}
     scored_bytes = np.zeros(len(held.documents), dtype=np.int64)
     for n in range(len(held.documents)):
@@ -236,24 +241,28 @@ def compare(held: Held, nats: Mapping[str, Sequence[np.ndarray]], clm: str) -> l
         for name, rows in nats.items():
             sums[name][n] = rows[n][scored].sum()
     scores = Scores([domain for domain, _, _ in held.documents], scored_bytes, sums)
-    return records(scores, 10_000, 0, [(name, clm) for name in nats if name != clm])
+    return records(scores, 10_000, 0, pairs)
 
 
 def result(study: Study, arms: Mapping[str, Arm], recent: Path | None) -> dict[str, float]:
-    """Held-out bits per byte of sources, target and arms, and each arm's difference from CLM."""
+    """Held-out bits per byte of sources, target and arms, and each arm's difference from CLM.
+
+    An arm is compared with the CLM of its own seed.
+    """
     recipe = study.recipe()
     models = {s.name: ModelSettings(**s.model_dump(exclude={"name"})) for s in recipe.sources}
     for name, arm in arms.items():
         folder = study.train(name, arm) / "train" / arm.which
         models[name] = recipe.target.model_copy(update={"model": str(folder), "revision": None})
     figures = dict(study.figures)
-    baseline = next(name for name, arm in arms.items() if arm.which == CLM)
+    clm_of = {arm.seed: name for name, arm in arms.items() if arm.which == CLM}
+    pairs = [(n, clm_of[a.seed]) for n, a in arms.items() if a.which != CLM and a.seed in clm_of]
     for held in held_out(study, recent):
         nats = {
             name: nats_of(settings, held, recipe.corpus.block_bytes, study.out / "held-out")
             for name, settings in models.items()
         }
-        found = compare(held, nats, baseline)
+        found = compare(held, nats, pairs)
         text = json.dumps([record.as_dict() for record in found], indent=1)
         (study.out / f"{held.name}.json").write_text(text + "\n", encoding="utf-8")
         (study.out / f"{held.name}.md").write_text(table(found), encoding="utf-8")
@@ -283,11 +292,20 @@ def table(found: Sequence[Record]) -> str:
 
 
 def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seeds: int) -> Any:
-    """CLM, fused, and fused with the target as a source, by seed; CLM of seed 0 comes first."""
-    kinds = (CLM, CLM, ()), (FUSED, FUSED, ()), (f"{FUSED}-{SELF}", FUSED, (*names, SELF))
+    """CLM, fused, without token healing, and with the target as a source, by seed.
+
+    CLM of seed 0 comes first.
+    """
+    as_read = "fusion.token_healing=false"
+    kinds = (
+        (CLM, CLM, (), ()),
+        (FUSED, FUSED, (), ()),
+        (f"{FUSED}-as-read", FUSED, (as_read,), ()),
+        (f"{FUSED}-{SELF}", FUSED, (), (*names, SELF)),
+    )
     return {
-        f"{name}-seed{seed}": Arm(which, changes[which], sources, seed)
-        for name, which, sources in kinds
+        f"{name}-seed{seed}": Arm(which, [*changes[which], *more], sources, seed)
+        for name, which, more, sources in kinds
         for seed in range(seeds)
     }
 
@@ -342,6 +360,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=_RATES, help="of the search")
     parser.add_argument("--recent", type=Path, help="folder of recent_text.py")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--arm", action="append", default=[], help="of the result: NAME-seedN")
     for which in (CLM, FUSED):
         parser.add_argument(f"--{which}", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -378,7 +397,14 @@ def studied(study: Study, given: argparse.Namespace) -> dict[str, float]:
         return search(study, given.rates[:1] if given.quick else given.rates)
     changes = {CLM: given.clm, FUSED: given.fused}
     seeds = 1 if given.quick else given.seeds
-    return result(study, result_arms(changes, study.all, seeds), given.recent)
+    arms = result_arms(changes, study.all, seeds)
+    unknown = sorted(set(given.arm) - arms.keys())
+    if unknown:
+        sys.exit(f"--arm {unknown[0]}: there are {', '.join(arms)}")
+    chosen = {name: arm for name, arm in arms.items() if not given.arm or name in given.arm}
+    if not any(arm.which == CLM for arm in chosen.values()):
+        sys.exit("--arm: one has to be a clm arm, which the others are compared with")
+    return result(study, chosen, given.recent)
 
 
 if __name__ == "__main__":
