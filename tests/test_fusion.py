@@ -441,7 +441,7 @@ def test_avgce_by_hand() -> None:
 
 
 def test_the_authors_average_is_nearly_a_plain_mean() -> None:
-    """1.8, 2.4 and 3.0 nats per token (DESIGN, section 5)."""
+    """1.8, 2.4 and 3.0 nats per token."""
     weights = avgce_paper(compared_of([[0.9], [1.2], [1.5]]))
     assert weights[:, 0].round(3).tolist() == [0.355, 0.329, 0.316]
 

@@ -194,7 +194,7 @@ def test_json_is_what_the_stores_say(
 
 
 def _situation(mine: list[int], predicting: list[int], ends: list[int]) -> str:
-    """By the words of DESIGN, section 4."""
+    """By the words of docs/method.md."""
     if mine[0] not in predicting:
         return "unaligned"
     if mine[0] == mine[1]:

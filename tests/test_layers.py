@@ -1,4 +1,4 @@
-"""The shape of the code (DESIGN, section 8), and the recipes that it ships and refuses."""
+"""The shape of the code, and the recipes that it ships and refuses."""
 
 import ast
 from collections.abc import Iterator

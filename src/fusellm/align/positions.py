@@ -79,7 +79,7 @@ def align_shard(
     """Align the positions that predict, of all blocks of a shard, in one linear pass.
 
     Of several positions of a block that share a boundary only the last one that predicts is
-    aligned. The situation says how the source cuts the target's next piece (DESIGN).
+    aligned. The situation says how the source cuts the target's next piece (docs/method.md).
 
     Args:
         target_ends: flat boundaries of all blocks, non-decreasing within each, prefix and

@@ -59,7 +59,7 @@ class Strategy:
 
 
 def boundary_aligner(source: Encoder, target: Encoder, translation: Translation) -> Aligner:
-    """Positions that have read the same bytes (DESIGN: token alignment)."""
+    """Positions that have read the same bytes (docs/method.md)."""
     marks = source.vocabulary.space_mark or target.vocabulary.space_mark
     from_start = same_tokenizer(source, target) or not marks
 

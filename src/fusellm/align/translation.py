@@ -146,7 +146,7 @@ def identity_translation(source: Encoder, target: Encoder) -> Translation:
 
 
 def first_translation(source: Encoder, target: Encoder) -> Translation:
-    """The map `first` (DESIGN: vocabulary maps).
+    """The map `first` (docs/method.md, Translation).
 
     EOS becomes EOS; no other special token receives mass.
     """
@@ -165,7 +165,7 @@ def first_translation(source: Encoder, target: Encoder) -> Translation:
 
 
 def class_translation(source: Encoder, target: Encoder) -> Translation:
-    """The common partition of two vocabularies (DESIGN: the common partition).
+    """The common partition of two vocabularies (docs/method.md).
 
     From a token's bytes go to the first token that the other tokenizer spells them with, from
     there to the first token of the first tokenizer, and so on. The bytes only get shorter, so it

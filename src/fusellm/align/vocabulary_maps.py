@@ -1,4 +1,4 @@
-"""Maps from token to token: `exact`, `string`, `mined` (DESIGN: vocabulary maps).
+"""Maps from token to token: `exact`, `string`, `mined` (docs/method.md, Translation).
 
     exact     the target token of the same bytes
     string    the target token of the same spelling (the paper's EM)

@@ -66,7 +66,7 @@ def _forward(
     num_items_in_batch: Untouched[torch.Tensor | int | None] | None = None,
     **_: Any,
 ) -> dict[str, torch.Tensor]:
-    """The loss of DESIGN section 6 over a batch.
+    """The objective (docs/method.md) over a batch.
 
     Args:
         labels: [B, T] `input_ids`, IGNORED where a token is not to be predicted.

@@ -118,7 +118,7 @@ def objective(
     divergence: Divergence = CROSS_ENTROPY,
     count: torch.Tensor | float = 1.0,
 ) -> Losses:
-    """L = λ·L_CLM + (1−λ)·L_Fusion over positions (FuseLLM, eq. 4; DESIGN section 6).
+    """L = λ·L_CLM + (1−λ)·L_Fusion over positions (FuseLLM, eq. 4; docs/method.md).
 
     Args:
         hidden: [N, d] last hidden states of the positions that predict.

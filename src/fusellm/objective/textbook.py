@@ -16,7 +16,7 @@ def objective_textbook(
     clm_weight: float,
     divergence: Divergence = CROSS_ENTROPY,
 ) -> torch.Tensor:
-    """Sum over positions of L = λ·L_CLM + (1−λ)·L_Fusion (FuseLLM, eq. 4; DESIGN section 6).
+    """Sum over positions of L = λ·L_CLM + (1−λ)·L_Fusion (FuseLLM, eq. 4; docs/method.md).
 
     Where a position has no fused distribution its loss is L_CLM alone.
 

@@ -1,4 +1,4 @@
-"""Boundaries by a walk: which byte of the text each token ends at (DESIGN: token alignment).
+"""Boundaries by a walk: which byte of the text each token ends at (docs/method.md).
 
 T tokens of one block.
 """
