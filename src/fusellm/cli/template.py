@@ -54,6 +54,7 @@ externalize:
 # How aligned distributions become one.
 fusion:
   strategy: partition         # or bytes; or mined, em: the paper's
+  # token_healing: false      # take sources as they cut the text (docs/method.md)
   function: mince             # or avgce with beta, avgce_paper, uniform
   granularity: window         # or block, as in the paper
   lambda: 0.5                 # weight of the plain language-model loss
