@@ -428,7 +428,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for pattern, what in {
         "pipe.*": "pipe.txt is no ordinary file",
-        "lost.txt": "no file fits",
+        "lost.txt": "lost.txt cannot be read",
         "lost*": "lost.txt cannot be read",
         "environ.txt": "environ.txt is no ordinary file",
         "/proc/self/status": "/proc/self/status is no ordinary file",

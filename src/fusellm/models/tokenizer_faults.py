@@ -35,12 +35,8 @@ def why_not_loaded(name: str, place: str, revision: str | None, error: Exception
     untrusted = not_trusted(error, f"the tokenizer of {name}")
     if untrusted is not None:
         return untrusted
-    layout = _file(place, revision, _LAYOUT)
-    if layout is not None and (fault := _fault_of_layout(name, layout)) is not None:
-        return fault
-    tables = (_file(place, revision, table) for table in _TABLES)
-    table = next((path for path in tables if path is not None), None)
-    if layout is None and table is not None and (fault := _fault_of_table(name, table)) is not None:
+    fault = fault_of_files(name, place, revision)
+    if fault is not None:
         return fault
     reason = " ".join(str(error).split())[:_REASON_CHARACTERS]
     if not Path(place).is_dir():
@@ -50,6 +46,20 @@ def why_not_loaded(name: str, place: str, revision: str | None, error: Exception
         f"{name} holds no tokenizer that can be loaded (it holds: {held}); give a folder with a "
         f"{_LAYOUT}, for a model as `tokenizer:`: {reason}"
     )
+
+
+def fault_of_files(name: str, place: str, revision: str | None) -> str | None:
+    """What is wrong with a tokenizer's files, or missing to read them; None for nothing.
+
+    Args:
+        name, place, revision: as `why_not_loaded` takes them.
+    """
+    layout = _file(place, revision, _LAYOUT)
+    if layout is not None:
+        return _fault_of_layout(name, layout)
+    tables = (_file(place, revision, table) for table in _TABLES)
+    table = next((path for path in tables if path is not None), None)
+    return None if table is None else _fault_of_table(name, table)
 
 
 def _file(place: str, revision: str | None, name: str) -> Path | None:

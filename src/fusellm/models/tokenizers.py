@@ -10,7 +10,7 @@ from fusellm.errors import ModelError
 from fusellm.models.gguf import SUFFIX, read_header, require_gguf
 from fusellm.models.gguf_tokenizer import tokenizer_of
 from fusellm.models.places import looks_local, zoo_folder
-from fusellm.models.tokenizer_faults import why_not_loaded
+from fusellm.models.tokenizer_faults import fault_of_files, why_not_loaded
 from fusellm.store.files import from_json
 
 # Settings by which transformers builds a template of its own as it loads a tokenizer.
@@ -51,8 +51,9 @@ def read_tokenizer(
         raise ModelError(why_not_loaded(name, place, revision, error)) from error
     if set(loaded.get_vocab().values()) <= loaded.added_tokens_decoder.keys():
         raise ModelError(
-            f"{name} has no tokenizer: transformers makes one without any tokens of text for it. "
-            "Fetch its tokenizer.json, or name another model's as `tokenizer:`"
+            fault_of_files(name, place, revision)  # transformers 5.17 makes an empty one then too
+            or f"{name} has no tokenizer: transformers makes one without any tokens of text for "
+            "it. Fetch its tokenizer.json, or name another model's as `tokenizer:`"
         )
     return loaded
 

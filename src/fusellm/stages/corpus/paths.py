@@ -67,7 +67,7 @@ def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     if first == "**":
         rest = rest or ["*"]
         steps = _folders(folder) if folder.is_dir() else iter(())
-    elif (folder / first).exists():  # as it is written, [brackets] and all
+    elif os.path.lexists(folder / first):  # as it is written, [brackets] and all
         steps = iter([folder / first])
     else:
         steps = folder.glob(first)
