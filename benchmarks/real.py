@@ -70,6 +70,7 @@ class Arm:
         which: `clm` or `fused`.
         changes: of the recipe.
         sources: names of those that it is fused from; all if empty.
+        seed: of the training.
     """
 
     which: str
@@ -255,8 +256,7 @@ def result(study: Study, arms: Mapping[str, Arm], recent: Path | None) -> dict[s
         folder = study.train(name, arm) / "train" / arm.which
         models[name] = recipe.target.model_copy(update={"model": str(folder), "revision": None})
     figures = dict(study.figures)
-    clm_of = {arm.seed: name for name, arm in arms.items() if arm.which == CLM}
-    pairs = [(n, clm_of[a.seed]) for n, a in arms.items() if a.which != CLM and a.seed in clm_of]
+    pairs = [(n, f"{CLM}-seed{arm.seed}") for n, arm in arms.items() if arm.which != CLM]
     for held in held_out(study, recent):
         nats = {
             name: nats_of(settings, held, recipe.corpus.block_bytes, study.out / "held-out")
@@ -402,8 +402,9 @@ def studied(study: Study, given: argparse.Namespace) -> dict[str, float]:
     if unknown:
         sys.exit(f"--arm {unknown[0]}: there are {', '.join(arms)}")
     chosen = {name: arm for name, arm in arms.items() if not given.arm or name in given.arm}
-    if not any(arm.which == CLM for arm in chosen.values()):
-        sys.exit("--arm: one has to be a clm arm, which the others are compared with")
+    for name, arm in chosen.items():
+        if f"{CLM}-seed{arm.seed}" not in chosen:
+            sys.exit(f"--arm {name} is compared with {CLM}-seed{arm.seed}; name that too")
     return result(study, chosen, given.recent)
 
 

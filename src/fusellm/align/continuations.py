@@ -1,15 +1,16 @@
 """What is left of a source's token when its first bytes have been read already.
 
-A source that has `;` and a line end as one token says nothing of line ends once it has read `;`
-alone: it said so one token before, when it gave mass to the longer token. Of that token, once `;`
-is read, a line end is left. Fusion asks for it with `fusellm.fusion.healing`.
+A source that has `;` and a line end as one token gives line ends no mass once it has read `;`
+alone: their mass is in the longer token, one position earlier. Taking `;` away from that token
+leaves the line end. `fusellm.fusion.healing` moves the mass there.
 
-Vs source vocabulary size.
+Vs is the source's vocabulary size.
 """
 
 import numpy as np
 
 from fusellm.align.ragged import offsets_of
+from fusellm.align.target_cuts import goes_on_after_space
 from fusellm.align.translation import FirstTokens, as_continuations
 from fusellm.tokens.encode import Encoder
 
@@ -17,7 +18,7 @@ _UNKNOWN = -2
 
 
 class Continuations:
-    """The source token that the rest of a source token begins with, of one source and the target.
+    """For each source token and each number of its bytes, the token that the rest begins with.
 
     A token v of which the first n bytes are read has the slot `offsets[v] + n`. Slots are filled
     as they are asked for: few of all are met in a text.
@@ -37,7 +38,6 @@ class Continuations:
         self._tokens = tokens
         self._target = target
         self._of_target = {token for token in target.vocabulary.token_bytes if token}
-        self._id = {token: id_ for id_, token in enumerate(tokens) if token}
         self._firsts = FirstTokens(source)
         self._next = np.full(len(self.spelled), _UNKNOWN, dtype=np.int64)
 
@@ -55,28 +55,38 @@ class Continuations:
             (slot, self._tokens[id_], slot - int(self.offsets[id_]))
             for slot, id_ in zip(slots.tolist(), ids.tolist(), strict=True)
         ]
-        cuts = self._cuts({token for _, token, _ in asked})
-        rests = {slot: token[n:] for slot, token, n in asked if n in cuts[token]}
+        pieces = self._target_pieces({token for _, token, _ in asked})
+        rests = {slot: pieces[token][n] for slot, token, n in asked if n in pieces[token]}
         self._next[slots] = self.NOTHING
-        self._firsts.look_up(rest for rest in rests.values() if rest not in self._id)
+        self._firsts.look_up(rest for rest in rests.values() if rest not in self._firsts.by_bytes)
         for slot, rest in rests.items():
             self._next[slot] = self._first(rest)
 
-    def _cuts(self, tokens: set[bytes]) -> dict[bytes, set[int]]:
-        """Where the target has boundaries within each token.
+    def _target_pieces(self, tokens: set[bytes]) -> dict[bytes, dict[int, bytes]]:
+        """By token: where the target may cut it, and the piece that it reads next there.
 
-        It has none in its own tokens. Of other bytes that are no whole characters a tokenizer
-        cannot be asked: it is taken to cut between any two.
+        A token that ends in white space is asked for as the end of a text and before a letter.
+        Where the target's tokenizer cannot be asked (bytes that are no whole characters), it has
+        the token itself, or is taken to cut between any two bytes.
         """
-        found: dict[bytes, set[int]] = {token: set() for token in tokens & self._of_target}
-        for token, encoded in as_continuations(self._target, tokens - self._of_target).items():
-            ends = None if encoded is None else encoded.ends
-            found[token] = set(range(len(token)) if ends is None else ends.tolist())
+        at_end = as_continuations(self._target, tokens)
+        before_a_letter = goes_on_after_space(self._target, tokens)
+        found: dict[bytes, dict[int, bytes]] = {}
+        for token in tokens:
+            found[token] = {}
+            for encoded in (at_end[token], before_a_letter.get(token)):  # the last one counts
+                if encoded is not None and encoded.ends is not None:
+                    inside = [end for end in encoded.ends.tolist() if end < len(token)]
+                    stops = [*inside[1:], len(token)][: len(inside)]
+                    pieces = zip(inside, stops, strict=True)
+                    found[token] |= {start: token[start:stop] for start, stop in pieces}
+            if at_end[token] is None and token not in self._of_target:
+                found[token] = {n: token[n:] for n in range(1, len(token))}
         return found
 
     def _first(self, rest: bytes) -> int:
         """Id of the token of these bytes, else of the first of their tokens."""
-        found = self._id.get(rest)
+        found = self._firsts.by_bytes.get(rest)
         found = self._firsts.first(rest) if found is None else found
         found = self._firsts.beginning(rest) if found is None else found
         return self.NOTHING if found is None else found

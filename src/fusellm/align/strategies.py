@@ -29,7 +29,8 @@ class Aligned:
 
     Attributes:
         source: [N] its place within the block, -1 for none.
-        situations: [N] int8 of `Situation`, by boundaries, whatever the alignment.
+        situations: [N] int8 of `Situation`, by boundaries, whatever the alignment; unaligned too
+            where token healing has left nothing of a distribution.
         first: [N] bool, positions left unaligned because only one of two tokenizers writes a
             dummy space before the block.
     """

@@ -4,7 +4,7 @@ The target has a boundary after `a` only where it has no longer token for what f
 has `ab` as a token never reads `b` after `a`. A source that has the two apart says there how often
 `b` comes next, which is nothing for the target to learn at that place.
 
-Vs, Vt source and target vocabulary sizes; N pairs.
+N pairs of a target token and a source token.
 """
 
 from collections.abc import Iterable
@@ -12,41 +12,46 @@ from collections.abc import Iterable
 import numpy as np
 
 from fusellm.align.translation import as_continuations
-from fusellm.tokens.encode import Encoder
+from fusellm.tokens.encode import Encoded, Encoder
 
 _BYTES = 256
+_MOST_KEPT = 4_000_000
+LETTER = b"a"
+"""What follows a piece that ends in white space. Many tokenizers join a run of white space at the
+end of a text, and leave its last character to the word that comes after it."""
 
 
 class TargetCuts:
     """Answers for pairs of a target token and the source token after it.
 
-    The two together may be a token of the target's: it does not cut there. It may have no token
-    that takes in any of the second: it does. Else its tokenizer is asked. Answers are kept.
+    Most pairs are told by the vocabulary: the target has no token that begins with the first and
+    takes in some of the second. For the others its tokenizer is asked. Answers are kept.
     """
 
     def __init__(self, source: Encoder, target: Encoder) -> None:
         self._source = [token or b"" for token in source.vocabulary.token_bytes]
         self._target_tokens = [token or b"" for token in target.vocabulary.token_bytes]
         self._first_byte = np.array([token[0] if token else 0 for token in self._source])
+        self._has_bytes = np.array([bool(token) for token in self._source])
         self._target, self._spelled = target, frozenset(self._target_tokens)
         self._known: dict[int, bool] = {}
         ids: dict[bytes, list[int]] = {}
         for id_, token in enumerate(self._target_tokens):
             ids.setdefault(token, []).append(id_)
-        goes_on = {
+        longer = {
             (token[:n], token[n])
             for token in self._target_tokens
             for n in range(1, len(token))
             if token[:n] in ids
         }
-        beginnings = sorted({beginning for beginning, _ in goes_on})
+        beginnings = sorted({beginning for beginning, _ in longer})
         number = {beginning: n for n, beginning in enumerate(beginnings)}
         self._number = np.full(len(self._target_tokens), len(beginnings))
         for beginning in beginnings:
             self._number[ids[beginning]] = number[beginning]
-        self._goes_on = np.zeros((len(beginnings) + 1, _BYTES), dtype=np.bool_)
-        for beginning, byte in goes_on:
-            self._goes_on[number[beginning], byte] = True
+        self._has_longer = np.zeros((len(beginnings) + 1, _BYTES), dtype=np.bool_)
+        for beginning, byte in longer:
+            self._has_longer[number[beginning], byte] = True
 
     def spanned(self, read: np.ndarray, following: np.ndarray) -> np.ndarray:
         """[N] bool, whether the target has no boundary between the two.
@@ -55,24 +60,38 @@ class TargetCuts:
             read: [N] target ids.
             following: [N] source ids; a special one is never spanned.
         """
-        found = self._goes_on[self._number[read], self._first_byte[following]]
+        found = self._has_longer[self._number[read], self._first_byte[following]]
+        found &= self._has_bytes[following]
         places = np.nonzero(found)[0]
         pairs = read[places] * len(self._source) + following[places]
         every, where = np.unique(pairs, return_inverse=True)
+        if len(self._known) > _MOST_KEPT:
+            self._known.clear()
         self._ask(key for key in every.tolist() if key not in self._known)
         found[places] = np.array([self._known[key] for key in every.tolist()], dtype=bool)[where]
         return np.asarray(found)
 
     def _ask(self, keys: Iterable[int]) -> None:
-        open_: dict[int, tuple[bytes, bytes]] = {}
+        asked: dict[int, tuple[bytes, bytes]] = {}
         for key in keys:
             read, following = divmod(key, len(self._source))
             a, b = self._target_tokens[read], self._source[following]
-            self._known[key] = a + b in self._spelled
-            if not self._known[key] and any(a + b[:n] in self._spelled for n in range(1, len(b))):
-                open_[key] = a, b
-        tokens = as_continuations(self._target, {a + b for a, b in open_.values()})
-        for key, (a, b) in open_.items():
-            encoded = tokens[a + b]
-            ends = None if encoded is None else encoded.ends
-            self._known[key] = ends is not None and len(a) not in ends
+            self._known[key] = any(a + b[:n] in self._spelled for n in range(1, len(b) + 1))
+            if self._known[key]:
+                asked[key] = a, b
+        whole = as_continuations(self._target, {a + b for a, b in asked.values()})
+        goes_on = goes_on_after_space(self._target, whole)
+        for key, (a, b) in asked.items():
+            at_end, before_a_letter = whole[a + b], goes_on.get(a + b, whole[a + b])
+            self._known[key] = _joins(at_end, len(a)) and _joins(before_a_letter, len(a))
+
+
+def goes_on_after_space(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
+    """Those of the pieces that end in white space, read with a letter after them."""
+    spaced = [piece for piece in pieces if piece[-1:].isspace()]
+    found = as_continuations(encoder, [piece + LETTER for piece in spaced])
+    return {piece: found[piece + LETTER] for piece in spaced}
+
+
+def _joins(encoded: Encoded | None, place: int) -> bool:
+    return encoded is not None and encoded.ends is not None and place not in encoded.ends

@@ -88,17 +88,21 @@ def _first_after(ends: np.ndarray | None, anchor_bytes: int) -> int | None:
 
 
 class FirstTokens:
-    """The first token of some bytes, spelled as a continuation, by one tokenizer."""
+    """The first token of some bytes, spelled as a continuation, by one tokenizer.
+
+    Attributes:
+        by_bytes: the token of some bytes; a byte-fallback token only where there is no other.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._known: dict[bytes, int | None] = {}
         vocabulary = encoder.vocabulary
-        self._by_bytes: dict[bytes, int] = {}
+        self.by_bytes: dict[bytes, int] = {}
         for id_, token in enumerate(vocabulary.token_bytes):
-            other = self._by_bytes.get(token or b"")
+            other = self.by_bytes.get(token or b"")
             if token and (other is None or vocabulary.is_fallback[other]):
-                self._by_bytes[token] = id_
+                self.by_bytes[token] = id_
 
     def look_up(self, pieces: Iterable[bytes]) -> None:
         """Find many at once; `first` then answers from memory."""
@@ -115,8 +119,8 @@ class FirstTokens:
     def beginning(self, piece: bytes) -> int | None:
         """Id of the longest token whose bytes begin `piece`; for bytes that are no whole text."""
         for length in range(len(piece), 0, -1):
-            if piece[:length] in self._by_bytes:
-                return self._by_bytes[piece[:length]]
+            if piece[:length] in self.by_bytes:
+                return self.by_bytes[piece[:length]]
         return None
 
     def bytes_of(self, id_: int) -> bytes:

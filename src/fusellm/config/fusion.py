@@ -23,9 +23,9 @@ class FusionSettings(SettingsBlock):
     """`paper`: the authors' rules where `mined` and `em` cannot align a position (all mass on the
     token just read, off by one) and where ids meet (all but the first dropped); for comparison."""
     token_healing: bool | None = None
-    """Whether a source is asked one token back as well, where its tokens go on past a boundary of
-    the target's: what comes after `;` where `;` and a line end are one token to it. null does so
-    with `partition` and `bytes`; `mined` and `em` have no boundaries to heal at."""
+    """Whether a source's distributions are corrected for its own token boundaries: what comes after
+    `;` where `;` and a line end are one token to it (docs/method.md). null does so with `partition`
+    and `bytes`; `mined` and `em` have no boundaries to heal at."""
     function: Literal["mince", "avgce", "avgce_paper", "uniform", "best"] = "mince"
     """`mince`: the distribution of the source with the least cross-entropy against the text;
     `avgce`: the average, weights ∝ exp(−beta · cross-entropy); `avgce_paper`: by the authors'

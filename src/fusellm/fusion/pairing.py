@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fusellm.align.continuations import Continuations
+from fusellm.align.positions import Situation
 from fusellm.align.strategies import Aligner, Tokens
 from fusellm.align.target_cuts import TargetCuts
 from fusellm.align.translation import Translation, same_tokenizer
@@ -54,15 +55,17 @@ class Pairing:
             target, tokens: the blocks as the target and the source read them.
             kept: the source's distributions at all but each block's last position.
         """
-        aligned, given = self.aligner(target, tokens), kept.distributions()
-        if self.healing is not None:
+        aligned = self.aligner(target, tokens)
+        if self.healing is None:
+            given = kept.distributions()
+        else:
             given = heal(tokens, kept, self.healing.continuations)
             there = np.nonzero(aligned.source >= 0)[0]
             read = target.predicting[there]
             block = np.searchsorted(target.offsets, read, side="right") - 1
             rows = tokens.position_offsets[block] + aligned.source[there]
             given, left = where_cut(given, rows, target.ids[read], self.healing.cuts)
-            source = aligned.source.copy()
-            source[there[~left]] = -1
-            aligned = replace(aligned, source=source)
+            source, situations = aligned.source.copy(), aligned.situations.copy()
+            source[there[~left]], situations[there[~left]] = -1, Situation.UNALIGNED
+            aligned = replace(aligned, source=source, situations=situations)
         return Reading(tokens, given, kept.true_log_prob, self.translation, aligned)
