@@ -12,8 +12,10 @@ boundaries that the source shares, and for those that its tokens span:
 
     boundaries …   share of the target's boundaries
     shared …       share of them that the source has too
-    difference …   fused − CLM of the target's tokens that begin there, in bits per byte of the
-                   domain's text, so that the rows of a domain add up; 95 % interval over documents
+    cost MODEL …   of the target's tokens that begin there, in bits per byte of the domain's text,
+                   so that the rows of a domain add up; of sources too, whose tokens' nats are
+                   spread evenly over their bytes
+    difference …   fused − CLM of the same; 95 % interval over documents
 
 And over every sixth block of the training text, as long as its distributions are kept, at the
 target's boundaries after punctuation:
@@ -90,7 +92,8 @@ def measured(run: Path, source: str) -> dict[str, float]:
     """The figures of a run."""
     readers = readers_of(load_recipe(run / "recipe.yaml", []))
     blocks = list(read_part(open_corpus(run), "held_out"))
-    nats = {name: nats_of(run, name) for name in _MODELS}
+    names = [*_MODELS, *readers]
+    nats = {name: nats_of(run, name) for name in names}
     number: dict[tuple[str, str], int] = {}
     of_block = [number.setdefault((b.domain, b.document), len(number)) for b in blocks]
     scored_bytes = np.zeros(len(number), dtype=np.int64)
@@ -100,13 +103,13 @@ def measured(run: Path, source: str) -> dict[str, float]:
         (kind, had, name): np.zeros(len(number))
         for kind in _KINDS
         for had in _HAD.values()
-        for name in _MODELS
+        for name in names
     }
     counts: Counter[tuple[str, str, str]] = Counter()
     encoders = readers[TARGET].encoder, readers[source].encoder
     for n, first, end, kind, shared in places(blocks, *encoders):
         counts[blocks[n].domain, kind, _HAD[shared]] += 1
-        for name in _MODELS:
+        for name in names:
             sums[kind, _HAD[shared], name][of_block[n]] += np.nansum(nats[name][n][first:end])
     domains = [domain for domain, _ in number]
     figures: dict[str, float] = {}
@@ -119,12 +122,13 @@ def measured(run: Path, source: str) -> dict[str, float]:
             figures[f"shared {domain}, {kind} next"] = mine[_HAD[True]] / max(of_kind, 1)
     for kind in _KINDS:
         for had in _HAD.values():
-            scores = Scores(
-                domains, scored_bytes, {name: sums[kind, had, name] for name in _MODELS}
-            )
+            scores = Scores(domains, scored_bytes, {name: sums[kind, had, name] for name in names})
             for record in records(scores, 10_000, 0, [("fused", "clm")]):
-                if record.model == "fused-clm" and record.task != MEAN:
-                    place = f"difference {record.task}, {kind} next, {had}"
+                where = f"{record.task}, {kind} next, {had}"
+                if record.task != MEAN and record.model in names:
+                    figures[f"cost {record.model} {where}"] = record.value
+                elif record.task != MEAN:
+                    place = f"difference {where}"
                     figures[place] = record.value
                     if record.low is not None and record.high is not None:
                         figures |= {f"{place} low": record.low, f"{place} high": record.high}
