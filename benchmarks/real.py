@@ -4,10 +4,10 @@
 
     suspects   one thing changed at a time, on little text: validation part
     search     rates of CLM and of fused, searched alike: validation part
-    result     CLM and fused by seed, with and without token healing and the target as a source:
-               text of the installed packages that was held out, and text of `--recent DIR`
-               (benchmarks/recent_text.py), with intervals over documents, paired; `--arm NAME`
-               trains and measures these alone
+    result     CLM and fused by seed, from all sources or one, with and without token healing and
+               the target as a source: text of the installed packages that was held out, and text
+               of `--recent DIR` (benchmarks/recent_text.py), with intervals over documents, paired;
+               `--arm NAME-seedN` trains and measures these alone
     stages     the recipe itself: seconds, tokens a second and peak memory of each stage and model
 
 All but `stages` read the distributions once (DIR/base) and train many times; what is finished is
@@ -292,17 +292,20 @@ def table(found: Sequence[Record]) -> str:
 
 
 def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seeds: int) -> Any:
-    """CLM, fused, without token healing, and with the target as a source, by seed.
+    """CLM, fused, and fused otherwise, by seed.
 
-    CLM of seed 0 comes first.
+    Otherwise is: without token healing, from one source alone, with and without healing, and with
+    the target as a source.
     """
-    as_read = "fusion.token_healing=false"
-    kinds = (
+    as_read = ("fusion.token_healing=false",)
+    kinds: list[tuple[str, str, Sequence[str], Sequence[str]]] = [
         (CLM, CLM, (), ()),
         (FUSED, FUSED, (), ()),
-        (f"{FUSED}-as-read", FUSED, (as_read,), ()),
+        (f"{FUSED}-as-read", FUSED, as_read, ()),
+        *((f"{FUSED}-{name}", FUSED, (), (name,)) for name in names),
+        *((f"{FUSED}-{name}-as-read", FUSED, as_read, (name,)) for name in names),
         (f"{FUSED}-{SELF}", FUSED, (), (*names, SELF)),
-    )
+    ]
     return {
         f"{name}-seed{seed}": Arm(which, [*changes[which], *more], sources, seed)
         for name, which, more, sources in kinds
