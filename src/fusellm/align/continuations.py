@@ -10,8 +10,7 @@ Vs is the source's vocabulary size.
 import numpy as np
 
 from fusellm.align.ragged import offsets_of
-from fusellm.align.target_cuts import goes_on_after_space
-from fusellm.align.translation import FirstTokens, as_continuations
+from fusellm.align.translation import FirstTokens, as_continuations, before_a_letter
 from fusellm.tokens.encode import Encoder
 
 _UNKNOWN = -2
@@ -70,11 +69,11 @@ class Continuations:
         the token itself, or is taken to cut between any two bytes.
         """
         at_end = as_continuations(self._target, tokens)
-        before_a_letter = goes_on_after_space(self._target, tokens)
+        spaced = before_a_letter(self._target, tokens)
         found: dict[bytes, dict[int, bytes]] = {}
         for token in tokens:
             found[token] = {}
-            for encoded in (at_end[token], before_a_letter.get(token)):  # the last one counts
+            for encoded in (at_end[token], spaced.get(token)):  # the last one counts
                 if encoded is not None and encoded.ends is not None:
                     inside = [end for end in encoded.ends.tolist() if end < len(token)]
                     stops = [*inside[1:], len(token)][: len(inside)]

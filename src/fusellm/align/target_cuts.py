@@ -11,14 +11,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fusellm.align.translation import as_continuations
+from fusellm.align.translation import as_continuations, before_a_letter
 from fusellm.tokens.encode import Encoded, Encoder
 
 _BYTES = 256
 _MOST_KEPT = 4_000_000
-LETTER = b"a"
-"""What follows a piece that ends in white space. Many tokenizers join a run of white space at the
-end of a text, and leave its last character to the word that comes after it."""
 
 
 class TargetCuts:
@@ -80,17 +77,10 @@ class TargetCuts:
             if self._known[key]:
                 asked[key] = a, b
         whole = as_continuations(self._target, {a + b for a, b in asked.values()})
-        goes_on = goes_on_after_space(self._target, whole)
+        spaced = before_a_letter(self._target, whole)
         for key, (a, b) in asked.items():
-            at_end, before_a_letter = whole[a + b], goes_on.get(a + b, whole[a + b])
-            self._known[key] = _joins(at_end, len(a)) and _joins(before_a_letter, len(a))
-
-
-def goes_on_after_space(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
-    """Those of the pieces that end in white space, read with a letter after them."""
-    spaced = [piece for piece in pieces if piece[-1:].isspace()]
-    found = as_continuations(encoder, [piece + LETTER for piece in spaced])
-    return {piece: found[piece + LETTER] for piece in spaced}
+            readings = whole[a + b], spaced.get(a + b, whole[a + b])
+            self._known[key] = all(_joins(reading, len(a)) for reading in readings)
 
 
 def _joins(encoded: Encoded | None, place: int) -> bool:

@@ -21,6 +21,7 @@ from fusellm.tokens.encode import Encoded, Encoder
 # What a token is encoded after. Each is a context in which one kind of token stands alone; the
 # first that no merge crosses is used.
 _ANCHORS = ("\n", "a", "0", ".", " ", "\u4e2d")
+_LETTER = b"a"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, E
                 found[piece] = Encoded(block.ids[at:], block.ends[at:] - before)
         texts = left
     return found | dict.fromkeys(texts, None)
+
+
+def before_a_letter(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
+    """Those of the pieces that end in white space, as `as_continuations`, with a letter after them.
+
+    Many tokenizers join a run of white space at the end of a text, and leave its last character to
+    the word that comes after it.
+    """
+    spaced = [piece for piece in pieces if piece[-1:].isspace()]
+    found = as_continuations(encoder, [piece + _LETTER for piece in spaced])
+    return {piece: found[piece + _LETTER] for piece in spaced}
 
 
 def _first_after(ends: np.ndarray | None, anchor_bytes: int) -> int | None:

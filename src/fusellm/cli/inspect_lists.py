@@ -152,13 +152,12 @@ def _table() -> Table:
     return table
 
 
-def kept_list(before: "Before", at: "At", sampled: bool, heals: bool, style: str) -> _List:
+def kept_list(before: "Before", at: "At", sampled: bool, style: str) -> _List:
     """A source's distribution: what it kept, and what that becomes, told by numbers."""
     rows = _List()
     rank = {outcome.number: n for n, outcome in enumerate(before.becomes, start=1)}
-    rows.head(
-        f"{'healed' if heals else 'kept'}: {_count(len(before.kept), 'token')} of its own", style
-    )
+    word = "healed" if before.healed else "kept"
+    rows.head(f"{word}: {_count(len(before.kept), 'token')} of its own", style)
     for entry in before.kept[:_KEPT_ROWS]:
         true = entry.outcome is not None and entry.outcome == before.true_outcome
         place = "–" if entry.outcome is None else str(rank.get(entry.outcome, ""))

@@ -308,7 +308,6 @@ class _Panels:
         if weight > 0:
             title.append("wins " if weight > 0.9995 else f"weight {weight:.2f} ", "bold")
         sampled = self._recipe.externalize.scheme == "sampled"
-        heals = self._recipe.fusion.heals
         body: RenderableType
         if not source.tokens.read:
             body = Text("could not read this block", "yellow")
@@ -316,13 +315,13 @@ class _Panels:
             why = "not aligned: no position of it has read exactly this text"
             if at.read_bytes in source.tokens.ends[:-1]:
                 why = "not aligned, though it has read this text"
-                if heals and at.read_bytes > 0:
+                if self._recipe.fusion.heals and at.read_bytes > 0:
                     why = "says only what the target would not cut off here"
             if weight > 0:
                 why = "not aligned: by the authors' rule all mass is on the token just read"
             body = Text(why)
         else:
-            body = Group(self._why(s), kept_list(before, at, sampled, heals, source_style(s)))
+            body = Group(self._why(s), kept_list(before, at, sampled, source_style(s)))
         return Panel(
             body,
             title=title,

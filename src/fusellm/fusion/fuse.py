@@ -30,6 +30,7 @@ class Reading:
         true_log_prob: at the same positions, nats of the true next token.
         translation: its vocabulary map.
         aligned: which of its positions belongs to each target position.
+        healed: whether its tokens were healed; those of a source that cuts as the target are not.
     """
 
     tokens: Tokens
@@ -37,6 +38,7 @@ class Reading:
     true_log_prob: np.ndarray
     translation: Translation
     aligned: Aligned
+    healed: bool = False
 
     def nats_by_byte(self, byte_offsets: np.ndarray) -> np.ndarray:
         """[L] float64 nats by byte; `byte_offsets` [B+1] says where each block's bytes are."""

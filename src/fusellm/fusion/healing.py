@@ -40,10 +40,13 @@ def _longer(
     token_offsets: np.ndarray,
     offsets: np.ndarray,
     ids: np.ndarray,
+    mass: np.ndarray,
     spelled: np.ndarray,
     spelled_offsets: np.ndarray,
     slots: np.ndarray,
+    stays: np.ndarray,
 ) -> int:
+    # slots: of entries that go on past the token read next; stays: Q of that token.
     # Relies on: ids and tokens below the vocabulary's size, offsets that ascend to len(ids).
     row, found = 0, 0
     for b in range(len(token_offsets) - 1):
@@ -53,7 +56,9 @@ def _longer(
             width = spelled_offsets[read + 1] - first
             for entry in range(offsets[row], offsets[row + 1]):
                 begin = spelled_offsets[ids[entry]]
-                if width > 0 and spelled_offsets[ids[entry] + 1] - begin > width:
+                if ids[entry] == read:
+                    stays[row] += mass[entry]
+                elif width > 0 and spelled_offsets[ids[entry] + 1] - begin > width:
                     same = 0
                     while same < width and spelled[begin + same] == spelled[first + same]:
                         same += 1
@@ -110,25 +115,6 @@ def _heal(
     return used
 
 
-@compiled()
-def _stays(
-    tokens: np.ndarray,
-    token_offsets: np.ndarray,
-    offsets: np.ndarray,
-    ids: np.ndarray,
-    mass: np.ndarray,
-    stays: np.ndarray,
-) -> None:
-    # Relies on the same as `_longer`.
-    row = 0
-    for b in range(len(token_offsets) - 1):
-        for t in range(token_offsets[b], token_offsets[b + 1] - 1):
-            for entry in range(offsets[row], offsets[row + 1]):
-                if ids[entry] == tokens[t + 1]:
-                    stays[row] += mass[entry]
-            row += 1
-
-
 def heal(tokens: Tokens, kept: Kept, continuations: Continuations) -> Distributions:
     """The distributions of a source once the bytes of its last token are read.
 
@@ -146,16 +132,14 @@ def heal(tokens: Tokens, kept: Kept, continuations: Continuations) -> Distributi
     """
     given = kept.distributions()
     slots = np.full(len(given.ids), -1, dtype=np.int64)
-    where = tokens.ids, tokens.offsets, given.offsets, given.ids
-    if _longer(*where, continuations.spelled, continuations.offsets, slots) == 0:
+    stays = np.zeros(len(given.tail))
+    where = tokens.ids, tokens.offsets, given.offsets, given.ids, given.masses
+    if _longer(*where, continuations.spelled, continuations.offsets, slots, stays) == 0:
         return given
+    if not kept.sampled:
+        stays = np.exp(kept.true_log_prob.astype(np.float64))
     moved = np.full(len(slots), Continuations.NOTHING, dtype=np.int64)
     moved[slots >= 0] = continuations[slots[slots >= 0]]
-    if kept.sampled:
-        stays = np.zeros(len(given.tail))
-        _stays(*where, given.masses, stays)
-    else:
-        stays = np.exp(kept.true_log_prob.astype(np.float64))
     room = len(given.ids) + int((moved >= 0).sum())
     ids, masses = np.zeros(room, dtype=np.int64), np.zeros(room)
     offsets, tail = np.zeros(len(given.offsets), dtype=np.int64), np.zeros(len(given.tail))

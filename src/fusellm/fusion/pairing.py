@@ -68,4 +68,5 @@ class Pairing:
             source, situations = aligned.source.copy(), aligned.situations.copy()
             source[there[~left]], situations[there[~left]] = -1, Situation.UNALIGNED
             aligned = replace(aligned, source=source, situations=situations)
-        return Reading(tokens, given, kept.true_log_prob, self.translation, aligned)
+        healed = self.healing is not None
+        return Reading(tokens, given, kept.true_log_prob, self.translation, aligned, healed)

@@ -96,7 +96,8 @@ class Before:
     Attributes:
         place: the source's position.
         next_spelled: the tokens it reads next, until the target's next boundary or past it.
-        kept: by probability, healed where the recipe says so; of equals the lower id first.
+        kept: by probability; of equals the lower id first.
+        healed: whether these are healed, and not as they were read.
         tail: mass that was not kept.
         becomes: by probability.
         nowhere: mass of kept tokens that become nothing.
@@ -106,6 +107,7 @@ class Before:
     place: int
     next_spelled: tuple[str, ...]
     kept: tuple[Entry, ...]
+    healed: bool
     tail: float
     becomes: tuple[Outcome, ...]
     nowhere: float
@@ -314,6 +316,7 @@ def _before(material: Material, s: int, position: int) -> Before | None:
         place,
         tuple(encoder.spelled(int(i)) for i in reading.tokens.ids[place + 1 : last + 1]),
         entries,
+        reading.healed,
         float(given.tail[place]),
         _outcomes(material, translation, carried.outcomes, carried.masses, true_id),
         max(float(carried.rest[0] - given.tail[place]), 0.0),
