@@ -26,6 +26,7 @@ from fusellm.align.translation import Translation, map_translation
 from fusellm.errors import StoreError
 from fusellm.fusion.carry import carry, map_counts
 from fusellm.fusion.cross_entropy import nats_by_byte
+from fusellm.fusion.healing import heal
 from fusellm.store import externalized, fused
 from fusellm.store.blocks import BLOCKS, BLOCKS_WITH_CONTEXT_SCHEMA, Block, block_columns
 from fusellm.store.externalized import kept_of, tokens_of
@@ -406,10 +407,23 @@ class _Target:
 _SAME: Translation = map_translation(np.arange(VOCABULARY), _Target())  # type: ignore[arg-type]
 
 
+class _Pieces:
+    """As much of `Continuations` as healing takes: each longer token begins with each shorter."""
+
+    offsets = offsets_of(np.arange(VOCABULARY) % 3 + 1)
+    spelled = np.zeros(offsets[-1], dtype=np.uint8)
+
+    def __getitem__(self, slots: np.ndarray) -> np.ndarray:
+        return np.asarray(slots % VOCABULARY)
+
+
 def _use(batch: dict[str, Any]) -> None:
     """What `fuse` does with a record batch, in loops that check no index."""
     tokens, kept = tokens_of(batch), kept_of(batch)
     rows = np.arange(len(kept.tail))
+    healed = heal(tokens, kept, _Pieces())  # type: ignore[arg-type]
+    sums = np.add.reduceat(np.append(healed.masses, 0.0), healed.offsets[:-1])
+    np.testing.assert_allclose(sums + healed.tail, 1.0, atol=1e-3)
     carry(kept.distributions(), rows, _SAME, False)
     map_counts(kept.distributions(), rows, _SAME)
     sizes = np.add.reduceat(np.append(batch["bytes"].values, 0), batch["bytes"].offsets[:-1])
