@@ -249,7 +249,10 @@ def test_debug_shows_where_an_error_came_from(
         main()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+STOPS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
+
+@STOPS
 def test_signals_end_a_command_in_good_order(
     number: signal.Signals,
     monkeypatch: pytest.MonkeyPatch,
@@ -263,12 +266,34 @@ def test_signals_end_a_command_in_good_order(
         finally:
             tidied.append(number)
 
+    before = signal.getsignal(number)
     monkeypatch.setattr(ending, "_leave_terminal", lambda: None)
     with pytest.raises(SystemExit) as stop:
         ending.run(stopped, debug=False)
     assert (stop.value.code, tidied) == (128 + number, [number])
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
+
+
+@STOPS
+def test_a_stop_is_no_error_whatever_becomes_of_it(
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once in a thousand, a lock that is left halfway raises "release unlocked lock" instead."""
+
+    def stopped() -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise RuntimeError("release unlocked lock") from None
+
+    monkeypatch.setattr(ending, "_leave_terminal", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        ending.run(stopped, debug=False)
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

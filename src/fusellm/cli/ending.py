@@ -31,8 +31,9 @@ def run(command: Callable[[], object], debug: bool) -> None:
     Raises:
         SystemExit: in the end, but where `debug` lets an error through.
     """
+    came: list[int] = []
     try:
-        with _ending_on_signals():
+        with _ending_on_signals(came):
             command()
     except SystemExit as stop:
         if stop.code in _STOPPED:
@@ -44,6 +45,9 @@ def run(command: Callable[[], object], debug: bool) -> None:
     except Exception as error:  # whatever libraries raise
         if debug:
             raise
+        if came:
+            tell_stopped()
+            sys.exit(128 + came[-1])
         tell(line_of(error))
         sys.exit(_MENDABLE if isinstance(error, FusellmError | OSError) else _UNFORESEEN)
 
@@ -78,26 +82,34 @@ def _place(traceback: TracebackType | None) -> str:
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
+def _ending_on_signals(came: list[int]) -> Iterator[None]:
     """Have SIGTERM and SIGHUP end a command in good order, as Ctrl-C does.
 
     What ignores a signal goes on ignoring it, as under nohup.
+
+    Args:
+        came: gets each signal that ended the command. What is raised to end it may not arrive: a
+            lock that is left halfway, or a context manager of torch, raises an error of its own.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         if number == signal.SIGHUP:
             _leave_terminal()
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    mine = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    usual = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    usual |= {signal.SIGINT: signal.default_int_handler}
+    mine = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
     for number in mine:
         signal.signal(number, end)
     try:
         yield
     finally:
         for number in mine:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, usual[number])
 
 
 def _leave_terminal() -> None:
