@@ -27,10 +27,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from figures import command_line, show
-from fusellm.align.dynamic import least_path
-from fusellm.align.positions import Situation, align_shard
-from fusellm.align.ragged import offsets_of
-from fusellm.align.vocabulary_maps import mined_map, spellings
+from fusellm.alignment.dynamic import least_path
+from fusellm.alignment.positions import Situation, align_shard
+from fusellm.alignment.vocabulary_maps import mined_map, spellings
+from fusellm.arrays.ragged import offsets_of
 from fusellm.tokens.encode import Encoder
 from fusellm.tokens.walk import boundaries
 from fusellm.zoo.text import DOMAINS, documents

@@ -42,11 +42,11 @@ import torch
 
 from figures import command_line, peak_bytes, show
 from fusellm.config import Recipe
-from fusellm.models.batches import pad, plan_batches
 from fusellm.models.heads import head_of, last_hidden
 from fusellm.models.load import default_device, load_model
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
+from fusellm.reading.batches import pad, plan_batches
 from fusellm.recipe_file import load_recipe
 from fusellm.stages.externalize.local import read_here
 from fusellm.stages.externalize.memory import keep_flat

@@ -28,9 +28,9 @@ from types import CodeType
 import numpy as np
 
 from figures import command_line, peak_bytes, show
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of
 from fusellm.cli.console import SafeConsole, Terminal
-from fusellm.fusion.kept import Kept
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe
@@ -56,7 +56,7 @@ _PARTS = {
         "store.externalized.kept_of",
     ),
     "check": ("store.tables.Shard._check", "store.externalized.require_text"),
-    "align": ("align.strategies.boundary_aligner.<locals>.align",),
+    "align": ("alignment.strategies.boundary_aligner.<locals>.align",),
     "heal": ("fusion.healing.heal", "fusion.healing.where_cut"),
     "carry": ("fusion.fuse._gather", "fusion.fuse._counts_of"),
     "compare": ("fusion.fuse._compare",),

@@ -35,8 +35,8 @@ from torch.nn.functional import cross_entropy, linear_cross_entropy
 from align import _TOKENIZERS as TOKENIZERS
 from align import load as load_encoder
 from figures import command_line, peak_above, show
-from fusellm.align.ragged import offsets_of, take_rows
-from fusellm.align.strategies import STRATEGIES
+from fusellm.alignment.strategies import STRATEGIES
+from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.config import ModelSettings
 from fusellm.models.load import load_tokenizer, locate
 from fusellm.objective.chunked import Head, objective

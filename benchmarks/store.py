@@ -49,15 +49,15 @@ from transformers import GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenize
 from align import _TOKENIZERS as TOKENIZERS
 from align import load as load_encoder
 from figures import command_line, show
+from fusellm.arrays.distributions import Kept
 from fusellm.config import ExternalizeSettings, ModelSettings
 from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
-from fusellm.fusion.kept import Kept
-from fusellm.models.batches import pad, plan_batches
 from fusellm.models.heads import head_of, last_hidden
 from fusellm.models.load import load_model, load_tokenizer, locate
-from fusellm.models.reading import Read, SourceReader
 from fusellm.objective.chunked import objective
 from fusellm.objective.outcomes import Outcomes
+from fusellm.reading.batches import pad, plan_batches
+from fusellm.reading.source_reader import Read, SourceReader
 from fusellm.stages.externalize.work import columns_of_tokens
 from fusellm.store.blocks import Block
 from fusellm.store.externalized import kept_columns, kept_of, source_layout

@@ -40,21 +40,21 @@ from transformers.trainer_callback import PrinterCallback
 
 from figures import command_line, peak_above, show
 from fusellm.config import ModelSettings
-from fusellm.models import training_rows
 from fusellm.models.load import load_model, load_tokenizer, locate
-from fusellm.models.objective_forward import objective_forward
-from fusellm.models.training_batches import Collator
-from fusellm.models.training_rows import RowOrder, Rows, fused_rows
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.train import lambda_schedule, outcome_table
-from fusellm.stages.train.arguments import training_arguments
-from fusellm.stages.train.blame import Blame
-from fusellm.stages.train.stop import Stop
-from fusellm.stages.train.trainer import ObjectiveTrainer
-from fusellm.stages.train.validation import Validation
 from fusellm.store.blocks import open_corpus
+from fusellm.training import rows as training_rows
+from fusellm.training.arguments import training_arguments
+from fusellm.training.collator import Collator
+from fusellm.training.forward import objective_forward
+from fusellm.training.nan_report import Blame
+from fusellm.training.rows import RowOrder, Rows, fused_rows
+from fusellm.training.stop import Stop
+from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.validation import Validation
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"

@@ -38,9 +38,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from figures import command_line
-from fusellm.align.positions import Situation
-from fusellm.align.strategies import STRATEGIES, Tokens
-from fusellm.align.translation import Translation
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import STRATEGIES, Tokens
+from fusellm.alignment.translation import Translation
 from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import ModelSettings
 from fusellm.models.heads import head_of, last_hidden

@@ -118,7 +118,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No toy is trained first, for tests that count or change what a training does."""
-    monkeypatch.setattr("fusellm.stages.train.rehearsal.rehearse", lambda *_: None)
+    monkeypatch.setattr("fusellm.training.rehearsal.rehearse", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

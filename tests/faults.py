@@ -213,7 +213,7 @@ def stages(
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
     from fusellm.recipe_file import load_recipe, resolve_paths
-    from fusellm.stages.train import rehearsal
+    from fusellm.training import rehearsal
 
     rehearsal.rehearse = lambda *_: None  # faults are for the stages
     _BEGAN[0] = time.monotonic()
@@ -456,7 +456,7 @@ class UnexpectedError(Exception):
 
 def writing_fails(run: Path, at: int, seconds: float = 0.0) -> None:
     """The writer's thread fails at a shard, counted from 0, after some time."""
-    from fusellm.models import batches
+    from fusellm.reading import batches
     from fusellm.stages import externalize
 
     write, hidden = externalize.write_encoded, batches._hidden
@@ -487,11 +487,11 @@ def memory_is_out(run: Path, most: int, chance: float, seed: int, message: str |
     """
     import torch
 
-    from fusellm.models import batches, reading
-    from fusellm.models.distributions import Selector
+    from fusellm.reading import batches, source_reader
+    from fusellm.reading.selection import Selector
 
     rng = random.Random(seed)
-    last_hidden, read_blocks, kept = batches.last_hidden, reading.read_blocks, Selector._kept
+    last_hidden, read_blocks, kept = batches.last_hidden, source_reader.read_blocks, Selector._kept
     calls: list[Any] = []  # "shard", or [blocks, tokens, fits]
     SEEN["calls"] = calls
 
@@ -519,7 +519,7 @@ def memory_is_out(run: Path, most: int, chance: float, seed: int, message: str |
             fail()
         return kept(self, *arguments)
 
-    batches.last_hidden, reading.read_blocks, Selector._kept = my_hidden, my_read, my_kept
+    batches.last_hidden, source_reader.read_blocks, Selector._kept = my_hidden, my_read, my_kept
 
 
 def not_finite(run: Path, tokens: int, marker: str, seed: int) -> None:
@@ -530,7 +530,7 @@ def not_finite(run: Path, tokens: int, marker: str, seed: int) -> None:
     """
     import torch
 
-    from fusellm.models import batches
+    from fusellm.reading import batches
     from fusellm.stages.externalize import work
 
     rng = random.Random(seed)

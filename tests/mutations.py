@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.ipc
 from safetensors.numpy import save
 
-from fusellm.align.ragged import offsets_of
-from fusellm.align.translation import Translation, map_translation
+from fusellm.alignment.translation import Translation, map_translation
+from fusellm.arrays.ragged import offsets_of
 from fusellm.errors import StoreError
 from fusellm.fusion.carry import carry, map_counts
 from fusellm.fusion.cross_entropy import nats_by_byte

@@ -20,13 +20,13 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, Trainer
 
 from fusellm.errors import NumericsError
-from fusellm.models import processes
 from fusellm.models.heads import is_sharded
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.train.trainer import ObjectiveTrainer
-from fusellm.stages.train.validation import Validation
+from fusellm.training import processes
+from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.validation import Validation
 
 
 class Killed(BaseException):

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from fusellm.align.ragged import offsets_of
-from fusellm.fusion.kept import Kept
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder, read_manifest, segments_of
@@ -65,7 +65,7 @@ def kept_of_rows(rows: Sequence[dict[str, Any]]) -> Kept:
 
 
 def top(logits: np.ndarray, k: int, mass: float | None, chance: np.random.Generator) -> Any:
-    """What a source keeps of a distribution (`top`), as fusellm.models.distributions does it."""
+    """What a source keeps of a distribution (`top`), as fusellm.reading.selection does it."""
     z = np.sort(logits.astype(np.float32))[::-1]
     log_p = z - z[0] - np.log(np.exp(z - z[0]).sum(dtype=np.float32))
     p = np.exp(log_p[:k].astype(np.float64))

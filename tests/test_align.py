@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
-from fusellm.align.positions import Situation, align_shard
-from fusellm.align.ragged import offsets_of, take_rows
-from fusellm.align.translation import (
+from fusellm.alignment.positions import Situation, align_shard
+from fusellm.alignment.translation import (
     FirstTokens,
     Translation,
     class_translation,
     first_translation,
     same_tokenizer,
 )
+from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.tokens.encode import Encoder
 
 TRANSLATIONS = {"bytes": first_translation, "partition": class_translation}

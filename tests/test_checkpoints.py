@@ -11,14 +11,14 @@ from fusellm.errors import StoreError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.train.checkpoints import (
+from fusellm.store.files import saving_explained
+from fusellm.training.checkpoints import (
     damaged_file,
     last_checkpoint,
     require_intact,
     seal,
 )
-from fusellm.stages.train.trainer import ObjectiveTrainer
-from fusellm.store.files import saving_explained
+from fusellm.training.trainer import ObjectiveTrainer
 from stores import flip
 
 

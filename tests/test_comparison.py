@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 import worlds
-from fusellm.align.comparison import Comparison, compare, parts_of
-from fusellm.align.translation import class_translation
+from fusellm.alignment.comparison import Comparison, compare, parts_of
+from fusellm.alignment.translation import class_translation
 from fusellm.tokens.encode import Encoder
 
 PAIRS = [

@@ -19,14 +19,6 @@ from transformers import AutoModelForCausalLM
 from conftest import prose
 from fusellm.config import FileDocuments
 from fusellm.errors import CorpusError, RecipeError
-from fusellm.models.objective_forward import (
-    IGNORED,
-    Untouched,
-    objective_forward,
-    objective_inputs,
-)
-from fusellm.models.training_batches import Collator, OutcomeTable
-from fusellm.models.training_rows import clm_rows, fused_rows
 from fusellm.objective.outcomes import Outcomes
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -36,6 +28,14 @@ from fusellm.store.blocks import BLOCKS, BLOCKS_SCHEMA, open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.context import context_bytes, context_tokens, spans_within
+from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.forward import (
+    IGNORED,
+    Untouched,
+    objective_forward,
+    objective_inputs,
+)
+from fusellm.training.rows import clm_rows, fused_rows
 
 ENTRY = {"text_field": ["prompt", "answer"], "context_fields": ["prompt"], "domain": "chat"}
 

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worlds
-from fusellm.align.positions import Situation, align_shard
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import STRATEGIES, Aligned, Tokens
-from fusellm.align.translation import Translation
+from fusellm.alignment.positions import Situation, align_shard
+from fusellm.alignment.strategies import STRATEGIES, Aligned, Tokens
+from fusellm.alignment.translation import Translation
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of
 from fusellm.config import FusionSettings
 from fusellm.fusion.cross_entropy import nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared, avgce, avgce_paper, mince
 from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
-from fusellm.fusion.kept import Kept
 from fusellm.tokens.encode import Encoder
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)

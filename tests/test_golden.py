@@ -14,12 +14,11 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 import worlds
-from fusellm.align.authors import AuthorsAligner
-from fusellm.align.dynamic import DynamicAligner, Path, least_path, one_to_one
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import Aligned, Tokens
-from fusellm.align.translation import Translation, map_translation
-from fusellm.align.vocabulary_maps import (
+from fusellm.alignment.authors import AuthorsAligner
+from fusellm.alignment.dynamic import DynamicAligner, Path, least_path, one_to_one
+from fusellm.alignment.strategies import Aligned, Tokens
+from fusellm.alignment.translation import Translation, map_translation
+from fusellm.alignment.vocabulary_maps import (
     exact_map,
     least_dtype,
     mined_map,
@@ -28,9 +27,10 @@ from fusellm.align.vocabulary_maps import (
     spellings,
     string_map,
 )
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of
 from fusellm.fusion.functions import mince
 from fusellm.fusion.fuse import Reading, Rules, fuse_blocks
-from fusellm.fusion.kept import Kept
 from fusellm.tokens.encode import Encoder
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)

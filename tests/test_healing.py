@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import worlds
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import STRATEGIES, Tokens, boundary_aligner
-from fusellm.align.translation import class_translation
+from fusellm.alignment.strategies import STRATEGIES, Tokens, boundary_aligner
+from fusellm.alignment.translation import class_translation
+from fusellm.arrays.distributions import Distributions, Kept
+from fusellm.arrays.ragged import offsets_of
 from fusellm.fusion.functions import mince
 from fusellm.fusion.fuse import Rules, fuse_blocks
 from fusellm.fusion.healing import heal, where_cut
-from fusellm.fusion.kept import Distributions, Kept
 from fusellm.fusion.pairing import Healing, Pairing, healing_of
 from fusellm.models.tokenizers import tokenizer_at
 from fusellm.tokens.encode import Encoder

@@ -16,8 +16,8 @@ ROOT = Path(fusellm.__file__).resolve().parent
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 WORDS = ("errors", "config", "recipe_file", "progress", "compiled")
-MATHS = ("tokens", "align", "fusion", "objective")
-EDGES = ("store", "models", "zoo", "evaluation")
+MATHS = ("arrays", "tokens", "alignment", "fusion", "objective")
+EDGES = ("store", "models", "reading", "zoo", "evaluation", "training")
 DOORS = ("preflight", "pipeline", "inspection", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
@@ -98,10 +98,10 @@ def test_imports_go_one_way() -> None:
     [
         ("config", "from fusellm.tokens.walk import boundaries", "which stands after it"),
         ("config", "import fusellm.recipe_file", "which stands after it"),
-        ("tokens.walk", "from fusellm.align import positions", "which stands after it"),
-        ("tokens.walk", "from ..align import positions", "which stands after it"),
-        ("tokens.walk", "from ..align.positions import align_shard", "which stands after it"),
-        ("align.positions", "import fusellm.store.tables", "which stands after it"),
+        ("tokens.walk", "from fusellm.alignment import positions", "which stands after it"),
+        ("tokens.walk", "from ..alignment import positions", "which stands after it"),
+        ("tokens.walk", "from ..alignment.positions import align_shard", "which stands after it"),
+        ("alignment.positions", "import fusellm.store.tables", "which stands after it"),
         ("models.load", "from fusellm.zoo import text", "which stands after it"),
         ("stages.fuse", "from fusellm.stages.train import run", "a stage imports a stage"),
         ("stages.fuse", "from fusellm.stages import train", "a stage imports a stage"),
@@ -113,7 +113,7 @@ def test_imports_go_one_way() -> None:
         ("models.load", "from fusellm.elsewhere import x", "in no band"),
         ("elsewhere", "from fusellm.errors import StoreError", "in no band"),
         ("tokens.walk", "from fusellm.errors import StoreError", None),
-        ("align.positions", "from fusellm.tokens.walk import boundaries", None),
+        ("alignment.positions", "from fusellm.tokens.walk import boundaries", None),
         ("tokens.walk", "from .vocabulary import Vocabulary", None),
         ("stages.report.page", "from fusellm.stages.report.charts import line_chart", None),
         ("stages.report.page", "from . import charts", None),

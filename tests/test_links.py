@@ -9,13 +9,13 @@ import pytest
 
 from fusellm.errors import StoreError
 from fusellm.progress import Silent
-from fusellm.stages.train.checkpoints import last_checkpoint
 from fusellm.store.files import write_whole
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
 from fusellm.store.run_folder import RECIPE, removable
 from fusellm.store.verify import repair, verify_stage
 from fusellm.store.writer import StageWriter, set_aside
+from fusellm.training.checkpoints import last_checkpoint
 from stores import IDENTITY, flip, some, write_store
 
 PRECIOUS = b"not of this run"

@@ -17,9 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conftest import prose
 from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError, NumericsError
-from fusellm.models.objective_forward import objective_forward, objective_inputs
-from fusellm.models.training_batches import Collator, OutcomeTable
-from fusellm.models.training_rows import RowsOfLikeLength, clm_rows, fused_rows
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -28,6 +25,9 @@ from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.run_folder import STAGES, removable
 from fusellm.store.writer import StageWriter
+from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.forward import objective_forward, objective_inputs
+from fusellm.training.rows import RowsOfLikeLength, clm_rows, fused_rows
 
 
 def pipeline(world: Path, run: Path, *changes: str) -> Pipeline:

@@ -15,8 +15,6 @@ from conftest import code, prose
 from fusellm.config import ModelSettings
 from fusellm.errors import IdentityError, ModelError, RecipeError
 from fusellm.models.load import load_tokenizer, locate
-from fusellm.models.training_batches import Collator
-from fusellm.models.training_rows import Rows, clm_rows
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -24,6 +22,8 @@ from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.externalized import layout_of, open_externalized
 from fusellm.store.tables import Shard
 from fusellm.tokens.encode import Encoder
+from fusellm.training.collator import Collator
+from fusellm.training.rows import Rows, clm_rows
 from fusellm.zoo.tokenizers import byte_level_bpe
 
 CHANGES = (

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import code, prose
 from fusellm.config import ExternalizeSettings, ModelSettings
-from fusellm.models.batches import PADDING, plan_batches, read_blocks
-from fusellm.models.draws import by_cumulative_sum, by_spans
 from fusellm.models.heads import head_of
 from fusellm.models.load import load_model, load_tokenizer, locate
-from fusellm.models.reading import Read, SourceReader
+from fusellm.reading.batches import PADDING, plan_batches, read_blocks
+from fusellm.reading.draws import by_cumulative_sum, by_spans
+from fusellm.reading.source_reader import Read, SourceReader
 from fusellm.tokens.encode import Encoded, Encoder
 
 ARCHITECTURES = ("llama", "neox", "mpt")

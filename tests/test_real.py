@@ -27,9 +27,9 @@ from fusellm.config import ExternalizeSettings, ModelSettings
 from fusellm.evaluation.bits_per_byte import bits_per_byte, blocks_nats
 from fusellm.fusion.cross_entropy import nats_by_byte
 from fusellm.models.load import load_model, load_tokenizer, locate
-from fusellm.models.reading import SourceReader
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
+from fusellm.reading.source_reader import SourceReader
 from fusellm.recipe_file import load_recipe
 from fusellm.store.manifest import StageFolder
 from fusellm.tokens.blocks import cut

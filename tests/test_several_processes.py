@@ -22,14 +22,14 @@ from fusellm.cli import launch
 from fusellm.cli.launch import require_devices, require_joined
 from fusellm.cli.main import main
 from fusellm.errors import IdentityError, RecipeError
-from fusellm.models import batches
-from fusellm.models.batches import read_blocks
-from fusellm.models.training_rows import FILLER, RowOrder, RowsOfLikeLength
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
+from fusellm.reading import batches
+from fusellm.reading.batches import read_blocks
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.manifest import StageFolder
 from fusellm.store.writer import StageWriter
+from fusellm.training.rows import FILLER, RowOrder, RowsOfLikeLength
 
 HERE = Path(__file__).resolve().parent
 # Of plain gradient descent the weights are as far apart as the gradients are; AdamW makes a step of

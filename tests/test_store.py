@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusellm
-from fusellm.align.tokens import Tokens
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.tokens import Tokens
 from fusellm.errors import StoreError
-from fusellm.fusion.kept import Kept
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import mutations
-from fusellm.align.translation import Translation
+from fusellm.alignment.translation import Translation
 from fusellm.errors import StoreError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent

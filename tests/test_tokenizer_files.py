@@ -19,8 +19,8 @@ from fusellm.errors import ModelError, TokenizerError
 from fusellm.models import tokenizer_faults
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.models.readers import reader_of
-from fusellm.models.reading import SourceReader
 from fusellm.models.tokenizers import tokenizer_at
+from fusellm.reading.source_reader import SourceReader
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import transformers
 from transformers import Trainer, TrainerCallback
 
-from fusellm.stages.train.trainer import ObjectiveTrainer
-from fusellm.stages.train.watch import Watch
+from fusellm.training.callbacks import Watch
+from fusellm.training.trainer import ObjectiveTrainer
 
 READ_IN = "5.17.0 and 5.24.0"
 """The versions of transformers whose source was read for the table below; they agree."""

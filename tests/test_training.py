@@ -15,22 +15,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from fusellm.cli.main import main
 from fusellm.config import LoraSettings, ModelSettings
 from fusellm.errors import FusellmError, IdentityError, ModelError, NumericsError, RecipeError
-from fusellm.models import adapters, hub, training_rows
+from fusellm.models import adapters, hub
 from fusellm.models.adapters import with_adapters, without_adapters
 from fusellm.models.heads import check_head
 from fusellm.models.load import load_model, locate
-from fusellm.models.objective_forward import objective_forward, objective_inputs
-from fusellm.models.training_batches import Collator, OutcomeTable
-from fusellm.models.training_rows import RowOrder, RowsOfLikeLength, fused_rows
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.train import trainer as trainers
-from fusellm.stages.train.validation import Validation
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard
+from fusellm.training import rows as training_rows
+from fusellm.training import trainer as trainers
+from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.forward import objective_forward, objective_inputs
+from fusellm.training.rows import RowOrder, RowsOfLikeLength, fused_rows
+from fusellm.training.validation import Validation
 
 CPU = torch.device("cpu")
 FAST = ("training.learning_rate=1e-2", "training.eval_on_start=true")

@@ -23,7 +23,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages import train
-from fusellm.stages.train.values import checked
+from fusellm.training.values import checked
 
 SETTINGS = [field.name for field in fields(TrainingArguments)]
 VALUES: tuple[Any, ...] = (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import worlds
-from fusellm.align.strategies import STRATEGIES
-from fusellm.align.translation import Translation
+from fusellm.alignment.strategies import STRATEGIES
+from fusellm.alignment.translation import Translation
 from fusellm.store.translations import cache_folder, cached_translation
 
 SIZES = len(worlds.byte_bpe().vocabulary), len(worlds.sentencepiece().vocabulary)

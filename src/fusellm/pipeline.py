@@ -16,7 +16,6 @@ from fusellm.config import EvaluationSettings, Recipe
 from fusellm.errors import IdentityError, StoreError
 from fusellm.evaluation.measure import Prepared, prepare
 from fusellm.evaluation.settings import settings_of
-from fusellm.models import processes
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, locate
 from fusellm.models.readers import plain_text_note, readers_of
@@ -40,6 +39,7 @@ from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder, check_identity
 from fusellm.store.run_folder import RECIPE, STAGES, SUITES, records_of
 from fusellm.store.writer import set_aside
+from fusellm.training import processes
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,11 @@ def _ending_on_signals(came: list[int]) -> Iterator[None]:
             _leave_terminal()
         raise SystemExit(128 + number)
 
-    usual = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
-    usual |= {signal.SIGINT: signal.default_int_handler}
+    usual: dict[int, signal._HANDLER] = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
     mine = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
     for number in mine:
         signal.signal(number, end)

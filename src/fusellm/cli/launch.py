@@ -47,7 +47,7 @@ def require_joined() -> None:
     Raises:
         RecipeError: each would train alone.
     """
-    from fusellm.models.processes import count
+    from fusellm.training.processes import count
 
     if launched() > 1 and count() == 1:
         raise RecipeError(
@@ -145,7 +145,7 @@ def _environment(rank: int, count: int, private: Path) -> dict[str, str]:
 def join() -> None:
     """Find the other processes, where `--nproc` has started this one."""
     if _BY_US in os.environ:
-        from fusellm.models import processes
+        from fusellm.training import processes
 
         processes.join(Path(os.environ[_BY_US]), int(os.environ["RANK"]), launched())
 
@@ -173,7 +173,7 @@ def parting() -> Iterator[None]:
 
 def _leave() -> None:
     if launched() > 1 and "torch.distributed" in sys.modules:
-        from fusellm.models.processes import leave
+        from fusellm.training.processes import leave
 
         leave()
 

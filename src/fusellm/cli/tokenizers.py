@@ -15,7 +15,7 @@ from fusellm.cli.tokenizers_screen import screen, verdict
 from fusellm.errors import CorpusError
 
 if TYPE_CHECKING:
-    from fusellm.align.comparison import Comparison
+    from fusellm.alignment.comparison import Comparison
     from fusellm.tokens.encode import Encoder
 
 _DOMAIN_BYTES = 100_000
@@ -60,7 +60,7 @@ def tokenizers(
     source has read the same text and how it cuts what follows, and the classes of tokens that the
     two can tell apart.
     """
-    from fusellm.align.comparison import compare, parts_of
+    from fusellm.alignment.comparison import compare, parts_of
 
     terminal = Terminal(STDERR)
     mine, theirs = (load_encoder(name, trust_remote_code, terminal) for name in (source, target))

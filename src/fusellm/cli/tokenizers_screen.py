@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from fusellm.align.comparison import Comparison, Domain, Side
+    from fusellm.alignment.comparison import Comparison, Domain, Side
 
 # Style and what a bar is drawn with, so that it reads without colours as well.
 _STYLES = {

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte
-from fusellm.models.batches import cut_rows, read_blocks, true_log_probs
 from fusellm.models.heads import head_of, is_sharded, through_head
+from fusellm.reading.batches import cut_rows, read_blocks, true_log_probs
 from fusellm.tokens.context import Spans, context_bytes
 from fusellm.tokens.encode import Encoded
 

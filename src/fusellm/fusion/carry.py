@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusellm.align.translation import Translation
+from fusellm.alignment.translation import Translation
+from fusellm.arrays.distributions import Distributions
 from fusellm.compiled import compiled
-from fusellm.fusion.kept import Distributions
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusellm.align.positions import Situation
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import Aligned, Tokens
-from fusellm.align.translation import Translation
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import Aligned, Tokens
+from fusellm.alignment.translation import Translation
+from fusellm.arrays.distributions import Distributions
+from fusellm.arrays.ragged import offsets_of
 from fusellm.fusion.carry import Carried, carry, map_counts
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import Compared
-from fusellm.fusion.kept import Distributions
 
 
 @dataclass(frozen=True)

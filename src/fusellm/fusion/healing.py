@@ -13,7 +13,7 @@ go on with the bytes of w,
     Z      =  Q(w)  +  sum of Q(v) over the same v, whatever u
 
 for every source token a. Only such v count whose u can follow a boundary of the target there
-(`fusellm.align.continuations`). This goes one token back. Longer tokens that begin before w are
+(`fusellm.alignment.continuations`). This goes one token back. Longer tokens that begin before w are
 left out.
 
 The target has its own long tokens. After `;` it never reads a line end where it has both as one
@@ -24,12 +24,12 @@ The source's distributions are of B blocks, one after another; N positions that 
 
 import numpy as np
 
-from fusellm.align.continuations import Continuations
-from fusellm.align.ragged import offsets_of, take_rows
-from fusellm.align.target_cuts import TargetCuts
-from fusellm.align.tokens import Tokens
+from fusellm.alignment.continuations import Continuations
+from fusellm.alignment.target_cuts import TargetCuts
+from fusellm.arrays.distributions import Distributions, Kept
+from fusellm.arrays.ragged import offsets_of, take_rows
+from fusellm.arrays.tokens import Tokens
 from fusellm.compiled import compiled
-from fusellm.fusion.kept import Distributions, Kept
 
 _LEAST_MASS = 1e-6  # of kept tokens: what is less is an error of rounding
 

@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusellm.align.continuations import Continuations
-from fusellm.align.positions import Situation
-from fusellm.align.strategies import Aligner, Tokens
-from fusellm.align.target_cuts import TargetCuts
-from fusellm.align.translation import Translation, same_tokenizer
+from fusellm.alignment.continuations import Continuations
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import Aligner, Tokens
+from fusellm.alignment.target_cuts import TargetCuts
+from fusellm.alignment.translation import Translation, same_tokenizer
+from fusellm.arrays.distributions import Kept
 from fusellm.fusion.fuse import Reading
 from fusellm.fusion.healing import heal, where_cut
-from fusellm.fusion.kept import Kept
 from fusellm.tokens.encode import Encoder
 
 

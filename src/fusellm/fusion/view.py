@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusellm.align.positions import Situation
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import Tokens
-from fusellm.align.translation import Translation
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import Tokens
+from fusellm.alignment.translation import Translation
+from fusellm.arrays.ragged import offsets_of
 from fusellm.fusion.carry import carry
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, span_nats
 from fusellm.fusion.fuse import Fused, Reading, Rules

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusellm.align.positions import Situation
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import STRATEGIES, Tokens
-from fusellm.align.translation import Translation
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import STRATEGIES, Tokens
+from fusellm.alignment.translation import Translation
+from fusellm.arrays.ragged import offsets_of
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe
 from fusellm.fusion.functions import FUNCTIONS
 from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusellm.align.ragged import offsets_of
-from fusellm.align.tokens import Tokens
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
 from fusellm.errors import StoreError
-from fusellm.fusion.kept import Kept
 from fusellm.store.facts import about_of, vocabulary_of
 from fusellm.store.layout import (
     Batch,

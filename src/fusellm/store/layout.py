@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.ragged import offsets_of
 
 
 class Ragged(NamedTuple):

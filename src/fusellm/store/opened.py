@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from fusellm.align.tokens import Tokens
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.tokens import Tokens
 from fusellm.errors import StoreError
-from fusellm.fusion.kept import Kept
 from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder

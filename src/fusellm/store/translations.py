@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fusellm.align.translation import Translation
+from fusellm.alignment.translation import Translation
 from fusellm.errors import StoreError
 from fusellm.store.files import write_whole
 

@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from fusellm.models.load import default_device, weights_digest
-from fusellm.models.reading import Read
 from fusellm.progress import Bar
+from fusellm.reading.source_reader import Read
 from fusellm.stages.externalize.memory import give_back
 from fusellm.stages.externalize.task import EngineSettings, Task
 from fusellm.stages.externalize.work import Done, Prepared, Worker, device_name

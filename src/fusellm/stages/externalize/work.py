@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.ragged import offsets_of
 from fusellm.config import Recipe
 from fusellm.models.load import Located, load_model
-from fusellm.models.reading import Read, SourceReader
+from fusellm.reading.source_reader import Read, SourceReader
 from fusellm.stages.externalize.memory import keep_flat
 from fusellm.store.blocks import Block, digest_of_blocks
 from fusellm.store.externalized import kept_columns, source_schema, token_columns

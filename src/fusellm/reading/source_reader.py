@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fusellm.align.ragged import offsets_of, take_rows
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.config import ExternalizeSettings
-from fusellm.fusion.kept import Kept
-from fusellm.models.batches import BatchLimit, read_blocks
-from fusellm.models.distributions import Selected, Selector, kept_of_host, shifts
 from fusellm.models.heads import head_of
+from fusellm.reading.batches import BatchLimit, read_blocks
+from fusellm.reading.selection import Selected, Selector, kept_of_host, shifts
 from fusellm.tokens.encode import Encoded
 
 _IN_FLIGHT = 2  # batches whose copies the host has not taken yet

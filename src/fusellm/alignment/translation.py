@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.ragged import offsets_of
 from fusellm.tokens.encode import Encoded, Encoder
 
 # What a token is encoded after. Each is a context in which one kind of token stands alone; the

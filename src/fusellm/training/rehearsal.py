@@ -20,21 +20,21 @@ from transformers.utils import logging as transformers_logging
 
 from fusellm.config import Recipe
 from fusellm.errors import NumericsError, StoreError
-from fusellm.models.objective_forward import objective_forward
-from fusellm.models.training_batches import Collator
-from fusellm.models.training_rows import Rows
 from fusellm.objective.schedule import LambdaSchedule
-from fusellm.stages.train.arguments import (
+from fusellm.store.identity import digest
+from fusellm.training.arguments import (
     cannot_be_used,
     culprit,
     settings_of,
     training_arguments,
 )
-from fusellm.stages.train.blame import Blame
-from fusellm.stages.train.stop import Stop
-from fusellm.stages.train.trainer import ObjectiveTrainer
-from fusellm.stages.train.validation import Validation
-from fusellm.store.identity import digest
+from fusellm.training.collator import Collator
+from fusellm.training.forward import objective_forward
+from fusellm.training.nan_report import Blame
+from fusellm.training.rows import Rows
+from fusellm.training.stop import Stop
+from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.validation import Validation
 
 _ROWS, _ROW_TOKENS, _VOCABULARY = 8, 4, 8
 # A toy's training has these instead: small, quiet, alone, and without what a toy tells nothing of.

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusellm.align.ragged import offsets_of, take_rows
-from fusellm.models.objective_forward import IGNORED
+from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.store.blocks import CONTEXT
 from fusellm.store.fused import read_members
 from fusellm.store.manifest import StageFolder
+from fusellm.training.forward import IGNORED
 
 
 def _predicted(block: Mapping[str, Any]) -> np.ndarray:

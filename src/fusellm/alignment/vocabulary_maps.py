@@ -16,7 +16,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fusellm.align.translation import FirstTokens, identity_translation, same_tokenizer
+from fusellm.alignment.translation import FirstTokens, identity_translation, same_tokenizer
 from fusellm.tokens.encode import Encoder
 from fusellm.tokens.vocabulary import SPACE_MARK
 

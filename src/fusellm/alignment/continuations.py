@@ -9,8 +9,8 @@ Vs is the source's vocabulary size.
 
 import numpy as np
 
-from fusellm.align.ragged import offsets_of
-from fusellm.align.translation import FirstTokens, as_continuations, before_a_letter
+from fusellm.alignment.translation import FirstTokens, as_continuations, before_a_letter
+from fusellm.arrays.ragged import offsets_of
 from fusellm.tokens.encode import Encoder
 
 _UNKNOWN = -2

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import offsets_of
 from fusellm.config import ExternalizeSettings
-from fusellm.fusion.kept import Kept
-from fusellm.models.draws import systematic_draws
 from fusellm.objective.chunked import Head
+from fusellm.reading.draws import systematic_draws
 
 _PIECE_ELEMENTS = 1 << 20  # of logits that a CPU looks at together: a few MB, which stay in cache
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.errors import RecipeError
-from fusellm.stages.train.values import as_written, checked
+from fusellm.training.values import as_written, checked
 
 BASELINE = "clm"
 _ORDERS = ("random", "sequential", "group_by_length")

@@ -14,36 +14,35 @@ import torch
 
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
 from fusellm.errors import IdentityError
-from fusellm.models import processes
 from fusellm.models.adapters import require_peft, without_adapters, without_warnings
 from fusellm.models.load import Located
-from fusellm.models.objective_forward import objective_forward, require_packing
-from fusellm.models.training_batches import Collator, OutcomeTable
-from fusellm.models.training_rows import Rows, clm_rows, fused_rows
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
-from fusellm.stages.train import rehearsal
-from fusellm.stages.train.arguments import (
-    ASIDE,
-    BASELINE,
-    is_sharded,
-    require_processes,
-    training_arguments,
-)
-from fusellm.stages.train.blame import Blame
-from fusellm.stages.train.checkpoints import last_checkpoint
-from fusellm.stages.train.model import load_target, save_model
-from fusellm.stages.train.stop import Stop
-from fusellm.stages.train.trainer import ObjectiveTrainer
-from fusellm.stages.train.validation import Validation
-from fusellm.stages.train.watch import Watch
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.fused import open_fused
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
+from fusellm.training import processes, rehearsal
+from fusellm.training.arguments import (
+    ASIDE,
+    BASELINE,
+    is_sharded,
+    require_processes,
+    training_arguments,
+)
+from fusellm.training.callbacks import Watch
+from fusellm.training.checkpoints import last_checkpoint
+from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.forward import objective_forward, require_packing
+from fusellm.training.model import load_target, save_model
+from fusellm.training.nan_report import Blame
+from fusellm.training.rows import Rows, clm_rows, fused_rows
+from fusellm.training.stop import Stop
+from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.validation import Validation
 
 FOLDER = "train"
 FUSED, CLM = "fused", BASELINE

@@ -12,19 +12,19 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from fusellm.errors import NumericsError, StoreError
-from fusellm.models import processes
 from fusellm.models.adapters import without_adapters
 from fusellm.models.heads import is_sharded
-from fusellm.models.objective_forward import objective_forward, objective_inputs
-from fusellm.models.training_batches import BatchCounts, Collator
-from fusellm.models.training_rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 from fusellm.objective.schedule import LambdaSchedule
-from fusellm.stages.train.blame import Blame
-from fusellm.stages.train.checkpoints import require_intact, seal
-from fusellm.stages.train.stop import Stop
-from fusellm.stages.train.sums import Sums
-from fusellm.stages.train.validation import Validation
 from fusellm.store.files import saving_explained
+from fusellm.training import processes
+from fusellm.training.checkpoints import require_intact, seal
+from fusellm.training.collator import BatchCounts, Collator
+from fusellm.training.forward import objective_forward, objective_inputs
+from fusellm.training.loss_log import Sums
+from fusellm.training.nan_report import Blame
+from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
+from fusellm.training.stop import Stop
+from fusellm.training.validation import Validation
 
 
 class ObjectiveTrainer(Trainer):

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusellm.align.authors import AuthorsAligner
-from fusellm.align.dynamic import DynamicAligner
-from fusellm.align.positions import Situation, align_shard
-from fusellm.align.tokens import Tokens as Tokens
-from fusellm.align.translation import (
+from fusellm.alignment.authors import AuthorsAligner
+from fusellm.alignment.dynamic import DynamicAligner
+from fusellm.alignment.positions import Situation, align_shard
+from fusellm.alignment.translation import (
     Translation,
     class_translation,
     first_translation,
     map_translation,
     same_tokenizer,
 )
-from fusellm.align.vocabulary_maps import mined_map, string_map
+from fusellm.alignment.vocabulary_maps import mined_map, string_map
+from fusellm.arrays.tokens import Tokens as Tokens
 from fusellm.tokens.encode import Encoder
 
 

@@ -13,8 +13,8 @@ T target tokens, S source tokens of one block; Vs, Vt vocabulary sizes.
 
 import numpy as np
 
-from fusellm.align.dynamic import DynamicAligner, Path
-from fusellm.align.vocabulary_maps import same_spellings, spellings
+from fusellm.alignment.dynamic import DynamicAligner, Path
+from fusellm.alignment.vocabulary_maps import same_spellings, spellings
 from fusellm.tokens.encode import Encoder
 from fusellm.tokens.vocabulary import SPACE_MARK
 

@@ -5,9 +5,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fusellm.progress import Bar
-from fusellm.stages.train.arguments import METRIC
-from fusellm.stages.train.stop import Stop
-from fusellm.stages.train.validation import stalled
+from fusellm.training.arguments import METRIC
+from fusellm.training.stop import Stop
+from fusellm.training.validation import stalled
 
 
 class Watch(TrainerCallback):

@@ -10,10 +10,10 @@ from itertools import compress
 
 import numpy as np
 
-from fusellm.align.positions import Situation
-from fusellm.align.ragged import offsets_of
-from fusellm.align.strategies import Aligner, Tokens, boundary_aligner
-from fusellm.align.translation import Translation, class_translation, same_tokenizer
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import Aligner, Tokens, boundary_aligner
+from fusellm.alignment.translation import Translation, class_translation, same_tokenizer
+from fusellm.arrays.ragged import offsets_of
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoded, Encoder
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fusellm.models.training_batches import BatchCounts
+from fusellm.training.collator import BatchCounts
 
 
 class Sums:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.ragged import offsets_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from fusellm.errors import StoreError
-from fusellm.models import processes
 from fusellm.progress import Progress
 from fusellm.store.files import (
     file_digest,
@@ -22,6 +21,7 @@ from fusellm.store.files import (
     write_text,
 )
 from fusellm.store.tables import folder_bytes
+from fusellm.training import processes
 
 _WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
 _DAMAGED = "damaged-"  # before the name of a folder that is not gone on from

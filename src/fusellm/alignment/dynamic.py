@@ -15,8 +15,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fusellm.align.ragged import offsets_of
-from fusellm.align.vocabulary_maps import least_dtype, same_spellings, spellings
+from fusellm.alignment.vocabulary_maps import least_dtype, same_spellings, spellings
+from fusellm.arrays.ragged import offsets_of
 from fusellm.compiled import compiled
 from fusellm.tokens.encode import Encoder
 

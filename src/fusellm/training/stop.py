@@ -5,7 +5,7 @@ import threading
 from contextlib import AbstractContextManager
 from types import FrameType
 
-from fusellm.models import processes
+from fusellm.training import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fusellm.align.translation import as_continuations, before_a_letter
+from fusellm.alignment.translation import as_continuations, before_a_letter
 from fusellm.tokens.encode import Encoded, Encoder
 
 _BYTES = 256

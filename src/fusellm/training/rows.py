@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fusellm.align.ragged import offsets_of
+from fusellm.arrays.ragged import offsets_of
 from fusellm.errors import CorpusError, StoreError
 from fusellm.store import externalized, fused
 from fusellm.store.blocks import BLOCKS, CONTEXT, context_of, text_bytes
