@@ -41,19 +41,20 @@ from transformers.trainer_callback import PrinterCallback
 from figures import command_line, peak_above, show
 from fusellm.config import ModelSettings
 from fusellm.models.load import load_model, load_tokenizer, locate
+from fusellm.objective.divergence import CROSS_ENTROPY
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.train import lambda_schedule, outcome_table
+from fusellm.stages.train import lambda_schedule
 from fusellm.store.blocks import open_corpus
 from fusellm.training import rows as training_rows
 from fusellm.training.arguments import training_arguments
 from fusellm.training.collator import Collator
-from fusellm.training.forward import objective_forward
+from fusellm.training.dataset import FusedDataset, FusionCollator
 from fusellm.training.nan_report import Blame
-from fusellm.training.rows import RowOrder, Rows, fused_rows
+from fusellm.training.rows import RowOrder, Rows
+from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.stop import Stop
-from fusellm.training.trainer import ObjectiveTrainer
 from fusellm.training.validation import Validation
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
@@ -95,8 +96,8 @@ class Bench:
 
     def rows(self) -> Rows:
         """Packed as the demo's are."""
-        training = self.recipe.training
-        return fused_rows(self.run, open_corpus(self.run)).pack(training.row_tokens)
+        encoder = self.pipeline.readers["target"].encoder
+        return FusedDataset.of_run(self.recipe, self.run, encoder, 0)
 
     def model(self) -> PreTrainedModel:
         """The target, in float32."""
@@ -133,14 +134,13 @@ class Bench:
             model,
             arguments,
             rows,
-            Collator(outcome_table(self.recipe, self.run), packed=True),
             lambda_schedule(self.recipe.fusion),
+            CROSS_ENTROPY,
             Validation(encoder, [], self.recipe),
             Blame(open_corpus(self.run), self.run / "none"),
             Stop(),
         )
-        with objective_forward(model):
-            yield ours
+        yield ours
 
     def seconds(self, kind: str, steps: int) -> float:
         """Of a step."""
@@ -161,7 +161,7 @@ class Bench:
             rows,
             batch_size=size,
             sampler=RowOrder(rows.windows(), 0, size),
-            collate_fn=Collator(outcome_table(self.recipe, self.run), packed=True),
+            collate_fn=FusionCollator(rows),
         )
         began = time.perf_counter()
         done = sum(1 for _ in zip(range(steps), loader, strict=False))

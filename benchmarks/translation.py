@@ -39,8 +39,9 @@ from transformers import PreTrainedModel
 
 from figures import command_line
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import STRATEGIES, Tokens
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.strategies import STRATEGIES
+from fusellm.alignment.translation import VocabularyMap
+from fusellm.arrays.tokens import Tokens
 from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import ModelSettings
 from fusellm.models.heads import head_of, last_hidden
@@ -98,7 +99,7 @@ def blocks_of(domain: str, most_bytes: int) -> list[str]:
 # measure
 
 
-def carried_masses(log_p: torch.Tensor, translation: Translation) -> torch.Tensor:
+def carried_masses(log_p: torch.Tensor, translation: VocabularyMap) -> torch.Tensor:
     """[N, U+1] mass of each outcome; the last column is what has none."""
     outcome = torch.from_numpy(
         np.where(
@@ -111,7 +112,7 @@ def carried_masses(log_p: torch.Tensor, translation: Translation) -> torch.Tenso
     return rows.index_add_(1, outcome, torch.exp(log_p[:, : len(outcome)]))
 
 
-def true_bits(log_p: torch.Tensor, translation: Translation, true_ids: np.ndarray) -> np.ndarray:
+def true_bits(log_p: torch.Tensor, translation: VocabularyMap, true_ids: np.ndarray) -> np.ndarray:
     """[N] bits of the outcome of each true next target token."""
     masses = carried_masses(log_p, translation).double()
     outcome = torch.from_numpy(translation.outcome_of_target[true_ids])
@@ -161,7 +162,7 @@ def measure(source: Model, target: Model, most_bytes: int) -> Iterator[dict[str,
             yield from _rows(domain, name, np.concatenate(found, axis=1), positions)
 
 
-def _bits_within(translation: Translation, frequency: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _bits_within(translation: VocabularyMap, frequency: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """[N] bits that say which member of its outcome a target token is."""
     outcome = np.where(
         translation.outcome_of_target < 0, translation.outcomes, translation.outcome_of_target

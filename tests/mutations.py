@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.ipc
 from safetensors.numpy import save
 
-from fusellm.alignment.translation import Translation, map_translation
+from fusellm.alignment.translation import VocabularyMap, map_translation
 from fusellm.arrays.ragged import offsets_of
 from fusellm.errors import StoreError
 from fusellm.fusion.carry import carry, map_counts
@@ -404,7 +404,7 @@ class _Target:
     vocabulary = range(VOCABULARY)
 
 
-_SAME: Translation = map_translation(np.arange(VOCABULARY), _Target())  # type: ignore[arg-type]
+_SAME: VocabularyMap = map_translation(np.arange(VOCABULARY), _Target())  # type: ignore[arg-type]
 
 
 class _Pieces:
@@ -491,7 +491,7 @@ def outcome_of_manifest(place: Path, chance: random.Random, blocks: dict[int, An
 # Kept maps.
 
 
-def outcome_of_map(chance: random.Random, path: Path, made: Translation) -> str:
+def outcome_of_map(chance: random.Random, path: Path, made: VocabularyMap) -> str:
     """Put a changed map in a kept one's place and ask for it: it is legal, or is made anew."""
     arrays = {
         "outcome_of_source": made.outcome_of_source.copy(),
@@ -522,7 +522,7 @@ def outcome_of_map(chance: random.Random, path: Path, made: Translation) -> str:
     sizes = len(made.outcome_of_source), len(made.outcome_of_target)
     anew: list[int] = []
 
-    def make() -> Translation:
+    def make() -> VocabularyMap:
         anew.append(1)
         return made
 

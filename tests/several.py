@@ -25,7 +25,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.training import processes
-from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.validation import Validation
 
 

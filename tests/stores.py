@@ -13,11 +13,14 @@ import pyarrow.ipc
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import offsets_of
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
+from fusellm.store.fused import read_members
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder, read_manifest, segments_of
 from fusellm.store.quantized import ERROR_NATS, STEP_NATS
 from fusellm.store.tables import Ragged, encode_table, write_encoded
 from fusellm.store.writer import StageWriter
+from fusellm.training.collator import OutcomeTable
+from fusellm.training.rows import Rows, fused_blocks
 
 IDENTITY = Identity(
     "externalize/made", {"dtype": "float32"}, {"weights": "w", "tokenizer": "t", "corpus": "c"}
@@ -206,3 +209,16 @@ def rewrite_columns(path: Path, name: str, change: Callable[[Columns], object]) 
     encoded = encode_table(columns, schema)
     cuts = np.cumsum([segment.length for segment in encoded.segments])[:-1].tolist()
     rewrite(path, name, encoded.data, cuts)
+
+
+def fused_rows(run: Path, corpus: StageFolder, seed: int = 0) -> Rows:
+    """A run's rows, a block each, with fused distributions."""
+    return Rows(fused_blocks(run, corpus, seed), seed)
+
+
+def outcome_table(
+    folder: StageFolder, sources: Sequence[str], renormalize: bool = False, temperature: float = 1.0
+) -> OutcomeTable:
+    """The outcomes of some sources of a fused store."""
+    members = [read_members(folder, source) for source in sources]
+    return OutcomeTable(members, renormalize, temperature)

@@ -12,7 +12,7 @@ import worlds
 from fusellm.alignment.positions import Situation, align_shard
 from fusellm.alignment.translation import (
     FirstTokens,
-    Translation,
+    VocabularyMap,
     class_translation,
     first_translation,
     same_tokenizer,
@@ -198,14 +198,14 @@ def test_rows_of_a_ragged_array(lengths: list[int], chosen: list[int]) -> None:
 
 # Vocabulary maps
 
-Make = Callable[[Encoder, Encoder], Translation]
+Make = Callable[[Encoder, Encoder], VocabularyMap]
 
 
 def encoders(source: str, target: str) -> tuple[Encoder, Encoder]:
     return worlds.encoder_of(source), worlds.encoder_of(target)
 
 
-def classes_of(translation: Translation) -> list[tuple[frozenset[int], frozenset[int]]]:
+def classes_of(translation: VocabularyMap) -> list[tuple[frozenset[int], frozenset[int]]]:
     """(source ids, target ids) of each outcome, in order."""
     offsets, ids = translation.members()
     by_source: list[set[int]] = [set() for _ in range(translation.outcomes)]

@@ -18,7 +18,7 @@ from fusellm.training.checkpoints import (
     require_intact,
     seal,
 )
-from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.run_trainer import ObjectiveTrainer
 from stores import flip
 
 

@@ -28,14 +28,15 @@ from fusellm.store.blocks import BLOCKS, BLOCKS_SCHEMA, open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.context import context_bytes, context_tokens, spans_within
-from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.collator import Collator
 from fusellm.training.forward import (
     IGNORED,
     Untouched,
     objective_forward,
     objective_inputs,
 )
-from fusellm.training.rows import clm_rows, fused_rows
+from fusellm.training.rows import clm_rows
+from stores import fused_rows, outcome_table
 
 ENTRY = {"text_field": ["prompt", "answer"], "context_fields": ["prompt"], "domain": "chat"}
 
@@ -209,7 +210,7 @@ def test_neither_loss_predicts_context(world: Path, fused: Path) -> None:
     texts = {block.number: block for block in read_part(corpus, "train")}
     blocks = [fused_[n][0] for n in range(12)]
     assert any(block["context"].all() is np.False_ for block in blocks)
-    table = OutcomeTable(StageFolder(fused / "fuse"), ["first", "second"], False)
+    table = outcome_table(StageFolder(fused / "fuse"), ["first", "second"], False)
     batch = Collator(table, packed=False)([[block] for block in blocks])
     whole = Collator(table, packed=False)([[_without(block)] for block in blocks])
     encoder = pipeline(world, fused).readers["target"].encoder

@@ -283,13 +283,20 @@ def test_a_stop_is_no_error_whatever_becomes_of_it(
 ) -> None:
     """Once in a thousand, a lock that is left halfway raises "release unlocked lock" instead."""
 
+    class HalfMade:
+        def __del__(self) -> None:
+            raise AttributeError("'tqdm' object has no attribute 'pos'")
+
     def stopped() -> None:
+        half = HalfMade()
         try:
             signal.raise_signal(number)
         except BaseException:
+            del half
             raise RuntimeError("release unlocked lock") from None
 
     monkeypatch.setattr(ending, "_leave_terminal", lambda: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     with pytest.raises(SystemExit) as stop:
         ending.run(stopped, debug=False)
     assert stop.value.code == 128 + number

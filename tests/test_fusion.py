@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 import worlds
 from fusellm.alignment.positions import Situation, align_shard
-from fusellm.alignment.strategies import STRATEGIES, Aligned, Tokens
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.strategies import STRATEGIES, Aligned
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.cross_entropy import nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared, avgce, avgce_paper, mince
@@ -74,9 +75,9 @@ def random_ends(chance: np.random.Generator, length: int, bos: bool, eos: bool) 
     return np.array([*([0] if bos else []), *inner, length, *([length] if eos else [])])
 
 
-def random_translation(chance: np.random.Generator, source: int, complete: bool) -> Translation:
+def random_translation(chance: np.random.Generator, source: int, complete: bool) -> VocabularyMap:
     outcomes = 4
-    return Translation(
+    return VocabularyMap(
         chance.integers(-1, outcomes, source),
         np.array([0, 0, 1, 2, 3, 3, -1]),
         outcomes,
@@ -102,7 +103,7 @@ class Blocks:
 
 
 def reading_of(
-    target: Blocks, source: Blocks, kept: Kept, translation: Translation, from_start: bool = True
+    target: Blocks, source: Blocks, kept: Kept, translation: VocabularyMap, from_start: bool = True
 ) -> Reading:
     """A reading aligned by boundaries."""
     theirs, mine = target.tokens, source.tokens
@@ -241,7 +242,7 @@ def test_a_part_is_its_source_where_it_has_read_the_same_times_its_weight(world:
 
 
 def one_position(
-    kept: Kept, translation: Translation, **rules: bool
+    kept: Kept, translation: VocabularyMap, **rules: bool
 ) -> tuple[dict[int, float], float]:
     block = Blocks([np.array([0, 1])])
     world = World(block, [1], [reading_of(block, block, kept, translation)], Rules(mince, **rules))
@@ -249,7 +250,7 @@ def one_position(
     return part[1], part[2]
 
 
-MEETING = Translation(np.array([0, 0, 1, -1]), np.array([0, 1, 1]), 2, complete=False)
+MEETING = VocabularyMap(np.array([0, 0, 1, -1]), np.array([0, 1, 1]), 2, complete=False)
 
 
 def test_masses_that_meet_are_added() -> None:

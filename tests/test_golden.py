@@ -16,8 +16,8 @@ from rapidfuzz.process import cdist
 import worlds
 from fusellm.alignment.authors import AuthorsAligner
 from fusellm.alignment.dynamic import DynamicAligner, Path, least_path, one_to_one
-from fusellm.alignment.strategies import Aligned, Tokens
-from fusellm.alignment.translation import Translation, map_translation
+from fusellm.alignment.strategies import Aligned
+from fusellm.alignment.translation import VocabularyMap, map_translation
 from fusellm.alignment.vocabulary_maps import (
     exact_map,
     least_dtype,
@@ -29,6 +29,7 @@ from fusellm.alignment.vocabulary_maps import (
 )
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
 from fusellm.fusion.functions import mince
 from fusellm.fusion.fuse import Reading, Rules, fuse_blocks
 from fusellm.tokens.encode import Encoder
@@ -95,7 +96,7 @@ def golden_mined() -> np.ndarray:
 
 
 @cache
-def authors(kind: str) -> tuple[AuthorsAligner, Translation]:
+def authors(kind: str) -> tuple[AuthorsAligner, VocabularyMap]:
     source, target = golden_encoders()
     mined = golden_mined() if kind == "soft" else None
     same = same_spellings(spellings(source), spellings(target))
@@ -105,7 +106,7 @@ def authors(kind: str) -> tuple[AuthorsAligner, Translation]:
 
 def as_authors(
     aligner: AuthorsAligner,
-    table: Translation,
+    table: VocabularyMap,
     source_ids: np.ndarray,
     target_ids: np.ndarray,
     rows: list[dict[int, float]],

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import worlds
-from fusellm.alignment.strategies import STRATEGIES, Tokens, boundary_aligner
+from fusellm.alignment.strategies import STRATEGIES, boundary_aligner
 from fusellm.alignment.translation import class_translation
 from fusellm.arrays.distributions import Distributions, Kept
 from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
 from fusellm.fusion.functions import mince
 from fusellm.fusion.fuse import Rules, fuse_blocks
 from fusellm.fusion.healing import heal, where_cut

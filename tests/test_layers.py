@@ -15,10 +15,10 @@ from fusellm.recipe_file import check_recipe, load_recipe
 ROOT = Path(fusellm.__file__).resolve().parent
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-WORDS = ("errors", "config", "recipe_file", "progress", "compiled")
-MATHS = ("arrays", "tokens", "alignment", "fusion", "objective")
+WORDS = ("errors", "config", "recipe_file", "progress", "compiled", "text_table")
+MATHS = ("tokens", "arrays", "alignment", "fusion", "objective")
 EDGES = ("store", "models", "reading", "zoo", "evaluation", "training")
-DOORS = ("preflight", "pipeline", "inspection", "cli", "__main__")
+DOORS = ("preflight", "pipeline", "inspection", "run", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
 

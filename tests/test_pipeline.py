@@ -25,9 +25,10 @@ from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.run_folder import STAGES, removable
 from fusellm.store.writer import StageWriter
-from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.collator import Collator
 from fusellm.training.forward import objective_forward, objective_inputs
-from fusellm.training.rows import RowsOfLikeLength, clm_rows, fused_rows
+from fusellm.training.rows import RowsOfLikeLength, clm_rows
+from stores import fused_rows, outcome_table
 
 
 def pipeline(world: Path, run: Path, *changes: str) -> Pipeline:
@@ -462,7 +463,7 @@ def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
     norms = {}
     for rest in ("bucket", "renormalize"):
-        table = OutcomeTable(StageFolder(run / "fuse"), ["first"], rest == "renormalize")
+        table = outcome_table(StageFolder(run / "fuse"), ["first"], rest == "renormalize")
         batch = Collator(table, packed=False)([rows[n] for n in range(8)])
         model.zero_grad()
         with objective_forward(model):

@@ -23,7 +23,7 @@ from fusellm.store.externalized import layout_of, open_externalized
 from fusellm.store.tables import Shard
 from fusellm.tokens.encode import Encoder
 from fusellm.training.collator import Collator
-from fusellm.training.rows import Rows, clm_rows
+from fusellm.training.rows import Rows, StoredBlocks, clm_rows
 from fusellm.zoo.tokenizers import byte_level_bpe
 
 CHANGES = (
@@ -116,9 +116,9 @@ def test_training_reads_it_and_does_not_predict_it(finished: Path, glm: Path, pa
 def test_a_block_of_nothing_else_is_no_row(finished: Path) -> None:
     folder = open_externalized(finished, "target")
     names = [name for name in folder.shards if name.startswith("train-")]
-    whole = Rows(folder, layout_of(folder), names, prefix_tokens=2)
+    whole = Rows(StoredBlocks(folder, layout_of(folder), names, prefix_tokens=2))
     longest = int(whole.lengths.max())
-    assert len(Rows(folder, layout_of(folder), names, prefix_tokens=longest)) == 0
+    assert len(Rows(StoredBlocks(folder, layout_of(folder), names, prefix_tokens=longest))) == 0
     assert len(whole) == len(whole.lengths)
 
 

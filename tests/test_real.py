@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm.config import ExternalizeSettings, ModelSettings
-from fusellm.evaluation.bits_per_byte import bits_per_byte, blocks_nats
+from fusellm.evaluation.bits_per_byte import bits_of, blocks_nats
 from fusellm.fusion.cross_entropy import nats_by_byte
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.pipeline import Pipeline
@@ -152,8 +152,8 @@ def test_bits_per_byte_agree_with_a_plain_float32_model(name: str) -> None:
         mine = ours[n]
         assert mine is not None
         scored = int(np.isfinite(mine).sum())
-        assert bits_per_byte(float(np.nansum(mine)), scored) == pytest.approx(
-            bits_per_byte(float(expected), scored), rel=0.03
+        assert bits_of(float(np.nansum(mine)), scored) == pytest.approx(
+            bits_of(float(expected), scored), rel=0.03
         )
 
 

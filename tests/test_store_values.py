@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import mutations
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.errors import StoreError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -207,7 +207,7 @@ def test_mutated_maps_are_made_anew_or_are_maps(
 ) -> None:
     monkeypatch.setenv("FUSELLM_CACHE", str(tmp_path))
     of_source, of_target = np.array([2, -1, 0, 1, 2]), np.array([0, 1, 2, -1, 2, 1])
-    made = Translation(of_source, of_target, 3, complete=True)
+    made = VocabularyMap(of_source, of_target, 3, complete=True)
     cached_translation("partition", "a" * 24, "b" * 24, (5, 6), lambda: made)
     (path,) = (tmp_path / "maps").iterdir()
     ends: Counter[str] = Counter()

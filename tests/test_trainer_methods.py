@@ -13,7 +13,7 @@ import transformers
 from transformers import Trainer, TrainerCallback
 
 from fusellm.training.callbacks import Watch
-from fusellm.training.trainer import ObjectiveTrainer
+from fusellm.training.run_trainer import ObjectiveTrainer
 
 READ_IN = "5.17.0 and 5.24.0"
 """The versions of transformers whose source was read for the table below; they agree."""

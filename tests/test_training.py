@@ -27,11 +27,12 @@ from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard
 from fusellm.training import rows as training_rows
-from fusellm.training import trainer as trainers
-from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training import run_trainer as trainers
+from fusellm.training.collator import Collator
 from fusellm.training.forward import objective_forward, objective_inputs
-from fusellm.training.rows import RowOrder, RowsOfLikeLength, fused_rows
+from fusellm.training.rows import RowOrder, RowsOfLikeLength
 from fusellm.training.validation import Validation
+from stores import fused_rows, outcome_table
 
 CPU = torch.device("cpu")
 FAST = ("training.learning_rate=1e-2", "training.eval_on_start=true")
@@ -193,8 +194,8 @@ def test_fused_distributions_are_flattened_by_the_temperature(world: Path, fused
     rows = fused_rows(fused_top, StageFolder(fused_top / "corpus"))
     blocks = [block for row in range(4) for block in rows[row]]
     folder, names = StageFolder(fused_top / "fuse"), ["first", "second"]
-    plain, kept = OutcomeTable(folder, names, True).outcomes(blocks)
-    warm, same = OutcomeTable(folder, names, True, 2.0).outcomes(blocks)
+    plain, kept = outcome_table(folder, names, True).outcomes(blocks)
+    warm, same = outcome_table(folder, names, True, 2.0).outcomes(blocks)
     assert np.array_equal(kept, same)
     assert warm["rest"].max() == 0
     for part in range(0, len(plain["position"]), 7):
@@ -278,7 +279,7 @@ def test_packed_rows_have_the_loss_of_one_block_a_row(
     """With fused distributions, and with a row of its own for each block either way."""
     rows = fused_rows(fused, StageFolder(fused / "corpus"))
     blocks = [rows[n][0] for n in range(6)]
-    table = OutcomeTable(StageFolder(fused / "fuse"), ["first", "second"], False)
+    table = outcome_table(StageFolder(fused / "fuse"), ["first", "second"], False)
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
     batches = [
         Collator(table, packed=False)([[block] for block in blocks]),

@@ -8,19 +8,19 @@ import pytest
 
 import worlds
 from fusellm.alignment.strategies import STRATEGIES
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.store.translations import cache_folder, cached_translation
 
 SIZES = len(worlds.byte_bpe().vocabulary), len(worlds.sentencepiece().vocabulary)
 
 
-def made_once(calls: list[str]) -> Translation:
+def made_once(calls: list[str]) -> VocabularyMap:
     calls.append("made")
     pair = worlds.byte_bpe(), worlds.sentencepiece()
     return STRATEGIES["partition"].translate(*pair, None)
 
 
-def equal(mine: Translation, theirs: Translation) -> bool:
+def equal(mine: VocabularyMap, theirs: VocabularyMap) -> bool:
     return (
         np.array_equal(mine.outcome_of_source, theirs.outcome_of_source)
         and np.array_equal(mine.outcome_of_target, theirs.outcome_of_target)

@@ -1,23 +1,52 @@
 """Fuse the knowledge of several language models into one.
 
-`open_store` reads a source's distributions from a program; everything else is the command line's.
-Names are imported when they are first asked for, so that `import fusellm` costs nothing.
+docs/python-api.md shows what each name is for. Names are imported when they are first asked for, so
+that `import fusellm` costs nothing.
 """
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _FROM = {
-    "Distribution": "fusellm.store.opened",
+    "align": "fusellm.alignment.text_alignment",
+    "Alignment": "fusellm.alignment.text_alignment",
+    "bits_per_byte": "fusellm.evaluation.texts",
+    "compare_tokenizers": "fusellm.alignment.comparison",
+    "Distribution": "fusellm.arrays.read_block",
     "DistributionStore": "fusellm.store.opened",
-    "StoreFacts": "fusellm.store.facts",
-    "StoredBlock": "fusellm.store.opened",
+    "Divergence": "fusellm.objective.divergence",
+    "evaluate": "fusellm.evaluation.models",
+    "fuse": "fusellm.fusion.texts",
+    "FusedDataset": "fusellm.training.dataset",
+    "FusedDistributions": "fusellm.fusion.texts",
+    "FusellmError": "fusellm.errors",
+    "fusion_loss": "fusellm.training.loss",
+    "FusionCollator": "fusellm.training.dataset",
+    "FusionTrainer": "fusellm.training.trainer",
+    "LambdaSchedule": "fusellm.objective.schedule",
+    "load_pretrained": "fusellm.models.pretrained",
+    "load_recipe": "fusellm.recipe_file",
     "open_store": "fusellm.store.opened",
+    "read_distributions": "fusellm.reading.texts",
+    "Recipe": "fusellm.config",
+    "Run": "fusellm.run",
+    "SourceDistributions": "fusellm.arrays.source_distributions",
+    "StoredBlock": "fusellm.arrays.read_block",
+    "StoreFacts": "fusellm.store.facts",
+    "Tokenizer": "fusellm.models.tokenizer",
+    "vocabulary_map": "fusellm.alignment.strategies",
+    "VocabularyMap": "fusellm.alignment.translation",
 }
-__all__ = list(_FROM)  # as in __init__.pyi, which type checkers read
+__all__ = ["__version__", *_FROM]  # as in __init__.pyi, which type checkers read
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("fusellm")
+        except PackageNotFoundError:  # a folder of sources that nobody has installed
+            return "unknown"
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module 'fusellm' has no attribute {name!r}")

@@ -8,6 +8,10 @@ class FusellmError(Exception):
     """Base of all errors that a user can cause and mend; shown as one line without a traceback."""
 
 
+class ArgumentError(FusellmError, ValueError):
+    """A function of the library that was given what it cannot use."""
+
+
 class RecipeError(FusellmError):
     """A recipe that cannot be used: unknown key, wrong value, sources that clash."""
 

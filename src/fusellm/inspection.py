@@ -12,10 +12,10 @@ import numpy as np
 
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
-from fusellm.fusion.fuse import Fused
+from fusellm.fusion.fuse import Fused, rules_of
 from fusellm.fusion.view import BlockView, Material, view_block
 from fusellm.progress import Progress
-from fusellm.stages.fuse import pairings_of, rules_of
+from fusellm.stages.fuse import pairings_of
 from fusellm.store import fused as fused_store
 from fusellm.store.blocks import BLOCKS, Block, open_corpus, read_shard, text_bytes
 from fusellm.store.externalized import (

@@ -6,8 +6,9 @@ Unknown keys are refused with the nearest known one, and every error gives its p
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,7 +20,7 @@ from fusellm.config import (
     source_block,
 )
 from fusellm.config.yaml_text import read_yaml
-from fusellm.errors import RecipeError
+from fusellm.errors import ArgumentError, RecipeError
 
 _SHOWN_CHARACTERS = 80
 _YAML_KINDS: dict[Any, str] = {list: "list", str: "text"}
@@ -27,7 +28,7 @@ _SECRET_KEY = re.compile(r"(?i)(token|api_?key|password|secret)$")
 _SECRET_VALUE = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|://[^/@\s]+:[^/@\s]+@")
 
 
-def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | PathLike[str], changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -37,6 +38,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         RecipeError: the file is missing, not YAML, or not a recipe; every fault is named with its
             path in the file.
     """
+    path = Path(path)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -78,6 +80,21 @@ def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors())
         raise RecipeError(f"{where}: {faults}") from None
+
+
+Block = TypeVar("Block", bound=BaseModel)
+
+
+def checked_settings(kind: type[Block], given: Mapping[str, Any]) -> Block:
+    """A block of settings from what a program gives.
+
+    Raises:
+        ArgumentError: a name or a value is wrong; every fault is named.
+    """
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ArgumentError("; ".join(_explain(fault) for fault in error.errors())) from None
 
 
 def changed_evaluation(

@@ -4,18 +4,23 @@ T target positions that predict; Vs, Vt source and target vocabulary sizes. Shar
 kept beside them, so that a reader can add domains up.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import Aligner, Tokens, boundary_aligner
-from fusellm.alignment.translation import Translation, class_translation, same_tokenizer
+from fusellm.alignment.strategies import Aligner, boundary_aligner
+from fusellm.alignment.translation import VocabularyMap, class_translation, same_tokenizer
 from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
+from fusellm.errors import ArgumentError
+from fusellm.progress import Progress, Silent
 from fusellm.tokens.blocks import cut
-from fusellm.tokens.encode import Encoded, Encoder
+from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+from fusellm.tokens.spelling import shown
 
 _FEW_TOKENS = 3  # a class of at most so many tells the target's tokens nearly apart
 _MEMBERS_SHOWN = 12
@@ -118,7 +123,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `same` says whether the two cut every text alike."""
+    """What `compare_tokenizers` found. `same` says whether the two cut every text alike."""
 
     source: Side
     target: Side
@@ -129,31 +134,52 @@ class Comparison:
     classes: Classes
 
 
-def compare(
-    source: Encoder,
-    target: Encoder,
-    texts: Mapping[str, Sequence[str]],
+def compare_tokenizers(
+    source: Encoder | PreTrainedTokenizerBase,
+    target: Encoder | PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]] | Sequence[str],
+    *,
     block_bytes: int = 1024,
     largest: int = 5,
-    on_part: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
 ) -> Comparison:
-    """Compare two tokenizers on some documents.
+    """How far two tokenizers agree: what a target could learn from a source, before any model.
 
     Args:
-        texts: documents by domain.
+        texts: documents, or documents by domain.
         block_bytes: documents are cut into blocks of at most so many bytes, as a run cuts them.
         largest: how many of the largest classes to describe.
-        on_part: called after each of `parts_of(texts)` parts of the work.
+        progress: is shown how far the work is.
+
+    Raises:
+        ArgumentError: something is no tokenizer, or there is no text.
+        TokenizerError: a tokenizer's tokens cannot be told as bytes.
+
+    >>> from fusellm import Tokenizer
+    >>> prose, python = (Tokenizer.from_pretrained(f"zoo/{n}") for n in ("prose", "python"))
+    >>> found = compare_tokenizers(python, prose, ["def one(): return 1"])
+    >>> domain = found.domains[0]
+    >>> domain.positions, domain.aligned, found.classes.classes
+    (6, 5, 5852)
     """
-    translation = class_translation(source, target)
-    on_part()
-    sizes, of_target = _class_sizes(translation), translation.outcome_of_target
-    size_of_token = np.where(of_target >= 0, sizes[of_target], 0)
-    align = boundary_aligner(source, target, translation)
-    domains = []
-    for name, documents in texts.items():
-        domains.append(_domain(name, documents, block_bytes, source, target, align, size_of_token))
-        on_part()
+    source, target = as_encoder(source), as_encoder(target)
+    if not isinstance(texts, Mapping):
+        if isinstance(texts, str):
+            raise ArgumentError("texts is one text; give a list of them")
+        texts = {"text": texts}
+    if not any(document for documents in texts.values() for document in documents):
+        raise ArgumentError("there is no text to compare two tokenizers on; give some")
+    with (progress or Silent()).start("comparing", 1 + len(texts), "parts") as bar:
+        translation = class_translation(source, target)
+        bar.advance()
+        sizes, of_target = _class_sizes(translation), translation.outcome_of_target
+        size_of_token = np.where(of_target >= 0, sizes[of_target], 0)
+        align = boundary_aligner(source, target, translation)
+        domains = []
+        for name, documents in texts.items():
+            found = _domain(name, documents, block_bytes, source, target, align, size_of_token)
+            domains.append(found)
+            bar.advance()
     mine, theirs = _distinct(source), _distinct(target)
     return Comparison(
         _side(source, theirs),
@@ -164,15 +190,6 @@ def compare(
         tuple(domains),
         _classes(source, target, translation, sizes, largest),
     )
-
-
-def parts_of(texts: Mapping[str, Sequence[str]]) -> int:
-    """How many parts the work of `compare` has.
-
-    >>> parts_of({"prose": ["a"], "code": ["b"]})
-    3
-    """
-    return 1 + len(texts)
 
 
 def _distinct(encoder: Encoder) -> set[bytes]:
@@ -202,7 +219,7 @@ def _spellings(encoder: Encoder, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(str(token) for token in encoder.tokenizer.convert_ids_to_tokens(list(ids)))
 
 
-def _class_sizes(translation: Translation) -> np.ndarray:
+def _class_sizes(translation: VocabularyMap) -> np.ndarray:
     """[outcomes] int64, target ids of each class."""
     classed = translation.outcome_of_target[translation.outcome_of_target >= 0]
     return np.bincount(classed, minlength=translation.outcomes)
@@ -261,7 +278,7 @@ def _text_tokens(encoder: Encoder, ids: np.ndarray) -> int:
 
 
 def _classes(
-    source: Encoder, target: Encoder, translation: Translation, sizes: np.ndarray, largest: int
+    source: Encoder, target: Encoder, translation: VocabularyMap, sizes: np.ndarray, largest: int
 ) -> Classes:
     of_text = target.vocabulary.is_text & (translation.outcome_of_target < 0)
     sent = translation.outcome_of_source[translation.outcome_of_source >= 0]
@@ -276,10 +293,10 @@ def _classes(
         members = [token for token in spelled if token != root][:_MEMBERS_SHOWN]
         described.append(
             LargeClass(
-                _shown(root),
+                shown(root),
                 int(sizes[outcome]),
                 int(source_sizes[outcome]),
-                tuple(_shown(token) for token in members),
+                tuple(shown(token) for token in members),
             )
         )
     return Classes(
@@ -289,13 +306,3 @@ def _classes(
         int(of_text.sum()),
         tuple(described),
     )
-
-
-def _shown(token: bytes) -> str:
-    """A token's bytes for people: spaces as `·`, and no character that moves the cursor.
-
-    >>> _shown(b" return"), _shown(b"\\n\\t"), _shown(b"\\xc3")
-    ('·return', '\\\\n\\\\t', '\\\\xc3')
-    """
-    text = token.decode("utf-8", "backslashreplace").replace(" ", "·")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -5,22 +5,26 @@ B blocks, one after another in flat arrays with offsets; N target positions that
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from fusellm.alignment.authors import AuthorsAligner
 from fusellm.alignment.dynamic import DynamicAligner
 from fusellm.alignment.positions import Situation, align_shard
 from fusellm.alignment.translation import (
-    Translation,
+    VocabularyMap,
     class_translation,
     first_translation,
     map_translation,
     same_tokenizer,
 )
 from fusellm.alignment.vocabulary_maps import mined_map, string_map
-from fusellm.arrays.tokens import Tokens as Tokens
-from fusellm.tokens.encode import Encoder
+from fusellm.arrays.tokens import Tokens
+from fusellm.errors import ArgumentError
+from fusellm.progress import Progress, Silent
+from fusellm.tokens.encode import Encoder, as_encoder
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ Advance = Callable[[int], None]
 Aligner = Callable[[Tokens, Tokens], Aligned]
 """From the target's and the source's reading of the same blocks."""
 
-MakeAligner = Callable[[Encoder, Encoder, Translation], Aligner]
+MakeAligner = Callable[[Encoder, Encoder, VocabularyMap], Aligner]
 """From source, target and the map between them."""
 
 
@@ -54,12 +58,12 @@ MakeAligner = Callable[[Encoder, Encoder, Translation], Aligner]
 class Strategy:
     """A token alignment and a vocabulary map; `as_authors` is the alignment of their own code."""
 
-    translate: Callable[[Encoder, Encoder, Advance | None], Translation]
+    translate: Callable[[Encoder, Encoder, Advance | None], VocabularyMap]
     aligner: MakeAligner
     as_authors: MakeAligner | None = None
 
 
-def boundary_aligner(source: Encoder, target: Encoder, translation: Translation) -> Aligner:
+def boundary_aligner(source: Encoder, target: Encoder, translation: VocabularyMap) -> Aligner:
     """Positions that have read the same bytes (docs/method.md)."""
     marks = source.vocabulary.space_mark or target.vocabulary.space_mark
     from_start = same_tokenizer(source, target) or not marks
@@ -78,7 +82,7 @@ def boundary_aligner(source: Encoder, target: Encoder, translation: Translation)
 def _dynamic(make: type[DynamicAligner]) -> MakeAligner:
     """Tokens that the paper's dynamic programme pairs, and that are one under the map."""
 
-    def aligner(source: Encoder, target: Encoder, translation: Translation) -> Aligner:
+    def aligner(source: Encoder, target: Encoder, translation: VocabularyMap) -> Aligner:
         programme = make(source, target, translation.outcome_of_source)
 
         def align(theirs: Tokens, mine: Tokens) -> Aligned:
@@ -97,19 +101,19 @@ def _dynamic(make: type[DynamicAligner]) -> MakeAligner:
     return aligner
 
 
-def _classes(source: Encoder, target: Encoder, _: Advance | None) -> Translation:
+def _classes(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap:
     return class_translation(source, target)
 
 
-def _first(source: Encoder, target: Encoder, _: Advance | None) -> Translation:
+def _first(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap:
     return first_translation(source, target)
 
 
-def _string(source: Encoder, target: Encoder, _: Advance | None) -> Translation:
+def _string(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap:
     return map_translation(string_map(source, target), target)
 
 
-def _mined(source: Encoder, target: Encoder, advance: Advance | None) -> Translation:
+def _mined(source: Encoder, target: Encoder, advance: Advance | None) -> VocabularyMap:
     return map_translation(mined_map(source, target, advance), target)
 
 
@@ -120,3 +124,57 @@ STRATEGIES: dict[str, Strategy] = {
     "mined": Strategy(_mined, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
     "em": Strategy(_string, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
 }
+
+
+def require_strategy(name: str) -> Strategy:
+    """A strategy by its name.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if name not in STRATEGIES:
+        raise ArgumentError(f"there is no strategy {name!r}; known: {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+_MAPS: WeakKeyDictionary[Encoder, WeakKeyDictionary[Encoder, dict[str, VocabularyMap]]] = (
+    WeakKeyDictionary()
+)
+
+
+def vocabulary_map(
+    source: Encoder | PreTrainedTokenizerBase,
+    target: Encoder | PreTrainedTokenizerBase,
+    strategy: str = "partition",
+    *,
+    progress: Progress | None = None,
+) -> VocabularyMap:
+    """What each of a source's tokens becomes in the target's vocabulary.
+
+    It takes seconds, and by `mined` minutes for large vocabularies; a second call with the same two
+    objects takes none.
+
+    Args:
+        source, target: tokenizers, of fusellm or of transformers.
+        strategy: as a recipe's `fusion.strategy` (docs/method.md).
+        progress: is shown how far it is.
+
+    Raises:
+        ArgumentError: something is no tokenizer, or there is no such strategy.
+        TokenizerError: a tokenizer's tokens cannot be told as bytes.
+
+    >>> from fusellm import Tokenizer
+    >>> prose, python = (Tokenizer.from_pretrained(f"zoo/{n}") for n in ("prose", "python"))
+    >>> map_ = vocabulary_map(python, prose)
+    >>> imports = python.encode([" import"])[0].ids[0]
+    >>> [prose.spelled(id_) for id_ in map_.target_ids(imports).tolist()]
+    [' import', ' imported']
+    """
+    source, target = as_encoder(source), as_encoder(target)
+    translate = require_strategy(strategy).translate
+    known = _MAPS.setdefault(source, WeakKeyDictionary()).setdefault(target, {})
+    if strategy not in known:
+        total = len(source.vocabulary)
+        with (progress or Silent()).start("mapping vocabularies", total, "tokens") as bar:
+            known[strategy] = translate(source, target, bar.advance)
+    return known[strategy]

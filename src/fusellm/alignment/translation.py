@@ -25,7 +25,7 @@ _LETTER = b"a"
 
 
 @dataclass(frozen=True)
-class Translation:
+class VocabularyMap:
     """A vocabulary map of one source.
 
     Attributes:
@@ -45,6 +45,11 @@ class Translation:
     def has_leftover(self) -> bool:
         """Whether there are target ids without an outcome."""
         return bool((self.outcome_of_target < 0).any())
+
+    def target_ids(self, source_id: int) -> np.ndarray:
+        """Target ids of the outcome that a source token becomes; empty if it becomes none."""
+        outcome = self.outcome_of_source[source_id]
+        return np.nonzero((self.outcome_of_target == outcome) & (outcome >= 0))[0]
 
     def members(self) -> tuple[np.ndarray, np.ndarray]:
         """(offsets [U+2], target ids): the target ids of each outcome; the last has no outcome."""
@@ -147,7 +152,7 @@ def same_tokenizer(source: Encoder, target: Encoder) -> bool:
     return source.rules == target.rules
 
 
-def identity_translation(source: Encoder, target: Encoder) -> Translation:
+def identity_translation(source: Encoder, target: Encoder) -> VocabularyMap:
     """The map between equal tokenizers: text tokens to themselves, EOS to EOS.
 
     The two may still differ in which token is EOS; no other special token receives mass.
@@ -158,10 +163,10 @@ def identity_translation(source: Encoder, target: Encoder) -> Translation:
     if target.vocabulary.eos_id is not None:
         outcome_of_target[target.vocabulary.eos_id] = target.vocabulary.eos_id
     _map_eos(source, target, ids, target.vocabulary.eos_id)
-    return Translation(ids, outcome_of_target, len(ids), complete=True)
+    return VocabularyMap(ids, outcome_of_target, len(ids), complete=True)
 
 
-def first_translation(source: Encoder, target: Encoder) -> Translation:
+def first_translation(source: Encoder, target: Encoder) -> VocabularyMap:
     """The map `first` (docs/method.md, Translation).
 
     EOS becomes EOS; no other special token receives mass.
@@ -180,7 +185,7 @@ def first_translation(source: Encoder, target: Encoder) -> Translation:
     return map_translation(outcome_of_source, target)
 
 
-def class_translation(source: Encoder, target: Encoder) -> Translation:
+def class_translation(source: Encoder, target: Encoder) -> VocabularyMap:
     """The common partition of two vocabularies (docs/method.md).
 
     From a token's bytes go to the first token that the other tokenizer spells them with, from
@@ -201,7 +206,7 @@ def class_translation(source: Encoder, target: Encoder) -> Translation:
         outcome_of_target[target.vocabulary.eos_id] = outcomes
         _map_eos(source, target, outcome_of_source, outcomes)
         outcomes += 1
-    return Translation(outcome_of_source, outcome_of_target, outcomes, complete=True)
+    return VocabularyMap(outcome_of_source, outcome_of_target, outcomes, complete=True)
 
 
 def _class_bytes(
@@ -233,7 +238,7 @@ def _map_eos(
         outcome_of_source[source.vocabulary.eos_id] = -1 if outcome is None else outcome
 
 
-def map_translation(vocabulary_map: np.ndarray, target: Encoder) -> Translation:
+def map_translation(vocabulary_map: np.ndarray, target: Encoder) -> VocabularyMap:
     """The translation of a map [Vs] of target ids: each target id is an outcome of its own."""
     everything = np.arange(len(target.vocabulary), dtype=np.int64)
-    return Translation(vocabulary_map, everything, len(everything), complete=False)
+    return VocabularyMap(vocabulary_map, everything, len(everything), complete=False)

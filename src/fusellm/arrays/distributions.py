@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusellm.arrays.ragged import offsets_of, take_rows
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -39,6 +41,18 @@ class Kept:
             return np.exp(self.log_probs.astype(np.float64))
         draws = np.add.reduceat(self.counts.astype(np.int64), self.offsets[:-1])
         return np.asarray(self.counts / np.repeat(draws, np.diff(self.offsets)))
+
+    def take(self, positions: np.ndarray) -> "Kept":
+        """The distributions at these positions, in their order."""
+        entries, _ = take_rows(self.offsets, positions)
+        return Kept(
+            offsets_of(np.diff(self.offsets)[positions]),
+            self.ids[entries],
+            self.log_probs[entries] if len(self.log_probs) else self.log_probs,
+            self.counts[entries] if len(self.counts) else self.counts,
+            self.tail[positions],
+            self.true_log_prob[positions],
+        )
 
     def distributions(self) -> "Distributions":
         """As fusion works on them."""

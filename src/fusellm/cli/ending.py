@@ -106,6 +106,13 @@ def _ending_on_signals(came: list[int]) -> Iterator[None]:
         signal.SIGINT: signal.default_int_handler,
     }
     mine = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    unraisable = sys.unraisablehook
+
+    def say(what: "sys.UnraisableHookArgs") -> None:
+        if not came:  # what a signal has left half made, such as a bar, is not told when it goes
+            unraisable(what)
+
+    sys.unraisablehook = say
     for number in mine:
         signal.signal(number, end)
     try:
@@ -113,6 +120,8 @@ def _ending_on_signals(came: list[int]) -> Iterator[None]:
     finally:
         for number in mine:
             signal.signal(number, usual[number])
+        if not came:
+            sys.unraisablehook = unraisable
 
 
 def _leave_terminal() -> None:

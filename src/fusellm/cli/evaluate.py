@@ -18,7 +18,8 @@ from fusellm.cli.evaluate_screen import (
 from fusellm.cli.execute import open_pipeline, open_recipe
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
-from fusellm.errors import EvaluationError, ModelError, RecipeError
+from fusellm.config import EvaluationSettings
+from fusellm.errors import EvaluationError, RecipeError
 from fusellm.recipe_file import changed_evaluation, model_settings
 
 LM = "lm"
@@ -148,42 +149,22 @@ def _evaluate_models(
     redo: bool,
     trusted: bool,
 ) -> Results:
-    from fusellm.config import EvaluationSettings
-    from fusellm.evaluation.comparison import Rules
-    from fusellm.evaluation.measure import candidate, prepare
-    from fusellm.evaluation.settings import settings_of
-    from fusellm.evaluation.suite_results import measure_into, read_suites
-    from fusellm.models.load import locate
+    from fusellm.evaluation.models import evaluate as evaluate_models
     from fusellm.models.remote_code import trusted_code
 
     if not suites:
         raise EvaluationError("--suite says what models are measured by; --list shows the suites")
-    if LM in suites:
-        raise EvaluationError(
-            "the suite lm is of a run's held-out text, and these are models; name a run or a "
-            "recipe, or another suite"
-        )
     if len(set(names)) < len(names):
         raise RecipeError(f"a model is named twice: {', '.join(names)}; name each once")
-    for name in names:
-        patterns = ("*config.json", "*.gguf")
-        if Path(name).is_dir() and not any(any(Path(name).glob(p)) for p in patterns):
-            raise ModelError(
-                f"{name} is neither a run (it has no recipe.yaml) nor a model (no config.json); "
-                "check the path"
-            )
-    evaluation = changed_evaluation(EvaluationSettings(), given)
-    settings, shown = settings_of(evaluation), Terminal(STDERR)
-    located = {}
+    shown, models = Terminal(STDERR), {}
     for name in names:
         model = model_settings(name, [*changes, *["trust_remote_code=true"] * trusted])
         told = trusted_code(model, trusted)
         if told is not None:
             shown.say(told)
-        located[name] = locate(model, trusted)
-    models = [candidate(name, found) for name, found in located.items()]
-    prepared = prepare(suites, settings, shown)
-    pairs = tuple((name, names[0]) for name in names[1:])
-    rules = Rules(pairs, evaluation.resamplings, pass_at=evaluation.pass_at)
-    measure_into(out, models, prepared, settings, rules, evaluation.published, shown, redo)
-    return Results(None, read_suites(out, suites))
+        models[name] = model.model_dump()
+    changed_evaluation(EvaluationSettings(), given)  # says what is wrong by the option's name
+    found = evaluate_models(
+        models, suites, out=out, redo=redo, trust_remote_code=trusted, progress=shown, **given
+    )
+    return Results(None, found)

@@ -16,12 +16,10 @@ from fusellm.errors import CorpusError
 
 if TYPE_CHECKING:
     from fusellm.alignment.comparison import Comparison
-    from fusellm.tokens.encode import Encoder
+    from fusellm.models.tokenizer import Tokenizer
 
 _DOMAIN_BYTES = 100_000
 _DOCUMENT_BYTES = 4_000  # the beginnings of many documents say more than a few whole ones
-# For folders that hold a tokenizer.json and nothing that says which token ends a text.
-_USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 Source = Annotated[str, typer.Argument(metavar="A", help="The source's.", show_default=False)]
 Target = Annotated[str, typer.Argument(metavar="B", help="The target's.", show_default=False)]
@@ -60,13 +58,12 @@ def tokenizers(
     source has read the same text and how it cuts what follows, and the classes of tokens that the
     two can tell apart.
     """
-    from fusellm.alignment.comparison import compare, parts_of
+    from fusellm.alignment.comparison import compare_tokenizers
 
     terminal = Terminal(STDERR)
     mine, theirs = (load_encoder(name, trust_remote_code, terminal) for name in (source, target))
     texts = _texts_of(text) if text else _builtin_texts(terminal)
-    with terminal.start("comparing", parts_of(texts), "parts") as bar:
-        found = compare(mine, theirs, texts, on_part=lambda: bar.advance())
+    found = compare_tokenizers(mine, theirs, texts, progress=terminal)
     if as_json:
         print(json_text(as_object(source, target, found)))
         return
@@ -77,7 +74,7 @@ def tokenizers(
 
 def load_encoder(
     name: str, trust_remote_code: bool, terminal: Terminal, rows: int | None = None
-) -> "Encoder":
+) -> "Tokenizer":
     """A tokenizer by its folder, GGUF file, hub name or zoo/NAME.
 
     Args:
@@ -89,22 +86,17 @@ def load_encoder(
     """
     from fusellm.config import ModelSettings
     from fusellm.models.remote_code import trusted_code
-    from fusellm.models.tokenizers import require_rows, rows_beside, tokenizer_at
-    from fusellm.tokens.encode import Encoder
+    from fusellm.models.tokenizer import Tokenizer
 
     told = trusted_code(ModelSettings(model=name, trust_remote_code=trust_remote_code), True)
     if told is not None:
         terminal.say(told)
-    tokenizer = tokenizer_at(name, trust_remote_code)
-    if tokenizer.eos_token is None:
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        usual = next((token for token in _USUAL_EOS if token in special), None)
-        if usual is not None:
-            tokenizer.eos_token = usual
-            terminal.say(f"{name} does not say which token ends a text; taken to be {usual}")
-    if rows is None and (rows := rows_beside(name)) is not None:
-        require_rows(name, tokenizer, rows)
-    return Encoder(tokenizer, rows)
+    found = Tokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, rows=rows)
+    if found.assumed_eos is not None:
+        terminal.say(
+            f"{name} does not say which token ends a text; taken to be {found.assumed_eos}"
+        )
+    return found
 
 
 def _texts_of(paths: Sequence[Path]) -> dict[str, list[str]]:

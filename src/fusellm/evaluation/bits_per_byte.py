@@ -80,10 +80,10 @@ def without_context(
     return found
 
 
-def bits_per_byte(nats: float, scored_bytes: int) -> float:
+def bits_of(nats: float, scored_bytes: int) -> float:
     """Nats over bytes, in bits per byte.
 
-    >>> round(bits_per_byte(6.931471805599453, 10), 3)
+    >>> round(bits_of(6.931471805599453, 10), 3)
     1.0
     """
     return nats / scored_bytes / NATS_PER_BIT if scored_bytes else float("nan")
@@ -95,5 +95,5 @@ def by_domain(domains: Sequence[str], nats: Sequence[np.ndarray | None]) -> dict
     for domain in dict.fromkeys(domains):
         arrays = [n for d, n in zip(domains, nats, strict=True) if d == domain and n is not None]
         scored = sum(int(np.isfinite(array).sum()) for array in arrays)
-        found[domain] = bits_per_byte(sum(float(np.nansum(array)) for array in arrays), scored)
+        found[domain] = bits_of(sum(float(np.nansum(array)) for array in arrays), scored)
     return found | {"mean": float(np.mean(list(found.values())))}

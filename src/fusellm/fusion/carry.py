@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Distributions
 from fusellm.compiled import compiled
 
@@ -87,7 +87,7 @@ def _carry(
 
 
 def carry(
-    given: Distributions, rows: np.ndarray, translation: Translation, first_only: bool
+    given: Distributions, rows: np.ndarray, translation: VocabularyMap, first_only: bool
 ) -> Carried:
     """The distributions at `rows`, over the translation's outcomes.
 
@@ -145,7 +145,7 @@ def _count(
                 seen_by[outcome] = r
 
 
-def map_counts(given: Distributions, rows: np.ndarray, translation: Translation) -> MapCounts:
+def map_counts(given: Distributions, rows: np.ndarray, translation: VocabularyMap) -> MapCounts:
     """What of the distributions at `rows` has an outcome, and how many ids meet in one."""
     found = MapCounts(np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64))
     _count(

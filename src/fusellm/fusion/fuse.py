@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import Aligned, Tokens
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.strategies import Aligned
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Distributions
 from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
+from fusellm.config import FusionSettings
 from fusellm.fusion.carry import Carried, carry, map_counts
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
-from fusellm.fusion.functions import Compared
+from fusellm.fusion.functions import FUNCTIONS, Compared
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Reading:
     tokens: Tokens
     distributions: Distributions
     true_log_prob: np.ndarray
-    translation: Translation
+    translation: VocabularyMap
     aligned: Aligned
     healed: bool = False
 
@@ -73,6 +75,17 @@ class Rules:
     per_token: bool = False
     beta: float = 1.0
     as_authors: bool = False
+
+
+def rules_of(settings: FusionSettings) -> Rules:
+    """How distributions become one, by a recipe's settings."""
+    return Rules(
+        FUNCTIONS[settings.function],
+        settings.window_bytes if settings.granularity == "window" else None,
+        settings.cross_entropy == "nats_per_token",
+        settings.beta,
+        settings.compatibility == "paper",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """One source beside the target: all that fusion has to know of their two tokenizers."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from fusellm.alignment.continuations import Continuations
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import Aligner, Tokens
+from fusellm.alignment.strategies import STRATEGIES, Aligner
 from fusellm.alignment.target_cuts import TargetCuts
-from fusellm.alignment.translation import Translation, same_tokenizer
+from fusellm.alignment.translation import VocabularyMap, same_tokenizer
 from fusellm.arrays.distributions import Kept
+from fusellm.arrays.tokens import Tokens
+from fusellm.config import FusionSettings
 from fusellm.fusion.fuse import Reading
 from fusellm.fusion.healing import heal, where_cut
 from fusellm.tokens.encode import Encoder
@@ -23,6 +26,7 @@ class Healing:
     cuts: TargetCuts
 
 
+@lru_cache(maxsize=16)  # it remembers what it has asked the tokenizers
 def healing_of(source: Encoder, target: Encoder) -> Healing | None:
     """That of a source and the target; None where the two cut every text alike.
 
@@ -44,7 +48,7 @@ class Pairing:
         healing: None for none.
     """
 
-    translation: Translation
+    translation: VocabularyMap
     aligner: Aligner
     healing: Healing | None
 
@@ -70,3 +74,17 @@ class Pairing:
             aligned = replace(aligned, source=source, situations=situations)
         healed = self.healing is not None
         return Reading(tokens, given, kept.true_log_prob, self.translation, aligned, healed)
+
+
+def pair(
+    source: Encoder, target: Encoder, map_: VocabularyMap, settings: FusionSettings
+) -> Pairing:
+    """A source beside the target, by a recipe's settings.
+
+    Args:
+        map_: the source's vocabulary map, of the settings' strategy.
+    """
+    strategy = STRATEGIES[settings.strategy]
+    authors = strategy.as_authors if settings.compatibility == "paper" else None
+    aligner = (authors or strategy.aligner)(source, target, map_)
+    return Pairing(map_, aligner, healing_of(source, target) if settings.heals else None)

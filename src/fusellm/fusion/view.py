@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import Tokens
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
 from fusellm.fusion.carry import carry
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, span_nats
 from fusellm.fusion.fuse import Fused, Reading, Rules
@@ -342,7 +342,7 @@ def _shares(material: Material, weights: np.ndarray, position: int) -> tuple[Sha
     return tuple(found)
 
 
-def _outcome_of(translation: Translation, target_id: int) -> int | None:
+def _outcome_of(translation: VocabularyMap, target_id: int) -> int | None:
     found = int(translation.outcome_of_target[target_id])
     if found < 0:  # tokens that no outcome takes are together one, where outcomes are complete
         return translation.outcomes if translation.complete else None
@@ -351,7 +351,7 @@ def _outcome_of(translation: Translation, target_id: int) -> int | None:
 
 def _outcomes(
     material: Material,
-    translation: Translation,
+    translation: VocabularyMap,
     numbers: np.ndarray,
     masses: np.ndarray,
     true_id: int,

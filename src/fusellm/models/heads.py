@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ModelError
+from fusellm.models.swapped_forward import swapped_forward
 from fusellm.objective.chunked import Head
 
 # The setting that multiplies logits, by model_type; elsewhere `logits_scaling` divides (Granite).
@@ -65,8 +66,7 @@ def head_of(model: PreTrainedModel) -> Head:
     if adapter is not None:
         weight = torch.cat([weight, adapter.up.weight.to(weight.dtype)], dim=1)
     config = model.config.get_text_config()
-    cap = next((float(v) for key in _CAPS if (v := getattr(config, key, None))), None)
-    return Head(weight, bias, _scale(config), cap)
+    return Head(weight, bias, _scale(config), _cap(config))
 
 
 def last_hidden(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
@@ -107,15 +107,8 @@ def through_head(
     layer: Any = model.get_output_embeddings()
     if layer is None:
         return use(hidden, head_of(model))  # which says that there is none
-    own = layer.__dict__.get("forward")
-    layer.forward = lambda hidden: use(hidden, head_of(model))
-    try:
+    with swapped_forward(layer, lambda hidden: use(hidden, head_of(model))):
         found: Result = layer(hidden)
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
     return found
 
 
@@ -187,6 +180,16 @@ def _scale(config: PretrainedConfig) -> float:
     if multiplier is not None:
         return float(getattr(config, multiplier, None) or 1.0)
     return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _cap(config: PretrainedConfig) -> float | None:
+    return next((float(v) for key in _CAPS if (v := getattr(config, key, None))), None)
+
+
+def is_plain(config: PretrainedConfig) -> bool:
+    """Whether an architecture's logits are what its head gives, neither scaled nor capped."""
+    text = config.get_text_config()
+    return _scale(text) == 1.0 and _cap(text) is None
 
 
 def _runs_on(module: torch.nn.Module | None) -> torch.device | None:

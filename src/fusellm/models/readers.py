@@ -7,9 +7,9 @@ from fusellm.config import ModelSettings, Recipe
 from fusellm.models.gguf import read_header
 from fusellm.models.gguf_tokenizer import CHAT_TEMPLATE
 from fusellm.models.load import Located, load_tokenizer, locate
+from fusellm.models.tokenizer import Tokenizer
 from fusellm.store.externalized import TARGET
 from fusellm.store.identity import tokenizer_fingerprint
-from fusellm.tokens.encode import Encoder
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Reader:
     """A model that reads the corpus: found, with its tokenizer, weights not loaded."""
 
     located: Located
-    encoder: Encoder
+    encoder: Tokenizer
     tokenizer_fingerprint: str
 
     @property
@@ -54,14 +54,14 @@ def readers_of(recipe: Recipe, trusted: bool = False) -> dict[str, Reader]:
     return found | {source.name: reader_of(source, trusted) for source in recipe.sources}
 
 
-def encoder_of(located: Located) -> Encoder:
+def encoder_of(located: Located) -> Tokenizer:
     """A located model's tokenizer, with its tokens as bytes.
 
     Raises:
         ModelError: as `load_tokenizer` does.
         TokenizerError: its tokens cannot be told as bytes.
     """
-    return Encoder(load_tokenizer(located), located.config.get_text_config().vocab_size)
+    return Tokenizer(load_tokenizer(located), located.config.get_text_config().vocab_size)
 
 
 def plain_text_note(readers: Mapping[str, Reader]) -> str | None:

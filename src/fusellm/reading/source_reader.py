@@ -126,7 +126,7 @@ def _in_order(found: list[tuple[list[int], Kept]], encoded: Sequence[Encoded]) -
     place = {n: row for row, n in enumerate(read)}
     rows = np.array([place[n] for n in np.nonzero(lengths)[0].tolist()], dtype=np.int64)
     positions, _ = take_rows(offsets, rows)
-    return Read(usable, _take(joined, positions), offsets_of(lengths), not_finite)
+    return Read(usable, joined.take(positions), offsets_of(lengths), not_finite)
 
 
 def _joined(parts: Sequence[Kept]) -> Kept:
@@ -142,16 +142,4 @@ def _joined(parts: Sequence[Kept]) -> Kept:
         np.concatenate([part.counts for part in parts]),
         np.concatenate([part.tail for part in parts]),
         np.concatenate([part.true_log_prob for part in parts]),
-    )
-
-
-def _take(kept: Kept, positions: np.ndarray) -> Kept:
-    entries, _ = take_rows(kept.offsets, positions)
-    return Kept(
-        offsets_of(np.diff(kept.offsets)[positions]),
-        kept.ids[entries],
-        kept.log_probs[entries] if len(kept.log_probs) else kept.log_probs,
-        kept.counts[entries] if len(kept.counts) else kept.counts,
-        kept.tail[positions],
-        kept.true_log_prob[positions],
     )

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import STRATEGIES, Tokens
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.strategies import STRATEGIES
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.ragged import offsets_of
-from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe
-from fusellm.fusion.functions import FUNCTIONS
-from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks
-from fusellm.fusion.pairing import Pairing, healing_of
+from fusellm.arrays.tokens import Tokens
+from fusellm.config import READ_BY_TRAIN, Recipe
+from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks, rules_of
+from fusellm.fusion.pairing import Pairing, pair
 from fusellm.progress import Progress
 from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
 from fusellm.store.externalized import (
@@ -106,17 +106,6 @@ def run_fuse(
         folder.finish({"blocks": sum(d["blocks"] for d in summary["domains"].values())})
 
 
-def rules_of(settings: FusionSettings) -> Rules:
-    """How a recipe's distributions become one."""
-    return Rules(
-        FUNCTIONS[settings.function],
-        settings.window_bytes if settings.granularity == "window" else None,
-        settings.cross_entropy == "nats_per_token",
-        settings.beta,
-        settings.compatibility == "paper",
-    )
-
-
 def pairings_of(
     recipe: Recipe,
     encoders: dict[str, Encoder],
@@ -128,16 +117,11 @@ def pairings_of(
     Args:
         encoders, fingerprints: as `run_fuse` takes them.
     """
-    settings, target = recipe.fusion, encoders[TARGET]
-    strategy = STRATEGIES[settings.strategy]
-    authors = strategy.as_authors if settings.compatibility == "paper" else None
-    make = authors or strategy.aligner
-    found = {}
-    for name, translation in _translations_of(recipe, encoders, fingerprints, progress).items():
-        aligner = make(encoders[name], target, translation)
-        healing = healing_of(encoders[name], target) if settings.heals else None
-        found[name] = Pairing(translation, aligner, healing)
-    return found
+    maps = _translations_of(recipe, encoders, fingerprints, progress)
+    return {
+        name: pair(encoders[name], encoders[TARGET], map_, recipe.fusion)
+        for name, map_ in maps.items()
+    }
 
 
 def _translations_of(
@@ -145,7 +129,7 @@ def _translations_of(
     encoders: dict[str, Encoder],
     fingerprints: dict[str, str],
     progress: Progress,
-) -> dict[str, Translation]:
+) -> dict[str, VocabularyMap]:
     """The vocabulary map of each source, by the recipe's strategy.
 
     Args:

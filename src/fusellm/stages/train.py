@@ -14,13 +14,12 @@ import torch
 
 from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
 from fusellm.errors import IdentityError
-from fusellm.models.adapters import require_peft, without_adapters, without_warnings
+from fusellm.models.adapters import require_peft, without_warnings
 from fusellm.models.load import Located
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.progress import Progress
 from fusellm.store.blocks import open_corpus, read_part
-from fusellm.store.fused import open_fused
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.writer import StageWriter
@@ -35,13 +34,12 @@ from fusellm.training.arguments import (
 )
 from fusellm.training.callbacks import Watch
 from fusellm.training.checkpoints import last_checkpoint
-from fusellm.training.collator import Collator, OutcomeTable
-from fusellm.training.forward import objective_forward, require_packing
+from fusellm.training.dataset import FusedDataset
 from fusellm.training.model import load_target, save_model
 from fusellm.training.nan_report import Blame
-from fusellm.training.rows import Rows, clm_rows, fused_rows
+from fusellm.training.rows import Rows, clm_rows
+from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.stop import Stop
-from fusellm.training.trainer import ObjectiveTrainer
 from fusellm.training.validation import Validation
 
 FOLDER = "train"
@@ -192,26 +190,20 @@ def run_train(
         torch.manual_seed(chosen.seed)
         model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
         corpus = open_corpus(run)
-        packed = training.rows == "packed"
-        if packed:
-            require_packing(without_adapters(model))
         rows = _rows(recipe, run, which, corpus, encoder, chosen.seed)
         stop = Stop()
         trainer = ObjectiveTrainer(
             model,
             chosen,
             rows,
-            Collator(outcome_table(recipe, run) if which == FUSED else None, packed),
             lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
+            Divergence(fusion.divergence, fusion.temperature),
             Validation(encoder, read_part(corpus, "validation"), recipe),
             Blame(corpus, checkpoints),
             stop,
         )
-        objective = objective_forward(
-            without_adapters(model), Divergence(fusion.divergence, fusion.temperature)
-        )
         shown = progress.start(f"training {which}", 0, "steps")
-        with objective, without_warnings(), shown as bar, stop:
+        with without_warnings(), shown as bar, stop:
             trainer.add_callback(Watch(bar, training.early_stop_validations, stop))
             trainer.train(resume_from_checkpoint=resume_from)
             trainer.require_finite()
@@ -228,8 +220,9 @@ def _rows(
     recipe: Recipe, run: Path, which: str, corpus: StageFolder, encoder: Encoder, seed: int
 ) -> Rows:
     """What a model is trained on, packed where the recipe says so."""
-    read = fused_rows if which == FUSED else clm_rows
-    rows = read(run, corpus, seed, len(encoder.vocabulary), encoder.prefix_tokens)
+    if which == FUSED:
+        return FusedDataset.of_run(recipe, run, encoder, seed)
+    rows = clm_rows(run, corpus, seed, len(encoder.vocabulary), encoder.prefix_tokens)
     training = recipe.training
     return rows.pack(training.row_tokens) if training.rows == "packed" else rows
 
@@ -261,10 +254,3 @@ def _folder(
 def lambda_schedule(fusion: FusionSettings) -> LambdaSchedule:
     """λ over the steps, as a recipe has it."""
     return LambdaSchedule(fusion.lambda_, fusion.lambda_schedule, fusion.lambda_end)
-
-
-def outcome_table(recipe: Recipe, run: Path) -> OutcomeTable:
-    """What the fused store's outcomes are in the target's tokens, as a recipe reads it."""
-    names = [source.name for source in recipe.sources]
-    fusion = recipe.fusion
-    return OutcomeTable(open_fused(run), names, fusion.rest == "renormalize", fusion.temperature)

@@ -9,7 +9,6 @@ import operator
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from fusellm.arrays.distributions import Kept
+from fusellm.arrays.read_block import Distribution as Distribution
+from fusellm.arrays.read_block import StoredBlock as StoredBlock
 from fusellm.arrays.tokens import Tokens
 from fusellm.errors import StoreError
 from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
@@ -27,104 +28,6 @@ from fusellm.store.tables import Ragged, Shard, shard_names
 KIND = "distributions"
 _OPEN_SHARDS = 8
 _DECODED_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """The distribution at one position, and what is true of it.
-
-    Attributes:
-        position: its number in the block, from 0.
-        token: the token last read.
-        read_bytes: how much of the block's text has been read.
-        true_id: the token that follows.
-        true_log_prob: its log-probability, nats.
-        ids: [K] int64 tokens; in order of id (`sampled`) or of probability (`top`).
-        log_probs: [K] float32 nats; of the share of the draws (`sampled`).
-        masses: [K] float64 probabilities.
-        counts: [K] uint8 draws (`sampled`); empty for `top`.
-        tail: mass of what was not kept (`top`); 0 for `sampled`.
-    """
-
-    position: int
-    token: int
-    read_bytes: int
-    true_id: int
-    true_log_prob: float
-    ids: np.ndarray
-    log_probs: np.ndarray
-    masses: np.ndarray
-    counts: np.ndarray
-    tail: float
-
-
-@dataclass(frozen=True)
-class StoredBlock:
-    """One block as a source read it. Its arrays are the caller's own.
-
-    Attributes:
-        number: within the corpus' part train.
-        usable: whether it was read; if not, it has ids only.
-        reason: why it is not usable.
-        ids: [T] int64 token ids, prefix and EOS included.
-        ends: [T] int64, byte of the block's text where each token ends; [0] where not usable.
-        kept: the distributions at all tokens but the last, each about the token that follows.
-    """
-
-    number: int
-    usable: bool
-    reason: str | None
-    ids: np.ndarray
-    ends: np.ndarray
-    kept: Kept
-
-    @property
-    def positions(self) -> int:
-        """How many distributions there are: T − 1, or none."""
-        return len(self.kept.tail)
-
-    def at(self, position: int) -> Distribution:
-        """The distribution after the token of this number, from 0.
-
-        Raises:
-            StoreError: the block has no such position.
-
-        >>> kept = Kept(np.array([0, 2]), np.array([5, 3]), np.log(np.float32([0.5, 0.25])),
-        ...             np.zeros(0, np.uint8), np.float32([0.25]), np.log(np.float32([0.25])))
-        >>> block = StoredBlock(0, True, None, np.array([1, 3]), np.array([0, 4]), kept)
-        >>> found = block.at(0)
-        >>> found.ids.tolist(), found.masses.round(6).tolist(), found.tail, found.true_id
-        ([5, 3], [0.5, 0.25], 0.25, 3)
-        """
-        position = operator.index(position)
-        if not 0 <= position < self.positions:
-            numbers = f", from 0 to {self.positions - 1}" if self.positions else ""
-            why = f" ({self.reason})" if self.reason else ""
-            raise StoreError(
-                f"there is no position {position}: block {self.number} has {self.positions:,}"
-                f"{numbers}{why}"
-            )
-        kept = self.kept
-        entries = slice(kept.offsets[position], kept.offsets[position + 1])
-        counts = kept.counts[entries]
-        if len(counts):
-            masses = counts / counts.sum(dtype=np.int64)
-            log_probs = np.log(masses).astype(np.float32)
-        else:
-            log_probs = kept.log_probs[entries]
-            masses = np.exp(log_probs.astype(np.float64))
-        return Distribution(
-            position,
-            int(self.ids[position]),
-            int(self.ends[position]),
-            int(self.ids[position + 1]),
-            float(kept.true_log_prob[position]),
-            kept.ids[entries],
-            log_probs,
-            masses,
-            counts,
-            float(kept.tail[position]),
-        )
 
 
 class _Batch:

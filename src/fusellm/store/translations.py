@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fusellm.alignment.translation import Translation
+from fusellm.alignment.translation import VocabularyMap
 from fusellm.errors import StoreError
 from fusellm.store.files import write_whole
 
@@ -35,8 +35,8 @@ def cached_translation(
     source: str,
     target: str,
     sizes: tuple[int, int],
-    make: Callable[[], Translation],
-) -> Translation:
+    make: Callable[[], VocabularyMap],
+) -> VocabularyMap:
     """The map of a strategy for two tokenizers, read or made and kept.
 
     A file that cannot be read, or holds what no map can, is made anew; a folder that cannot be
@@ -56,7 +56,7 @@ def cached_translation(
     return found
 
 
-def _read(path: Path, sizes: tuple[int, int]) -> Translation | None:
+def _read(path: Path, sizes: tuple[int, int]) -> VocabularyMap | None:
     """A map that was kept; None where there is none, or where it is no map of these sizes.
 
     Its numbers become indices of compiled loops, which check none.
@@ -76,10 +76,10 @@ def _read(path: Path, sizes: tuple[int, int]) -> Translation | None:
     both = np.concatenate(maps)
     if not 0 <= most <= len(both) or not ((both >= -1) & (both < most)).all():
         return None
-    return Translation(both[: sizes[0]], both[sizes[0] :], most, bool(complete))
+    return VocabularyMap(both[: sizes[0]], both[sizes[0] :], most, bool(complete))
 
 
-def _keep(path: Path, made: Translation) -> None:
+def _keep(path: Path, made: VocabularyMap) -> None:
     arrays = {
         "outcome_of_source": made.outcome_of_source,
         "outcome_of_target": made.outcome_of_target,

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fusellm.errors import TokenizerError
+from fusellm.errors import ArgumentError, TokenizerError
+from fusellm.tokens.spelling import shown
 from fusellm.tokens.text_ids import rules_of, text_ids_of
 from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
 from fusellm.tokens.walk import boundaries
@@ -34,7 +35,10 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer with its tokens as bytes."""
+    """A tokenizer with its tokens as bytes.
+
+    `fusellm.Tokenizer` is one that is loaded by its name.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> None:
         """Read a tokenizer's tokens.
@@ -84,13 +88,22 @@ class Encoder:
         written = self.tokenizer.convert_ids_to_tokens([id_])[0] if id_ < len(known) else None
         return str(written) if written is not None else f"<id {id_}>"
 
-    def encode(self, texts: Sequence[str], last: Sequence[bool]) -> list[Encoded]:
-        """Encode blocks.
+    def shown(self, id_: int) -> str:
+        """A token for people: spaces as `·`, and nothing that moves the cursor."""
+        return shown(self.spelled(id_).encode("utf-8", "backslashreplace"))
 
-        Special tokens spelled out in a text are text. `last` says which blocks end a document.
+    def encode(self, texts: Sequence[str], last: Sequence[bool] | None = None) -> list[Encoded]:
+        """Encode texts.
+
+        Special tokens spelled out in a text are text.
+
+        Args:
+            last: whether each text ends a document, and so has EOS; if not given, all do.
         """
         if not texts:
             return []
+        if last is None:
+            last = [True] * len(texts)
         rows = self._text_ids(texts)
         prefix, eos = self.vocabulary.prefix_ids, self.vocabulary.eos_id
         encoded = []
@@ -105,3 +118,23 @@ class Encoder:
             whole = np.array([*prefix, *ids, *after], dtype=np.int64)
             encoded.append(Encoded(whole, ends, self.prefix_tokens))
         return encoded
+
+
+def as_encoder(tokenizer: Encoder | PreTrainedTokenizerBase, rows: int | None = None) -> Encoder:
+    """A tokenizer of transformers with its tokens as bytes; one that is that already stays it.
+
+    Args:
+        rows: as `Encoder` takes them.
+
+    Raises:
+        ArgumentError: it is neither.
+        TokenizerError: as `Encoder` does.
+    """
+    if isinstance(tokenizer, Encoder):
+        return tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ArgumentError(
+            f"a tokenizer is needed, and {tokenizer!r} is a {type(tokenizer).__name__}; give what "
+            "fusellm.Tokenizer.from_pretrained or transformers' AutoTokenizer gives"
+        )
+    return Encoder(tokenizer, rows)

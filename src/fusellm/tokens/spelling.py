@@ -221,3 +221,13 @@ def _refused(tokenizer: PreTrainedTokenizerBase, why: str) -> TokenizerError:
         f"tokenizer {name!r} is neither byte-level nor SentencePiece-like ({why}), so its tokens "
         "cannot be told as bytes; choose a model with a byte-level or SentencePiece tokenizer"
     )
+
+
+def shown(token: bytes) -> str:
+    """A token's bytes for people: spaces as `·`, and no character that moves the cursor.
+
+    >>> shown(b" return"), shown(b"\\n\\t"), shown(b"\\xc3")
+    ('·return', '\\\\n\\\\t', '\\\\xc3')
+    """
+    text = token.decode("utf-8", "backslashreplace").replace(" ", "·")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -12,8 +12,6 @@ import torch
 
 from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.store.blocks import CONTEXT
-from fusellm.store.fused import read_members
-from fusellm.store.manifest import StageFolder
 from fusellm.training.forward import IGNORED
 
 
@@ -28,21 +26,20 @@ class OutcomeTable:
 
     def __init__(
         self,
-        folder: StageFolder,
-        sources: Sequence[str],
-        renormalize: bool,
+        members: Sequence[tuple[np.ndarray, np.ndarray]],
+        renormalize: bool = False,
         temperature: float = 1.0,
     ) -> None:
-        """Read the sets.
+        """Number the sets.
 
         Args:
+            members: of each source, (offsets, target ids) of its outcomes.
             renormalize: whether what was not kept is scaled away.
             temperature: by which renormalized distributions are flattened.
         """
-        tables = [read_members(folder, source) for source in sources]
-        self._base = offsets_of(np.array([len(offsets) - 1 for offsets, _ in tables]))
-        self._offsets = offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in tables]))
-        self._members = np.concatenate([members for _, members in tables])
+        self._base = offsets_of(np.array([len(offsets) - 1 for offsets, _ in members]))
+        self._offsets = offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in members]))
+        self._members = np.concatenate([ids for _, ids in members])
         self._renormalize, self._temperature = renormalize, temperature
 
     def outcomes(

@@ -1,8 +1,8 @@
 """The objective inside a model's own forward.
 
-Outside the forward, DDP would not average the gradients and FSDP's head would be a shard. So for
-as long as a model is trained its `forward` is one that ends in the objective; nothing else about
-the model changes, and saving, resuming and adapters work as for any model.
+For as long as a model is trained its `forward` is one that ends in the objective; nothing else
+about the model changes, and saving, resuming and adapters work as for any model. `swapped_forward`
+says why.
 
 B rows, T positions, N positions that predict.
 """
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
 from fusellm.models.heads import last_hidden, through_head
+from fusellm.models.swapped_forward import swapped_forward
 from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
@@ -128,11 +129,8 @@ def objective_forward(
     def forward(self: PreTrainedModel, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
         return _forward(self, divergence, *args, **inputs)
 
-    model.forward = types.MethodType(forward, model)
-    try:
+    with swapped_forward(model, types.MethodType(forward, model)):
         yield model
-    finally:
-        del model.forward
 
 
 @torch.no_grad()

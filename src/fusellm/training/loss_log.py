@@ -8,7 +8,7 @@ import torch
 from fusellm.training.collator import BatchCounts
 
 
-class Sums:
+class LossLog:
     """Losses and counts of the batches since the last log line.
 
     The losses are added on the device that they are on, and read where they are drained.

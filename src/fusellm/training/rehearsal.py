@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusellm.config import Recipe
 from fusellm.errors import NumericsError, StoreError
+from fusellm.objective.divergence import CROSS_ENTROPY
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.store.identity import digest
 from fusellm.training.arguments import (
@@ -28,12 +29,10 @@ from fusellm.training.arguments import (
     settings_of,
     training_arguments,
 )
-from fusellm.training.collator import Collator
-from fusellm.training.forward import objective_forward
 from fusellm.training.nan_report import Blame
 from fusellm.training.rows import Rows
+from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.stop import Stop
-from fusellm.training.trainer import ObjectiveTrainer
 from fusellm.training.validation import Validation
 
 _ROWS, _ROW_TOKENS, _VOCABULARY = 8, 4, 8
@@ -54,18 +53,15 @@ _TOY: dict[str, Any] = {
 }
 
 
-class _ToyRows(Rows):
-    """Rows of four tokens."""
+class _ToyBlocks:
+    """Blocks of four tokens."""
 
-    def __init__(self) -> None:
-        self.lengths = np.full(_ROWS, _ROW_TOKENS)
-        self.rows = [[n] for n in range(_ROWS)]
+    lengths = np.full(_ROWS, _ROW_TOKENS)
+    predicted = lengths - 1
+    windows = np.zeros(_ROWS, dtype=np.int64)
 
-    def windows(self) -> np.ndarray:
-        return np.zeros(_ROWS, dtype=np.int64)
-
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [{"block": index, "ids": np.arange(_ROW_TOKENS)}]
+    def block(self, number: int) -> dict[str, Any]:
+        return {"block": number, "ids": np.arange(_ROW_TOKENS)}
 
 
 class _ToyValidation(Validation):
@@ -130,9 +126,9 @@ def _train(recipe: Recipe, which: str) -> None:
         trainer = ObjectiveTrainer(
             model,
             arguments := training_arguments(recipe, Path(folder), which, _TOY),
-            _ToyRows(),
-            Collator(None, packed=False),
+            Rows(_ToyBlocks()),
             LambdaSchedule(1.0),
+            CROSS_ENTROPY,
             _ToyValidation(),
             _NoBlame(),
             Stop(),
@@ -144,7 +140,7 @@ def _train(recipe: Recipe, which: str) -> None:
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__module__ == integration_utils.__name__:  # would report to others
                 trainer.remove_callback(callback)
-        with suppress(NumericsError), objective_forward(model):
+        with suppress(NumericsError):
             trainer.train()
 
 

@@ -8,11 +8,12 @@ A store that is kept in memory is shuffled as a whole. A larger one is read by w
 batches, in a shuffled order, each shuffled in itself, so that each is read about once an epoch.
 """
 
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
 from fusellm.tokens.context import context_tokens
 
-FILLER = -1
+FILLER = sys.maxsize
 """Number of a row that is read and predicts nothing, where processes have rows left over."""
 _OPEN_ROWS = 256  # rows that packing may still add to
 _CACHED_WHOLE_BYTES = 256 << 20  # smaller stores are kept in memory once read
@@ -93,11 +94,25 @@ class TokenContext:
         return np.concatenate([shard.lengths("ids") for shard in self._tokens])
 
 
-class Rows(Dataset[list[dict[str, Any]]]):
-    """Rows of a training batch: each a list of blocks, one or packed.
+class Blocks(Protocol):
+    """Blocks of text as a training reads them, by their numbers.
 
-    Blocks that predict nothing, of one token or all context, are left out.
+    Attributes:
+        lengths: [blocks] tokens of each.
+        predicted: [blocks] of these, those that are predicted.
+        windows: [blocks] the window that each is read in.
     """
+
+    lengths: np.ndarray
+    predicted: np.ndarray
+    windows: np.ndarray
+
+    def block(self, number: int) -> dict[str, Any]:
+        """The columns of one block; with `context`, which of its tokens are read only."""
+
+
+class StoredBlocks:
+    """Blocks of a run's stores, of which a large one is never in memory as a whole."""
 
     def __init__(
         self,
@@ -109,7 +124,7 @@ class Rows(Dataset[list[dict[str, Any]]]):
         prefix_tokens: int = 0,
     ) -> None:
         self._shards = [Shard(folder, name, layout, None) for name in corpus_shards]
-        self._seed, self._whole = seed, folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
+        self._whole = folder_bytes(folder.path) < _CACHED_WHOLE_BYTES
         self._kept: dict[tuple[int, int], None] = {}  # record batches, the last used last
         self._starts = offsets_of(np.array([len(shard) for shard in self._shards]))
         self.lengths = np.concatenate([shard.lengths("ids") for shard in self._shards])
@@ -119,11 +134,10 @@ class Rows(Dataset[list[dict[str, Any]]]):
                 f"{folder.path} has blocks of other lengths than the target's tokens; make it anew"
             )
         first = max(prefix_tokens, 1)  # a block's first token is never predicted
-        predicted = self.lengths - first if context is None else context.predicted(first)
-        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(predicted > 0)[0]]
-        self._windows = self._drawn_windows()
+        self.predicted = self.lengths - first if context is None else context.predicted(first)
+        self.windows = self._drawn_windows(seed)
 
-    def _drawn_windows(self) -> np.ndarray:
+    def _drawn_windows(self, seed: int) -> np.ndarray:
         """[blocks] the window that each is read in."""
         if self._whole:
             return np.zeros(len(self.lengths), dtype=np.int64)
@@ -132,15 +146,70 @@ class Rows(Dataset[list[dict[str, Any]]]):
         for shard in self._shards:
             batch += [count + shard.place(row)[0] for row in range(len(shard))]
             count += shard.record_batches
-        turn = np.argsort(np.random.default_rng(self._seed).permutation(count))
+        turn = np.argsort(np.random.default_rng(seed).permutation(count))
         window: np.ndarray = turn[batch] // _WINDOW_BATCHES
         return window
+
+    def block(self, number: int) -> dict[str, Any]:
+        """The columns of one block."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row = number - int(self._starts[shard])
+        self._keep(shard, self._shards[shard].place(row)[0])
+        block = self._shards[shard].block(row)
+        context = None if self._context is None else self._context.of(shard, row)
+        return with_context(block, self._prefix_tokens, context)
+
+    def _keep(self, shard: int, batch: int) -> None:
+        """Keep a record batch in memory, and of a large store as many as are read by turns."""
+        self._kept.pop((shard, batch), None)
+        self._kept[shard, batch] = None
+        if self._whole or len(self._kept) <= _KEPT_WINDOWS * _WINDOW_BATCHES:
+            return
+        shard, batch = next(iter(self._kept))
+        del self._kept[shard, batch]
+        self._shards[shard].forget(batch)
+        if self._context is not None:
+            self._context.forget(shard, batch)
+
+
+def with_context(
+    block: dict[str, Any], prefix_tokens: int, context: np.ndarray | None = None
+) -> dict[str, Any]:
+    """A block with which of its tokens are read only: context, and what is put before each text.
+
+    Args:
+        context: [T] bool.
+    """
+    if context is None and prefix_tokens <= 1:  # a block's first token is never predicted
+        return block
+    read_only = np.arange(len(block["ids"])) < prefix_tokens
+    if context is not None:
+        read_only |= context
+    return block | {CONTEXT: read_only}
+
+
+class Rows(Dataset[list[dict[str, Any]]]):
+    """Rows of a training batch: each a list of blocks, one or packed.
+
+    Blocks that predict nothing, of one token or all context, are left out.
+
+    Attributes:
+        lengths: [blocks] tokens of each block.
+        rows: the blocks of each row, by number.
+        packed: whether a row may have several.
+    """
+
+    def __init__(self, blocks: Blocks, seed: int = 0) -> None:
+        self._blocks, self._seed = blocks, seed
+        self.lengths, self._windows = blocks.lengths, blocks.windows
+        self.rows: list[list[int]] = [[int(n)] for n in np.nonzero(blocks.predicted > 0)[0]]
+        self.packed = False
 
     def windows(self) -> np.ndarray:
         """[rows] the window that each begins in."""
         return self._windows[[row[0] for row in self.rows]]
 
-    def pack(self, row_tokens: int) -> "Rows":
+    def pack(self, row_tokens: int) -> Self:
         """Put several blocks, in a seeded order, into rows of at most `row_tokens`.
 
         Each goes into the row, of those last begun, that it fills best. A longer block has a row
@@ -163,7 +232,7 @@ class Rows(Dataset[list[dict[str, Any]]]):
             insort(rooms, (room - length, row))
             if len(rooms) > _OPEN_ROWS:
                 rooms.pop(0)
-        self.rows = packed
+        self.rows, self.packed = packed, True
         return self
 
     def row_tokens(self) -> list[int]:
@@ -175,37 +244,13 @@ class Rows(Dataset[list[dict[str, Any]]]):
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         if index == FILLER:
-            block = self._block(self._shortest)
+            block = self._blocks.block(self._shortest)
             return [block | {CONTEXT: np.ones(len(block["ids"]), dtype=np.bool_)}]
-        return [self._block(n) for n in self.rows[index]]
+        return [self._blocks.block(n) for n in self.rows[index]]
 
     @cached_property
     def _shortest(self) -> int:
         return int(min((n for row in self.rows for n in row), key=lambda n: self.lengths[n]))
-
-    def _block(self, number: int) -> dict[str, Any]:
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        row = number - int(self._starts[shard])
-        self._keep(shard, self._shards[shard].place(row)[0])
-        block = self._shards[shard].block(row)
-        if self._context is None and self._prefix_tokens <= 1:
-            return block
-        read_only = np.arange(len(block["ids"])) < self._prefix_tokens
-        if self._context is not None:
-            read_only |= self._context.of(shard, row)
-        return block | {CONTEXT: read_only}
-
-    def _keep(self, shard: int, batch: int) -> None:
-        """Keep a record batch in memory, and of a large store as many as are read by turns."""
-        self._kept.pop((shard, batch), None)
-        self._kept[shard, batch] = None
-        if self._whole or len(self._kept) <= _KEPT_WINDOWS * _WINDOW_BATCHES:
-            return
-        shard, batch = next(iter(self._kept))
-        del self._kept[shard, batch]
-        self._shards[shard].forget(batch)
-        if self._context is not None:
-            self._context.forget(shard, batch)
 
 
 def clm_rows(
@@ -227,17 +272,17 @@ def clm_rows(
     """
     folder = open_externalized(run, TARGET)
     layout = externalized.layout_of(folder, vocabulary)
-    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
+    return Rows(_stored(folder, layout, run, corpus, seed, prefix_tokens), seed)
 
 
-def fused_rows(
+def fused_blocks(
     run: Path,
     corpus: StageFolder,
     seed: int = 0,
     vocabulary: int | None = None,
     prefix_tokens: int = 0,
-) -> Rows:
-    """Rows with fused distributions.
+) -> StoredBlocks:
+    """A run's blocks with their fused distributions.
 
     Args:
         vocabulary: tokens of the target's tokenizer, if it is at hand.
@@ -249,28 +294,28 @@ def fused_rows(
     """
     folder = open_fused(run)
     layout = fused.layout_of(folder, vocabulary)
-    return _rows(folder, layout, run, corpus, seed, prefix_tokens)
+    return _stored(folder, layout, run, corpus, seed, prefix_tokens)
 
 
-def _rows(
+def _stored(
     folder: StageFolder,
     layout: Layout,
     run: Path,
     corpus: StageFolder,
     seed: int,
     prefix_tokens: int,
-) -> Rows:
+) -> StoredBlocks:
     names = shard_names(corpus, "train-")
     context = None
     if names and CONTEXT in Shard(corpus, names[0], BLOCKS).schema.names:
         context = TokenContext(corpus, open_externalized(run, TARGET), names)
-    rows = Rows(folder, layout, names, context, seed, prefix_tokens)
-    if not len(rows):
+    blocks = StoredBlocks(folder, layout, names, context, seed, prefix_tokens)
+    if not (blocks.predicted > 0).any():
         raise CorpusError(
             f"no block of {corpus.path} has a token to predict: each is one token, or all context; "
             "check context_fields of corpus.documents"
         )
-    return rows
+    return blocks
 
 
 def _by_window(windows: np.ndarray) -> list[np.ndarray]:

@@ -1,69 +1,124 @@
 """transformers' Trainer with a model whose forward is the objective."""
 
-import shutil
-import time
+from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from fusellm.errors import NumericsError, StoreError
+from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
-from fusellm.models.heads import is_sharded
+from fusellm.models.pretrained import load_pretrained
+from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.schedule import LambdaSchedule
-from fusellm.store.files import saving_explained
 from fusellm.training import processes
-from fusellm.training.checkpoints import require_intact, seal
 from fusellm.training.collator import BatchCounts, Collator
-from fusellm.training.forward import objective_forward, objective_inputs
-from fusellm.training.loss_log import Sums
-from fusellm.training.nan_report import Blame
+from fusellm.training.dataset import FusionCollator
+from fusellm.training.forward import objective_forward, objective_inputs, require_packing
+from fusellm.training.loss_log import LossLog
 from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
-from fusellm.training.stop import Stop
-from fusellm.training.validation import Validation
 
 
-class ObjectiveTrainer(Trainer):
-    """Trainer that has λ follow its schedule, logs the parts of the loss, and stops at NaN.
+class FusionTrainer(Trainer):
+    """transformers' Trainer on L = λ·L_CLM + (1−λ)·L_Fusion.
 
-    Whatever is measured on a device stays there until it is logged, but for one look at the loss
-    of each batch, where transformers' own Trainer takes two.
+    Everything that users know of Trainer works: its arguments, callbacks, checkpoints, PEFT, and
+    several processes by torchrun or accelerate (DDP, FSDP2). Rows are read in an order that depends
+    on seed and epoch alone, so that a training that goes on reads what it would have read. Beside
+    the loss, `clm_loss` and `fusion_loss` (nats per predicted token), `fused_share` and `lambda`
+    are logged.
+
+    >>> from transformers import TrainingArguments
+    >>> from fusellm import FusedDataset, Tokenizer, fuse, load_pretrained, read_distributions
+    >>> texts = ["for item in items:", "import the module"]
+    >>> model, tokenizer = load_pretrained("zoo/python")
+    >>> read = {"python": read_distributions(model, tokenizer, texts)}
+    >>> dataset = FusedDataset(fuse(texts, Tokenizer.from_pretrained("zoo/prose"), read))
+    >>> args = TrainingArguments("out", max_steps=1, report_to="none", save_strategy="no")
+    >>> trainer = FusionTrainer("zoo/prose", args, dataset, lambda_=0.5)
+    >>> trainer.lambda_at(0)
+    0.5
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        arguments: TrainingArguments,
-        rows: Rows,
-        collator: Collator,
-        schedule: LambdaSchedule,
-        validation: Validation,
-        blame: Blame,
-        stop: Stop,
+        model: torch.nn.Module | str,
+        args: TrainingArguments,
+        train_dataset: Rows,
+        *,
+        lambda_: float | LambdaSchedule = 0.9,
+        divergence: Divergence = CROSS_ENTROPY,
+        data_collator: Collator | None = None,
+        **others: Any,
     ) -> None:
-        # The signature of forward decides whether Trainer counts the predicted tokens of a batch.
-        with objective_forward(without_adapters(model)):
-            super().__init__(
-                model=model,
-                args=arguments,
-                train_dataset=rows,
-                eval_dataset=[None] * len(validation),
-                data_collator=collator,
+        """Prepare a training.
+
+        Args:
+            model: the target, with adapters of PEFT or without; or its name, which is loaded in
+                float32.
+            args: of any Trainer. What removes columns or wraps models in DataParallel is off.
+            train_dataset: a `FusedDataset` in the target's tokens.
+            lambda_: λ, or a schedule of it over the steps.
+            divergence: what L_Fusion is (docs/method.md).
+            data_collator: a `FusionCollator` of the dataset, if not given.
+            others: what Trainer takes besides, such as `eval_dataset`, `callbacks`, `optimizers`.
+
+        Raises:
+            ArgumentError: λ is not in [0, 1], labels are to be smoothed, or the dataset is another.
+            ModelError: the model cannot be loaded, or does not keep packed rows' texts apart.
+        """
+        schedule = LambdaSchedule(lambda_) if isinstance(lambda_, int | float) else lambda_
+        if not 0 <= schedule.start <= 1:
+            raise ArgumentError(f"lambda_ is {schedule.start}; it must be from 0 to 1")
+        if args.label_smoothing_factor:
+            raise ArgumentError("label_smoothing_factor has no place in λ·L_CLM + (1−λ)·L_Fusion")
+        if not isinstance(train_dataset, Rows):
+            raise ArgumentError(
+                f"train_dataset is a {type(train_dataset).__name__}; give a fusellm.FusedDataset"
             )
-        self._schedule, self._validation, self._blame = schedule, validation, blame
-        self._stop = stop
-        self._row_tokens, self._windows = rows.row_tokens(), rows.windows()
+        if isinstance(model, str):
+            model, _ = load_pretrained(model, device="cpu")  # Trainer places it
+        if train_dataset.packed:
+            require_packing(without_adapters(model))
+        args = copy(args)
+        args.remove_unused_columns = False  # distributions are columns of their own
+        args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator or FusionCollator(train_dataset),
+            **others,
+        )
+        # Trainer reads this from the signature of forward, which is another one while it trains: it
+        # then counts the predicted tokens of all batches of a step, and the loss is their mean.
+        self.model_accepts_loss_kwargs = True
+        self._schedule, self._divergence = schedule, divergence
+        self._row_tokens, self._windows = train_dataset.row_tokens(), train_dataset.windows()
         self._lambda = schedule.start
-        self._sums = Sums(arguments.device)
-        self._gradient: tuple[torch.Tensor | float, int, list[int]] | None = None
-        self._step_blocks: list[int] = []
-        self._fault: str | None = None
+        self._loss_log = LossLog(args.device)
         self._order = self._chosen_order()
-        self.remove_callback(PrinterCallback)
+
+    def lambda_at(self, step: int) -> float:
+        """λ of the step that so many steps were done before."""
+        return self._schedule.at(step, max(self.state.max_steps, 1))
+
+    def _objective(self) -> AbstractContextManager[PreTrainedModel]:
+        assert self.model is not None
+        return objective_forward(without_adapters(self.model), self._divergence)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does, on the objective."""
+        with self._objective():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The objective over another `FusedDataset`, as `eval_loss`, by λ as it is now."""
+        with self._objective():
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; under FSDP2 a loss stays float32 whatever the model computes in."""
@@ -83,32 +138,17 @@ class ObjectiveTrainer(Trainer):
         alike = step * self.args.gradient_accumulation_steps
         return RowsOfLikeLength(self._row_tokens, self._windows, alike, seed, step, count)
 
+    # Trainer's own sampler depends on how often chance was asked before; a training that goes on
+    # would read other rows.
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._order
 
+    # accelerate does not reach the sampler of several processes in a resumed epoch, which would be
+    # the first one again.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate does not reach the sampler of several processes in a resumed epoch.
         self._order.set_epoch(kwargs["epoch"])
         run: Any = super()._run_epoch
         return run(*args, **kwargs)
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
-        """One batch forward and backward.
-
-        Raises:
-            NumericsError: its loss, or the gradient of the step before, is NaN or infinite.
-        """
-        counts: BatchCounts = inputs["counts"]
-        loss = super().training_step(model, inputs, *args)
-        self.require_finite_gradient()
-        if not bool(torch.isfinite(loss)):
-            step = self.state.global_step + 1
-            error = self._blame.error(f"the loss of step {step} is {loss.item()}", counts.blocks)
-            if processes.count() == 1:
-                raise error
-            self._fault = self._fault or str(error)  # all are told before the next batch
-        self._step_blocks += counts.blocks
-        return loss
 
     def compute_loss(
         self,
@@ -119,175 +159,18 @@ class ObjectiveTrainer(Trainer):
     ) -> Any:
         """The objective of a batch, by the λ of the step."""
         counts: BatchCounts = inputs["counts"]
-        if "outcomes" in inputs:
+        if "outcomes" in inputs and model.training:
             self._lambda = self._schedule.at(self.state.global_step, self.state.max_steps)
         found = model(**objective_inputs(inputs, self._lambda, num_items_in_batch))
         loss = found["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        self._sums.add(counts, found["clm"], found["fusion"])
+        if model.training:
+            self._loss_log.add(counts, found["clm"], found["fusion"])
         return (loss, found) if return_outputs else loss
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        tokens: int = inputs["counts"].tokens
-        if processes.count() > 1:
-            tokens = self._told(tokens)
-        self.state.num_input_tokens_seen += tokens
-
-    def _told(self, tokens: int) -> int:
-        """Tokens of all processes together; and all know what one has been told or has met.
-
-        Raises:
-            NumericsError: in each of them, if one has met a loss that is no number.
-        """
-        told = [tokens, int(self._fault is not None), int(self._stop.asked)]
-        mine = torch.tensor([told], device=self.args.device)
-        found, faults, stops = self.accelerator.gather(mine).sum(0).tolist()
-        self._stop.agreed = bool(stops)
-        if faults:
-            raise NumericsError(processes.gathered([self._fault] if self._fault else [])[0])
-        return int(found)
-
-    def require_finite(self) -> None:
-        """Check the last batch, which no other one follows.
-
-        Raises:
-            NumericsError: its loss or its gradient is NaN or infinite.
-        """
-        if processes.count() > 1:
-            self._told(0)
-        self.require_finite_gradient()
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        get: Any = super()._get_grad_norm
-        norm = get(model, grad_norm)
-        self._gradient = norm, self.state.global_step + 1, self._step_blocks
-        self._step_blocks = []
-        return norm
-
-    def require_finite_gradient(self) -> None:
-        """Check the norm of the last step's gradient, looked at once the device has gone on.
-
-        A scaler (fp16) leaves out the steps whose gradient overflows, and goes on.
-
-        Raises:
-            NumericsError: it is NaN or infinite, and so are the weights by now.
-        """
-        if self._gradient is None or self.accelerator.scaler is not None:
-            return
-        norm, step, blocks = self._gradient
-        self._gradient = None
-        norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not bool(torch.isfinite(norm)):
-            what = f"the gradient of step {step} has the norm {norm.item()}"
-            raise self._blame.error(what, processes.gathered(blocks))  # the norm is that of all
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.require_finite_gradient()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        output = Path(str(self.args.output_dir))
-        folder = output / f"checkpoint-{self.state.global_step}"
-        try:
-            with saving_explained(output):
-                super()._save_checkpoint(*args, **kwargs)
-            processes.wait()  # each writes a part of it
-            if processes.is_first():
-                seal(folder)
-        except StoreError:
-            shutil.rmtree(folder, ignore_errors=True)  # half of it would only keep the disk full
-            raise
-        self.args.save_total_limit = limit
-        if processes.is_first():  # now, and not before
-            rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
-        processes.first(lambda: require_intact(best))
-        super()._load_best_model()
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if not self.args.load_best_model_at_end:
-            return False
-        best: bool = super()._determine_best_metric(metrics, trial)
-        if best:
-            self.control.should_save = True
-        return best
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._init_training_state(*args, **kwargs)
-        if self.state.best_global_step:  # its path is another one if the run has been moved
-            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-            if not best.is_dir():  # it was damaged: the best of those that are left is kept
-                self.state.best_global_step, self.state.best_metric = 0, None
-        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the loss its parts."""
-        if "loss" in logs and self._sums.any:
-            tokens = self.state.num_input_tokens_seen
-            logs = logs | {"lambda": self._lambda} | self._sums.drained(self.accelerator)
-            logs["tokens"] = tokens
+        if "loss" in logs and self._loss_log.any:
+            logs = logs | {"lambda": self._lambda} | self._loss_log.drained(self.accelerator)
         super().log(logs, start_time)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Bits per byte of the validation part."""
-        began = time.perf_counter()
-        whole = self.accelerator.unwrap_model(self.model)
-        training = whole.training
-        whole.eval()
-        with self.accelerator.autocast():  # in the precision that is trained in
-            found = self._measured(whole)
-        whole.train(training)
-        metrics = {f"eval_{domain}": value for domain, value in found.items()}
-        self.log(metrics | {"tokens": self.state.num_input_tokens_seen})
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        self._sums.leave_out(time.perf_counter() - began)
-        return metrics
-
-    def _measured(self, whole: torch.nn.Module) -> dict[str, float]:
-        """The validation of the model, which FSDP has whole only inside its forward."""
-        model = without_adapters(whole)
-        if not is_sharded(model):
-            return self._validation.measure(model)
-        own = whole.__dict__.get("forward")
-        whole.forward = lambda: self._validation.measure(model)
-        try:
-            found: dict[str, float] = whole()
-        finally:
-            del whole.forward
-            if own is not None:
-                whole.forward = own
-        return found
-
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """The weights that are spread over the processes (FSDP), on the first one's host.
-
-        All processes have to ask. None where each has them as they are.
-        """
-        if not self.is_fsdp_enabled:
-            return None
-        found: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
-        return found
-
-    def records(self) -> list[dict[str, Any]]:
-        """The log as lines for people and the report."""
-        lines: list[dict[str, Any]] = []
-        for entry in self.state.log_history:
-            if "clm_loss" in entry:
-                lines.append({"steps": self.state.max_steps, **entry})
-            elif any(key.startswith("eval_") for key in entry):
-                domains = {k.removeprefix("eval_"): v for k, v in entry.items() if k[:5] == "eval_"}
-                place = {"step": entry["step"], "tokens": entry["tokens"]}
-                lines.append(place | {"validation": domains})
-        return lines
-
-    def counts(self) -> dict[str, Any]:
-        """What the training counted, and which step's model it ends with."""
-        state = self.state
-        found: dict[str, Any] = {"steps": state.global_step, "tokens": state.num_input_tokens_seen}
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            found |= {"kept_step": self.state.best_global_step}
-        return found

@@ -1,0 +1,284 @@
+"""Several sources' distributions over texts become one, in memory: no recipe, no folder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fusellm.alignment.strategies import vocabulary_map
+from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.source_distributions import SourceDistributions, tokens_of_texts
+from fusellm.config import FusionSettings
+from fusellm.errors import ArgumentError
+from fusellm.fusion.functions import Compared
+from fusellm.fusion.fuse import Counts, Fused, fuse_blocks, rules_of
+from fusellm.fusion.pairing import pair
+from fusellm.progress import Progress
+from fusellm.recipe_file import checked_settings
+from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+
+FusionFunction = Callable[[Compared], np.ndarray]
+_WEIGHT_ERROR = 1e-6
+"""How far the weights of a position may be from 1 in all."""
+
+
+@dataclass(frozen=True)
+class FusedOutcome:
+    """One outcome of a fused distribution: some target tokens that count as one event.
+
+    Attributes:
+        source: whose part of the distribution it is of.
+        ids: int64 target ids.
+        tokens: these as text.
+        mass: probability that one of them comes next.
+    """
+
+    source: str
+    ids: np.ndarray
+    tokens: tuple[str, ...]
+    mass: float
+
+
+@dataclass(frozen=True)
+class FusedDistributions:
+    """Fused distributions over texts, at the target's tokens.
+
+    `fusellm.FusedDataset` makes a dataset of them, for any training.
+
+    Attributes:
+        texts: that the sources have read.
+        encoder: the target's tokenizer.
+        encoded: the texts as the target reads them.
+        sources: their names; a part's `source` is an index of it.
+        fused: the distributions, at all but the last token of each text that the target reads.
+        members: of each source (offsets, target ids), the outcomes as sets of target ids.
+        counts: of each source, by name what `fusion.fuse.Counts` says, by text.
+    """
+
+    texts: tuple[str, ...]
+    encoder: Encoder
+    encoded: tuple[Encoded, ...]
+    sources: tuple[str, ...]
+    fused: Fused
+    members: tuple[tuple[np.ndarray, np.ndarray], ...]
+    counts: dict[str, Counts]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __repr__(self) -> str:
+        there, positions = int((self.fused.parts > 0).sum()), len(self.fused.parts)
+        won = ", ".join(f"{name} {share:.0%}" for name, share in self.won.items())
+        return (
+            f"{type(self).__name__}({len(self):,} texts; {there:,} of {positions:,} positions have "
+            f"a distribution; {won})"
+        )
+
+    @property
+    def won(self) -> dict[str, float]:
+        """Share of the fused distributions that is of each source."""
+        weights = {name: float(counts["wins"].sum()) for name, counts in self.counts.items()}
+        whole = max(sum(weights.values()), 1e-30)
+        return {name: weight / whole for name, weight in weights.items()}
+
+    @property
+    def aligned(self) -> dict[str, float]:
+        """Share of the positions at which each source has a distribution."""
+        positions = max(len(self.fused.parts), 1)
+        return {name: float(c["aligned"].sum()) / positions for name, c in self.counts.items()}
+
+    @cached_property
+    def _position_offsets(self) -> np.ndarray:
+        """[texts+1] where the positions of each text are; one that is not read has none."""
+        return tokens_of_texts(self.encoded).position_offsets
+
+    @cached_property
+    def _part_offsets(self) -> np.ndarray:
+        return offsets_of(self.fused.parts)
+
+    @cached_property
+    def _outcome_offsets(self) -> np.ndarray:
+        return offsets_of(self.fused.lengths)
+
+    def block(self, number: int) -> dict[str, Any]:
+        """One text's row of a training, as the fused store has it (docs/store-format.md)."""
+        fused, ids = self.fused, self.encoded[number].ids
+        positions = slice(*self._position_offsets[number : number + 2])
+        parts = slice(self._part_offsets[positions.start], self._part_offsets[positions.stop])
+        outcomes = slice(self._outcome_offsets[parts.start], self._outcome_offsets[parts.stop])
+        unread = self.encoded[number].ends is None
+        return {
+            "block": number,
+            "ids": ids,
+            "parts": np.zeros(max(len(ids) - 1, 0), np.uint8) if unread else fused.parts[positions],
+            "source": fused.source[parts],
+            "lengths": fused.lengths[parts],
+            "outcomes": fused.outcomes[outcomes],
+            "masses": fused.masses[outcomes],
+            "rest": fused.rest[parts],
+        }
+
+    def at(self, text: int, position: int) -> list[FusedOutcome]:
+        """The fused distribution after one token of a text, the most probable outcome first.
+
+        What is missing to 1 is in none of these outcomes. An empty list is no distribution.
+
+        Raises:
+            ArgumentError: there is no such text or position.
+        """
+        if not 0 <= text < len(self):
+            raise ArgumentError(f"there is no text {text}: {len(self)} were fused")
+        first, end = self._position_offsets[text : text + 2].tolist()
+        if not 0 <= position < end - first:
+            raise ArgumentError(f"there is no position {position}: text {text} has {end - first}")
+        found = []
+        for part in range(*self._part_offsets[first + position : first + position + 2]):
+            source = int(self.fused.source[part])
+            offsets, members = self.members[source]
+            for entry in range(*self._outcome_offsets[part : part + 2]):
+                outcome = int(self.fused.outcomes[entry])
+                ids = members[offsets[outcome] : offsets[outcome + 1]]
+                tokens = tuple(self.encoder.spelled(id_) for id_ in ids.tolist())
+                mass = float(self.fused.masses[entry])
+                found.append(FusedOutcome(self.sources[source], ids, tokens, mass))
+        return sorted(found, key=lambda outcome: -outcome.mass)
+
+
+def fuse(
+    texts: Sequence[str],
+    target: Encoder | PreTrainedTokenizerBase,
+    sources: Mapping[str, SourceDistributions],
+    function: str | FusionFunction = "mince",
+    *,
+    strategy: str = "partition",
+    granularity: str = "window",
+    window_bytes: int = 64,
+    cross_entropy: str = "bits_per_byte",
+    beta: float = 5.0,
+    token_healing: bool | None = None,
+    compatibility: str = "none",
+    progress: Progress | None = None,
+) -> FusedDistributions:
+    """Translate several sources' distributions into the target's tokens, and fuse them.
+
+    Args:
+        texts: that all sources have read, the same for all.
+        target: tokenizer of the model that is to learn from them.
+        sources: their distributions by name, from `read_distributions`.
+        function: `mince`, `avgce`, `avgce_paper`, `uniform`, `best`, or a function of one's own: it
+            is given a `fusellm.fusion.functions.Compared` over S sources and N positions, and gives
+            weights [S, N], at each position of sum 1 over the sources that are aligned there, and
+            0 for the others.
+        strategy, granularity, window_bytes, cross_entropy, beta, token_healing, compatibility: as
+            in a recipe's `fusion:` block (docs/method.md).
+        progress: is shown how far vocabulary maps are.
+
+    Raises:
+        ArgumentError: a setting is wrong, there is no source, a source has read other texts, or
+            the function gives no such weights.
+        TokenizerError: the target's tokens cannot be told as bytes.
+
+    >>> from fusellm import Tokenizer, load_pretrained, read_distributions
+    >>> texts = ["for item in items:", "import the module"]
+    >>> read = {}
+    >>> for name in ("python", "cpp"):
+    ...     model, tokenizer = load_pretrained(f"zoo/{name}", device="cpu")
+    ...     read[name] = read_distributions(model, tokenizer, texts)
+    >>> fused = fuse(texts, Tokenizer.from_pretrained("zoo/prose"), read)
+    >>> fused
+    FusedDistributions(2 texts; 8 of 10 positions have a distribution; python 62%, cpp 38%)
+    >>> likeliest = fused.at(0, 2)[0]
+    >>> likeliest.tokens, round(likeliest.mass, 2)
+    ((' in',), 1.0)
+    """
+    given = {
+        "function": function if isinstance(function, str) else "uniform",
+        "strategy": strategy,
+        "granularity": granularity,
+        "window_bytes": window_bytes,
+        "cross_entropy": cross_entropy,
+        "beta": beta,
+        "token_healing": token_healing,
+        "compatibility": compatibility,
+    }
+    settings = checked_settings(FusionSettings, given)
+    encoder = as_encoder(target)
+    last = _require_same_texts(texts, sources)
+    encoded = encoder.encode(texts, last)
+    tokens = tokens_of_texts(encoded)
+    readings, members = [], []
+    for read in sources.values():
+        map_ = vocabulary_map(read.encoder, encoder, strategy, progress=progress)
+        members.append(map_.members())
+        pairing = pair(read.encoder, encoder, map_, settings)
+        readings.append(pairing.reading(tokens, read.tokens, read.kept))
+    rules = rules_of(settings)
+    if not isinstance(function, str):
+        rules = replace(rules, function=_checked(function, list(sources)))
+    byte_offsets = offsets_of(np.array([len(text.encode()) for text in texts], dtype=np.int64))
+    fused, _, each = fuse_blocks(tokens, byte_offsets, readings, rules)
+    counts = dict(zip(sources, each, strict=True))
+    return FusedDistributions(
+        tuple(texts), encoder, tuple(encoded), tuple(sources), fused, tuple(members), counts
+    )
+
+
+def _require_same_texts(
+    texts: Sequence[str], sources: Mapping[str, SourceDistributions]
+) -> tuple[bool, ...]:
+    """Which texts end a document, as all sources have read them.
+
+    Raises:
+        ArgumentError: there is no source, or one has read other texts.
+    """
+    if isinstance(texts, str):
+        raise ArgumentError("texts is one text; give a list of them")
+    if not sources:
+        raise ArgumentError("there is no source to fuse; give the distributions of at least one")
+    last = next(iter(sources.values())).last
+    for name, read in sources.items():
+        if read.texts != tuple(texts):
+            pairs = zip(read.texts, texts, strict=False)
+            at = next((n for n, (mine, given) in enumerate(pairs) if mine != given), None)
+            where = f"{len(read)} of them, not {len(texts)}" if at is None else f"text {at} differs"
+            raise ArgumentError(f"source {name} has read other texts ({where}); read these with it")
+        if read.last != last:
+            raise ArgumentError(
+                f"source {name} was read with other ends of documents (`last`) than the first one"
+            )
+    return last
+
+
+def _checked(function: FusionFunction, names: Sequence[str]) -> FusionFunction:
+    """A function of somebody's own, whose weights are looked at."""
+
+    def weights(compared: Compared) -> np.ndarray:
+        found = np.asarray(function(compared), dtype=np.float64)
+        called = getattr(function, "__name__", "the fusion function")
+        shape = compared.aligned.shape
+        if found.shape != shape:
+            raise ArgumentError(
+                f"{called} gives weights of shape {found.shape}; [sources, positions] is {shape}"
+            )
+        if not np.isfinite(found).all() or (found < 0).any():
+            raise ArgumentError(f"{called} gives weights that are negative or not finite")
+        stray = (found > 0) & ~compared.aligned
+        if stray.any():
+            s, n = np.argwhere(stray)[0].tolist()
+            raise ArgumentError(
+                f"{called} gives source {names[s]} the weight {found[s, n]:.3g} at position {n}, "
+                "where it has no distribution; where `compared.aligned` is False it must be 0"
+            )
+        sums, there = found.sum(axis=0), compared.aligned.any(axis=0)
+        wrong = there & (np.abs(sums - 1) > _WEIGHT_ERROR)
+        if wrong.any():
+            n = int(np.argmax(wrong))
+            raise ArgumentError(
+                f"{called} gives weights that sum to {sums[n]:.6g} at position {n}, and not to 1"
+            )
+        return found
+
+    return weights

@@ -1,0 +1,232 @@
+"""A run, from a program: `fusellm.Run`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fusellm.config import Recipe
+from fusellm.errors import ArgumentError, StoreError
+from fusellm.evaluation.intervals import Record
+from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.inspection import Inspection, inspect_block
+from fusellm.models.pretrained import load_pretrained
+from fusellm.models.tokenizer import Tokenizer
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Progress, Silent
+from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.stages.evaluate import read_records
+from fusellm.stages.externalize.task import LOCAL, EngineSettings
+from fusellm.stages.report import results_table, verdict
+from fusellm.stages.train import FUSED, folder_of
+from fusellm.store.run_folder import RECIPE, STAGES, SUITES
+from fusellm.text_table import text_table
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run's evaluation found.
+
+    Attributes:
+        records: bits per byte by model and domain, with 95 % intervals over documents. The model
+            `fused-clm` is the difference, paired by document.
+        suites: comparisons on the suites that were measured.
+    """
+
+    records: tuple[Record, ...]
+    suites: tuple[SuiteResults, ...]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on whether fusion helped."""
+        return verdict(record.as_dict() for record in self.records)
+
+    def of(self, model: str, task: str = "mean") -> Record:
+        """A model's bits per byte in a domain, or their mean.
+
+        Raises:
+            ArgumentError: there is no such record.
+        """
+        for record in self.records:
+            if (record.model, record.task) == (model, task):
+                return record
+        known = sorted({f"{record.model}/{record.task}" for record in self.records})
+        raise ArgumentError(f"there is no {model}/{task}; known: {', '.join(known)}")
+
+    def __str__(self) -> str:
+        table = results_table(record.as_dict() for record in self.records)
+        return f"{text_table(table.columns, table.rows)}\n{self.verdict}"
+
+
+class Run:
+    """A recipe and the folder of what is made from it.
+
+    Finished work is kept: a stage that is done is done, and one that was interrupted goes on. What
+    is changed in the recipe and would give something else is an error, unless `redo` is said.
+    Nothing is printed; give `progress` to be shown how far the work is.
+
+    A run can stand where a path can: `fusellm.FusedDataset(run)`, `os.fspath(run)`.
+
+    Attributes:
+        recipe: with its local paths made absolute.
+        folder: of the run.
+    """
+
+    recipe: Recipe
+    folder: Path
+
+    def __init__(
+        self,
+        recipe: Recipe | str | os.PathLike[str],
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        progress: Progress | None = None,
+        engine: EngineSettings = LOCAL,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Open a run; nothing is written and no model loaded.
+
+        Args:
+            recipe: a `Recipe`, whose paths are then relative to the current folder; a recipe's
+                file; or the folder of a run, which is gone on with.
+            folder: where the run is; `runs/` and the recipe's name if not given.
+            engine: where sources are read.
+            trust_remote_code: whether code that models bring along may run where the recipe asks
+                for it.
+
+        Raises:
+            RecipeError: the recipe cannot be used.
+            StoreError: the folder is no run.
+        """
+        if isinstance(recipe, Recipe):
+            self.recipe = resolve_paths(recipe, Path())
+        else:
+            place = Path(recipe)
+            if place.is_dir():
+                folder = folder or place
+                if not (place / RECIPE).exists():
+                    raise StoreError(f"{place} is not a run: it has no {RECIPE}; give a recipe")
+                place = place / RECIPE
+            self.recipe = resolve_paths(load_recipe(place), place.parent)
+        self.folder = Path(folder) if folder is not None else Path("runs") / self.recipe.name
+        self._progress, self._engine = progress or Silent(), engine
+        self._trusted = trust_remote_code
+        self._opened: Pipeline | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Run({self.recipe.name!r}, {str(self.folder)!r})"
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        if self._opened is None:
+            self._opened = Pipeline(
+                self.recipe, self.folder, self._progress, self._engine, trusted=self._trusted
+            )
+        return self._opened
+
+    def check(self) -> dict[str, Any]:
+        """Check everything that can be known before any expensive work.
+
+        Returns:
+            What was found: models, tokenizers, and the disk that the run will take.
+
+        Raises:
+            FusellmError: something cannot be as the recipe has it.
+        """
+        return self._pipeline.check()
+
+    def execute(self, *stages: str, redo: bool = False) -> "Run":
+        """Run stages, or go on with them; all if none is named.
+
+        Args:
+            stages: `corpus`, `externalize`, `fuse`, `train`, `evaluate`, `report`, or parts of
+                them such as `externalize/NAME` and `train/fused`.
+            redo: move what was made from something else aside, with all that follows from it, in
+                place of an error.
+
+        Raises:
+            FusellmError: something is missing, unfinished, damaged, or made from something else.
+        """
+        named = stages or STAGES
+        known = {*STAGES, SUITES}
+        for stage in named:
+            if stage.split("/")[0] not in known:
+                raise ArgumentError(
+                    f"there is no stage {stage!r}; known: {', '.join(sorted(known))}"
+                )
+        self._pipeline.execute(named, redo)
+        return self
+
+    def corpus(self) -> "Run":
+        """Cut the text into blocks."""
+        return self.execute("corpus")
+
+    def externalize(self, *names: str) -> "Run":
+        """Read sources by their names, or all of them and the target's tokens."""
+        return self.execute(*([f"externalize/{name}" for name in names] or ["externalize"]))
+
+    def fuse(self) -> "Run":
+        """Align, translate and fuse what the sources said."""
+        return self.execute("fuse")
+
+    def train(self, *which: str) -> "Run":
+        """Train the target, and the CLM baseline beside it; or only `fused` or `clm`."""
+        return self.execute(*([f"train/{one}" for one in which] or ["train"]))
+
+    def evaluate(self) -> "Run":
+        """Measure held-out bits per byte, and the recipe's suites."""
+        return self.execute("evaluate")
+
+    @property
+    def results(self) -> Results:
+        """What the evaluation found.
+
+        Raises:
+            StoreError: it is not finished.
+        """
+        suites = self.folder / SUITES
+        found = read_suites(suites) if suites.exists() else []
+        return Results(tuple(read_records(self.folder)), tuple(found))
+
+    def model(
+        self, which: str = FUSED, *, device: str | torch.device | None = None
+    ) -> tuple[PreTrainedModel, Tokenizer]:
+        """A trained model with its tokenizer.
+
+        Args:
+            which: `fused` or `clm`.
+
+        Raises:
+            StoreError: it is not trained yet.
+        """
+        place = folder_of(self.folder, which)
+        if not (place / "config.json").exists():
+            raise StoreError(f"{place} has no model yet; first: run.train()")
+        return load_pretrained(str(place), device=device)
+
+    def block(self, number: int, position: int | None = None) -> Inspection:
+        """One block as all models read it, and what became of one position's distribution.
+
+        Args:
+            number: of the block, among those that sources read.
+            position: of the target; an instructive one if None.
+
+        Raises:
+            StoreError: nothing is fused yet, or there is no such block or position.
+        """
+        readers = self._pipeline.readers.items()
+        return inspect_block(
+            self.recipe,
+            self.folder,
+            {name: reader.encoder for name, reader in readers},
+            {name: reader.tokenizer_fingerprint for name, reader in readers},
+            number,
+            position,
+            self._progress,
+        )

@@ -1,0 +1,28 @@
+"""A table as plain text, for what a program prints."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDTH = 120  # characters; longer cells are folded
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells of one or several lines, in columns.
+
+    >>> print(text_table(["model", "bits"], [["zoo/prose", "1.5"], ["zoo/cpp", "2.25"]]))
+    model      bits
+    zoo/prose  1.5
+    zoo/cpp    2.25
+    """
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    written = io.StringIO()
+    Console(file=written, width=_WIDTH, no_color=True).print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())

@@ -1,0 +1,131 @@
+"""Text with its fused distributions, as a dataset and as batches, for anyone's training."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusellm.config import Recipe
+from fusellm.errors import ArgumentError, StoreError
+from fusellm.fusion.texts import FusedDistributions
+from fusellm.models.readers import reader_of
+from fusellm.recipe_file import load_recipe
+from fusellm.store.blocks import open_corpus
+from fusellm.store.fused import open_fused, read_members
+from fusellm.store.run_folder import RECIPE
+from fusellm.tokens.encode import Encoder
+from fusellm.training.collator import Collator, OutcomeTable
+from fusellm.training.rows import Blocks, Rows, fused_blocks, with_context
+
+
+class _FusedInMemory:
+    """Blocks that `fusellm.fuse` has made."""
+
+    def __init__(self, fused: FusedDistributions) -> None:
+        self._fused = fused
+        self._prefix_tokens = fused.encoder.prefix_tokens
+        lengths = [len(block.ids) for block in fused.encoded]
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.predicted = self.lengths - max(self._prefix_tokens, 1)
+        self.windows = np.zeros(len(lengths), dtype=np.int64)
+
+    def block(self, number: int) -> dict[str, Any]:
+        """The columns of one block."""
+        return with_context(self._fused.block(number), self._prefix_tokens)
+
+
+class FusedDataset(Rows):
+    """Rows of text with fused distributions; a `torch.utils.data.Dataset`.
+
+    `FusionCollator` makes batches of them, and `FusionTrainer` trains on them. A row is a list of
+    texts: one, or as many as `pack` puts into it.
+
+    Attributes:
+        table: the outcomes of the distributions as sets of target ids.
+
+    >>> from fusellm import Tokenizer, fuse, load_pretrained, read_distributions
+    >>> texts = ["for item in items:", "import the module"]
+    >>> model, tokenizer = load_pretrained("zoo/python")
+    >>> read = {"python": read_distributions(model, tokenizer, texts)}
+    >>> dataset = FusedDataset(fuse(texts, Tokenizer.from_pretrained("zoo/prose"), read))
+    >>> batch = FusionCollator(dataset)([dataset[0], dataset[1]])
+    >>> batch["input_ids"].shape, batch["labels"].shape, sorted(batch)
+    (torch.Size([2, 7]), torch.Size([2, 7]), ['attention_mask', 'counts', 'input_ids', 'labels', \
+'outcomes'])
+    """
+
+    table: OutcomeTable
+
+    def __init__(
+        self,
+        source: FusedDistributions | str | os.PathLike[str],
+        *,
+        row_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Open what was fused.
+
+        Args:
+            source: what `fusellm.fuse` gave, or a run (its folder, or a `fusellm.Run`) whose stage
+                fuse is finished. Of a run the recipe says what there is besides: its seed, how what
+                was not kept is counted, and whether rows are packed.
+            row_tokens: put several texts into each row of at most so many tokens.
+            seed: of the order in which they are put there, and of the windows that a large store
+                is read in; 0 if not given, or a run's own.
+
+        Raises:
+            ArgumentError: it is neither, or there is nothing to predict.
+            StoreError: the run is unfinished or damaged.
+        """
+        if isinstance(source, FusedDistributions):
+            blocks: Blocks = _FusedInMemory(source)
+            if not (blocks.predicted > 0).any():
+                raise ArgumentError("there is nothing to predict: no text has two tokens")
+            self._take(blocks, OutcomeTable(source.members), seed or 0)
+        elif isinstance(source, str | os.PathLike):
+            run = Path(source)
+            if not (run / RECIPE).is_file():
+                raise StoreError(f"{run} is no run: it has no {RECIPE}; check the path")
+            recipe = load_recipe(run / RECIPE)
+            self._open(recipe, run, reader_of(recipe.target).encoder, seed)
+        else:
+            raise ArgumentError(
+                f"a run or what fusellm.fuse gives is needed, and this is a {type(source).__name__}"
+            )
+        if row_tokens is not None:
+            self.pack(row_tokens)
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, run: Path, encoder: Encoder, seed: int) -> "FusedDataset":
+        """That of a run whose recipe and target's tokenizer are at hand."""
+        dataset = cls.__new__(cls)
+        dataset._open(recipe, run, encoder, seed)
+        return dataset
+
+    def _open(self, recipe: Recipe, run: Path, encoder: Encoder, seed: int | None) -> None:
+        seed = recipe.seed if seed is None else seed
+        folder, fusion = open_fused(run), recipe.fusion
+        members = [read_members(folder, source.name) for source in recipe.sources]
+        table = OutcomeTable(members, fusion.rest == "renormalize", fusion.temperature)
+        where = seed, len(encoder.vocabulary), encoder.prefix_tokens
+        self._take(fused_blocks(run, open_corpus(run), *where), table, seed)
+        if recipe.training.rows == "packed":
+            self.pack(recipe.training.row_tokens)
+
+    def _take(self, blocks: Blocks, table: OutcomeTable, seed: int) -> None:
+        super().__init__(blocks, seed)
+        self.table = table
+
+
+class FusionCollator(Collator):
+    """Batches of a `FusedDataset`: ids, labels, and the fused distributions of what is predicted.
+
+    A batch has `input_ids` and `labels` [B, T] int64 (labels are the ids themselves, not shifted,
+    and -100 where nothing is predicted), `attention_mask` [B, T] or, of packed rows, `position_ids`
+    [B, T]; `outcomes`, which `fusion_loss` takes as it is; and `counts`, of its tokens.
+    """
+
+    def __init__(self, dataset: Rows) -> None:
+        """Make batches of this dataset's rows; of rows without distributions, without them."""
+        super().__init__(getattr(dataset, "table", None), dataset.packed)

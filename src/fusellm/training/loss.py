@@ -1,0 +1,133 @@
+"""The objective as a function, for anyone's training loop."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fusellm.errors import ArgumentError, ModelError
+from fusellm.models.adapters import without_adapters
+from fusellm.models.heads import head_of, is_plain, is_sharded
+from fusellm.objective.chunked import Head, objective
+from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
+from fusellm.objective.outcomes import Outcomes
+from fusellm.training.forward import IGNORED
+
+
+def fusion_loss(
+    hidden: torch.Tensor,
+    model_or_head: torch.nn.Module | Head,
+    labels: torch.Tensor,
+    fused: Outcomes | Mapping[str, torch.Tensor] | None = None,
+    lambda_: float = 0.9,
+    *,
+    shifted: bool = False,
+    divergence: Divergence = CROSS_ENTROPY,
+    count: torch.Tensor | float | None = None,
+    config: PretrainedConfig | None = None,
+) -> torch.Tensor:
+    """L = λ·L_CLM + (1−λ)·L_Fusion, a mean over the predicted tokens (FuseLLM, eq. 4).
+
+    The logits are made chunk by chunk, and their gradients at once, so that no [B, T, V] tensor is
+    ever there. The result serves one `backward()`. Where a position has no fused distribution its
+    loss is L_CLM alone.
+
+    Under DDP the hidden states must come from a call of the wrapped model, whose gradients DDP
+    averages: `ddp(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]` (with
+    `ddp.module.base_model(...)` nothing would be averaged). DDP takes means over processes: where
+    these have different numbers of predicted tokens, give `count` as the mean of them over the
+    processes. `FusionTrainer` does all that.
+
+    Args:
+        hidden: [B, T, d] last hidden states, after the final norm: `last_hidden_state` of
+            `model.base_model(...)`; or [N, d] with `shifted`.
+        model_or_head: the causal language model that they are of, wrapped by DDP or PEFT or not.
+            Or a `Head`. Or its head, a `torch.nn.Linear`, with the model's `config`: some
+            architectures scale or cap their logits, which the layer alone does not say.
+        labels: [B, T] int64, as transformers has them: the ids themselves, -100 where a token is
+            not to be predicted; they are shifted here. With `shifted`, entry t is what is to be
+            predicted from hidden state t, of any shape that fits `hidden`.
+        fused: fused distributions of the predicted tokens, row by row: `batch["outcomes"]` of a
+            `FusionCollator`. None for L_CLM alone.
+        lambda_: λ, the weight of L_CLM at positions with a fused distribution.
+        divergence: what L_Fusion is (docs/method.md).
+        count: what the sum is divided by; the predicted tokens if None.
+        config: of the model whose head is given as a layer.
+
+    Raises:
+        ArgumentError: shapes do not fit, λ is not in [0, 1], or a layer comes without `config`.
+        ModelError: the head is none that is known, or quantized; or it is spread over processes
+            (FSDP), which have it whole only inside the model's own forward: use `FusionTrainer`.
+
+    >>> hidden = torch.zeros(1, 4, 2, requires_grad=True)
+    >>> head = Head(torch.zeros(8, 2))
+    >>> loss = fusion_loss(hidden, head, torch.tensor([[1, 2, 3, 4]]))
+    >>> round(loss.item(), 4)  # log 8
+    2.0794
+    """
+    if not 0 <= lambda_ <= 1:
+        raise ArgumentError(f"lambda_ is {lambda_}; it must be from 0 to 1")
+    if hidden.shape[:-1] != labels.shape:
+        raise ArgumentError(
+            f"hidden states are {list(hidden.shape)} and labels {list(labels.shape)}: labels need "
+            "one entry a hidden state"
+        )
+    if not shifted:
+        if labels.dim() < 2:
+            raise ArgumentError(
+                "labels of one dimension cannot be shifted, as it is not said where rows begin; "
+                "shift them, and say so by shifted=True"
+            )
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    predicted = labels != IGNORED
+    outcomes = fused if fused is None or isinstance(fused, Outcomes) else Outcomes(**fused)
+    if outcomes is not None and len(outcomes.present) != int(predicted.sum()):
+        raise ArgumentError(
+            f"there are fused distributions of {len(outcomes.present)} positions, and "
+            f"{int(predicted.sum())} labels to predict: they must be of the same rows"
+        )
+    losses = objective(
+        hidden[predicted],
+        _head(model_or_head, config),
+        labels[predicted],
+        outcomes,
+        lambda_,
+        divergence,
+        count=predicted.sum().clamp(min=1) if count is None else count,
+    )
+    return losses.total
+
+
+def _head(given: torch.nn.Module | Head, config: PretrainedConfig | None) -> Head:
+    """The head that is meant, with its architecture's scaling and capping.
+
+    Raises:
+        ArgumentError, ModelError: as `fusion_loss` does.
+    """
+    if isinstance(given, Head):
+        return given
+    if isinstance(given, torch.nn.Linear):
+        if config is None:
+            raise ArgumentError(
+                "a Linear does not say whether its model scales or caps its logits, as Gemma, "
+                "Cohere and Granite do; give the model itself, or config=model.config"
+            )
+        if not is_plain(config):
+            raise ArgumentError(
+                f"{config.model_type} scales or caps its logits, which its Linear alone does not; "
+                "give the model itself"
+            )
+        return Head(given.weight, given.bias)
+    model = getattr(given, "module", given)  # of DDP
+    if not isinstance(without_adapters(model), PreTrainedModel):
+        raise ArgumentError(
+            f"a model of transformers, its head or a Head is needed, and this is a "
+            f"{type(given).__name__}"
+        )
+    model = without_adapters(model)
+    if is_sharded(model):
+        raise ModelError(
+            "the head is spread over processes (FSDP), which have it whole only inside the model's "
+            "own forward; train with FusionTrainer, whose loss is computed there"
+        )
+    return head_of(model)

@@ -1,0 +1,570 @@
+"""fusellm as a library: what `import fusellm` gives, used as somebody else's script would."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+import fusellm
+import loss_of_two
+from conftest import code, prose
+from fusellm.errors import ArgumentError, ModelError, TokenizerError
+from fusellm.fusion.functions import Compared, mince
+from fusellm.models.load import load_model, locate
+from fusellm.objective.chunked import Head
+from fusellm.recipe_file import resolve_paths
+from fusellm.store.blocks import open_corpus, read_part
+from fusellm.training import loss as loss_module
+from fusellm.training.forward import objective_forward, objective_inputs
+
+TEXTS = [prose(1, 30), code(2, 4), prose(3, 20), code(4, 3)]
+
+
+@pytest.fixture(scope="module")
+def target(world: Path) -> tuple[PreTrainedModel, fusellm.Tokenizer]:
+    return fusellm.load_pretrained(str(world / "llama"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def read(world: Path) -> dict[str, fusellm.SourceDistributions]:
+    """What two sources say of the texts."""
+    return {
+        name: fusellm.read_distributions(
+            *fusellm.load_pretrained(str(world / name), device="cpu"), TEXTS
+        )
+        for name in ("neox", "mpt")
+    }
+
+
+@pytest.fixture(scope="module")
+def fused(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    read: dict[str, fusellm.SourceDistributions],
+) -> fusellm.FusedDistributions:
+    return fusellm.fuse(TEXTS, target[1], read)
+
+
+# The face
+
+
+def test_every_public_name_is_there_and_none_is_a_module() -> None:
+    """Also once all modules are imported, which sets them as attributes of their packages."""
+    for module in pkgutil.walk_packages(fusellm.__path__, "fusellm."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in fusellm.__all__:
+        assert not isinstance(getattr(fusellm, name), type(sys)), name
+        assert name in dir(fusellm)
+    with pytest.raises(AttributeError, match="no attribute 'fuze'"):
+        _ = fusellm.fuze  # type: ignore[attr-defined]
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((Path(fusellm.__file__).parent / "__init__.pyi").read_text("utf-8"))
+    names = {
+        alias.asname: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert names == fusellm._FROM  # type: ignore[attr-defined]
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, fusellm; fusellm.__version__; dir(fusellm); "
+        "sys.exit(bool({'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_every_public_function_has_an_example_and_a_place_in_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python-api.md").read_text("utf-8")
+    for name in fusellm.__all__:
+        assert f"`{name}" in page or f"fusellm.{name}" in page, name
+
+
+# Text, tokens, distributions
+
+
+def test_nothing_is_printed(world: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """From a name to a trained model."""
+    model, tokenizer = fusellm.load_pretrained(str(world / "llama"), device="cpu")
+    source = fusellm.load_pretrained(str(world / "neox"), device="cpu")
+    distributions = fusellm.read_distributions(*source, TEXTS)
+    found = fusellm.fuse(TEXTS, tokenizer, {"neox": distributions})
+    dataset = fusellm.FusedDataset(found)
+    batch = fusellm.FusionCollator(dataset)([dataset[0]])
+    hidden = model.base_model(batch["input_ids"]).last_hidden_state
+    fusellm.fusion_loss(hidden, model, batch["labels"], batch["outcomes"]).backward()
+    fusellm.bits_per_byte(model, tokenizer, TEXTS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_transformers_own_models_and_tokenizers_are_taken(world: Path) -> None:
+    """They give the same as ours."""
+    place = str(world / "neox")
+    own = fusellm.read_distributions(*fusellm.load_pretrained(place, device="cpu"), TEXTS)
+    model = AutoModelForCausalLM.from_pretrained(place)
+    theirs = fusellm.read_distributions(model, AutoTokenizer.from_pretrained(place), TEXTS)
+    assert np.array_equal(own.kept.ids, theirs.kept.ids)
+    assert np.array_equal(own.kept.true_log_prob, theirs.kept.true_log_prob)
+
+
+def test_draws_are_of_the_models_distributions(world: Path) -> None:
+    """Over many seeds their mean is the softmax of the logits, and top k is its head."""
+    model, tokenizer = fusellm.load_pretrained(str(world / "neox"), device="cpu")
+    text = TEXTS[0][:60]
+    ids = torch.from_numpy(tokenizer.encode([text])[0].ids)[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0, 5, : len(tokenizer.vocabulary)]  # others have no token
+        truth = logits.softmax(-1).numpy()
+    total = np.zeros(len(truth))
+    for seed in range(40):
+        at = fusellm.read_distributions(model, tokenizer, [text], 255, seed=seed)[0].at(5)
+        total[at.ids] += at.masses
+    assert np.abs(total / 40 - truth).max() < 1 / 255
+    top = fusellm.read_distributions(model, tokenizer, [text], None, top_k=3, mass=None)[0].at(5)
+    assert top.ids.tolist() == np.argsort(-truth)[:3].tolist()
+    assert top.masses == pytest.approx(truth[top.ids], abs=2e-4)
+    assert top.tail == pytest.approx(1 - truth[top.ids].sum(), abs=1e-3)
+
+
+def test_what_was_read_is_looked_at_by_text(read: dict[str, fusellm.SourceDistributions]) -> None:
+    found = read["neox"]
+    assert len(found) == len(TEXTS) == len(list(found))
+    for number, text in enumerate(TEXTS):
+        block = found[number]
+        assert (block.number, block.usable) == (number, True)
+        assert block.positions == len(block.ids) - 1
+        assert block.ends[-1] == len(text.encode())
+    with pytest.raises(IndexError, match="no text 4"):
+        _ = found[4]
+    assert found[-1].number == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": "a text"}, "texts is one text; give a list"),
+        ({"draws": None}, "give draws, or top_k and draws=None"),
+        ({"top_k": 3}, "give draws, or top_k and draws=None"),
+        ({"draws": 256}, "draws: Input should be less than or equal to 255, got 256"),
+        ({"last": [True]}, "last has 1 entries, and there are 4 texts"),
+        ({"texts": ["word " * 5000]}, "the model's context is"),
+        ({"tokenizer": "gpt2"}, "a tokenizer is needed, and 'gpt2' is a str"),
+    ],
+)
+def test_what_cannot_be_read_is_said(world: Path, given: dict[str, Any], message: str) -> None:
+    model, tokenizer = fusellm.load_pretrained(str(world / "llama"), device="cpu")
+    arguments = {"model": model, "tokenizer": tokenizer, "texts": TEXTS} | given
+    with pytest.raises(ArgumentError, match=message.replace("(", r"\(")):
+        fusellm.read_distributions(**arguments)
+
+
+def test_a_model_whose_logits_are_made_otherwise_is_refused(world: Path) -> None:
+    model, tokenizer = fusellm.load_pretrained(str(world / "llama"), device="cpu")
+    own = model.forward
+    model.forward = lambda *a, **k: replace_logits(own(*a, **k))
+    with pytest.raises(ModelError, match="makes its logits in a way that fusellm does not know"):
+        fusellm.read_distributions(model, tokenizer, TEXTS)
+
+
+def replace_logits(found: Any) -> Any:
+    found.logits = found.logits * 3
+    return found
+
+
+# Alignment
+
+
+def test_an_alignment_shows_as_a_table_in_terminal_and_notebook(world: Path) -> None:
+    source, target = (
+        fusellm.Tokenizer.from_pretrained(str(world / name)) for name in ("neox", "llama")
+    )
+    text = "def f(x): <b>\x1b[31m return</b>"
+    alignment = fusellm.align(source, target, text)
+    positions = list(alignment)
+    assert len(positions) == len(alignment) == len(alignment.target_tokens) - 1
+    for one in positions:
+        if one.source_position is not None:  # both have read the same bytes
+            read = alignment.target_ends[one.position]
+            assert alignment.source_ends[one.source_position] == read
+            assert one.situation != "unaligned"
+        else:
+            assert (one.situation, one.source_next_token) == ("unaligned", None)
+    shown, html = str(alignment), alignment._repr_html_()
+    assert "\x1b" not in shown
+    assert "\x1b" not in html
+    assert "<b>" not in html
+    assert shown.count("\n") == len(alignment)
+    assert html.count("<tr>") == len(alignment) + 1
+    assert alignment.aligned_share == np.mean([p.source_position is not None for p in positions])
+
+
+def test_a_text_that_a_tokenizer_changes_is_refused_by_name(world: Path, tmp_path: Path) -> None:
+    lower = AutoTokenizer.from_pretrained(world / "llama")
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend = lower.backend_tokenizer
+    backend.normalizer = (
+        Sequence([Lowercase(), backend.normalizer]) if backend.normalizer else (Lowercase())
+    )
+    own = fusellm.Tokenizer.from_pretrained(str(world / "neox"))
+    with pytest.raises(TokenizerError, match=r"the target's tokenizer .* changes the text 'Upper'"):
+        fusellm.align(own, lower, "Upper")
+
+
+@pytest.mark.parametrize("strategy", ["partition", "bytes", "em", "mined"])
+def test_a_vocabulary_map_says_what_each_token_becomes(world: Path, strategy: str) -> None:
+    source, target = (
+        fusellm.Tokenizer.from_pretrained(str(world / name)) for name in ("neox", "llama")
+    )
+    found = fusellm.vocabulary_map(source, target, strategy)
+    assert fusellm.vocabulary_map(source, target, strategy) is found  # it is made once
+    offsets, members = found.members()
+    for id_ in range(0, len(source.vocabulary), 7):
+        outcome = found.outcome_of_source[id_]
+        expected = members[offsets[outcome] : offsets[outcome + 1]] if outcome >= 0 else []
+        assert found.target_ids(id_).tolist() == sorted(expected)
+    with pytest.raises(ArgumentError, match="there is no strategy 'partitions'; known: partition"):
+        fusellm.vocabulary_map(source, target, "partitions")
+
+
+# Fusion
+
+
+def test_in_memory_is_what_a_run_does(world: Path, tmp_path: Path) -> None:
+    """The same blocks, read and fused by functions and by stages: the same to the last bit.
+
+    Uniform weights: what sources are compared by is stored in steps of 1/64 nat, by which a window
+    in a thousand has another winner.
+    """
+    recipe = fusellm.load_recipe(world / "recipe.yaml", ["fusion.function=uniform"])
+    run = fusellm.Run(resolve_paths(recipe, world), tmp_path / "run")
+    run.execute("corpus", "externalize", "fuse")
+    blocks = list(read_part(open_corpus(tmp_path / "run"), "train"))
+    texts, last = [block.text for block in blocks], [block.last for block in blocks]
+    recipe = run.recipe
+    sources = {}
+    for source in recipe.sources:
+        located = locate(source)
+        model = load_model(located, torch.device("cpu"))
+        tokenizer = fusellm.Tokenizer.from_pretrained(source.model)
+        draws = recipe.externalize.draws
+        sources[source.name] = fusellm.read_distributions(
+            model, tokenizer, texts, draws, last=last, seed=recipe.seed
+        )
+    target = fusellm.Tokenizer.from_pretrained(recipe.target.model)
+    fused = fusellm.fuse(texts, target, sources, recipe.fusion.function)
+    mine, stored = fusellm.FusedDataset(fused), fusellm.FusedDataset(run)
+    assert len(mine) == len(stored) > 10
+    for row, expected in zip(mine, stored, strict=True):
+        for name, column in expected[0].items():
+            assert np.array_equal(row[0][name], column), name
+    batches = [
+        fusellm.FusionCollator(dataset)([dataset[0], dataset[3]]) for dataset in (mine, stored)
+    ]
+    torch.testing.assert_close(batches[0]["outcomes"], batches[1]["outcomes"])
+
+
+def test_a_fusion_function_of_ones_own(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    read: dict[str, fusellm.SourceDistributions],
+    fused: fusellm.FusedDistributions,
+) -> None:
+    """It is given what the built-in ones are given."""
+    same = fusellm.fuse(TEXTS, target[1], read, lambda compared: mince(compared))
+    assert np.array_equal(same.fused.masses, fused.fused.masses)
+
+    def half(compared: Compared) -> np.ndarray:
+        return compared.aligned / np.maximum(compared.aligned.sum(axis=0), 1)
+
+    mean, uniform = (fusellm.fuse(TEXTS, target[1], read, f) for f in (half, "uniform"))
+    assert np.array_equal(mean.fused.masses, uniform.fused.masses)
+    assert sum(mean.won.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda c: np.ones(3), r"gives weights of shape \(3,\); \[sources, positions\] is"),
+        (lambda c: np.where(c.aligned, np.nan, 0), "negative or not finite"),
+        (lambda c: np.ones(c.aligned.shape), "where it has no distribution"),
+        (lambda c: c.aligned * 0.75, "sum to .* at position"),
+        ("minse", "function: Input should be 'mince'"),
+    ],
+)
+def test_weights_that_are_none_are_refused(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    read: dict[str, fusellm.SourceDistributions],
+    function: Any,
+    message: str,
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        fusellm.fuse(TEXTS, target[1], read, function)
+
+
+def test_sources_that_read_other_texts_are_refused(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    read: dict[str, fusellm.SourceDistributions],
+) -> None:
+    for texts, message in (
+        (TEXTS[:3], "source neox has read other texts"),
+        ([*TEXTS[:3], "other"], "text 3 differs"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            fusellm.fuse(texts, target[1], read)
+    with pytest.raises(ArgumentError, match="no source to fuse"):
+        fusellm.fuse(TEXTS, target[1], {})
+    ends = replace(read["mpt"], last=(False,) * len(TEXTS))
+    with pytest.raises(ArgumentError, match="source mpt was read with other ends"):
+        fusellm.fuse(TEXTS, target[1], {"neox": read["neox"], "mpt": ends})
+
+
+def test_a_fused_distribution_is_looked_at(fused: fusellm.FusedDistributions) -> None:
+    dataset = fusellm.FusedDataset(fused)
+    found = 0
+    for text in range(len(fused)):
+        block = dataset[text][0]
+        for position in range(len(block["ids"]) - 1):
+            outcomes = fused.at(text, position)
+            if not block["parts"][position]:
+                assert outcomes == []
+                continue
+            found += 1
+            assert sum(outcome.mass for outcome in outcomes) <= 1 + 1e-6
+            ids = np.concatenate([outcome.ids for outcome in outcomes])
+            assert len(set(ids.tolist())) == len(ids)  # of one part, as mince has it
+    assert found > 20
+    assert "positions have a distribution" in repr(fused)
+    for text, position in ((9, 0), (0, 10_000)):
+        with pytest.raises(ArgumentError, match="there is no"):
+            fused.at(text, position)
+
+
+# The loss
+
+
+@pytest.fixture(scope="module")
+def batch(fused: fusellm.FusedDistributions) -> dict[str, Any]:
+    dataset = fusellm.FusedDataset(fused)
+    return fusellm.FusionCollator(dataset)([dataset[n] for n in range(len(dataset))])
+
+
+def hidden_of(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    mask = batch["attention_mask"]
+    found: torch.Tensor = model.base_model(
+        batch["input_ids"], attention_mask=mask
+    ).last_hidden_state
+    return found
+
+
+def test_the_loss_is_the_trainings_own(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer], batch: dict[str, Any]
+) -> None:
+    """And so are its gradients; labels may be shifted or not."""
+    model = target[0]
+    with objective_forward(model):
+        expected = model(**objective_inputs(batch, 0.4))["loss"]
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    loss = fusellm.fusion_loss(
+        hidden_of(model, batch), model, batch["labels"], batch["outcomes"], 0.4
+    )
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    model.zero_grad()
+    hidden = hidden_of(model, batch)[:, :-1]
+    moved = fusellm.fusion_loss(
+        hidden, model, batch["labels"][:, 1:], batch["outcomes"], 0.4, shifted=True
+    )
+    torch.testing.assert_close(moved, expected)
+
+
+def test_without_distributions_it_is_the_models_own_loss(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer], batch: dict[str, Any]
+) -> None:
+    model = target[0]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    loss = fusellm.fusion_loss(hidden_of(model, batch), model, batch["labels"])
+    torch.testing.assert_close(loss, model(**inputs).loss)
+    head = model.get_output_embeddings()
+    for given, config in ((head, model.config), (Head(head.weight), None)):
+        own = fusellm.fusion_loss(hidden_of(model, batch), given, batch["labels"], config=config)
+        torch.testing.assert_close(own, loss)
+
+
+def test_a_head_that_is_not_the_whole_of_it_is_refused(
+    batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = Gemma2ForCausalLM(config)
+    ids = torch.arange(12)[None]
+    hidden = model.base_model(ids).last_hidden_state
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(fusellm.fusion_loss(hidden, model, ids), expected)
+    with pytest.raises(ArgumentError, match="does not say whether its model scales or caps"):
+        fusellm.fusion_loss(hidden, model.lm_head, ids)
+    with pytest.raises(ArgumentError, match="gemma2 scales or caps its logits"):
+        fusellm.fusion_loss(hidden, model.lm_head, ids, config=config)
+    monkeypatch.setattr(loss_module, "is_sharded", lambda _: True)
+    with pytest.raises(ModelError, match="train with FusionTrainer"):
+        fusellm.fusion_loss(hidden, model, ids)
+
+
+def test_two_processes_have_the_gradients_of_one(
+    world: Path,
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    fused: fusellm.FusedDistributions,
+    batch: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """As the documentation says: hidden states from the wrapped model, and the mean count."""
+    model = target[0]
+    model.zero_grad()
+    fusellm.fusion_loss(
+        hidden_of(model, batch), model, batch["labels"], batch["outcomes"], 0.5
+    ).backward()
+    dataset = fusellm.FusedDataset(fused)
+    (tmp_path / "model").symlink_to(world / "llama")
+    collate = fusellm.FusionCollator(dataset)
+    for rank, rows in enumerate(([0, 1, 2], [3])):
+        torch.save(collate([dataset[n] for n in rows]), tmp_path / f"batch-{rank}.pt")
+    torch.multiprocessing.spawn(loss_of_two.work, (str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "gradients.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lambda_": 1.5}, "lambda_ is 1.5; it must be from 0 to 1"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, "labels need one entry a hidden state"),
+        ({"hidden": torch.zeros(6, 8), "labels": torch.zeros(6).long()}, "shift them"),
+        ({"model_or_head": torch.nn.Embedding(3, 8)}, "this is a Embedding"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    batch: dict[str, Any],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    given = {
+        "hidden": hidden_of(target[0], batch),
+        "model_or_head": target[0],
+        "labels": batch["labels"],
+        "fused": batch["outcomes"],
+    }
+    with pytest.raises(ArgumentError, match=message):
+        fusellm.fusion_loss(**(given | change))
+
+
+def test_distributions_of_other_rows_are_refused(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer], batch: dict[str, Any]
+) -> None:
+    hidden = hidden_of(target[0], batch)[:2]
+    with pytest.raises(ArgumentError, match="they must be of the same rows"):
+        fusellm.fusion_loss(hidden, target[0], batch["labels"][:2], batch["outcomes"])
+
+
+# Training
+
+
+def train(
+    folder: Path, dataset: fusellm.FusedDataset, model: Any, **others: Any
+) -> fusellm.FusionTrainer:
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = fusellm.FusionTrainer(model, arguments, dataset, **others)
+    trainer.train()
+    return trainer
+
+
+def test_a_trainer_in_a_script_of_ones_own(
+    world: Path, fused: fusellm.FusedDistributions, tmp_path: Path
+) -> None:
+    dataset = fusellm.FusedDataset(fused)
+    trainer = train(tmp_path, dataset, str(world / "llama"), lambda_=0.5, eval_dataset=dataset)
+    losses = [entry for entry in trainer.state.log_history if "clm_loss" in entry]
+    assert [entry["lambda"] for entry in losses] == [0.5] * 4
+    assert all(entry["fused_share"] > 0.5 for entry in losses)
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    before = trainer.evaluate()["eval_loss"]
+    assert before == trainer.evaluate()["eval_loss"]  # nothing is left behind in the model
+    assert "forward" not in trainer.model.__dict__
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for mine, theirs in zip(saved.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_packed_rows_and_a_schedule(
+    world: Path, fused: fusellm.FusedDistributions, tmp_path: Path
+) -> None:
+    dataset = fusellm.FusedDataset(fused, row_tokens=256)
+    assert dataset.packed
+    schedule = fusellm.LambdaSchedule(0.5, "linear", 0.9)
+    trainer = train(tmp_path, dataset, str(world / "llama"), lambda_=schedule)
+    found = [entry["lambda"] for entry in trainer.state.log_history if "lambda" in entry]
+    assert found == pytest.approx([0.5, 0.6, 0.7, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f, a, d, m: fusellm.FusionTrainer(m, a, d, lambda_=2), "from 0 to 1"),
+        (lambda f, a, d, m: fusellm.FusionTrainer(m, a, [1, 2]), "give a fusellm.FusedDataset"),
+        (lambda f, a, d, m: fusellm.FusedDataset(3), "and this is a int"),
+    ],
+)
+def test_a_training_that_makes_no_sense_is_refused(
+    world: Path,
+    fused: fusellm.FusedDistributions,
+    tmp_path: Path,
+    make: Callable[..., Any],
+    message: str,
+) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ArgumentError, match=message):
+        make(fused, arguments, fusellm.FusedDataset(fused), str(world / "llama"))
