@@ -56,7 +56,7 @@ from fusellm.store.identity import Identity
 from fusellm.store.tables import shard_names, write_encoded
 from fusellm.store.writer import StageWriter
 
-_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo-full.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
 _LITTLE = f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]"
 _TOP = 10

@@ -45,7 +45,7 @@ from fusellm.store.tables import shard_names, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoded
 
-_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo-full.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
 _KEPT = 10
 # Functions of fusellm, none of which calls another: their times, with all they call, are added up.

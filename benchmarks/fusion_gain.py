@@ -22,7 +22,7 @@ from fusellm.recipe_file import load_recipe
 from fusellm.stages.evaluate import read_records
 from fusellm.stages.train import CLM, FUSED
 
-_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo-full.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
 QUICK = [
     f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]",

@@ -152,8 +152,8 @@ def suspects() -> dict[str, Arm]:
         "clm-rate-5e-5": Arm(CLM, [*little, "training.learning_rate=5e-5"]),
         "half-batch": fused(*half),
         "clm-half-batch": Arm(CLM, [*little, rate, *half]),
-        "lambda-0.1": fused("fusion.lambda=0.1"),
-        "bytes": fused("fusion.lambda=0.1", "fusion.strategy=bytes"),
+        "lambda-0.1": fused("objective.lambda=0.1"),
+        "bytes": fused("objective.lambda=0.1", "fusion.strategy=bytes"),
     }
 
 

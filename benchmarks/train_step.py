@@ -57,7 +57,7 @@ from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.stop import Stop
 from fusellm.training.validation import Validation
 
-_DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+_DEMO = Path(__file__).parent.parent / "recipes" / "demo-full.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"
 _CORPUS = f"corpus.documents=[{{files: '{_TEXT}', domain: python}}]"
 _OURS, _CLM = "ours", "clm"
@@ -134,7 +134,7 @@ class Bench:
             model,
             arguments,
             rows,
-            lambda_schedule(self.recipe.fusion),
+            lambda_schedule(self.recipe.objective),
             CROSS_ENTROPY,
             Validation(encoder, [], self.recipe),
             Blame(open_corpus(self.run), self.run / "none"),

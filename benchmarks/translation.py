@@ -292,7 +292,7 @@ def training(
                 "corpus.validation_bytes=100000",
             ]
         ),
-        "fusion.lambda=0.5",
+        "objective.lambda=0.5",
         "training.clm={}",
         "training.num_train_epochs=1",
         "training.validations=1",

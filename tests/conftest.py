@@ -150,7 +150,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "shard_blocks": 32,
         },
         "externalize": {"scheme": "sampled", "draws": 8},
-        "fusion": {"lambda": 0.5},
+        "objective": {"lambda": 0.5},
         "training": {
             "per_device_train_batch_size": 8,
             "learning_rate": 1e-3,

@@ -91,8 +91,8 @@ def test_faults_are_one_line(
             "run",
             recipe,
             "--set",
-            "fusion.lamda=1",
-        ): "unknown key fusion.lamda; did you mean lambda?",
+            "objective.lamda=1",
+        ): "unknown key objective.lamda; did you mean lambda?",
         ("run", recipe, "--set", "training.learning_rat=1"): "did you mean learning_rate?",
         ("run", recipe, "--set", "training.output_dir=x"): "the run's folder is set with --out",
         ("run", recipe, "--set", "training.clm.learning_rat=1"): "unknown key training.clm.learn",
@@ -193,7 +193,7 @@ def test_init_writes_a_recipe_that_loads(
 ) -> None:
     path = tmp_path / "mine.yaml"
     assert run(monkeypatch, "init", str(path)) == 0
-    assert load_recipe(path).fusion.lambda_ == 0.5
+    assert load_recipe(path).objective.lambda_ == 0.5
     assert run(monkeypatch, "check", str(path)) == 0
     assert run(monkeypatch, "init", str(path)) == 1
     assert "exists already" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_schema_names_the_recipes_keys(
 ) -> None:
     assert run(monkeypatch, "schema") == 0
     schema = json.loads(capsys.readouterr().out)
-    assert "lambda" in schema["$defs"]["FusionSettings"]["properties"]
+    assert "lambda" in schema["$defs"]["ObjectiveSettings"]["properties"]
 
 
 @pytest.mark.parametrize("command", ["run", "check", "clean", "zoo", "tokenizers"])

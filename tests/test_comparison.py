@@ -1,13 +1,17 @@
 """How far two tokenizers agree, against a count in plain Python."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 import worlds
-from fusellm.alignment.comparison import Comparison, compare, parts_of
+from fusellm.alignment.comparison import Comparison, compare_tokenizers
 from fusellm.alignment.translation import class_translation
+from fusellm.progress import Silent
 from fusellm.tokens.encode import Encoder
 
 PAIRS = [
@@ -105,7 +109,7 @@ def count(source: Encoder, target: Encoder, documents: list[str]) -> Counter[str
 @pytest.mark.parametrize(("source_name", "target_name"), PAIRS)
 def test_counts_are_those_of_plain_python(source_name: str, target_name: str) -> None:
     source, target = worlds.encoder_of(source_name), worlds.encoder_of(target_name)
-    found = compare(source, target, TEXTS, BLOCK_BYTES)
+    found = compare_tokenizers(source, target, TEXTS, block_bytes=BLOCK_BYTES)
     assert [domain.name for domain in found.domains] == list(TEXTS)
     for domain in found.domains:
         expected = count(source, target, TEXTS[domain.name])
@@ -122,7 +126,7 @@ def test_counts_are_those_of_plain_python(source_name: str, target_name: str) ->
 @pytest.mark.parametrize(("source_name", "target_name"), PAIRS)
 def test_vocabularies_and_classes_are_counted(source_name: str, target_name: str) -> None:
     source, target = worlds.encoder_of(source_name), worlds.encoder_of(target_name)
-    found = compare(source, target, {})
+    found = compare_tokenizers(source, target, {})
     mine = [token for token in source.vocabulary.token_bytes if token]
     theirs = [token for token in target.vocabulary.token_bytes if token]
     assert found.shared_bytes == len(set(mine) & set(theirs))
@@ -153,7 +157,7 @@ def test_vocabularies_and_classes_are_counted(source_name: str, target_name: str
 
 def test_what_is_said_of_each_side() -> None:
     def sides(source: str, target: str) -> Comparison:
-        return compare(worlds.encoder_of(source), worlds.encoder_of(target), {})
+        return compare_tokenizers(worlds.encoder_of(source), worlds.encoder_of(target), {})
 
     found = sides("byte-bpe", "always-prefixed")
     assert (found.source.kind, found.source.dummy_prefix) == ("byte-level", "none")
@@ -166,19 +170,34 @@ def test_what_is_said_of_each_side() -> None:
     assert (found.target.kind, found.target.text_tokens) == ("raw bytes", 256)
 
 
+class Counted(Silent):
+    """How far a bar came."""
+
+    total = done = 0.0
+
+    @contextmanager
+    def start(self, what: str, total: float, unit: str) -> Iterator[Any]:
+        self.total = total
+        yield self
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+
+
 def test_blocks_that_a_tokenizer_changes_are_left_out_and_shown() -> None:
     texts = {"plain": ["nothing to change\n"], "accents": ["plain\n", "a\u0301b", "x\u2581y"]}
-    calls: list[None] = []
+    shown = Counted()
     source, target = worlds.normalizing("nfc"), worlds.sentencepiece()
-    found = compare(source, target, texts, on_part=lambda: calls.append(None))
+    found = compare_tokenizers(source, target, texts, progress=shown)
     plain, accents = found.domains
     assert (plain.left_out, plain.left_out_example) == ((0, 0), "")
     assert (accents.left_out, accents.left_out_example) == ((1, 1), "a\u0301b")
     assert accents.blocks == 1
-    assert len(calls) == parts_of(texts) == 3
+    assert shown.done == shown.total == 3
 
 
 def test_a_domain_of_which_nothing_is_read() -> None:
-    found = compare(worlds.normalizing("lower"), worlds.byte_bpe(), {"loud": ["A"], "none": []})
+    texts: dict[str, list[str]] = {"loud": ["A"], "none": []}
+    found = compare_tokenizers(worlds.normalizing("lower"), worlds.byte_bpe(), texts)
     for domain in found.domains:
         assert (domain.blocks, domain.positions, domain.aligned) == (0, 0, 0)

@@ -723,11 +723,11 @@ def test_b6_paths(tried: Tried, world: Path, tmp_path: Path) -> None:
 
 def test_b7_what_a_cure_leads_to(tried: Tried, recipe: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "run")
-    says = ["it needs externalize.scheme: top, fusion.rest: renormalize, fusion.strategy: bytes"]
+    says = ["it needs externalize.scheme: top, objective.rest: renormalize, fusion.strategy: bytes"]
     before = "“use rest: renormalize”, which was refused: “use bucket”"
-    warm = sets("fusion.temperature=2")
+    warm = sets("objective.temperature=2")
     tried("B7", before, "check", recipe, *out, *warm, code=1, says=says)
-    warm += sets("externalize.scheme=top", "fusion.rest=renormalize", "fusion.strategy=bytes")
+    warm += sets("externalize.scheme=top", "objective.rest=renormalize", "fusion.strategy=bytes")
     tried("B7", before, "check", recipe, *out, *warm, says=["all found"])
     no_share = sets("corpus.held_out_share=0")
     tried("B7", "", "corpus", recipe, *out, *no_share, code=1, says=["raise corpus.held_out_share"])
@@ -839,7 +839,7 @@ def test_b11_messages_help(tried: Tried, recipe: Path, world: Path, tmp_path: Pa
         ("name=../x", "only letters, digits and . _ - may be in it"),
         ("corpus.train_bytes=10MB", "a whole number is needed, got '10MB'; write it in digits"),
         ("sources.7.model=x", "the list has the entries 0 to 1; name one by its number"),
-        ("=3", "must be KEY=VALUE, like fusion.lambda=0.7"),
+        ("=3", "must be KEY=VALUE, like objective.lambda=0.7"),
     ):
         tried(
             "B11", "pydantic's words, or none", "check", recipe, *sets(change), code=1, says=[part]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fusellm
-from fusellm.config import RESERVED_NAMES, Recipe
+from fusellm.config import RESERVED_NAMES, ObjectiveSettings, Recipe
 from fusellm.errors import RecipeError
 from fusellm.recipe_file import check_recipe, load_recipe
 
@@ -22,9 +22,9 @@ DOORS = ("preflight", "pipeline", "inspection", "run", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
 
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 600, 60
 LONGER: dict[str, str] = {}
-"""`module` or `module:function` that is longer, and why."""
+"""`module` or `module:function` that is longer, docstrings of functions apart, and why."""
 
 
 def sources(root: Path = ROOT) -> dict[str, ast.Module]:
@@ -128,6 +128,24 @@ def test_the_check_of_imports_tells_right_from_wrong(
     assert (faults == []) if fault is None else (fault in faults[0])
 
 
+def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    if ast.get_docstring(node) is None:
+        return 0
+    first = node.body[0]
+    assert first.end_lineno is not None
+    return first.end_lineno - first.lineno + 1
+
+
+def test_a_module_says_what_it_is_for() -> None:
+    """In its first sentence; folders' own files are empty, or say it for the folder."""
+    silent = [
+        name
+        for name, tree in sources().items()
+        if not is_package(name) and not (ast.get_docstring(tree) or "").strip()
+    ]
+    assert silent == []
+
+
 def test_sizes() -> None:
     long = {}
     for path in sorted(ROOT.rglob("*.py")):
@@ -138,7 +156,7 @@ def test_sizes() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
-                lines = node.end_lineno - node.lineno + 1
+                lines = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
                 if lines > MOST_LINES_OF_A_FUNCTION:
                     long[f"{name}:{node.name}"] = lines
     assert {name: lines for name, lines in long.items() if name not in LONGER} == {}
@@ -174,7 +192,7 @@ def test_shipped_recipes(path: Path) -> None:
 
 def test_the_least_recipe() -> None:
     recipe = check_recipe(raw(), "here")
-    assert recipe.fusion.lambda_ == 0.9
+    assert recipe.objective.lambda_ == 0.9
     assert recipe.externalize.scheme == "sampled"
     again = check_recipe(recipe.model_dump(by_alias=True), "here")
     assert again == recipe
@@ -183,7 +201,7 @@ def test_the_least_recipe() -> None:
 UNKNOWN = [
     (raw(sourcs=[]), "unknown key sourcs; did you mean sources?"),
     (raw(target={"model": "x", "dtyp": "float32"}), "unknown key target.dtyp; did you mean dtype?"),
-    (raw(fusion={"lamda": 0.5}), "unknown key fusion.lamda; did you mean lambda?"),
+    (raw(objective={"lamda": 0.5}), "unknown key objective.lamda; did you mean lambda?"),
     (
         raw(sources=[{"name": "a", "model": "x"}, {"name": "b", "model": "x", "modl": "y"}]),
         "unknown key sources.1.modl; did you mean model?",
@@ -227,7 +245,7 @@ def test_a_suggested_key_of_a_document_is_one_that_this_kind_takes() -> None:
         (raw(corpus={"documents": []}), "corpus.documents: "),
         (raw(target={}), "target.model is missing"),
         (raw(sources=[]), "sources: "),
-        (raw(fusion={"lambda": 1.5}), "fusion.lambda: "),
+        (raw(objective={"lambda": 1.5}), "objective.lambda: "),
         (raw(fusion={"strategy": "mind"}), "fusion.strategy: "),
         (raw(externalize={"draws": 256}), "externalize.draws: "),
         (
@@ -272,14 +290,18 @@ def test_names_of_results_are_refused(name: str) -> None:
 
 
 def test_draws_cannot_be_renormalized() -> None:
-    refused = raw(externalize={"scheme": "sampled"}, fusion={"rest": "renormalize"})
-    assert fault_of(refused).startswith("fusion.rest: renormalize has no meaning with")
+    refused = raw(externalize={"scheme": "sampled"}, objective={"rest": "renormalize"})
+    assert fault_of(refused).startswith("objective.rest: renormalize has no meaning with")
     check_recipe(refused | {"externalize": {"scheme": "top"}}, "here")
 
 
 TOP = {"scheme": "top"}
 WITHOUT_MEANING = [
-    ({"divergence": "reverse_kl"}, {}, "fusion.divergence: reverse_kl, which asks for the fused"),
+    (
+        {"divergence": "reverse_kl"},
+        {},
+        "objective.divergence: reverse_kl, which asks for the fused",
+    ),
     (
         {"divergence": "reverse_kl", "rest": "renormalize"},
         TOP,
@@ -290,11 +312,11 @@ WITHOUT_MEANING = [
         TOP,
         "with compatibility: paper, which puts all mass on one token",
     ),
-    ({"temperature": 2, "strategy": "bytes"}, TOP, "fusion.temperature: 2 flattens the"),
+    ({"temperature": 2, "strategy": "bytes"}, TOP, "objective.temperature: 2 flattens the"),
     (
         {"temperature": 2, "strategy": "bytes"},
         {},
-        "it needs externalize.scheme: top, fusion.rest: renormalize; set that",
+        "it needs externalize.scheme: top, objective.rest: renormalize; set that",
     ),
     (
         {"temperature": 2, "rest": "renormalize"},
@@ -306,9 +328,17 @@ WITHOUT_MEANING = [
         {},
         "fusion.token_healing: true belongs to strategy partition or bytes, not to em",
     ),
-    ({"lambda_schedule": "linear"}, {}, "fusion.lambda_schedule: linear needs fusion.lambda_end"),
-    ({"lambda_schedule": "cosine"}, {}, "fusion.lambda_schedule: cosine needs fusion.lambda_end"),
-    ({"lambda_end": 0.5}, {}, "fusion.lambda_end: 0.5 has no meaning with lambda_schedule: con"),
+    (
+        {"lambda_schedule": "linear"},
+        {},
+        "lambda_schedule: linear needs objective.lambda_end",
+    ),
+    (
+        {"lambda_schedule": "cosine"},
+        {},
+        "lambda_schedule: cosine needs objective.lambda_end",
+    ),
+    ({"lambda_end": 0.5}, {}, "objective.lambda_end: 0.5 has no meaning with lambda_schedule: con"),
     (
         {"lambda_schedule": "authors", "lambda_end": 0.5},
         {},
@@ -317,11 +347,24 @@ WITHOUT_MEANING = [
 ]
 
 
+def blocks_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the blocks of the stages that read them."""
+    known = {field.alias or name for name, field in ObjectiveSettings.model_fields.items()}
+    own = {key: value for key, value in settings.items() if key in known}
+    return {"objective": own, "fusion": {k: v for k, v in settings.items() if k not in known}}
+
+
+@pytest.mark.parametrize("key", ["lambda", "lambda_end", "divergence", "temperature", "rest"])
+def test_an_old_key_is_refused_with_the_new_ones_name(key: str) -> None:
+    message = f"unknown key fusion.{key}; did you mean objective.{key}, which train reads?"
+    assert message in fault_of(raw(fusion={key: 0.5}))
+
+
 @pytest.mark.parametrize(("fusion", "kept", "part"), WITHOUT_MEANING)
 def test_combinations_without_a_meaning_are_refused(
     fusion: dict[str, Any], kept: dict[str, Any], part: str
 ) -> None:
-    assert part in fault_of(raw(fusion=fusion, externalize=kept))
+    assert part in fault_of(raw(**blocks_of(fusion), externalize=kept))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +382,7 @@ def test_combinations_without_a_meaning_are_refused(
     ],
 )
 def test_combinations_with_a_meaning_are_taken(fusion: dict[str, Any], kept: Any) -> None:
-    check_recipe(raw(fusion=fusion, externalize=kept), "here")
+    check_recipe(raw(**blocks_of(fusion), externalize=kept), "here")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +428,7 @@ def test_set_changes_values_at_any_depth(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,
         "seed=7",
-        "fusion.lambda=0.25",
+        "objective.lambda=0.25",
         "sources.1.model=zoo/cpp",
         "corpus.documents.0.weight=3",
         "corpus.documents.1={builtin: python}",
@@ -393,7 +436,7 @@ def test_set_changes_values_at_any_depth(tmp_path: Path) -> None:
         "externalize={scheme: top, k: 5, mass: null}",
     )
     assert recipe.seed == 7
-    assert recipe.fusion.lambda_ == 0.25
+    assert recipe.objective.lambda_ == 0.25
     assert [source.model for source in recipe.sources] == ["x", "zoo/cpp"]
     assert [entry.weight for entry in recipe.corpus.documents] == [3, 1]
     assert [entry.domain for entry in recipe.corpus.documents] == ["prose", "python"]
@@ -406,7 +449,7 @@ def test_set_fills_a_block_that_is_empty_in_the_file(tmp_path: Path) -> None:
         "name: empty\ntarget: {model: x}\nsources: [{name: a, model: x}]\n"
         "corpus: {documents: [{builtin: cpp}]}\nfusion:\n"
     )
-    assert load(tmp_path, "fusion.lambda=0.5", text=text).fusion.lambda_ == 0.5
+    assert load(tmp_path, "objective.lambda=0.5", text=text).objective.lambda_ == 0.5
 
 
 def test_of_two_changes_the_later_stands(tmp_path: Path) -> None:
@@ -458,4 +501,4 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     text = (RECIPES / "demo.yaml").read_text(encoding="utf-8")
     path.write_text(text.replace("2.0e-3", "2e-3"), encoding="utf-8")
     assert load_recipe(path).training.arguments["learning_rate"] == 0.002
-    assert load_recipe(path, ["fusion.lambda=1e-1"]).fusion.lambda_ == 0.1
+    assert load_recipe(path, ["objective.lambda=1e-1"]).objective.lambda_ == 0.1

@@ -298,8 +298,8 @@ def test_another_lambda_redoes_only_training(world: Path, finished: Path, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     with pytest.raises(IdentityError, match=r"train/fused was made.*lambda"):
-        pipeline(world, run, "fusion.lambda=0.7").execute()
-    pipeline(world, run, "fusion.lambda=0.7").execute(redo=True)
+        pipeline(world, run, "objective.lambda=0.7").execute()
+    pipeline(world, run, "objective.lambda=0.7").execute(redo=True)
     assert stores(run) == stores(finished)
 
 
@@ -334,7 +334,7 @@ def test_lambda_one_gives_the_losses_of_trainer(
     """λ = 1 equals Trainer with the model's own loss, step by step."""
     run = tmp_path / "run"
     same_order = "training.train_sampling_strategy=random"  # group_by_length is ours
-    one = pipeline(world, run, "fusion.lambda=1", "training.logging_steps=1", same_order)
+    one = pipeline(world, run, "objective.lambda=1", "training.logging_steps=1", same_order)
     one.execute(["corpus", "externalize", "fuse", "train"])
     log = [json.loads(line) for line in (run / "train/fused/log.jsonl").read_text().splitlines()]
     ours = [entry["loss"] for entry in log if "loss" in entry]
@@ -424,7 +424,7 @@ def test_packed_training_runs_and_mpt_is_refused(world: Path, tmp_path: Path) ->
     "changes",
     [
         ("externalize.scheme=top", "externalize.k=10", "externalize.mass=null"),
-        ("externalize.scheme=top", "fusion.rest=renormalize", "fusion.strategy=bytes"),
+        ("externalize.scheme=top", "objective.rest=renormalize", "fusion.strategy=bytes"),
         ("fusion.strategy=bytes", "fusion.granularity=block"),
         ("training.clm_baseline=false", "corpus.train_tokens=3000"),
         ("training.clm.learning_rate=1e-4", "training.gradient_accumulation_steps=2"),
@@ -454,7 +454,7 @@ def test_tokens_are_healed_unless_a_recipe_says_not_to(world: Path, tmp_path: Pa
 def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path: Path) -> None:
     """A source equal to the target gives no gradient, to the store's quantization."""
     alone = f'sources=[{{"name": "first", "model": "{world / "llama"}"}}]'
-    changes = (alone, "externalize.scheme=top", "externalize.k=3", "fusion.lambda=0")
+    changes = (alone, "externalize.scheme=top", "externalize.k=3", "objective.lambda=0")
     run = tmp_path / "run"
     one = pipeline(world, run, *changes)
     one.execute(["corpus", "externalize", "fuse"])

@@ -79,7 +79,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "held_out_share": 0.2,
             "shard_blocks": 8,
         },
-        "fusion": {"lambda": 0.5},
+        "objective": {"lambda": 0.5},
         "training": {
             "max_steps": 10,
             "learning_rate": 1.0e-5,  # 5e-5 makes Gemma-3 worse in ten steps

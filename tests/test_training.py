@@ -150,7 +150,11 @@ def test_schedules_of_lambda(schedule: LambdaSchedule, expected: list[float]) ->
 
 
 def test_lambda_follows_its_schedule_and_is_logged(trained: Train) -> None:
-    changes = ("fusion.lambda_schedule=linear", "fusion.lambda_end=1", "training.logging_steps=1")
+    changes = (
+        "objective.lambda_schedule=linear",
+        "objective.lambda_end=1",
+        "training.logging_steps=1",
+    )
     log = losses_of(trained(*changes))
     steps = log[0]["steps"]
     assert [entry["lambda"] for entry in log] == pytest.approx(
@@ -164,7 +168,7 @@ def test_lambda_follows_its_schedule_and_is_logged(trained: Train) -> None:
 
 def test_kl_trains_as_cross_entropy_does(trained: Train) -> None:
     """Their gradients are one; the losses are apart by the fused distribution's entropy."""
-    plain, kl = trained(*FAST), trained(*FAST, "fusion.divergence=kl")
+    plain, kl = trained(*FAST), trained(*FAST, "objective.divergence=kl")
     mine, theirs = load_file(kl / "model.safetensors"), load_file(plain / "model.safetensors")
     for name, weight in theirs.items():
         torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=1e-4)
@@ -178,9 +182,9 @@ def test_kl_trains_as_cross_entropy_does(trained: Train) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        ("fusion.divergence=reverse_kl",),
-        ("fusion.rest=renormalize", "fusion.temperature=2"),
-        ("fusion.rest=renormalize", "fusion.temperature=0.5", "fusion.divergence=kl"),
+        ("objective.divergence=reverse_kl",),
+        ("objective.rest=renormalize", "objective.temperature=2"),
+        ("objective.rest=renormalize", "objective.temperature=0.5", "objective.divergence=kl"),
     ],
 )
 def test_other_divergences_train(trained: Train, fused_top: Path, changes: Sequence[str]) -> None:
@@ -207,7 +211,7 @@ def test_fused_distributions_are_flattened_by_the_temperature(world: Path, fused
 def test_a_setting_of_training_alone_leaves_fuse_as_it_is(
     world: Path, fused: Path, tmp_path: Path
 ) -> None:
-    changes = ("fusion.lambda_schedule=authors", "fusion.divergence=kl", "training.keep=best")
+    changes = ("objective.lambda_schedule=authors", "objective.divergence=kl", "training.keep=best")
     plain, other = pipeline(world, fused), pipeline(world, fused, *changes)
     identities = {
         part.name: part.identity() for part in plain._parts() if part.stage in ("fuse", "train")
@@ -218,15 +222,13 @@ def test_a_setting_of_training_alone_leaves_fuse_as_it_is(
         if part.name == "train/fused":
             (differences,) = [part.identity().differences(identities["train/fused"])]
             assert [text.split()[0] for text in differences] == [
-                "fusion.divergence",
-                "fusion.lambda_schedule",
+                "objective.divergence",
+                "objective.lambda_schedule",
                 "training.keep",
                 "training.validations",
             ]
-    # What was trained before these settings were known is still what a plain recipe asks for.
-    known = identities["train/fused"].settings
-    assert known["fusion"] == {"lambda": 0.5, "rest": "bucket"}
-    assert not known["training"].keys() & {"keep", "early_stop_validations", "lora", "validations"}
+    # How often there are validations counts only where they decide what is kept.
+    assert "validations" not in identities["train/fused"].settings["training"]
 
 
 # What Trainer's users know
@@ -239,7 +241,7 @@ def test_a_setting_of_training_alone_leaves_fuse_as_it_is(
         ("training.gradient_checkpointing=true",),
         ("training.gradient_accumulation_steps=3", "training.num_train_epochs=2"),
         ("training.torch_compile=true", "training.torch_compile_backend=aot_eager"),
-        ("training.rows=packed", "training.row_tokens=200", "fusion.lambda_schedule=authors"),
+        ("training.rows=packed", "training.row_tokens=200", "objective.lambda_schedule=authors"),
         ("training.lora={r: 4}",),
         ("training.lora={r: 4}", "training.bf16=true", "training.gradient_checkpointing=true"),
         ("training.lora={r: 4, target_modules: [lm_head]}", "training.bf16=true"),
@@ -352,7 +354,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "changes",
     [
-        ("fusion.lambda_schedule=cosine", "fusion.lambda_end=1"),
+        ("objective.lambda_schedule=cosine", "objective.lambda_end=1"),
         ("training.lora={r: 4, dropout: 0.1, target_modules: [q_proj, lm_head]}",),
         ("training.lora={r: 4, modules_to_save: [lm_head], merge: false}",),
         ("training.keep=best", "training.validations=8", "training.learning_rate=3e-2"),
@@ -423,7 +425,7 @@ def test_a_large_store_is_read_once_an_epoch(
 ) -> None:
     corpus = StageFolder(fused / "corpus")
     rows = fused_rows(fused, corpus, seed=3)
-    batches = sum(shard.record_batches for shard in rows._shards)
+    batches = sum(shard.record_batches for shard in rows._blocks._shards)
     assert batches > 4
     if packed:
         rows.pack(128)
@@ -437,7 +439,7 @@ def test_a_large_store_is_read_once_an_epoch(
             order = list(sampler)
             blocks = [block["block"] for row in order for block in rows[row]]
             assert sorted(blocks) == list(range(len(rows.lengths)))
-            kept = [n for shard in rows._shards for n in shard._cache]
+            kept = [n for shard in rows._blocks._shards for n in shard._cache]
             assert len(kept) <= 4
             # A row of leftovers, and one that ends in a later window, read a batch again.
             assert batches - 4 <= len(windowed) <= batches + len(kept) + (10 if packed else 8)

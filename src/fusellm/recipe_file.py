@@ -164,7 +164,7 @@ def _spelled_out(raw: dict[str, Any]) -> dict[str, Any]:
 def _apply(raw: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
     if not equals or not path.strip():
-        raise RecipeError(f"--set {change!r} must be KEY=VALUE, like fusion.lambda=0.7")
+        raise RecipeError(f"--set {change!r} must be KEY=VALUE, like objective.lambda=0.7")
     *parents, last = path.strip().split(".")
     node: Any = raw
     for parent in parents:
@@ -206,6 +206,8 @@ def _explain(fault: Any) -> str:
         key = str(steps[-1])
         known = _known_keys(steps[:-1], kind)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if steps[:-1] == ["fusion"] and key in _known_keys(["objective"], None):
+            near = [f"objective.{key}, which train reads"]  # it was here once
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"unknown key {place}{hint}"
     message = fault["msg"].removeprefix("Value error, ")

@@ -146,13 +146,13 @@ def compare_tokenizers(
     """How far two tokenizers agree: what a target could learn from a source, before any model.
 
     Args:
-        texts: documents, or documents by domain.
+        texts: documents, or documents by domain; none to compare vocabularies alone.
         block_bytes: documents are cut into blocks of at most so many bytes, as a run cuts them.
         largest: how many of the largest classes to describe.
         progress: is shown how far the work is.
 
     Raises:
-        ArgumentError: something is no tokenizer, or there is no text.
+        ArgumentError: something is no tokenizer, or `texts` is one text.
         TokenizerError: a tokenizer's tokens cannot be told as bytes.
 
     >>> from fusellm import Tokenizer
@@ -167,8 +167,6 @@ def compare_tokenizers(
         if isinstance(texts, str):
             raise ArgumentError("texts is one text; give a list of them")
         texts = {"text": texts}
-    if not any(document for documents in texts.values() for document in documents):
-        raise ArgumentError("there is no text to compare two tokenizers on; give some")
     with (progress or Silent()).start("comparing", 1 + len(texts), "parts") as bar:
         translation = class_translation(source, target)
         bar.advance()

@@ -76,16 +76,25 @@ def fusellm(
     pass
 
 
+Full = Annotated[
+    bool, typer.Option("--full", help="More text, two epochs: the run whose figures are published.")
+]
+
+
 @app.command()
 def demo(
-    out: Out = None, changes: Set = NO_CHANGES, redo: Redo = False, as_json: Json = False
+    full: Full = False,
+    out: Out = None,
+    changes: Set = NO_CHANGES,
+    redo: Redo = False,
+    as_json: Json = False,
 ) -> None:
-    """Fuse the three small models that come with fusellm; no download, some minutes.
+    """Fuse the three small models that come with fusellm; no download, a few minutes.
 
     Runs the recipe recipes/demo.yaml on text of the installed Python packages, and ends in a table
-    and a report page.
+    and a report page. --full runs recipes/demo-full.yaml: more text, a quarter of an hour.
     """
-    execute(_stages(), _demo_recipe(), out, changes, redo, as_json)
+    execute(_stages(), _demo_recipe(full), out, changes, redo, as_json)
 
 
 @app.command()
@@ -313,8 +322,8 @@ def _stages() -> tuple[str, ...]:
     return STAGES
 
 
-def _demo_recipe() -> Path:
-    return Path(__file__).parent.parent / "recipes" / "demo.yaml"
+def _demo_recipe(full: bool) -> Path:
+    return Path(__file__).parent.parent / "recipes" / ("demo-full.yaml" if full else "demo.yaml")
 
 
 def _tried(name: str, model: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ Out = Annotated[
 ]
 Set = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set fusion.lambda=0.7"),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set objective.lambda=0.7"),
 ]
 Redo = Annotated[
     bool,

@@ -10,7 +10,7 @@ from fusellm.errors import RecipeError
 
 RECIPE_TEMPLATE = """\
 # A run of fusellm. Check it with `fusellm check`, run it with `fusellm run`.
-# All keys: `fusellm schema`. Any of them on the command line: --set fusion.lambda=0.7
+# All keys: `fusellm schema`. Any of them on the command line: --set objective.lambda=0.7
 name: my-run
 seed: 0
 
@@ -57,6 +57,8 @@ fusion:
   # token_healing: false      # take sources as they cut the text (docs/method.md)
   function: mince             # or avgce with beta, avgce_paper, uniform
   granularity: window         # or block, as in the paper
+
+objective:
   lambda: 0.5                 # weight of the plain language-model loss
   # lambda_schedule: linear   # or cosine, to lambda_end; or authors, to 1
 

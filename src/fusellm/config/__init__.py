@@ -12,8 +12,8 @@ from fusellm.config.corpus import CorpusSettings as CorpusSettings
 from fusellm.config.corpus import Documents as Documents
 from fusellm.config.corpus import FileDocuments as FileDocuments
 from fusellm.config.corpus import HubDocuments as HubDocuments
-from fusellm.config.fusion import READ_BY_TRAIN as READ_BY_TRAIN
 from fusellm.config.fusion import FusionSettings as FusionSettings
+from fusellm.config.objective import ObjectiveSettings as ObjectiveSettings
 
 RESERVED_NAMES = ("target", "clm", "fused", "fused-clm")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -249,6 +249,7 @@ class Recipe(SettingsBlock):
     corpus: CorpusSettings
     externalize: ExternalizeSettings = ExternalizeSettings()
     fusion: FusionSettings = FusionSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -299,63 +300,65 @@ class Recipe(SettingsBlock):
             raise ValueError(
                 "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
             )
-        if self.externalize.scheme == "sampled" and fusion.rest == "renormalize":
+        if self.externalize.scheme == "sampled" and self.objective.rest == "renormalize":
             raise ValueError(
-                "fusion.rest: renormalize has no meaning with externalize.scheme: sampled, whose "
-                "draws leave nothing out; use bucket"
+                "objective.rest: renormalize has no meaning with externalize.scheme: sampled, "
+                "whose draws leave nothing out; use bucket"
             )
-        _check_lambda(fusion)
-        _check_divergence(fusion, self.externalize)
+        _check_lambda(self.objective)
+        _check_divergence(self)
         return self
 
 
-def _check_lambda(fusion: FusionSettings) -> None:
+def _check_lambda(objective: ObjectiveSettings) -> None:
     """Check that the schedule of λ has an end, and only one."""
-    shape, end = fusion.lambda_schedule, fusion.lambda_end
+    shape, end = objective.lambda_schedule, objective.lambda_end
     if shape in ("linear", "cosine") and end is None:
-        raise ValueError(f"fusion.lambda_schedule: {shape} needs fusion.lambda_end")
+        raise ValueError(f"objective.lambda_schedule: {shape} needs objective.lambda_end")
     if shape == "constant" and end is not None:
         raise ValueError(
-            f"fusion.lambda_end: {end:g} has no meaning with lambda_schedule: constant; set "
+            f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: constant; set "
             "lambda_schedule to linear or cosine"
         )
     if shape == "authors" and end is not None:
         raise ValueError(
-            f"fusion.lambda_end: {end:g} has no meaning with lambda_schedule: authors, which ends "
-            "at 1; use linear"
+            f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: authors, which "
+            "ends at 1; use linear"
         )
 
 
-def _check_divergence(fusion: FusionSettings, externalize: ExternalizeSettings) -> None:
+def _check_divergence(recipe: Recipe) -> None:
     """Check that divergence and temperature have a meaning with what is kept of distributions."""
-    if fusion.divergence == "reverse_kl":
+    objective, fusion, externalize = recipe.objective, recipe.fusion, recipe.externalize
+    if objective.divergence == "reverse_kl":
         why = "which asks for the fused probability of every token"
         if externalize.scheme == "sampled":
             raise ValueError(
-                f"fusion.divergence: reverse_kl, {why}, has no meaning with externalize.scheme: "
+                f"objective.divergence: reverse_kl, {why}, has no meaning with externalize.scheme: "
                 "sampled, where a token that was not drawn has none; use scheme: top"
             )
-        if fusion.rest == "renormalize":
+        if objective.rest == "renormalize":
             raise ValueError(
-                f"fusion.divergence: reverse_kl, {why}, has no meaning with rest: renormalize, "
+                f"objective.divergence: reverse_kl, {why}, has no meaning with rest: renormalize, "
                 "where what was not kept has none; use bucket"
             )
         if fusion.compatibility == "paper":
             raise ValueError(
-                f"fusion.divergence: reverse_kl, {why}, has no meaning with compatibility: paper, "
-                "which puts all mass on one token where it cannot align; leave that out"
+                f"objective.divergence: reverse_kl, {why}, has no meaning with compatibility: "
+                "paper, which puts all mass on one token where it cannot align; leave that out"
             )
-    if fusion.temperature == 1.0:
+    if objective.temperature == 1.0:
         return
     wanted = []  # all of it at once: one of these alone may be refused for want of another
     if externalize.scheme == "sampled":
         wanted.append("externalize.scheme: top")
-    if fusion.rest != "renormalize":
-        wanted.append("fusion.rest: renormalize")
+    if objective.rest != "renormalize":
+        wanted.append("objective.rest: renormalize")
     if fusion.strategy == "partition":
         wanted.append("fusion.strategy: bytes (or mined, em)")
     if wanted:
         raise ValueError(
-            f"fusion.temperature: {fusion.temperature:g} flattens the probabilities of single "
-            f"tokens, so that it needs {', '.join(wanted)}; set that, or leave temperature out"
+            f"objective.temperature: {objective.temperature:g} flattens the probabilities of "
+            f"single tokens, so that it needs {', '.join(wanted)}; set that, or leave temperature "
+            "out"
         )

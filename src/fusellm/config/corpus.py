@@ -53,10 +53,7 @@ class _Records(SettingsBlock):
 
     def identity(self) -> dict[str, Any]:
         """What the documents depend on, in this block; the files count by their content."""
-        found = self.model_dump(exclude={"files"})
-        if isinstance(self.text_field, str):  # as it was before there could be several
-            del found["context_fields"], found["field_separator"]
-        return found
+        return self.model_dump(exclude={"files"})
 
 
 class HubDocuments(_Records):

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fusellm.config import FusionSettings, Recipe
+from fusellm.config import ObjectiveSettings, Recipe
 from fusellm.models.load import Located, describe
 
 
@@ -31,7 +31,7 @@ def training_card(
         for row in [describe(located)]
     )
     objective = (
-        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {_lambda(recipe.fusion)} "
+        f"L = λ·L_CLM + (1−λ)·L_Fusion with λ = {_lambda(recipe.objective)} "
         "(*Knowledge Fusion of Large Language Models*, arXiv 2401.10491)"
         if which == "fused"
         else "L_CLM alone (λ = 1): the run's baseline, over the same text in the same order"
@@ -48,15 +48,15 @@ def training_card(
     )
 
 
-def _lambda(fusion: FusionSettings) -> str:
+def _lambda(objective: ObjectiveSettings) -> str:
     """
-    >>> _lambda(FusionSettings(lambda_=0.5, lambda_schedule="linear", lambda_end=0.9))
+    >>> _lambda(ObjectiveSettings(lambda_=0.5, lambda_schedule="linear", lambda_end=0.9))
     '0.5 to 0.9 (linear)'
     """
-    if fusion.lambda_schedule == "constant":
-        return f"{fusion.lambda_:g}"
-    end = 1.0 if fusion.lambda_end is None else fusion.lambda_end
-    return f"{fusion.lambda_:g} to {end:g} ({fusion.lambda_schedule})"
+    if objective.lambda_schedule == "constant":
+        return f"{objective.lambda_:g}"
+    end = 1.0 if objective.lambda_end is None else objective.lambda_end
+    return f"{objective.lambda_:g} to {end:g} ({objective.lambda_schedule})"
 
 
 def without_folders(value: Any) -> Any:

@@ -12,6 +12,7 @@ B blocks, T positions, d hidden size, r rank of an adapter, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import align_module_device
@@ -173,6 +174,29 @@ def check_head(model: PreTrainedModel) -> None:
             f"{name} makes its logits in a way that fusellm does not know (they differ by "
             f"{float(apart):.3g}); please report the architecture"
         )
+
+
+_KNOWN: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def require_known_head(model: PreTrainedModel) -> None:
+    """Check a model's head, as `check_head` does, where that was not done before.
+
+    The model is left as it was, dropout and all. One whose weights are nowhere yet is passed over.
+
+    Raises:
+        ModelError: as `check_head` does.
+    """
+    if model in _KNOWN or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        check_head(model)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _KNOWN.add(model)
 
 
 def _scale(config: PretrainedConfig) -> float:

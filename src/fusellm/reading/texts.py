@@ -10,7 +10,7 @@ from fusellm.config import ExternalizeSettings
 from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
 from fusellm.models.configurations import context_tokens
-from fusellm.models.heads import check_head
+from fusellm.models.heads import require_known_head
 from fusellm.progress import Progress, Silent
 from fusellm.reading.source_reader import SourceReader
 from fusellm.recipe_file import checked_settings
@@ -85,7 +85,7 @@ def read_distributions(
                 "cut it first"
             )
     model.eval()
-    check_head(without_adapters(model))
+    require_known_head(without_adapters(model))
     reader = SourceReader(without_adapters(model), len(encoder.vocabulary), settings, seed)
     with (progress or Silent()).start("reading", len(texts), "texts") as bar:
         found = reader.read(texts, encoded, bar.advance)

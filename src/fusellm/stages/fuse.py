@@ -19,7 +19,7 @@ from fusellm.alignment.strategies import STRATEGIES
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
-from fusellm.config import READ_BY_TRAIN, Recipe
+from fusellm.config import Recipe
 from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks, rules_of
 from fusellm.fusion.pairing import Pairing, pair
 from fusellm.progress import Progress
@@ -50,8 +50,7 @@ def identity(recipe: Recipe, externalized: dict[str, str]) -> Identity:
     Args:
         externalized: fingerprints of the folders under externalize/, the target's too.
     """
-    fusion = recipe.fusion.model_dump(exclude=set(READ_BY_TRAIN))
-    fusion["token_healing"] = recipe.fusion.heals
+    fusion = recipe.fusion.model_dump() | {"token_healing": recipe.fusion.heals}
     order = [source.name for source in recipe.sources]
     return Identity("fuse", {"fusion": fusion, "sources": order}, externalized)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusellm.config import READ_BY_TRAIN, FusionSettings, Recipe, TrainingSettings
+from fusellm.config import ObjectiveSettings, Recipe, TrainingSettings
 from fusellm.errors import IdentityError
 from fusellm.models.adapters import require_peft, without_warnings
 from fusellm.models.load import Located
@@ -44,10 +44,6 @@ from fusellm.training.validation import Validation
 
 FOLDER = "train"
 FUSED, CLM = "fused", BASELINE
-# Fields that are newer than the format. They count where they are used, so that a model that was
-# trained before they were known is still the one that the recipe asks for.
-_NEWER_TRAINING = {"keep", "early_stop_validations", "lora"}
-_NEWER_FUSION = READ_BY_TRAIN - {"lambda_", "rest"}
 
 
 def folder_of(run: Path, which: str) -> Path:
@@ -142,22 +138,16 @@ def identity(
     if recipe.training.lora is not None:
         settings["dtype"] = located.settings.dtype
     if which == FUSED:
-        fusion = recipe.fusion
-        newer = fusion.model_dump(include=set(_NEWER_FUSION), exclude_defaults=True)
-        settings["fusion"] = {"lambda": fusion.lambda_, "rest": fusion.rest} | newer
+        settings["objective"] = recipe.objective.model_dump()
     return Identity(f"train/{which}", settings, {"weights": located.fingerprint} | inputs)
 
 
 def _training_settings(training: TrainingSettings) -> dict[str, Any]:
     """The settings that both trainings have in common, without those that change no weight."""
-    left_out = {"clm_baseline", "clm", "validations"} | ASIDE | _NEWER_TRAINING
-    found = training.model_dump(exclude=left_out)
-    newer = training.model_dump(include=_NEWER_TRAINING, exclude_defaults=True)
-    if training.lora is not None:
-        newer["lora"] = training.lora.model_dump()
-    if newer.keys() & {"keep", "early_stop_validations"}:
-        newer["validations"] = training.validations
-    return found | newer
+    left_out = {"clm_baseline", "clm"} | ASIDE
+    if training.keep == "last" and training.early_stop_validations is None:
+        left_out.add("validations")  # which then only say how it goes
+    return training.model_dump(exclude=left_out)
 
 
 def run_train(
@@ -182,7 +172,7 @@ def run_train(
     """
     checkpoints = checkpoints_of(run, which)
     chosen = training_arguments(recipe, checkpoints, which)
-    fusion, training = recipe.fusion, recipe.training
+    wanted, training = recipe.objective, recipe.training
     with _folder(run, which, identity_) as (folder, complete):
         if complete:
             return
@@ -196,8 +186,8 @@ def run_train(
             model,
             chosen,
             rows,
-            lambda_schedule(fusion) if which == FUSED else LambdaSchedule(1.0),
-            Divergence(fusion.divergence, fusion.temperature),
+            lambda_schedule(wanted) if which == FUSED else LambdaSchedule(1.0),
+            Divergence(wanted.divergence, wanted.temperature),
             Validation(encoder, read_part(corpus, "validation"), recipe),
             Blame(corpus, checkpoints),
             stop,
@@ -251,6 +241,6 @@ def _folder(
     processes.wait()
 
 
-def lambda_schedule(fusion: FusionSettings) -> LambdaSchedule:
+def lambda_schedule(objective: ObjectiveSettings) -> LambdaSchedule:
     """λ over the steps, as a recipe has it."""
-    return LambdaSchedule(fusion.lambda_, fusion.lambda_schedule, fusion.lambda_end)
+    return LambdaSchedule(objective.lambda_, objective.lambda_schedule, objective.lambda_end)

@@ -22,7 +22,12 @@ def _predicted(block: Mapping[str, Any]) -> np.ndarray:
 
 
 class OutcomeTable:
-    """The outcomes of all sources as sets of target ids, in one numbering."""
+    """The outcomes of all sources as sets of target ids, in one numbering.
+
+    Attributes:
+        temperature: by which renormalized distributions are flattened.
+        largest_id: of all target ids.
+    """
 
     def __init__(
         self,
@@ -40,7 +45,8 @@ class OutcomeTable:
         self._base = offsets_of(np.array([len(offsets) - 1 for offsets, _ in members]))
         self._offsets = offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in members]))
         self._members = np.concatenate([ids for _, ids in members])
-        self._renormalize, self._temperature = renormalize, temperature
+        self._renormalize, self.temperature = renormalize, temperature
+        self.largest_id = int(self._members.max(initial=-1))
 
     def outcomes(
         self, blocks: Sequence[Mapping[str, Any]]
@@ -69,7 +75,7 @@ class OutcomeTable:
         part_mass = np.bincount(part, weights=mass, minlength=len(lengths))
         kept = np.bincount(position, weights=part_mass, minlength=len(parts))
         if self._renormalize:
-            mass = flattened(mass, part, part_mass + rest, self._temperature)
+            mass = flattened(mass, part, part_mass + rest, self.temperature)
             rest = np.zeros_like(rest)
         entries, place = take_rows(self._offsets, self._base[source[part]] + outcome)
         fields = {

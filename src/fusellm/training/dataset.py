@@ -63,6 +63,8 @@ class FusedDataset(Rows):
         *,
         row_tokens: int | None = None,
         seed: int | None = None,
+        renormalize: bool = False,
+        temperature: float = 1.0,
     ) -> None:
         """Open what was fused.
 
@@ -73,18 +75,30 @@ class FusedDataset(Rows):
             row_tokens: put several texts into each row of at most so many tokens.
             seed: of the order in which they are put there, and of the windows that a large store
                 is read in; 0 if not given, or a run's own.
+            renormalize: scale away what was not kept, as the paper does, in place of one more
+                outcome; for distributions in memory.
+            temperature: flatten them by it, and give a `Divergence` with the same; only where they
+                are renormalized and of single tokens (strategies `bytes`, `mined`, `em`).
 
         Raises:
-            ArgumentError: it is neither, or there is nothing to predict.
+            ArgumentError: it is neither, there is nothing to predict, or settings do not go
+                together.
             StoreError: the run is unfinished or damaged.
         """
         if isinstance(source, FusedDistributions):
             blocks: Blocks = _FusedInMemory(source)
             if not (blocks.predicted > 0).any():
                 raise ArgumentError("there is nothing to predict: no text has two tokens")
-            self._take(blocks, OutcomeTable(source.members), seed or 0)
+            if temperature != 1.0 and not renormalize:
+                raise ArgumentError("a temperature is for distributions with renormalize=True")
+            self._take(blocks, OutcomeTable(source.members, renormalize, temperature), seed or 0)
         elif isinstance(source, str | os.PathLike):
             run = Path(source)
+            if renormalize or temperature != 1.0:
+                raise ArgumentError(
+                    "renormalize and temperature of a run are its recipe's: objective.rest and "
+                    "objective.temperature"
+                )
             if not (run / RECIPE).is_file():
                 raise StoreError(f"{run} is no run: it has no {RECIPE}; check the path")
             recipe = load_recipe(run / RECIPE)
@@ -105,9 +119,9 @@ class FusedDataset(Rows):
 
     def _open(self, recipe: Recipe, run: Path, encoder: Encoder, seed: int | None) -> None:
         seed = recipe.seed if seed is None else seed
-        folder, fusion = open_fused(run), recipe.fusion
+        folder, objective = open_fused(run), recipe.objective
         members = [read_members(folder, source.name) for source in recipe.sources]
-        table = OutcomeTable(members, fusion.rest == "renormalize", fusion.temperature)
+        table = OutcomeTable(members, objective.rest == "renormalize", objective.temperature)
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
         self._take(fused_blocks(run, open_corpus(run), *where), table, seed)
         if recipe.training.rows == "packed":

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ArgumentError, ModelError
 from fusellm.models.adapters import without_adapters
-from fusellm.models.heads import head_of, is_plain, is_sharded
+from fusellm.models.heads import head_of, is_plain, is_sharded, require_known_head
 from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
@@ -55,7 +55,8 @@ def fusion_loss(
         config: of the model whose head is given as a layer.
 
     Raises:
-        ArgumentError: shapes do not fit, λ is not in [0, 1], or a layer comes without `config`.
+        ArgumentError: shapes do not fit, λ is not in [0, 1], a layer comes without `config`, or
+            tokens are meant that the head has no row for.
         ModelError: the head is none that is known, or quantized; or it is spread over processes
             (FSDP), which have it whole only inside the model's own forward: use `FusionTrainer`.
 
@@ -86,9 +87,12 @@ def fusion_loss(
             f"there are fused distributions of {len(outcomes.present)} positions, and "
             f"{int(predicted.sum())} labels to predict: they must be of the same rows"
         )
+    head = _head(model_or_head, config)
+    if outcomes is not None and len(outcomes.member_id):
+        require_rows(int(outcomes.member_id.max()), head.weight.shape[0])
     losses = objective(
         hidden[predicted],
-        _head(model_or_head, config),
+        head,
         labels[predicted],
         outcomes,
         lambda_,
@@ -96,6 +100,20 @@ def fusion_loss(
         count=predicted.sum().clamp(min=1) if count is None else count,
     )
     return losses.total
+
+
+def require_rows(largest_id: int, rows: int) -> None:
+    """Check that a head has rows for the tokens that distributions are of.
+
+    Raises:
+        ArgumentError: it has not.
+    """
+    if largest_id >= rows:
+        raise ArgumentError(
+            f"the distributions are of tokens up to {largest_id}, and the target's head has {rows} "
+            "rows: its tokenizer has tokens that it neither reads nor predicts. Give fuse() "
+            f"fusellm.Tokenizer(tokenizer, rows={rows})"
+        )
 
 
 def _head(given: torch.nn.Module | Head, config: PretrainedConfig | None) -> Head:
@@ -130,4 +148,5 @@ def _head(given: torch.nn.Module | Head, config: PretrainedConfig | None) -> Hea
             "the head is spread over processes (FSDP), which have it whole only inside the model's "
             "own forward; train with FusionTrainer, whose loss is computed there"
         )
+    require_known_head(model)
     return head_of(model)

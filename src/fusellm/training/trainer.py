@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
+from fusellm.models.heads import require_known_head
 from fusellm.models.pretrained import load_pretrained
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.schedule import LambdaSchedule
@@ -17,6 +18,7 @@ from fusellm.training import processes
 from fusellm.training.collator import BatchCounts, Collator
 from fusellm.training.dataset import FusionCollator
 from fusellm.training.forward import objective_forward, objective_inputs, require_packing
+from fusellm.training.loss import require_rows
 from fusellm.training.loss_log import LossLog
 from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 
@@ -66,7 +68,8 @@ class FusionTrainer(Trainer):
             others: what Trainer takes besides, such as `eval_dataset`, `callbacks`, `optimizers`.
 
         Raises:
-            ArgumentError: λ is not in [0, 1], labels are to be smoothed, or the dataset is another.
+            ArgumentError: λ is not in [0, 1], labels are to be smoothed, or the dataset is another
+                or does not go with the model or the divergence.
             ModelError: the model cannot be loaded, or does not keep packed rows' texts apart.
         """
         schedule = LambdaSchedule(lambda_) if isinstance(lambda_, int | float) else lambda_
@@ -80,8 +83,11 @@ class FusionTrainer(Trainer):
             )
         if isinstance(model, str):
             model, _ = load_pretrained(model, device="cpu")  # Trainer places it
+        base = without_adapters(model)
+        require_known_head(base)
         if train_dataset.packed:
-            require_packing(without_adapters(model))
+            require_packing(base)
+        _require_same_outcomes(base, train_dataset, divergence)
         args = copy(args)
         args.remove_unused_columns = False  # distributions are columns of their own
         args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
@@ -174,3 +180,20 @@ class FusionTrainer(Trainer):
         if "loss" in logs and self._loss_log.any:
             logs = logs | {"lambda": self._lambda} | self._loss_log.drained(self.accelerator)
         super().log(logs, start_time)
+
+
+def _require_same_outcomes(model: PreTrainedModel, rows: Rows, divergence: Divergence) -> None:
+    """Check that distributions are of the model's tokens, and as flat as its own will be.
+
+    Raises:
+        ArgumentError: they are not.
+    """
+    table = getattr(rows, "table", None)
+    if table is None:
+        return
+    require_rows(table.largest_id, model.config.get_text_config().vocab_size)
+    if table.temperature != divergence.temperature:
+        raise ArgumentError(
+            f"the dataset's distributions are flattened by temperature {table.temperature:g}, and "
+            f"the target's would be by {divergence.temperature:g}; give both the same"
+        )
