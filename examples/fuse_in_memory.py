@@ -31,7 +31,7 @@ batch = fusellm.FusionCollator(dataset)([dataset[0], dataset[1]])
 optimizer = torch.optim.AdamW(target.parameters(), lr=1e-3)
 target.train()
 for step in range(3):
-    hidden = target.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    hidden = fusellm.last_hidden(target, batch)
     loss = fusellm.fusion_loss(hidden, target, batch["labels"], batch["outcomes"], lambda_=0.9)
     loss.backward()
     optimizer.step()

@@ -138,7 +138,9 @@ def test_an_engine(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(externalize.ENGINES, "local", backwards)
     run_of(world, tmp_path / "run").corpus().externalize("second")
     assert len(asked) > 1
-    for path in (tmp_path / "plain/externalize/second").glob("*.arrow"):
+    written = list((tmp_path / "plain/externalize/second").glob("*.arrow"))
+    assert len(written) == len(asked)
+    for path in written:
         assert path.read_bytes() == (tmp_path / "run/externalize/second" / path.name).read_bytes()
 
 

@@ -1,8 +1,10 @@
 """fusellm as a library: what `import fusellm` gives, used as somebody else's script would."""
 
 import ast
+import copy
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,19 +20,23 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import fusellm
 import loss_of_two
 from conftest import code, prose
-from fusellm.errors import ArgumentError, ModelError, TokenizerError
+from fusellm.errors import ArgumentError, ModelError, NumericsError, StoreError, TokenizerError
 from fusellm.fusion.functions import Compared, mince
 from fusellm.models.load import load_model, locate
 from fusellm.objective.chunked import Head
 from fusellm.recipe_file import resolve_paths
 from fusellm.store.blocks import open_corpus, read_part
+from fusellm.text_table import text_table
 from fusellm.training import loss as loss_module
 from fusellm.training.forward import objective_forward, objective_inputs
 
@@ -95,10 +101,10 @@ def test_importing_it_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_every_public_function_has_an_example_and_a_place_in_the_documentation() -> None:
+def test_every_public_name_has_a_place_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs" / "python-api.md").read_text("utf-8")
     for name in fusellm.__all__:
-        assert f"`{name}" in page or f"fusellm.{name}" in page, name
+        assert re.search(rf"(`|fusellm\.){name}\b", page), name
 
 
 # Text, tokens, distributions
@@ -112,7 +118,7 @@ def test_nothing_is_printed(world: Path, capfd: pytest.CaptureFixture[str], tmp_
     found = fusellm.fuse(TEXTS, tokenizer, {"neox": distributions})
     dataset = fusellm.FusedDataset(found)
     batch = fusellm.FusionCollator(dataset)([dataset[0]])
-    hidden = model.base_model(batch["input_ids"]).last_hidden_state
+    hidden = fusellm.last_hidden(model, batch)
     fusellm.fusion_loss(hidden, model, batch["labels"], batch["outcomes"]).backward()
     fusellm.bits_per_byte(model, tokenizer, TEXTS)
     assert capfd.readouterr() == ("", "")
@@ -141,7 +147,7 @@ def test_draws_are_of_the_models_distributions(world: Path) -> None:
         at = fusellm.read_distributions(model, tokenizer, [text], 255, seed=seed)[0].at(5)
         total[at.ids] += at.masses
     assert np.abs(total / 40 - truth).max() < 1 / 255
-    top = fusellm.read_distributions(model, tokenizer, [text], None, top_k=3, mass=None)[0].at(5)
+    top = fusellm.read_distributions(model, tokenizer, [text], top_k=3, mass=None)[0].at(5)
     assert top.ids.tolist() == np.argsort(-truth)[:3].tolist()
     assert top.masses == pytest.approx(truth[top.ids], abs=2e-4)
     assert top.tail == pytest.approx(1 - truth[top.ids].sum(), abs=1e-3)
@@ -163,9 +169,9 @@ def test_what_was_read_is_looked_at_by_text(read: dict[str, fusellm.SourceDistri
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"texts": "a text"}, "texts is one text; give a list"),
-        ({"draws": None}, "give draws, or top_k and draws=None"),
-        ({"top_k": 3}, "give draws, or top_k and draws=None"),
+        ({"texts": "a text"}, "this is one text, where a list of texts is needed"),
+        ({"texts": ["a", None]}, "text 1 is a NoneType, and no str"),
+        ({"texts": ["a\ud800"]}, "text 0 has half a character at 1"),
         ({"draws": 256}, "draws: Input should be less than or equal to 255, got 256"),
         ({"last": [True]}, "last has 1 entries, and there are 4 texts"),
         ({"texts": ["word " * 5000]}, "the model's context is"),
@@ -469,7 +475,7 @@ def test_two_processes_have_the_gradients_of_one(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lambda_": 1.5}, "lambda_ is 1.5; it must be from 0 to 1"),
+        ({"lambda_": 1.5}, "lambda is 1.5; it must be a number from 0 to 1"),
         ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, "labels need one entry a hidden state"),
         ({"hidden": torch.zeros(6, 8), "labels": torch.zeros(6).long()}, "shift them"),
         ({"model_or_head": torch.nn.Embedding(3, 8)}, "this is a Embedding"),
@@ -530,9 +536,6 @@ def test_a_trainer_in_a_script_of_ones_own(
     assert [entry["lambda"] for entry in losses] == [0.5] * 4
     assert all(entry["fused_share"] > 0.5 for entry in losses)
     assert losses[-1]["loss"] < losses[0]["loss"]
-    before = trainer.evaluate()["eval_loss"]
-    assert before == trainer.evaluate()["eval_loss"]  # nothing is left behind in the model
-    assert "forward" not in trainer.model.__dict__
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for mine, theirs in zip(saved.parameters(), trainer.model.parameters(), strict=True):
@@ -553,7 +556,7 @@ def test_packed_rows_and_a_schedule(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f, a, d, m: fusellm.FusionTrainer(m, a, d, lambda_=2), "from 0 to 1"),
+        (lambda f, a, d, m: fusellm.FusionTrainer(m, a, d, lambda_=2), "number from 0 to 1"),
         (lambda f, a, d, m: fusellm.FusionTrainer(m, a, [1, 2]), "give a fusellm.FusedDataset"),
         (lambda f, a, d, m: fusellm.FusedDataset(3), "and this is a int"),
     ],
@@ -568,3 +571,168 @@ def test_a_training_that_makes_no_sense_is_refused(
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ArgumentError, match=message):
         make(fused, arguments, fusellm.FusedDataset(fused), str(world / "llama"))
+
+
+def test_another_dataset_is_measured_by_its_own_outcomes(
+    world: Path,
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    read: dict[str, fusellm.SourceDistributions],
+    fused: fusellm.FusedDistributions,
+    tmp_path: Path,
+) -> None:
+    """Of other sources, or packed otherwise: as where it is the dataset that is trained on."""
+    other = fusellm.fuse(TEXTS, target[1], {"mpt": read["mpt"]})
+    held_out = fusellm.FusedDataset(other, row_tokens=300)
+    trainer = train(tmp_path, fusellm.FusedDataset(fused), str(world / "llama"), lambda_=0.0)
+    found = trainer.evaluate(held_out)["eval_loss"]
+    batch = fusellm.FusionCollator(held_out)([held_out[n] for n in range(len(held_out))])
+    with torch.no_grad():
+        hidden = fusellm.last_hidden(trainer.model.eval(), batch)
+        own = fusellm.fusion_loss(hidden, trainer.model, batch["labels"], batch, 0.0)
+    if len(held_out) == 1:
+        assert found == pytest.approx(own.item(), rel=1e-5)
+    assert trainer.evaluate(held_out)["eval_loss"] == found
+    assert trainer.predict(held_out).metrics["test_loss"] == pytest.approx(found, rel=1e-6)
+
+
+class Asks(TrainerCallback):
+    """Writes on with the model in the midst of its training, and reads with it."""
+
+    def __init__(self, tokenizer: fusellm.Tokenizer) -> None:
+        self.tokenizer, self.written = tokenizer, 0
+
+    def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        ids = torch.from_numpy(self.tokenizer.encode(["the"], [False])[0].ids)[None]
+        self.written += model.generate(ids, max_new_tokens=2, do_sample=False).shape[1]
+        before = model.training
+        fusellm.read_distributions(model, self.tokenizer, TEXTS[:1])
+        assert model.training == before
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_model_stays_one_that_can_be_called(
+    world: Path,
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    fused: fusellm.FusedDistributions,
+    tmp_path: Path,
+    bf16: bool,
+) -> None:
+    """By callbacks, between trainings, and in the precision that was asked for each time."""
+    model, _ = fusellm.load_pretrained(str(world / "llama"), device="cpu")
+    seen: list[bool] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    dataset = fusellm.FusedDataset(fused)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=bf16, disable_tqdm=True
+    )
+    trainer = fusellm.FusionTrainer(model, arguments, dataset, eval_dataset=dataset)
+    for do in (trainer.evaluate, trainer.train, trainer.evaluate, trainer.train):
+        seen.clear()
+        do()
+        assert seen
+        assert set(seen) == {bf16}
+    asks = Asks(target[1])
+    trainer.add_callback(asks)
+    trainer.train()
+    assert asks.written > 0
+    ids = torch.arange(5, 9)[None]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert not torch.equal(twin(ids).logits, model(ids).logits)  # of weights of its own
+
+
+def test_rows_are_packed_anew_and_chosen(fused: fusellm.FusedDistributions) -> None:
+    dataset = fusellm.FusedDataset(fused, row_tokens=2000)
+    assert sorted(n for row in dataset.rows for n in row) == [0, 1, 2, 3]
+    collate = fusellm.FusionCollator(dataset)
+    assert sorted(n for row in dataset.pack(40).rows for n in row) == [0, 1, 2, 3]
+    assert len(dataset.select([0]).rows) == 1
+    assert len(dataset.rows) > 1
+    plain = fusellm.FusedDataset(fused)
+    collate = fusellm.FusionCollator(plain)
+    plain.pack(2000)
+    assert "position_ids" in collate([plain[0]])
+
+
+def test_what_does_not_go_together_is_refused(
+    world: Path,
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    fused: fusellm.FusedDistributions,
+    read: dict[str, fusellm.SourceDistributions],
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = fusellm.load_pretrained(str(world / "llama"), device="cpu")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    warm = fusellm.Divergence("cross_entropy", 2.0)
+    with pytest.raises(ArgumentError, match="flattened by temperature 1"):
+        fusellm.FusionTrainer(model, arguments, fusellm.FusedDataset(fused), divergence=warm)
+    with pytest.raises(ArgumentError, match="with renormalize=True"):
+        fusellm.FusedDataset(fused, temperature=2.0)
+    with pytest.raises(ArgumentError, match="model_init is not known"):
+        fusellm.FusionTrainer(
+            model, arguments, fusellm.FusedDataset(fused), model_init=lambda: model
+        )
+    for name, values in (("KL", 1.0), ("kl", -2.0)):
+        with pytest.raises(ArgumentError):
+            fusellm.Divergence(name, values)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="'linaer' is no shape"):
+        fusellm.LambdaSchedule(0.5, "linaer")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="compatibility: paper belongs to strategy"):
+        fusellm.fuse(TEXTS, tokenizer, read, compatibility="paper")
+    small = GPT2LMHeadModel(
+        GPT2Config(vocab_size=30, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    )
+    with pytest.raises(ArgumentError, match="is this tokenizer the model's own"):
+        fusellm.bits_per_byte(small, tokenizer, ["the class"])
+    with pytest.raises(ArgumentError, match="the model's context is 16"):
+        fusellm.FusionTrainer(small, arguments, fusellm.FusedDataset(fused))
+    wide = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ArgumentError, match="the target's head has 30"):
+        fusellm.FusionTrainer(wide, arguments, fusellm.FusedDataset(fused))
+    batch = fusellm.FusionCollator(fusellm.FusedDataset(fused))([fusellm.FusedDataset(fused)[0]])
+    hidden = torch.zeros(*batch["labels"].shape, 8)
+    with pytest.raises(ArgumentError, match="the target's head has 30 rows"):
+        fusellm.fusion_loss(hidden, wide, batch["labels"].clamp(max=29), batch)
+    with pytest.raises(ArgumentError, match=r"take them from fusellm\.last_hidden"):
+        fusellm.fusion_loss(hidden[..., :4], wide, batch["labels"].clamp(max=29), batch)
+
+
+def test_numbers_that_are_none_have_no_bits_per_byte(world: Path) -> None:
+    model, tokenizer = fusellm.load_pretrained(str(world / "llama"), device="cpu")
+    own = model.base_model.forward
+
+    def spoilt(*args: Any, **inputs: Any) -> Any:
+        found = own(*args, **inputs)
+        found.last_hidden_state[:, 3] = float("nan")
+        return found
+
+    assert fusellm.bits_per_byte(model, tokenizer, TEXTS).scored_bytes.tolist() == [
+        len(text.encode()) - int(tokenizer.encode([text])[0].ends[0]) for text in TEXTS
+    ]
+    model.base_model.forward = spoilt
+    with pytest.raises(NumericsError, match="NaN or infinity in text 0"):
+        fusellm.bits_per_byte(model, tokenizer, TEXTS)
+
+
+def test_tables_are_plain_wherever_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a notebook, and where colours are forced."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert text_table(["a", "b"], [["1", "2"]]) == "a  b\n1  2"
+
+
+def test_a_run_says_what_it_does_not_know(world: Path, tmp_path: Path) -> None:
+    run = fusellm.Run(world / "recipe.yaml", tmp_path / "run")
+    for stage in ("externalize/nope", "train/nope", "fuze"):
+        with pytest.raises(ArgumentError, match=f"there is no stage '{stage}'; known: corpus"):
+            run.execute(stage)
+    with pytest.raises(StoreError, match=r"has no finished model yet; first: run.train\(\)"):
+        run.model()
+    with pytest.raises(ArgumentError, match="models is one name"):
+        fusellm.evaluate("zoo/prose", ["smoke"])
+    with pytest.raises(ArgumentError, match="device 'auto' is none of torch"):
+        fusellm.load_pretrained(world / "llama", device="auto")

@@ -25,6 +25,7 @@ _FROM = {
     "FusionCollator": "fusellm.training.dataset",
     "FusionTrainer": "fusellm.training.trainer",
     "LambdaSchedule": "fusellm.objective.schedule",
+    "last_hidden": "fusellm.training.loss",
     "load_pretrained": "fusellm.models.pretrained",
     "load_recipe": "fusellm.recipe_file",
     "open_store": "fusellm.store.opened",

@@ -26,6 +26,7 @@ from fusellm.store.opened import open_store as open_store
 from fusellm.training.dataset import FusedDataset as FusedDataset
 from fusellm.training.dataset import FusionCollator as FusionCollator
 from fusellm.training.loss import fusion_loss as fusion_loss
+from fusellm.training.loss import last_hidden as last_hidden
 from fusellm.training.trainer import FusionTrainer as FusionTrainer
 
 __version__: str

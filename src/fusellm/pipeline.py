@@ -125,6 +125,11 @@ class Pipeline:
         if "report" in stages:
             write_report(self.run)
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the folders that stages make, which can be asked for one by one."""
+        return [part.name for part in self._parts()]
+
     def _say_note(self) -> None:
         note = plain_text_note(self.readers)
         if note is not None:

@@ -214,7 +214,7 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{place} is missing"
     if fault["type"] == "value_error":
-        return f"{place}: {message}" if place else message
+        return message if not place or message.startswith(f"{place}.") else f"{place}: {message}"
     if fault["type"] == "string_pattern_mismatch":
         message = "only letters, digits and . _ - may be in it, the first a letter or digit"
     if fault["type"] == "too_short":

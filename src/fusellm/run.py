@@ -22,6 +22,7 @@ from fusellm.stages.evaluate import read_records
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import results_table, verdict
 from fusellm.stages.train import FUSED, folder_of
+from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import RECIPE, STAGES, SUITES
 from fusellm.text_table import text_table
 
@@ -73,6 +74,7 @@ class Run:
     Attributes:
         recipe: with its local paths made absolute.
         folder: of the run.
+        trusted: whether code that models bring along may run where the recipe asks for it.
     """
 
     recipe: Recipe
@@ -113,7 +115,7 @@ class Run:
             self.recipe = resolve_paths(load_recipe(place), place.parent)
         self.folder = Path(folder) if folder is not None else Path("runs") / self.recipe.name
         self._progress, self._engine = progress or Silent(), engine
-        self._trusted = trust_remote_code
+        self.trusted = trust_remote_code
         self._opened: Pipeline | None = None
 
     def __fspath__(self) -> str:
@@ -126,7 +128,7 @@ class Run:
     def _pipeline(self) -> Pipeline:
         if self._opened is None:
             self._opened = Pipeline(
-                self.recipe, self.folder, self._progress, self._engine, trusted=self._trusted
+                self.recipe, self.folder, self._progress, self._engine, trusted=self.trusted
             )
         return self._opened
 
@@ -154,11 +156,11 @@ class Run:
             FusellmError: something is missing, unfinished, damaged, or made from something else.
         """
         named = stages or STAGES
-        known = {*STAGES, SUITES}
+        known = [*STAGES, SUITES, *self._pipeline.parts]
         for stage in named:
-            if stage.split("/")[0] not in known:
+            if stage not in known:
                 raise ArgumentError(
-                    f"there is no stage {stage!r}; known: {', '.join(sorted(known))}"
+                    f"there is no stage {stage!r}; known: {', '.join(dict.fromkeys(known))}"
                 )
         self._pipeline.execute(named, redo)
         return self
@@ -206,9 +208,9 @@ class Run:
             StoreError: it is not trained yet.
         """
         place = folder_of(self.folder, which)
-        if not (place / "config.json").exists():
-            raise StoreError(f"{place} has no model yet; first: run.train()")
-        return load_pretrained(str(place), device=device)
+        if not (place / MANIFEST).exists() or not StageFolder(place).complete:
+            raise StoreError(f"{place} has no finished model yet; first: run.train()")
+        return load_pretrained(str(place), device=device, trust_remote_code=self.trusted)
 
     def block(self, number: int, position: int | None = None) -> Inspection:
         """One block as all models read it, and what became of one position's distribution.

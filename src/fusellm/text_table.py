@@ -24,5 +24,6 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     written = io.StringIO()
-    Console(file=written, width=_WIDTH, no_color=True).print(table)
+    plain = {"force_terminal": False, "force_jupyter": False, "color_system": None}
+    Console(file=written, width=_WIDTH, **plain).print(table)  # type: ignore[arg-type]
     return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())

@@ -16,10 +16,9 @@ from fusellm.alignment.strategies import Aligner, boundary_aligner
 from fusellm.alignment.translation import VocabularyMap, class_translation, same_tokenizer
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
-from fusellm.errors import ArgumentError
 from fusellm.progress import Progress, Silent
 from fusellm.tokens.blocks import cut
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+from fusellm.tokens.encode import Encoded, Encoder, as_encoder, require_texts
 from fusellm.tokens.spelling import shown
 
 _FEW_TOKENS = 3  # a class of at most so many tells the target's tokens nearly apart
@@ -164,9 +163,9 @@ def compare_tokenizers(
     """
     source, target = as_encoder(source), as_encoder(target)
     if not isinstance(texts, Mapping):
-        if isinstance(texts, str):
-            raise ArgumentError("texts is one text; give a list of them")
         texts = {"text": texts}
+    for documents in texts.values():
+        require_texts(documents)
     with (progress or Silent()).start("comparing", 1 + len(texts), "parts") as bar:
         translation = class_translation(source, target)
         bar.advance()

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fusellm.alignment.positions import Situation
-from fusellm.alignment.strategies import STRATEGIES, boundary_aligner, require_strategy
+from fusellm.alignment.strategies import boundary_aligner, require_strategy, vocabulary_map
 from fusellm.alignment.translation import map_translation
 from fusellm.arrays.tokens import Tokens
 from fusellm.errors import TokenizerError
@@ -41,7 +41,7 @@ class AlignedPosition:
     source_next_token: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Alignment:
     """A text as two tokenizers cut it. It prints as a table, and shows as one in a notebook.
 
@@ -141,7 +141,6 @@ def align(
     0.67
     """
     source, target = as_encoder(source), as_encoder(target)
-    require_strategy(strategy)
     encoded = [source.encode([text])[0], target.encode([text])[0]]
     names = ("source", "target")
     for name, tokenizer, block in zip(names, (source, target), encoded, strict=True):
@@ -151,11 +150,11 @@ def align(
                 f"{text[:60]!r}, so its tokens cannot be told as the text's bytes; give a text "
                 "that it keeps"
             )
-    made = STRATEGIES[strategy]
+    made = require_strategy(strategy)
     # By boundaries no map is needed, and a map takes seconds.
     by_boundaries = made.aligner is boundary_aligner
-    ids = np.full(len(source.vocabulary), -1)
-    map_ = map_translation(ids, target) if by_boundaries else made.translate(source, target, None)
+    nothing = map_translation(np.full(len(source.vocabulary), -1), target)
+    map_ = nothing if by_boundaries else vocabulary_map(source, target, strategy)
     tokens = [_tokens(block) for block in encoded]
     found = made.aligner(source, target, map_)(tokens[1], tokens[0])
     spelled = [

@@ -22,7 +22,7 @@ class Distribution:
         read_bytes: how much of the block's text has been read.
         true_id: the token that follows.
         true_log_prob: its log-probability, nats.
-        ids: [K] int64 tokens; in order of id (`sampled`) or of probability (`top`).
+        ids: [K] tokens; in order of id (`sampled`) or of probability (`top`).
         log_probs: [K] float32 nats; of the share of the draws (`sampled`).
         masses: [K] float64 probabilities.
         counts: [K] uint8 draws (`sampled`); empty for `top`.
@@ -49,7 +49,7 @@ class StoredBlock:
         number: within the corpus' part train, or of the text among those that were read.
         usable: whether it was read; if not, it has ids only.
         reason: why it is not usable.
-        ids: [T] int64 token ids, prefix and EOS included.
+        ids: [T] int64 token ids, prefix and EOS included; in memory [0] where not usable.
         ends: [T] int64, byte of the block's text where each token ends; [0] where not usable.
         kept: the distributions at all tokens but the last, each about the token that follows.
     """

@@ -31,7 +31,7 @@ def tokens_of_texts(encoded: Sequence[Encoded], usable: np.ndarray | None = None
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceDistributions:
     """What a source says comes next, at every token of some texts.
 
@@ -63,10 +63,10 @@ class SourceDistributions:
         number %= len(self)
         tokens = slice(*self.tokens.offsets[number : number + 2])
         positions = np.arange(*self.tokens.position_offsets[number : number + 2])
-        ids = self.tokens.ids[tokens]
+        ids, ends = (column[tokens].copy() for column in (self.tokens.ids, self.tokens.ends))
         kept = self.kept.take(positions)
         reason = self.reasons.get(number)
-        return StoredBlock(number, reason is None, reason, ids, self.tokens.ends[tokens], kept)
+        return StoredBlock(number, reason is None, reason, ids, ends, kept)
 
     def __iter__(self) -> Iterator[StoredBlock]:
         return (self[number] for number in range(len(self)))

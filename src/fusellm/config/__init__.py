@@ -284,22 +284,7 @@ class Recipe(SettingsBlock):
         return self
 
     @model_validator(mode="after")
-    def _fusion_has_a_meaning(self) -> "Recipe":
-        fusion = self.fusion
-        if fusion.compatibility == "paper" and fusion.strategy not in ("mined", "em"):
-            raise ValueError(
-                f"fusion.compatibility: paper belongs to strategy mined or em, not to "
-                f"{fusion.strategy}; leave it out"
-            )
-        if fusion.token_healing and not fusion.by_boundaries:
-            raise ValueError(
-                f"fusion.token_healing: true belongs to strategy partition or bytes, not to "
-                f"{fusion.strategy}, whose positions have not read the same; leave it out"
-            )
-        if fusion.cross_entropy == "nats_per_token" and fusion.granularity == "window":
-            raise ValueError(
-                "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
-            )
+    def _objective_has_a_meaning(self) -> "Recipe":
         if self.externalize.scheme == "sampled" and self.objective.rest == "renormalize":
             raise ValueError(
                 "objective.rest: renormalize has no meaning with externalize.scheme: sampled, "

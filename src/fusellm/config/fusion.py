@@ -1,8 +1,8 @@
 """How a recipe's distributions become one: `fusion:`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fusellm.config.base import SettingsBlock
 
@@ -33,6 +33,24 @@ class FusionSettings(SettingsBlock):
     """The window's reach to each side, in bytes; the next token is part of it."""
     beta: Annotated[float, Field(ge=0)] = 5.0
     """Sharpness of `avgce`: 0 is the plain average, a large one `mince`."""
+
+    @model_validator(mode="after")
+    def _has_a_meaning(self) -> Self:
+        if self.compatibility == "paper" and self.strategy not in ("mined", "em"):
+            raise ValueError(
+                f"fusion.compatibility: paper belongs to strategy mined or em, not to "
+                f"{self.strategy}; leave it out"
+            )
+        if self.token_healing and not self.by_boundaries:
+            raise ValueError(
+                f"fusion.token_healing: true belongs to strategy partition or bytes, not to "
+                f"{self.strategy}, whose positions have not read the same; leave it out"
+            )
+        if self.cross_entropy == "nats_per_token" and self.granularity == "window":
+            raise ValueError(
+                "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
+            )
+        return self
 
     @property
     def by_boundaries(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import EvaluationSettings, ModelSettings
-from fusellm.errors import EvaluationError, ModelError, RecipeError
+from fusellm.errors import ArgumentError, EvaluationError, ModelError
 from fusellm.evaluation.comparison import Rules
 from fusellm.evaluation.measure import candidate, prepare
 from fusellm.evaluation.settings import settings_of
@@ -61,9 +61,12 @@ def evaluate(
     >>> found[0].comparison.mean.scores  # doctest: +SKIP
     {'zoo/prose': 31.25}
     """
+    for given_name, value in (("models", models), ("suites", suites)):
+        if isinstance(value, str):
+            raise ArgumentError(f"{given_name} is one name; give a list of them")
     named = models if isinstance(models, Mapping) else {name: name for name in models}
     if not isinstance(models, Mapping) and len(named) < len(models):
-        raise RecipeError(f"a model is named twice: {', '.join(models)}; name each once")
+        raise ArgumentError(f"a model is named twice: {', '.join(models)}; name each once")
     if not suites or not named:
         raise EvaluationError("name at least one model and one suite")
     if LM in suites:

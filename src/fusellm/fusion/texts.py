@@ -18,14 +18,14 @@ from fusellm.fusion.fuse import Counts, Fused, fuse_blocks, rules_of
 from fusellm.fusion.pairing import pair
 from fusellm.progress import Progress
 from fusellm.recipe_file import checked_settings
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+from fusellm.tokens.encode import Encoded, Encoder, as_encoder, require_texts
 
 FusionFunction = Callable[[Compared], np.ndarray]
 _WEIGHT_ERROR = 1e-6
 """How far the weights of a position may be from 1 in all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FusedOutcome:
     """One outcome of a fused distribution: some target tokens that count as one event.
 
@@ -42,7 +42,7 @@ class FusedOutcome:
     mass: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FusedDistributions:
     """Fused distributions over texts, at the target's tokens.
 
@@ -234,8 +234,7 @@ def _require_same_texts(
     Raises:
         ArgumentError: there is no source, or one has read other texts.
     """
-    if isinstance(texts, str):
-        raise ArgumentError("texts is one text; give a list of them")
+    require_texts(texts)
     if not sources:
         raise ArgumentError("there is no source to fuse; give the distributions of at least one")
     last = next(iter(sources.values())).last

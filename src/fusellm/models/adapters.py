@@ -68,7 +68,17 @@ def with_adapters(
 
 
 def without_adapters(model: torch.nn.Module) -> PreTrainedModel:
-    """The model that adapters, if there are any, are on; its layers have them still."""
+    """The model that adapters, if there are any, are on; its layers have them still.
+
+    Raises:
+        ModelError: they are prompts, which are no part of any layer.
+    """
+    active = getattr(model, "active_peft_config", None)
+    if getattr(active, "is_prompt_learning", False):
+        raise ModelError(
+            "prompt, prefix and P-tuning put learnt tokens before each text, which is not known "
+            "here; use adapters on layers, such as LoRA"
+        )
     base = getattr(model, "get_base_model", None)
     return cast(PreTrainedModel, model if base is None else base())
 

@@ -9,7 +9,8 @@ that A and B have gradients, and an adapter's dropout is its own.
 B blocks, T positions, d hidden size, r rank of an adapter, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -136,8 +137,13 @@ def _head_layers(model: PreTrainedModel) -> tuple[Any, _Adapter | None]:
     active = getattr(layer, "active_adapters", None)
     if not active:
         return layer, None
-    if hasattr(layer, "modules_to_save"):
+    whole = hasattr(layer, "modules_to_save")
+    if getattr(layer, "disable_adapters", False):
+        return (layer.original_module if whole else layer.base_layer), None
+    if whole:
         return layer.modules_to_save[active[0]], None
+    if getattr(layer, "use_dora", {}).get(active[0]):
+        raise ModelError("a head with a DoRA adapter is not known here; use LoRA on it, or none")
     parts = ("lora_A", "lora_B", "lora_dropout", "scaling")
     return layer.base_layer, _Adapter(*(getattr(layer, part)[active[0]] for part in parts))
 
@@ -189,14 +195,21 @@ def require_known_head(model: PreTrainedModel) -> None:
     """
     if model in _KNOWN or any(parameter.is_meta for parameter in model.parameters()):
         return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with left_as_it_was(model):
+        model.eval()
         check_head(model)
+    _KNOWN.add(model)
+
+
+@contextmanager
+def left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """Have each module of a model be in training or not, after the block, as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    _KNOWN.add(model)
 
 
 def _scale(config: PretrainedConfig) -> float:

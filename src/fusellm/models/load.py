@@ -41,7 +41,7 @@ from fusellm.models.configurations import (
 from fusellm.models.gguf import model_header
 from fusellm.models.gguf_model import as_ordinary, config_of, loading_arguments, without_bar
 from fusellm.models.gguf_tokenizer import require_same_tokens, tokenizer_of
-from fusellm.models.heads import check_head
+from fusellm.models.heads import require_known_head
 from fusellm.models.places import gguf_file, local_folder
 from fusellm.models.remote_code import not_trusted
 from fusellm.models.tokenizers import put_before, read_tokenizer, require_rows, tokenizer_at
@@ -343,7 +343,7 @@ def _bitsandbytes(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 def _try(model: PreTrainedModel, located: Located) -> None:
     """Run a few tokens through a model that was just loaded, and check its head."""
     try:
-        check_head(model)
+        require_known_head(model)
     except ModelError:
         raise
     except Exception as error:  # whatever an architecture's own code raises

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fusellm.config import ModelSettings
+from fusellm.errors import ArgumentError
 from fusellm.models.load import default_device, load_model
 from fusellm.models.readers import reader_of
 from fusellm.models.tokenizer import Tokenizer
@@ -16,9 +18,9 @@ from fusellm.recipe_file import checked_settings
 
 
 def load_pretrained(
-    name: str,
+    name: str | PathLike[str],
     *,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
@@ -46,9 +48,17 @@ def load_pretrained(
     >>> type(model).__name__, len(tokenizer.vocabulary)
     ('LlamaForCausalLM', 8192)
     """
-    given = {"model": name, "dtype": dtype, "trust_remote_code": trust_remote_code} | settings
+    named = str(dtype).removeprefix("torch.")
+    given = {"model": fspath(name), "dtype": named, "trust_remote_code": trust_remote_code}
+    given |= settings
+    try:
+        place = default_device() if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"device {device!r} is none of torch ({error}); give cpu, cuda, or None for what there "
+            "is, and device_map='auto' to spread a model"
+        ) from error
     reader = reader_of(checked_settings(ModelSettings, given), trusted=trust_remote_code)
-    place = default_device() if device is None else torch.device(device)
     with _quietly():
         return load_model(reader.located, place), reader.encoder
 

@@ -1,5 +1,6 @@
 """A tokenizer by its name, for programs and for the command line."""
 
+from os import PathLike, fspath
 from typing import Self
 
 from fusellm.models.tokenizers import require_rows, rows_beside, tokenizer_at
@@ -33,7 +34,7 @@ class Tokenizer(Encoder):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, trust_remote_code: bool = False, rows: int | None = None
+        cls, name: str | PathLike[str], *, trust_remote_code: bool = False, rows: int | None = None
     ) -> Self:
         """Load a tokenizer by its folder, GGUF file, hub name or zoo/NAME.
 
@@ -45,6 +46,7 @@ class Tokenizer(Encoder):
             ModelError: it cannot be loaded, or the model beside it has too few rows for it.
             TokenizerError: its tokens cannot be told as bytes.
         """
+        name = fspath(name)
         tokenizer = tokenizer_at(name, trust_remote_code)
         assumed = None
         if tokenizer.eos_token is None:

@@ -5,10 +5,11 @@ distribution, P the fused one; an outcome's Q is the sum over its ids.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from fusellm.errors import ArgumentError
 from fusellm.objective.outcomes import Outcomes
 
 Kind = Literal["cross_entropy", "kl", "reverse_kl"]
@@ -30,6 +31,19 @@ class Divergence:
 
     kind: Kind = "cross_entropy"
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that all of it has a meaning.
+
+        Raises:
+            ArgumentError: it has not.
+        """
+        if self.kind not in get_args(Kind):
+            raise ArgumentError(
+                f"{self.kind!r} is no divergence; known: {', '.join(get_args(Kind))}"
+            )
+        if not self.temperature > 0:
+            raise ArgumentError(f"temperature is {self.temperature}; it must be above 0")
 
 
 CROSS_ENTROPY = Divergence()

@@ -2,9 +2,23 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal, get_args
+
+from fusellm.errors import ArgumentError
 
 Shape = Literal["constant", "linear", "cosine", "authors"]
+
+
+def checked_lambda(value: Any) -> float:
+    """A weight of L_CLM.
+
+    Raises:
+        ArgumentError: it is no number from 0 to 1.
+    """
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ArgumentError(f"lambda is {value!r}; it must be a number from 0 to 1")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,18 @@ class LambdaSchedule:
     start: float
     shape: Shape = "constant"
     end: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that all of it has a meaning.
+
+        Raises:
+            ArgumentError: it has not.
+        """
+        if self.shape not in get_args(Shape):
+            raise ArgumentError(f"{self.shape!r} is no shape; known: {', '.join(get_args(Shape))}")
+        for value in (self.start, self.end):
+            if value is not None:
+                checked_lambda(value)
 
     def at(self, step: int, steps: int) -> float:
         """λ of the step that `step` steps were done before, of `steps` in all.

@@ -5,7 +5,7 @@ T tokens of one block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,10 @@ class Encoder:
             TokenizerError: the tokens cannot be told as bytes, or a token that is put before each
                 text is beyond the rows.
         """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ArgumentError(
+                f"a tokenizer of transformers is needed, and this is a {type(tokenizer).__name__}"
+            )
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = read_vocabulary(tokenizer)
         beyond = () if rows is None else self.vocabulary.token_bytes[rows:]
@@ -99,11 +103,17 @@ class Encoder:
 
         Args:
             last: whether each text ends a document, and so has EOS; if not given, all do.
+
+        Raises:
+            ArgumentError: `texts` is no list of texts, or `last` is of another length.
         """
-        if not texts:
-            return []
+        require_texts(texts)
         if last is None:
             last = [True] * len(texts)
+        if len(last) != len(texts):
+            raise ArgumentError(f"last has {len(last)} entries, and there are {len(texts)} texts")
+        if not len(texts):
+            return []
         rows = self._text_ids(texts)
         prefix, eos = self.vocabulary.prefix_ids, self.vocabulary.eos_id
         encoded = []
@@ -118,6 +128,26 @@ class Encoder:
             whole = np.array([*prefix, *ids, *after], dtype=np.int64)
             encoded.append(Encoded(whole, ends, self.prefix_tokens))
         return encoded
+
+
+def require_texts(texts: Sequence[str]) -> None:
+    """Check that these are texts.
+
+    Raises:
+        ArgumentError: it is one text, or something in it is none.
+    """
+    if isinstance(texts, str):
+        raise ArgumentError("this is one text, where a list of texts is needed: give [text]")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ArgumentError(f"text {number} is a {type(text).__name__}, and no str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"text {number} has half a character at {error.start} (a lone surrogate), which "
+                "has no bytes; leave it out or replace it"
+            ) from None
 
 
 def as_encoder(tokenizer: Encoder | PreTrainedTokenizerBase, rows: int | None = None) -> Encoder:
@@ -137,4 +167,10 @@ def as_encoder(tokenizer: Encoder | PreTrainedTokenizerBase, rows: int | None = 
             f"a tokenizer is needed, and {tokenizer!r} is a {type(tokenizer).__name__}; give what "
             "fusellm.Tokenizer.from_pretrained or transformers' AutoTokenizer gives"
         )
+    return _encoder_of(tokenizer, len(tokenizer), rows)
+
+
+@lru_cache(maxsize=8)
+def _encoder_of(tokenizer: PreTrainedTokenizerBase, tokens: int, rows: int | None) -> Encoder:
+    """Made once for a tokenizer that is given again and again, unless tokens were added to it."""
     return Encoder(tokenizer, rows)

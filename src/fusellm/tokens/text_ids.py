@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from fusellm.errors import TokenizerError
@@ -84,6 +85,10 @@ def rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything that decides how a tokenizer cuts text; equal for tokenizers that cut alike."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
+        if backend.truncation is not None or backend.padding is not None:
+            backend = Tokenizer.from_str(backend.to_str())  # of somebody's last call: no rule
+            backend.no_truncation()
+            backend.no_padding()
         return str(backend.to_str())
     model: Any = getattr(tokenizer, "sp_model", None)
     proto = model.serialized_model_proto() if hasattr(model, "serialized_model_proto") else b""

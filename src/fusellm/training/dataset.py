@@ -1,6 +1,7 @@
 """Text with its fused distributions, as a dataset and as batches, for anyone's training."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ class FusedDataset(Rows):
             if not (run / RECIPE).is_file():
                 raise StoreError(f"{run} is no run: it has no {RECIPE}; check the path")
             recipe = load_recipe(run / RECIPE)
-            self._open(recipe, run, reader_of(recipe.target).encoder, seed)
+            trusted = bool(getattr(source, "trusted", False))
+            encoder = reader_of(recipe.target, trusted).encoder
+            self._open(recipe, run, encoder, seed, row_tokens)
+            return
         else:
             raise ArgumentError(
                 f"a run or what fusellm.fuse gives is needed, and this is a {type(source).__name__}"
@@ -117,15 +121,22 @@ class FusedDataset(Rows):
         dataset._open(recipe, run, encoder, seed)
         return dataset
 
-    def _open(self, recipe: Recipe, run: Path, encoder: Encoder, seed: int | None) -> None:
+    def _open(
+        self,
+        recipe: Recipe,
+        run: Path,
+        encoder: Encoder,
+        seed: int | None,
+        row_tokens: int | None = None,
+    ) -> None:
         seed = recipe.seed if seed is None else seed
         folder, objective = open_fused(run), recipe.objective
         members = [read_members(folder, source.name) for source in recipe.sources]
         table = OutcomeTable(members, objective.rest == "renormalize", objective.temperature)
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
         self._take(fused_blocks(run, open_corpus(run), *where), table, seed)
-        if recipe.training.rows == "packed":
-            self.pack(recipe.training.row_tokens)
+        if row_tokens is not None or recipe.training.rows == "packed":
+            self.pack(row_tokens or recipe.training.row_tokens)
 
     def _take(self, blocks: Blocks, table: OutcomeTable, seed: int) -> None:
         super().__init__(blocks, seed)
@@ -143,3 +154,9 @@ class FusionCollator(Collator):
     def __init__(self, dataset: Rows) -> None:
         """Make batches of this dataset's rows; of rows without distributions, without them."""
         super().__init__(getattr(dataset, "table", None), dataset.packed)
+        self._dataset = dataset
+
+    def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        """The batch of some rows."""
+        self._packed = self._dataset.packed  # which may have been packed since
+        return super().__call__(rows)

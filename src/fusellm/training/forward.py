@@ -1,15 +1,17 @@
 """The objective inside a model's own forward.
 
-For as long as a model is trained its `forward` is one that ends in the objective; nothing else
-about the model changes, and saving, resuming and adapters work as for any model. `swapped_forward`
-says why.
+A model that is trained here has a `forward` that ends in the objective where it is called with the
+inputs of `objective_inputs`, and is its own for every other call: a callback may generate with it.
+Nothing else about the model changes; saving, resuming and adapters work as for any model.
+`swapped_forward` says why.
 
 B rows, T positions, N positions that predict.
 """
 
+import functools
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.models.heads import last_hidden, through_head
+from fusellm.models.heads import last_hidden, left_as_it_was, through_head
 from fusellm.models.swapped_forward import swapped_forward
 from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
@@ -40,26 +42,30 @@ class Untouched(Generic[Value]):
 
 
 def objective_inputs(
-    batch: Mapping[str, Any], clm_weight: float, count: torch.Tensor | int | None = None
+    batch: Mapping[str, Any],
+    clm_weight: float,
+    count: torch.Tensor | int | None = None,
+    divergence: Divergence = CROSS_ENTROPY,
 ) -> dict[str, Any]:
     """A collator's batch as the objective's forward takes it.
 
     Args:
         clm_weight: λ, where the batch has fused distributions.
         count: predicted tokens of the global batch; the batch's own if None.
+        divergence: what L_Fusion is.
     """
     inputs = {name: value for name, value in batch.items() if name != "counts"}
     if "outcomes" in inputs:
         outcomes = Untouched(Outcomes(**inputs["outcomes"]))
         inputs |= {"outcomes": outcomes, "clm_weight": clm_weight}
-    return inputs | {"num_items_in_batch": Untouched(count)}
+    return inputs | {"num_items_in_batch": Untouched(count), "divergence": Untouched(divergence)}
 
 
 def _forward(
     self: PreTrainedModel,
-    divergence: Divergence,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
+    divergence: Untouched[Divergence],
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     outcomes: Untouched[Outcomes] | None = None,
@@ -84,7 +90,7 @@ def _forward(
         labels,
         None if outcomes is None else outcomes.value,
         clm_weight,
-        divergence,
+        divergence.value,
         None if num_items_in_batch is None else num_items_in_batch.value,
     )
     return found
@@ -120,16 +126,39 @@ def _losses(
 _eager_losses = torch.compiler.disable(_losses)  # a loop over chunks, with gradients of its own
 
 
+def teach_objective(model: PreTrainedModel) -> None:
+    """Let a model's `forward` end in the objective where it is called for that, from now on.
+
+    It stays so after a training: accelerate wraps what it finds, once, and would not wrap again.
+    """
+    if not hasattr(model.forward, _TAUGHT):
+        model.forward = _taught(model)
+
+
+_TAUGHT = "of_fusellm"
+
+
+def _taught(model: PreTrainedModel) -> Callable[..., Any]:
+    # Not as bound to this model, where that can be: a deep copy of it has weights of its own.
+    own = model.__dict__.get("forward", type(model).forward)
+    is_bound = getattr(own, "__self__", None) is model
+    call = getattr(own, "__func__", own) if is_bound else own
+    takes_self = is_bound or "forward" not in model.__dict__
+
+    @functools.wraps(model.forward)
+    def forward(self: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+        if isinstance(inputs.get("divergence"), Untouched):
+            return _forward(self, *args, **inputs)
+        return call(self, *args, **inputs) if takes_self else call(*args, **inputs)
+
+    setattr(forward, _TAUGHT, True)
+    return types.MethodType(forward, model)
+
+
 @contextmanager
-def objective_forward(
-    model: PreTrainedModel, divergence: Divergence = CROSS_ENTROPY
-) -> Iterator[PreTrainedModel]:
-    """Within the block, `model(...)` gives the objective, and so does one that wraps it."""
-
-    def forward(self: PreTrainedModel, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
-        return _forward(self, divergence, *args, **inputs)
-
-    with swapped_forward(model, types.MethodType(forward, model)):
+def objective_forward(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Within the block, the model is as after `teach_objective`."""
+    with swapped_forward(model, _taught(model)):
         yield model
 
 
@@ -142,15 +171,23 @@ def require_packing(model: PreTrainedModel) -> None:
             apart, or does not heed them.
     """
     refusal = ModelError(
-        f"training.rows: packed does not work with {type(model).__name__}, which does not keep "
-        "packed blocks apart by their position ids; use rows: block"
+        f"packed rows (training.rows: packed, or row_tokens) do not work with "
+        f"{type(model).__name__}, which does not keep packed texts apart by their position ids; "
+        "use rows of one block each"
     )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise refusal
     length = 12
+    with left_as_it_was(model):
+        model.eval()
+        same = _same_packed(model, length)
+    if not same:
+        raise refusal
+
+
+def _same_packed(model: PreTrainedModel, length: int) -> bool:
     ids = torch.arange(2 * length, device=model.device)[None]
     positions = torch.arange(length, device=model.device).repeat(2)[None]
     packed = last_hidden(model, input_ids=ids, position_ids=positions)[:, length:].float()
     alone = last_hidden(model, input_ids=ids[:, length:]).float()
-    if bool((packed - alone).abs().max() > 0.02 * alone.abs().max()):
-        raise refusal
+    return bool((packed - alone).abs().max() <= 0.02 * alone.abs().max())

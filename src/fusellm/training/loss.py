@@ -1,16 +1,19 @@
 """The objective as a function, for anyone's training loop."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ArgumentError, ModelError
 from fusellm.models.adapters import without_adapters
-from fusellm.models.heads import head_of, is_plain, is_sharded, require_known_head
+from fusellm.models.heads import head_of, input_device, is_plain, is_sharded, require_known_head
+from fusellm.models.heads import last_hidden as hidden_of
 from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
+from fusellm.objective.schedule import checked_lambda
 from fusellm.training.forward import IGNORED
 
 
@@ -39,8 +42,8 @@ def fusion_loss(
     processes. `FusionTrainer` does all that.
 
     Args:
-        hidden: [B, T, d] last hidden states, after the final norm: `last_hidden_state` of
-            `model.base_model(...)`; or [N, d] with `shifted`.
+        hidden: [B, T, d] last hidden states, after the final norm, as `last_hidden(model, batch)`
+            gives them; or [N, d] with `shifted`.
         model_or_head: the causal language model that they are of, wrapped by DDP or PEFT or not.
             Or a `Head`. Or its head, a `torch.nn.Linear`, with the model's `config`: some
             architectures scale or cap their logits, which the layer alone does not say.
@@ -48,7 +51,7 @@ def fusion_loss(
             not to be predicted; they are shifted here. With `shifted`, entry t is what is to be
             predicted from hidden state t, of any shape that fits `hidden`.
         fused: fused distributions of the predicted tokens, row by row: `batch["outcomes"]` of a
-            `FusionCollator`. None for L_CLM alone.
+            `FusionCollator`, on any device. None for L_CLM alone.
         lambda_: λ, the weight of L_CLM at positions with a fused distribution.
         divergence: what L_Fusion is (docs/method.md).
         count: what the sum is divided by; the predicted tokens if None.
@@ -66,8 +69,8 @@ def fusion_loss(
     >>> round(loss.item(), 4)  # log 8
     2.0794
     """
-    if not 0 <= lambda_ <= 1:
-        raise ArgumentError(f"lambda_ is {lambda_}; it must be from 0 to 1")
+    lambda_ = checked_lambda(lambda_)
+    labels = labels.to(hidden.device)
     if hidden.shape[:-1] != labels.shape:
         raise ArgumentError(
             f"hidden states are {list(hidden.shape)} and labels {list(labels.shape)}: labels need "
@@ -81,13 +84,18 @@ def fusion_loss(
             )
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     predicted = labels != IGNORED
-    outcomes = fused if fused is None or isinstance(fused, Outcomes) else Outcomes(**fused)
+    outcomes = _outcomes(fused, hidden.device)
     if outcomes is not None and len(outcomes.present) != int(predicted.sum()):
         raise ArgumentError(
             f"there are fused distributions of {len(outcomes.present)} positions, and "
             f"{int(predicted.sum())} labels to predict: they must be of the same rows"
         )
     head = _head(model_or_head, config)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ArgumentError(
+            f"hidden states have {hidden.shape[-1]} numbers each, and the head takes "
+            f"{head.weight.shape[1]}; take them from fusellm.last_hidden(model, batch)"
+        )
     if outcomes is not None and len(outcomes.member_id):
         require_rows(int(outcomes.member_id.max()), head.weight.shape[0])
     losses = objective(
@@ -100,6 +108,55 @@ def fusion_loss(
         count=predicted.sum().clamp(min=1) if count is None else count,
     )
     return losses.total
+
+
+def last_hidden(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """[B, T, d] last hidden states of a batch, as `fusion_loss` takes them.
+
+    `model.base_model(...)` gives the same for most models. This one also keeps the texts of a
+    packed row apart, which transformers does only without a cache, and knows adapters (PEFT) on the
+    head, with which hidden states are wider.
+
+    Args:
+        model: a causal language model of transformers, with adapters or without.
+        batch: of a `FusionCollator`, on any device.
+
+    Raises:
+        ArgumentError: the model is wrapped by DDP, which would not average the gradients.
+    """
+    if hasattr(model, "require_backward_grad_sync"):
+        raise ArgumentError(
+            "the model is wrapped by DDP, which averages gradients around its own call alone: take "
+            "model(..., output_hidden_states=True, logits_to_keep=1).hidden_states[-1], or use "
+            "FusionTrainer"
+        )
+    base = without_adapters(_unwrapped(model))
+    names = ("input_ids", "attention_mask", "position_ids")
+    place = input_device(base)
+    return hidden_of(base, **{name: batch[name].to(place) for name in names if name in batch})
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of DDP and torch.compile."""
+    inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+    return model if inner is None else _unwrapped(inner)
+
+
+def _outcomes(fused: Outcomes | Mapping[str, Any] | None, device: torch.device) -> Outcomes | None:
+    """Fused distributions on a device.
+
+    Raises:
+        ArgumentError: they are something else.
+    """
+    if fused is None or isinstance(fused, Outcomes):
+        return fused
+    fields = fused.get("outcomes", fused)  # of the whole batch, or these alone
+    if set(fields) != set(Outcomes.__dataclass_fields__):
+        raise ArgumentError(
+            f'fused has {", ".join(sorted(fields)) or "nothing"}; give batch["outcomes"] of a '
+            "FusionCollator"
+        )
+    return Outcomes(**{name: value.to(device) for name, value in fields.items()})
 
 
 def require_rows(largest_id: int, rows: int) -> None:
@@ -136,7 +193,7 @@ def _head(given: torch.nn.Module | Head, config: PretrainedConfig | None) -> Hea
                 "give the model itself"
             )
         return Head(given.weight, given.bias)
-    model = getattr(given, "module", given)  # of DDP
+    model = _unwrapped(given)
     if not isinstance(without_adapters(model), PreTrainedModel):
         raise ArgumentError(
             f"a model of transformers, its head or a Head is needed, and this is a "

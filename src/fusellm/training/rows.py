@@ -10,7 +10,8 @@ batches, in a shuffled order, each shuffled in itself, so that each is read abou
 
 import sys
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -216,7 +217,8 @@ class Rows(Dataset[list[dict[str, Any]]]):
         of its own.
         """
         chance = np.random.default_rng(self._seed)
-        blocks, windows = np.array([row[0] for row in self.rows]), self.windows()
+        blocks = np.array([n for row in self.rows for n in row])
+        windows = self._windows[blocks]
         order = np.concatenate([chance.permutation(blocks[of]) for of in _by_window(windows)])
         packed: list[list[int]] = []
         rooms: list[tuple[int, int]] = []  # (tokens of room, row), ascending
@@ -234,6 +236,13 @@ class Rows(Dataset[list[dict[str, Any]]]):
                 rooms.pop(0)
         self.rows, self.packed = packed, True
         return self
+
+    def select(self, indices: Iterable[int]) -> Self:
+        """These rows alone, in their order; to hold some of them out."""
+        chosen = copy(self)
+        chosen.rows = [self.rows[n] for n in indices]
+        chosen.__dict__.pop("_shortest", None)
+        return chosen
 
     def row_tokens(self) -> list[int]:
         """Tokens of each row, without padding."""

@@ -1,23 +1,27 @@
 """transformers' Trainer with a model whose forward is the objective."""
 
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
+from fusellm.models.configurations import context_tokens
 from fusellm.models.heads import require_known_head
 from fusellm.models.pretrained import load_pretrained
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
-from fusellm.objective.schedule import LambdaSchedule
+from fusellm.objective.schedule import LambdaSchedule, checked_lambda
 from fusellm.training import processes
 from fusellm.training.collator import BatchCounts, Collator
 from fusellm.training.dataset import FusionCollator
-from fusellm.training.forward import objective_forward, objective_inputs, require_packing
+from fusellm.training.forward import objective_inputs, require_packing, teach_objective
 from fusellm.training.loss import require_rows
 from fusellm.training.loss_log import LossLog
 from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
@@ -65,29 +69,36 @@ class FusionTrainer(Trainer):
             lambda_: λ, or a schedule of it over the steps.
             divergence: what L_Fusion is (docs/method.md).
             data_collator: a `FusionCollator` of the dataset, if not given.
-            others: what Trainer takes besides, such as `eval_dataset`, `callbacks`, `optimizers`.
+            others: what Trainer takes besides, such as `eval_dataset` (`FusedDataset` too),
+                `callbacks`, `optimizers`.
 
         Raises:
             ArgumentError: λ is not in [0, 1], labels are to be smoothed, or the dataset is another
                 or does not go with the model or the divergence.
             ModelError: the model cannot be loaded, or does not keep packed rows' texts apart.
         """
-        schedule = LambdaSchedule(lambda_) if isinstance(lambda_, int | float) else lambda_
-        if not 0 <= schedule.start <= 1:
-            raise ArgumentError(f"lambda_ is {schedule.start}; it must be from 0 to 1")
+        schedule = lambda_
+        if not isinstance(schedule, LambdaSchedule):
+            schedule = LambdaSchedule(checked_lambda(schedule))
         if args.label_smoothing_factor:
             raise ArgumentError("label_smoothing_factor has no place in λ·L_CLM + (1−λ)·L_Fusion")
         if not isinstance(train_dataset, Rows):
             raise ArgumentError(
                 f"train_dataset is a {type(train_dataset).__name__}; give a fusellm.FusedDataset"
             )
+        if "model_init" in others:
+            raise ArgumentError("model_init is not known here: give the model itself")
         if isinstance(model, str):
-            model, _ = load_pretrained(model, device="cpu")  # Trainer places it
+            model, tokenizer = load_pretrained(model, device="cpu")  # Trainer places it
+            others.setdefault("processing_class", tokenizer.tokenizer)
+        if not isinstance(without_adapters(model), PreTrainedModel):
+            raise ArgumentError(f"model is a {type(model).__name__}; give one of transformers")
         base = without_adapters(model)
         require_known_head(base)
         if train_dataset.packed:
             require_packing(base)
-        _require_same_outcomes(base, train_dataset, divergence)
+        _require_fit(base, train_dataset, divergence)
+        teach_objective(base)
         args = copy(args)
         args.remove_unused_columns = False  # distributions are columns of their own
         args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
@@ -111,20 +122,39 @@ class FusionTrainer(Trainer):
         """λ of the step that so many steps were done before."""
         return self._schedule.at(step, max(self.state.max_steps, 1))
 
-    def _objective(self) -> AbstractContextManager[PreTrainedModel]:
-        assert self.model is not None
-        return objective_forward(without_adapters(self.model), self._divergence)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as Trainer does, on the objective."""
-        with self._objective():
-            return super().train(*args, **kwargs)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective over another `FusedDataset`, as `eval_loss`, by λ as it is now."""
-        with self._objective():
-            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        began = time.perf_counter()
+        found: dict[str, float] = super().evaluate(*args, **kwargs)
+        self._loss_log.leave_out(time.perf_counter() - began)
         return found
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of a dataset by its own outcomes, which are not those that are trained on."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
+            dataset = self.eval_dataset[dataset]
+        with self._collating(dataset):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with self._collating(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating(self, dataset: Any) -> Iterator[None]:
+        own = self.data_collator
+        if isinstance(dataset, Rows):
+            self.data_collator = FusionCollator(dataset)
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
+    # Trainer's own would tell the lengths of rows from dictionaries, which they are not.
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; under FSDP2 a loss stays float32 whatever the model computes in."""
@@ -164,10 +194,13 @@ class FusionTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The objective of a batch, by the λ of the step."""
+        if "counts" not in inputs:
+            raise ArgumentError("batches have no counts: give a data_collator like FusionCollator")
         counts: BatchCounts = inputs["counts"]
         if "outcomes" in inputs and model.training:
             self._lambda = self._schedule.at(self.state.global_step, self.state.max_steps)
-        found = model(**objective_inputs(inputs, self._lambda, num_items_in_batch))
+        given = objective_inputs(inputs, self._lambda, num_items_in_batch, self._divergence)
+        found = model(**given)
         loss = found["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -182,12 +215,17 @@ class FusionTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _require_same_outcomes(model: PreTrainedModel, rows: Rows, divergence: Divergence) -> None:
-    """Check that distributions are of the model's tokens, and as flat as its own will be.
+def _require_fit(model: PreTrainedModel, rows: Rows, divergence: Divergence) -> None:
+    """Check that texts fit into a model, and that distributions are of its tokens, and as flat.
 
     Raises:
-        ArgumentError: they are not.
+        ArgumentError: they do not, or are not.
     """
+    room, longest = context_tokens(model.config), int(rows.lengths.max())
+    if room is not None and longest > room:
+        raise ArgumentError(
+            f"the longest text has {longest} tokens, and the model's context is {room}; cut it"
+        )
     table = getattr(rows, "table", None)
     if table is None:
         return

@@ -122,10 +122,12 @@ def drop_near_duplicates(
     >>> drop_near_duplicates(held_out, [Document("b", "prose", "train", "See: " + text)])
     ([], 1)
     """
-    seen = _distinct(np.concatenate([_NONE, *(_shingles(one.text) for one in kept_apart)]))
+    hash_of = _WordHashes()
+    apart = (_shingles(one.text, hash_of) for one in kept_apart)
+    seen = _distinct(np.concatenate([_NONE, *apart]))
     left = []
     for document in training:
-        shingles = _shingles(document.text)
+        shingles = _shingles(document.text, hash_of)
         place = np.minimum(np.searchsorted(seen, shingles), max(len(seen) - 1, 0))
         met = (seen[place] == shingles).sum() if len(seen) else 0
         if not len(shingles) or met < _NEAR_DUPLICATE_SHARE * len(shingles):
@@ -146,13 +148,10 @@ class _WordHashes(dict[str, int]):
         return found
 
 
-_hash_of = _WordHashes()
-
-
-def _shingles(text: str) -> np.ndarray:
+def _shingles(text: str, hash_of: _WordHashes) -> np.ndarray:
     """Hashes of the different word 8-grams of a text, ascending; of a shorter text, of it all."""
     words = _WORD.findall(text)
-    hashes = np.fromiter(map(_hash_of.__getitem__, words), np.uint32, len(words))
+    hashes = np.fromiter(map(hash_of.__getitem__, words), np.uint32, len(words))
     count = max(len(words) - _SHINGLE_WORDS + 1, 1 if words else 0)
     grams = np.zeros(count, np.uint32)
     for n in range(min(_SHINGLE_WORDS, len(words))):  # a number in base _BASE, modulo 2**32

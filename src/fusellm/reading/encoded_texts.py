@@ -1,0 +1,48 @@
+"""Texts on their way into a model that a program has loaded: encoded, and checked against it."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fusellm.errors import ArgumentError
+from fusellm.models.adapters import without_adapters
+from fusellm.models.configurations import context_tokens
+from fusellm.models.heads import require_known_head
+from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+
+
+def encoded_for(
+    model: PreTrainedModel,
+    tokenizer: Encoder | PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    last: Sequence[bool] | None,
+) -> tuple[Encoder, list[Encoded]]:
+    """The tokenizer with its tokens as bytes, and the texts as the model reads them.
+
+    Args:
+        last: of each text, whether it ends a document; all do if None.
+
+    Raises:
+        ArgumentError: `texts` is no list of texts, a text is too long for the model, or the
+            tokenizer is another model's.
+        ModelError: the model makes its logits in a way that is not known.
+        TokenizerError: the tokenizer's tokens cannot be told as bytes.
+    """
+    base = without_adapters(model)
+    rows = base.config.get_text_config().vocab_size
+    encoder = as_encoder(tokenizer, rows)
+    encoded = encoder.encode(texts, last)
+    room = context_tokens(base.config)
+    for number, block in enumerate(encoded):
+        if room is not None and len(block.ids) > room:
+            raise ArgumentError(
+                f"text {number} has {len(block.ids)} tokens, and the model's context is {room}; "
+                "cut it first"
+            )
+        if len(block.ids) and block.ids.max() >= rows:
+            raise ArgumentError(
+                f"text {number} has the token {block.ids.max()}, and the model has {rows}: is this "
+                "tokenizer the model's own?"
+            )
+    require_known_head(base)
+    return encoder, encoded
