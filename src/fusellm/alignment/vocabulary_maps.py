@@ -1,6 +1,5 @@
-"""Maps from token to token: `exact`, `string`, `mined` (docs/method.md, Translation).
+"""Maps from token to token: `string`, `mined` (docs/method.md, Translation).
 
-    exact     the target token of the same bytes
     string    the target token of the same spelling (the paper's EM)
     mined     `string`, else the target token of least Levenshtein distance (the paper's MinED)
 
@@ -16,7 +15,6 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fusellm.alignment.translation import FirstTokens, identity_translation, same_tokenizer
 from fusellm.tokens.encode import Encoder
 from fusellm.tokens.vocabulary import SPACE_MARK
 
@@ -141,38 +139,6 @@ def _nearest_of_tile(source: list[str], rings: _Rings) -> np.ndarray:
         distance[open_rows[better]] = least[better]
         nearest[open_rows[better]] = place[better]
     return nearest
-
-
-def exact_map(source: Encoder, target: Encoder) -> np.ndarray:
-    """The target token of the same bytes.
-
-    Of several target ids with these bytes the one that the target's tokenizer emits for them in
-    the middle of a text, else the lowest; a byte-fallback id only where there is no other.
-
-    Returns:
-        [Vs] int64 target ids, -1 for none. EOS becomes EOS; no other special token has one.
-    """
-    if same_tokenizer(source, target):
-        return identity_translation(source, target).outcome_of_source
-    by_bytes: dict[bytes, list[int]] = {}
-    for id_, token in enumerate(target.vocabulary.token_bytes):
-        if token:
-            by_bytes.setdefault(token, []).append(id_)
-    is_fallback = target.vocabulary.is_fallback
-    proper = {
-        token: [id_ for id_ in ids if not is_fallback[id_]] or ids
-        for token, ids in by_bytes.items()
-    }
-    several = [token for token, ids in proper.items() if len(ids) > 1]
-    firsts = FirstTokens(target)
-    firsts.look_up(several)
-    chosen = {token: ids[0] for token, ids in proper.items()}
-    for token in several:
-        emitted = firsts.first(token)
-        if emitted in proper[token]:
-            chosen[token] = emitted
-    ids = [chosen.get(token, -1) if token else -1 for token in source.vocabulary.token_bytes]
-    return _with_eos(source, target, np.array(ids, dtype=np.int64))
 
 
 def string_map(source: Encoder, target: Encoder) -> np.ndarray:

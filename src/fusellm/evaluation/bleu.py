@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusellm.evaluation.extra import extra
+from fusellm.evaluation.lm_eval_import import extra
 
 _ORDERS = 4
 """Longest n-grams that BLEU counts."""

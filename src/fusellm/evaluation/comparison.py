@@ -12,9 +12,9 @@ import numpy as np
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation import statistics
-from fusellm.evaluation.extra import extra
 from fusellm.evaluation.intervals import MEAN
 from fusellm.evaluation.joined import BLEU, SCORE, WHOLE, JoinedTask, join
+from fusellm.evaluation.lm_eval_import import extra
 from fusellm.evaluation.records import TaskRecord
 from fusellm.evaluation.statistics import Tested
 from fusellm.store.identity import digest

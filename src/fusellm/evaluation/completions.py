@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.extra import extra
-from fusellm.evaluation.quiet import quiet, seeded
+from fusellm.evaluation.lm_eval_import import extra, quiet, seeded
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.watched import watched
 from fusellm.progress import Progress, Silent

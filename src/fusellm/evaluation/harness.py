@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fusellm.evaluation.extra import extra
+from fusellm.evaluation.lm_eval_import import extra, quiet, seeded, silently_building
 from fusellm.evaluation.plans import Definition, Plan
-from fusellm.evaluation.quiet import quiet, seeded, silently_building
 from fusellm.evaluation.records import Answer, Header, Kind, TaskRecord
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.evaluation.watched import watched

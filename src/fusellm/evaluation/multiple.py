@@ -20,7 +20,7 @@ from fusellm.evaluation.completions import (
     requests_for,
     require_different,
 )
-from fusellm.evaluation.extra import extra
+from fusellm.evaluation.lm_eval_import import extra
 from fusellm.evaluation.records import Header, TaskRecord
 from fusellm.evaluation.sandbox import LANGUAGES, Sandbox, Toolchain, find_sandbox, find_toolchain
 from fusellm.evaluation.settings import DATA_DIR, Loaded, Settings

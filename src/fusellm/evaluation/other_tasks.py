@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.extra import extra
 from fusellm.evaluation.harness import Task, means_of, ready
-from fusellm.evaluation.quiet import quiet, seeded
+from fusellm.evaluation.lm_eval_import import extra, quiet, seeded
 from fusellm.evaluation.records import Kind
 from fusellm.evaluation.settings import DOWNLOAD, Settings
 from fusellm.evaluation.suites import unknown

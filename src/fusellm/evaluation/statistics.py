@@ -26,7 +26,7 @@ from statistics import NormalDist
 import numpy as np
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.extra import extra
+from fusellm.evaluation.lm_eval_import import extra
 
 LEVEL = 0.05
 POWER = 0.8

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.harness_model import harness_model
-from fusellm.evaluation.quiet import quiet
+from fusellm.evaluation.lm_eval_import import quiet
 from fusellm.evaluation.settings import Loaded, Settings
 from fusellm.progress import Bar, Progress
 

@@ -15,10 +15,10 @@ from fusellm.store.blocks import BLOCKS
 from fusellm.store.layout import Layout
 from fusellm.store.manifest import MANIFEST, SHARD_SUFFIX, Segment, StageFolder
 from fusellm.store.measured import NATS
+from fusellm.store.run_folder import STAGES
 from fusellm.store.tables import Shard, folder_bytes
 from fusellm.store.writer import StageWriter
 
-_STAGES = ("corpus", "externalize", "fuse", "train", "evaluate")
 _PIECE_BYTES = 1 << 20
 
 
@@ -74,7 +74,7 @@ def stage_paths(path: Path) -> list[Path]:
         return [path]
     inside = [
         folder
-        for stage in _STAGES
+        for stage in STAGES
         for folder in (path / stage, *sorted((path / stage).glob("*")))
         if _is_stage(folder)
     ]

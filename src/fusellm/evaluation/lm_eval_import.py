@@ -1,14 +1,33 @@
-"""lm_eval imported, without its messages, and with random numbers as they were afterwards."""
+"""Everything that touches lm_eval's import: missing or not, without its messages, and with random
+numbers as they were afterwards."""
 
 import io
 import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
+
+from fusellm.errors import EvaluationError
+
+
+def extra(module: str) -> Any:
+    """A module of the extra `eval`.
+
+    Raises:
+        EvaluationError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise EvaluationError(
+            f"{module.partition('.')[0]} is needed to evaluate by suites and cannot be imported "
+            f"({error}); pip install 'fusellm[eval]'"
+        ) from error
 
 
 @contextmanager
