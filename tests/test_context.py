@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from conftest import prose
 from fusellm.config import FileDocuments
 from fusellm.errors import CorpusError, RecipeError
+from fusellm.objective.divergence import CROSS_ENTROPY
 from fusellm.objective.outcomes import Outcomes
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -189,14 +190,11 @@ def test_blocks_say_which_bytes_are_context(records: Path, fused: Path) -> None:
 
 
 def test_only_a_corpus_with_context_has_the_column(world: Path, tmp_path: Path) -> None:
-    """And only it has another identity than before."""
     plain = pipeline(world, tmp_path / "run")
     plain.execute(["corpus"])
     folder = open_corpus(tmp_path / "run")
     assert Shard(folder, shard_names(folder)[0], BLOCKS).schema == BLOCKS_SCHEMA
     assert "context_bytes" not in folder.counts
-    for entry in folder.identity.settings["corpus"]["documents"]:
-        assert not entry.keys() & {"context_fields", "field_separator"}
 
 
 # Training
@@ -265,6 +263,7 @@ def _each_position(model: Any, batch: dict[str, Any], clm_weight: float) -> torc
                 labels=labels,
                 outcomes=Untouched(Outcomes(**own)),
                 clm_weight=clm_weight,
+                divergence=Untouched(CROSS_ENTROPY),
             )
         found.append(one["loss"])
     return torch.stack(found)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from fusellm.training.callbacks import Watch
 from fusellm.training.run_trainer import ObjectiveTrainer
+from fusellm.training.trainer import FusionTrainer
 
 READ_IN = "5.17.0 and 5.24.0"
 """The versions of transformers whose source was read for the table below; they agree."""
@@ -38,15 +39,18 @@ OVERRIDDEN = {
     "_init_training_state": STATE,
     "log": "logs start_time",
     "evaluate": "eval_dataset ignore_keys metric_key_prefix",
+    "get_eval_dataloader": "eval_dataset",
+    "get_test_dataloader": "test_dataset",
+    "_get_eval_sampler": "eval_dataset",
 }
-"""Each method of Trainer that ObjectiveTrainer overrides, and its parameters after `self`."""
+"""Each method of Trainer that our two trainers override, and its parameters after `self`."""
 
 EVENTS = ("on_train_begin", "on_step_end", "on_save", "on_log", "on_evaluate")
 """The events that Watch hears."""
 
 LOOK_AT = (
     f"fusellm was written against transformers {READ_IN}; this is {transformers.__version__}. Read "
-    "transformers/trainer.py, mend src/fusellm/stages/train/{file} so that it works with this "
+    "transformers/trainer.py, mend src/fusellm/training/{file} so that it works with this "
     "version and the lowest of pyproject.toml, then this table (tests/test_trainer_methods.py)."
 )
 
@@ -74,13 +78,14 @@ def faults_of(trainer: type, own: type) -> list[str]:
 
 
 def test_what_is_overridden_is_as_it_was_read() -> None:
-    assert faults_of(Trainer, ObjectiveTrainer) == [], LOOK_AT.format(file="trainer.py")
+    assert faults_of(Trainer, FusionTrainer) == [], LOOK_AT.format(file="trainer.py")
+    assert faults_of(Trainer, ObjectiveTrainer) == [], LOOK_AT.format(file="run_trainer.py")
 
 
 def test_what_is_given_to_trainer_is_taken() -> None:
     given = {"model", "args", "train_dataset", "eval_dataset", "data_collator"}
     missing = given - set(parameters(Trainer.__init__).split())
-    assert missing == set(), LOOK_AT.format(file="trainer.py")
+    assert missing == set(), LOOK_AT.format(file="run_trainer.py")
 
 
 @pytest.mark.parametrize("event", EVENTS)

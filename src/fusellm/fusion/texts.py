@@ -191,8 +191,8 @@ def fuse(
     >>> fused
     FusedDistributions(2 texts; 8 of 10 positions have a distribution; python 62%, cpp 38%)
     >>> likeliest = fused.at(0, 2)[0]
-    >>> likeliest.tokens, round(likeliest.mass, 2)
-    ((' in',), 1.0)
+    >>> likeliest.source, likeliest.tokens[:3], round(likeliest.mass, 2)
+    ('python', (' in', ' ind', ' inclu'), 0.29)
     """
     given = {
         "function": function if isinstance(function, str) else "uniform",
