@@ -42,7 +42,7 @@ import torch
 
 from figures import command_line, peak_bytes, show
 from fusellm.config import Recipe
-from fusellm.models.heads import head_of, last_hidden
+from fusellm.models.heads import head_of, hidden_states
 from fusellm.models.load import default_device, load_model
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -159,7 +159,7 @@ class Contest:
         for shard, plan in self.plan.items():
             for batch in plan:
                 ids, mask = pad([self.ids[shard][n] for n in batch], self.device)
-                hidden = last_hidden(self.model, input_ids=ids, attention_mask=mask)
+                hidden = hidden_states(self.model, input_ids=ids, attention_mask=mask)
                 hidden.float() @ self.float32_weight.t()
         self._wait()
 

@@ -52,7 +52,7 @@ from figures import command_line, show
 from fusellm.arrays.distributions import Kept
 from fusellm.config import ExternalizeSettings, ModelSettings
 from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
-from fusellm.models.heads import head_of, last_hidden
+from fusellm.models.heads import head_of, hidden_states
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.objective.chunked import objective
 from fusellm.objective.outcomes import Outcomes
@@ -426,11 +426,11 @@ class _Lesson:
                 group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / len(plan))
             ids, mask = pad([self.rows[n].ids for n in batch], _CPU)
             predicted = mask[:, 1:].bool()
-            hidden = last_hidden(model, input_ids=ids, attention_mask=mask)[:, :-1][predicted]
+            hidden = hidden_states(model, input_ids=ids, attention_mask=mask)[:, :-1][predicted]
             labels, head = ids[:, 1:][predicted], head_of(model)
             if whole:
                 with torch.no_grad():
-                    theirs = last_hidden(self.source, input_ids=ids, attention_mask=mask)
+                    theirs = hidden_states(self.source, input_ids=ids, attention_mask=mask)
                     p = head_of(self.source).logits(theirs[:, :-1][predicted]).softmax(-1)
                 log_q = head.logits(hidden).log_softmax(-1)
                 clm = -log_q.gather(1, labels[:, None]).sum()

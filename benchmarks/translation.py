@@ -44,7 +44,7 @@ from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.tokens import Tokens
 from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import ModelSettings
-from fusellm.models.heads import head_of, last_hidden
+from fusellm.models.heads import head_of, hidden_states
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.pipeline import Pipeline
 from fusellm.tokens.blocks import cut
@@ -74,7 +74,7 @@ class Model:
     @torch.no_grad()
     def log_probs(self, ids: np.ndarray) -> torch.Tensor:
         """[T, V] of one block."""
-        hidden = last_hidden(self.network, input_ids=torch.from_numpy(ids)[None])[0]
+        hidden = hidden_states(self.network, input_ids=torch.from_numpy(ids)[None])[0]
         return torch.log_softmax(head_of(self.network).logits(hidden), dim=-1)
 
     def tokens(self, text: str, last: bool = False) -> Tokens | None:

@@ -491,7 +491,11 @@ def memory_is_out(run: Path, most: int, chance: float, seed: int, message: str |
     from fusellm.reading.selection import Selector
 
     rng = random.Random(seed)
-    last_hidden, read_blocks, kept = batches.last_hidden, source_reader.read_blocks, Selector._kept
+    hidden_states, read_blocks, kept = (
+        batches.hidden_states,
+        source_reader.read_blocks,
+        Selector._kept,
+    )
     calls: list[Any] = []  # "shard", or [blocks, tokens, fits]
     SEEN["calls"] = calls
 
@@ -512,14 +516,14 @@ def memory_is_out(run: Path, most: int, chance: float, seed: int, message: str |
         calls.append([blocks, tokens, True])
         if blocks * tokens > most or (blocks > 1 and rng.random() < chance):
             fail()
-        return last_hidden(model, **inputs)
+        return hidden_states(model, **inputs)
 
     def my_kept(self: Selector, *arguments: Any) -> Any:
         if calls[-1][0] > 1 and rng.random() < chance / 8:
             fail()
         return kept(self, *arguments)
 
-    batches.last_hidden, source_reader.read_blocks, Selector._kept = my_hidden, my_read, my_kept
+    batches.hidden_states, source_reader.read_blocks, Selector._kept = my_hidden, my_read, my_kept
 
 
 def not_finite(run: Path, tokens: int, marker: str, seed: int) -> None:

@@ -404,7 +404,7 @@ class _Target:
     vocabulary = range(VOCABULARY)
 
 
-_SAME: VocabularyMap = map_translation(np.arange(VOCABULARY), _Target())  # type: ignore[arg-type]
+_SAME: VocabularyMap = map_translation(np.arange(VOCABULARY), _Target())
 
 
 class _Pieces:
@@ -421,7 +421,7 @@ def _use(batch: dict[str, Any]) -> None:
     """What `fuse` does with a record batch, in loops that check no index."""
     tokens, kept = tokens_of(batch), kept_of(batch)
     rows = np.arange(len(kept.tail))
-    healed = heal(tokens, kept, _Pieces())  # type: ignore[arg-type]
+    healed = heal(tokens, kept, _Pieces())
     sums = np.add.reduceat(np.append(healed.masses, 0.0), healed.offsets[:-1])
     np.testing.assert_allclose(sums + healed.tail, 1.0, atol=1e-3)
     carry(kept.distributions(), rows, _SAME, False)

@@ -20,7 +20,7 @@ from fusellm.store.quantized import ERROR_NATS, STEP_NATS
 from fusellm.store.tables import Ragged, encode_table, write_encoded
 from fusellm.store.writer import StageWriter
 from fusellm.training.collator import OutcomeTable
-from fusellm.training.rows import Rows, fused_blocks
+from fusellm.training.rows import Rows, stored_blocks
 
 IDENTITY = Identity(
     "externalize/made", {"dtype": "float32"}, {"weights": "w", "tokenizer": "t", "corpus": "c"}
@@ -213,7 +213,12 @@ def rewrite_columns(path: Path, name: str, change: Callable[[Columns], object]) 
 
 def fused_rows(run: Path, corpus: StageFolder, seed: int = 0) -> Rows:
     """A run's rows, a block each, with fused distributions."""
-    return Rows(fused_blocks(run, corpus, seed), seed)
+    return Rows(stored_blocks(run, corpus, True, seed), seed)
+
+
+def clm_rows(run: Path, corpus: StageFolder, seed: int = 0, prefix_tokens: int = 0) -> Rows:
+    """A run's rows, a block each, as the CLM baseline reads them."""
+    return Rows(stored_blocks(run, corpus, False, seed, None, prefix_tokens), seed)
 
 
 def outcome_table(

@@ -27,7 +27,7 @@ from fusellm.errors import ModelError
 from fusellm.models import heads
 from fusellm.models.attention import implementations
 from fusellm.models.headers import weight_problems
-from fusellm.models.heads import check_head, head_of, last_hidden
+from fusellm.models.heads import check_head, head_of, hidden_states
 from fusellm.models.load import load_model, locate
 
 CPU = torch.device("cpu")
@@ -195,7 +195,7 @@ def hidden_in_a_batch(model: PreTrainedModel) -> list[torch.Tensor]:
     """Hidden states of each block, all of them in one batch padded on the right."""
     ids = torch.nn.utils.rnn.pad_sequence(blocks(), batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(b) for b in blocks()], True)
-    hidden = last_hidden(model, input_ids=ids, attention_mask=mask)
+    hidden = hidden_states(model, input_ids=ids, attention_mask=mask)
     return [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)]
 
 

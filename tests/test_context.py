@@ -33,11 +33,10 @@ from fusellm.training.collator import Collator
 from fusellm.training.forward import (
     IGNORED,
     Untouched,
-    objective_forward,
     objective_inputs,
+    teach_objective,
 )
-from fusellm.training.rows import clm_rows
-from stores import fused_rows, outcome_table
+from stores import clm_rows, fused_rows, outcome_table
 
 ENTRY = {"text_field": ["prompt", "answer"], "context_fields": ["prompt"], "domain": "chat"}
 
@@ -226,7 +225,8 @@ def test_neither_loss_predicts_context(world: Path, fused: Path) -> None:
     assert len(batch["outcomes"]["present"]) == len(wanted)
     for weight in (1.0, 0.0):
         each = _each_position(model, whole, weight)
-        with objective_forward(model), torch.no_grad():
+        teach_objective(model)
+        with torch.no_grad():
             loss = model(**objective_inputs(batch, weight))["loss"]
         assert loss.item() == pytest.approx(each[wanted].mean().item(), rel=1e-4)
 
@@ -256,7 +256,8 @@ def _each_position(model: Any, batch: dict[str, Any], clm_weight: float) -> torc
             )[1],
             "member_id": outcomes["member_id"][members],
         }
-        with objective_forward(model), torch.no_grad():
+        teach_objective(model)
+        with torch.no_grad():
             one = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

@@ -38,7 +38,7 @@ from fusellm.recipe_file import resolve_paths
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.text_table import text_table
 from fusellm.training import loss as loss_module
-from fusellm.training.forward import objective_forward, objective_inputs
+from fusellm.training.forward import objective_inputs, teach_objective
 
 TEXTS = [prose(1, 30), code(2, 4), prose(3, 20), code(4, 3)]
 
@@ -79,7 +79,7 @@ def test_every_public_name_is_there_and_none_is_a_module() -> None:
         assert not isinstance(getattr(fusellm, name), type(sys)), name
         assert name in dir(fusellm)
     with pytest.raises(AttributeError, match="no attribute 'fuze'"):
-        _ = fusellm.fuze  # type: ignore[attr-defined]
+        _ = fusellm.fuze
 
 
 def test_type_checkers_see_the_same_names() -> None:
@@ -90,7 +90,7 @@ def test_type_checkers_see_the_same_names() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert names == fusellm._FROM  # type: ignore[attr-defined]
+    assert names == fusellm._FROM
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
@@ -390,8 +390,8 @@ def test_the_loss_is_the_trainings_own(
 ) -> None:
     """And so are its gradients; labels may be shifted or not."""
     model = target[0]
-    with objective_forward(model):
-        expected = model(**objective_inputs(batch, 0.4))["loss"]
+    teach_objective(model)
+    expected = model(**objective_inputs(batch, 0.4))["loss"]
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -680,9 +680,9 @@ def test_what_does_not_go_together_is_refused(
         )
     for name, values in (("KL", 1.0), ("kl", -2.0)):
         with pytest.raises(ArgumentError):
-            fusellm.Divergence(name, values)  # type: ignore[arg-type]
+            fusellm.Divergence(name, values)
     with pytest.raises(ArgumentError, match="'linaer' is no shape"):
-        fusellm.LambdaSchedule(0.5, "linaer")  # type: ignore[arg-type]
+        fusellm.LambdaSchedule(0.5, "linaer")
     with pytest.raises(ArgumentError, match="compatibility: paper belongs to strategy"):
         fusellm.fuse(TEXTS, tokenizer, read, compatibility="paper")
     small = GPT2LMHeadModel(

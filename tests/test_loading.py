@@ -37,7 +37,7 @@ from fusellm.models.adapters import ADAPTER_FILES, save_adapters, with_adapters
 from fusellm.models.attention import choose_attention, implementations
 from fusellm.models.configurations import class_of
 from fusellm.models.headers import require_loadable, weight_problems
-from fusellm.models.heads import head_of, input_device, last_hidden
+from fusellm.models.heads import head_of, hidden_states, input_device
 from fusellm.models.load import load_model, locate, require_packages, weights_digest
 from fusellm.store.identity import digest
 from hubs import FIRST, SECOND, put_in_cache
@@ -89,7 +89,7 @@ def logits(model: PreTrainedModel) -> list[torch.Tensor]:
     for row, length in enumerate(LENGTHS):
         ids[row, :length] = torch.arange(3 + row, 3 + row + length)
         mask[row, :length] = 1
-    hidden, head = last_hidden(model, input_ids=ids, attention_mask=mask), head_of(model)
+    hidden, head = hidden_states(model, input_ids=ids, attention_mask=mask), head_of(model)
     assert hidden.device == head.weight.device
     return [head.logits(row[:n]).cpu() for row, n in zip(hidden, LENGTHS, strict=True)]
 

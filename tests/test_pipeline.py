@@ -26,9 +26,9 @@ from fusellm.store.manifest import StageFolder
 from fusellm.store.run_folder import STAGES, removable
 from fusellm.store.writer import StageWriter
 from fusellm.training.collator import Collator
-from fusellm.training.forward import objective_forward, objective_inputs
-from fusellm.training.rows import RowsOfLikeLength, clm_rows
-from stores import fused_rows, outcome_table
+from fusellm.training.forward import objective_inputs, teach_objective
+from fusellm.training.rows import RowsOfLikeLength
+from stores import clm_rows, fused_rows, outcome_table
 
 
 def pipeline(world: Path, run: Path, *changes: str) -> Pipeline:
@@ -392,7 +392,7 @@ def test_batches_of_like_length_pad_little() -> None:
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_packed_rows_equal_one_block_a_row(world: Path, finished: Path, name: str) -> None:
     """A packed block attends only to itself."""
-    from fusellm.models.heads import last_hidden
+    from fusellm.models.heads import hidden_states
 
     model = AutoModelForCausalLM.from_pretrained(world / name).eval()
     rows = clm_rows(finished, StageFolder(finished / "corpus"))
@@ -405,7 +405,7 @@ def test_packed_rows_equal_one_block_a_row(world: Path, finished: Path, name: st
     def predicted(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "counts")}
         with torch.no_grad():
-            hidden = last_hidden(model, **inputs)
+            hidden = hidden_states(model, **inputs)
         chosen = batch["labels"][:, 1:] != -100
         return hidden[:, :-1][chosen], batch["labels"][:, 1:][chosen]
 
@@ -466,8 +466,8 @@ def test_source_equal_to_target_with_bucket_pulls_nowhere(world: Path, tmp_path:
         table = outcome_table(StageFolder(run / "fuse"), ["first"], rest == "renormalize")
         batch = Collator(table, packed=False)([rows[n] for n in range(8)])
         model.zero_grad()
-        with objective_forward(model):
-            model(**objective_inputs(batch, 0.0))["loss"].backward()
+        teach_objective(model)
+        model(**objective_inputs(batch, 0.0))["loss"].backward()
         norms[rest] = sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
     assert norms["bucket"] < 0.01 * norms["renormalize"]
 

@@ -23,8 +23,9 @@ from fusellm.store.externalized import layout_of, open_externalized
 from fusellm.store.tables import Shard
 from fusellm.tokens.encode import Encoder
 from fusellm.training.collator import Collator
-from fusellm.training.rows import Rows, StoredBlocks, clm_rows
+from fusellm.training.rows import Rows, StoredBlocks
 from fusellm.zoo.tokenizers import byte_level_bpe
+from stores import clm_rows
 
 CHANGES = (
     "target.model=glm",

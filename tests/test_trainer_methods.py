@@ -101,7 +101,7 @@ def test_all_events_are_in_the_list() -> None:
 
 
 def test_a_method_that_changed_is_told() -> None:
-    class Changed(Trainer):  # type: ignore[misc]
+    class Changed(Trainer):
         """Its parameters are in another order, and it uses none of the methods."""
 
         def compute_loss(self, inputs: Any, model: Any) -> Any: ...

@@ -29,7 +29,7 @@ from fusellm.store.tables import Shard
 from fusellm.training import rows as training_rows
 from fusellm.training import run_trainer as trainers
 from fusellm.training.collator import Collator
-from fusellm.training.forward import objective_forward, objective_inputs
+from fusellm.training.forward import objective_inputs, teach_objective
 from fusellm.training.rows import RowOrder, RowsOfLikeLength
 from fusellm.training.validation import Validation
 from stores import fused_rows, outcome_table
@@ -290,8 +290,8 @@ def test_packed_rows_have_the_loss_of_one_block_a_row(
     found = []
     for batch in batches:
         model.zero_grad()
-        with objective_forward(model):
-            loss = model(**objective_inputs(batch, 0.3))["loss"]
+        teach_objective(model)
+        loss = model(**objective_inputs(batch, 0.3))["loss"]
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
@@ -617,8 +617,11 @@ def test_the_objective_with_adapters_has_the_gradients_of_full_logits(
     assert all("lora" in key or "modules_to_save" in key for key in expected)
     model.zero_grad()
     torch.manual_seed(3)
-    with objective_forward(without_adapters(model)):
-        model(input_ids=ids, labels=ids)["loss"].backward()
+    teach_objective(without_adapters(model))
+    batch = {"input_ids": ids, "labels": ids}
+    found = model(**objective_inputs(batch, 1.0))
+    assert set(found) == {"loss", "clm", "fusion"}  # the objective's, not the model's own
+    found["loss"].backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():

@@ -28,7 +28,7 @@ from fusellm.text_table import text_table
 
 
 @dataclass(frozen=True)
-class Results:
+class RunResults:
     """What a run's evaluation found.
 
     Attributes:
@@ -186,7 +186,7 @@ class Run:
         return self.execute("evaluate")
 
     @property
-    def results(self) -> Results:
+    def results(self) -> RunResults:
         """What the evaluation found.
 
         Raises:
@@ -194,7 +194,7 @@ class Run:
         """
         suites = self.folder / SUITES
         found = read_suites(suites) if suites.exists() else []
-        return Results(tuple(read_records(self.folder)), tuple(found))
+        return RunResults(tuple(read_records(self.folder)), tuple(found))
 
     def model(
         self, which: str = FUSED, *, device: str | torch.device | None = None

@@ -24,6 +24,8 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     written = io.StringIO()
-    plain = {"force_terminal": False, "force_jupyter": False, "color_system": None}
-    Console(file=written, width=_WIDTH, **plain).print(table)  # type: ignore[arg-type]
+    plain = Console(
+        file=written, width=_WIDTH, force_terminal=False, force_jupyter=False, color_system=None
+    )
+    plain.print(table)
     return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())

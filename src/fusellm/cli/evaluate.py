@@ -18,9 +18,8 @@ from fusellm.cli.evaluate_screen import (
 from fusellm.cli.execute import open_pipeline, open_recipe
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
-from fusellm.config import EvaluationSettings
 from fusellm.errors import EvaluationError, RecipeError
-from fusellm.recipe_file import changed_evaluation, model_settings
+from fusellm.recipe_file import model_settings
 
 LM = "lm"
 _OUT = Path("runs") / "evaluation"
@@ -163,7 +162,6 @@ def _evaluate_models(
         if told is not None:
             shown.say(told)
         models[name] = model.model_dump()
-    changed_evaluation(EvaluationSettings(), given)  # says what is wrong by the option's name
     found = evaluate_models(
         models, suites, out=out, redo=redo, trust_remote_code=trusted, progress=shown, **given
     )

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fusellm.evaluation.settings import Loaded
-from fusellm.models.heads import head_of, input_device, last_hidden
+from fusellm.models.heads import head_of, hidden_states, input_device
 from fusellm.objective.chunked import Head
 
 _LOOKED_BACK = 2  # tokens more than a stop string's own, as in lm_eval: it may be cut otherwise
@@ -127,7 +127,7 @@ def continuation_nats(
         )
         for row, ids in enumerate(batch):
             padded[row, : len(ids)] = torch.tensor(ids)
-        hidden = last_hidden(model, input_ids=padded)
+        hidden = hidden_states(model, input_ids=padded)
         places = [(row, number) for row, ids in enumerate(batch) for number in alike[ids]]
         asked = [pairs[number][1][-len(batch[row]) :] for row, number in places]
         parts = [

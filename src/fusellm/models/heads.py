@@ -43,7 +43,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
     Weights that are offloaded are brought to the device that the head runs on; hold on to the
     result rather than ask for each batch anew. Where the head has an adapter, its weight is
-    [V, d + r], for the hidden states of `last_hidden`.
+    [V, d + r], for the hidden states of `hidden_states`.
 
     Raises:
         ModelError: the model has no linear output embedding, or a quantized one.
@@ -71,7 +71,7 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(weight, bias, _scale(config), _cap(config))
 
 
-def last_hidden(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """[B, T, d] hidden states as the head takes them: on its device, in its precision.
 
     Inputs may be on any device if the model is spread over several. Where the head has an adapter
@@ -165,7 +165,7 @@ def check_head(model: PreTrainedModel) -> None:
     """
     head = head_of(model)
     ids = torch.arange(min(_PROBE_TOKENS, len(head.weight)), device=input_device(model))[None]
-    mine = head.logits(last_hidden(model, input_ids=ids)[0])
+    mine = head.logits(hidden_states(model, input_ids=ids)[0])
     theirs = model(input_ids=ids, use_cache=False).logits[0].float().to(mine.device)
     name = type(model).__name__
     if mine.shape != theirs.shape:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.models.heads import input_device, is_sharded, last_hidden
+from fusellm.models.heads import hidden_states, input_device, is_sharded
 from fusellm.objective.chunked import Head
 
 _BATCH_TOKENS_CPU, _BATCH_TOKENS_GPU = 2048, 16_384
@@ -151,7 +151,7 @@ def _hidden(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([N, d] hidden states of the positions that predict, [N] true next tokens) of a batch."""
     inputs, mask = pad(rows, input_device(model))
-    hidden = last_hidden(model, input_ids=inputs, attention_mask=mask)
+    hidden = hidden_states(model, input_ids=inputs, attention_mask=mask)
     longest = inputs.shape[1]
     # From the lengths, which the host knows: a mask would have the host wait for the device.
     places = [np.arange(r * longest, r * longest + len(row) - 1) for r, row in enumerate(rows)]

@@ -37,7 +37,7 @@ from fusellm.training.checkpoints import last_checkpoint
 from fusellm.training.dataset import FusedDataset
 from fusellm.training.model import load_target, save_model
 from fusellm.training.nan_report import Blame
-from fusellm.training.rows import Rows, clm_rows
+from fusellm.training.rows import Rows, stored_blocks
 from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.stop import Stop
 from fusellm.training.validation import Validation
@@ -212,7 +212,8 @@ def _rows(
     """What a model is trained on, packed where the recipe says so."""
     if which == FUSED:
         return FusedDataset.of_run(recipe, run, encoder, seed)
-    rows = clm_rows(run, corpus, seed, len(encoder.vocabulary), encoder.prefix_tokens)
+    where = seed, len(encoder.vocabulary), encoder.prefix_tokens
+    rows = Rows(stored_blocks(run, corpus, False, *where), seed)
     training = recipe.training
     return rows.pack(training.row_tokens) if training.rows == "packed" else rows
 

@@ -17,7 +17,7 @@ from fusellm.store.fused import open_fused, read_members
 from fusellm.store.run_folder import RECIPE
 from fusellm.tokens.encode import Encoder
 from fusellm.training.collator import Collator, OutcomeTable
-from fusellm.training.rows import Blocks, Rows, fused_blocks, with_context
+from fusellm.training.rows import Blocks, Rows, stored_blocks, with_context
 
 
 class _FusedInMemory:
@@ -134,7 +134,7 @@ class FusedDataset(Rows):
         members = [read_members(folder, source.name) for source in recipe.sources]
         table = OutcomeTable(members, objective.rest == "renormalize", objective.temperature)
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
-        self._take(fused_blocks(run, open_corpus(run), *where), table, seed)
+        self._take(stored_blocks(run, open_corpus(run), True, *where), table, seed)
         if row_tokens is not None or recipe.training.rows == "packed":
             self.pack(row_tokens or recipe.training.row_tokens)
 

@@ -3,7 +3,7 @@
 A model that is trained here has a `forward` that ends in the objective where it is called with the
 inputs of `objective_inputs`, and is its own for every other call: a callback may generate with it.
 Nothing else about the model changes; saving, resuming and adapters work as for any model.
-`swapped_forward` says why.
+`swapped_forward` says why it is the forward.
 
 B rows, T positions, N positions that predict.
 """
@@ -11,16 +11,14 @@ B rows, T positions, N positions that predict.
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.models.heads import last_hidden, left_as_it_was, through_head
-from fusellm.models.swapped_forward import swapped_forward
+from fusellm.models.heads import hidden_states, left_as_it_was, through_head
 from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
@@ -83,7 +81,7 @@ def _forward(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    hidden = last_hidden(self, **{k: v for k, v in inputs.items() if v is not None})
+    hidden = hidden_states(self, **{k: v for k, v in inputs.items() if v is not None})
     found: dict[str, torch.Tensor] = _eager_losses(
         self,
         hidden,
@@ -126,19 +124,17 @@ def _losses(
 _eager_losses = torch.compiler.disable(_losses)  # a loop over chunks, with gradients of its own
 
 
-def teach_objective(model: PreTrainedModel) -> None:
-    """Let a model's `forward` end in the objective where it is called for that, from now on.
-
-    It stays so after a training: accelerate wraps what it finds, once, and would not wrap again.
-    """
-    if not hasattr(model.forward, _TAUGHT):
-        model.forward = _taught(model)
-
-
 _TAUGHT = "of_fusellm"
 
 
-def _taught(model: PreTrainedModel) -> Callable[..., Any]:
+def teach_objective(model: PreTrainedModel) -> None:
+    """Let a model's `forward` end in the objective where it is called for that, from now on.
+
+    It stays so after a training: accelerate wraps the forward that it finds once, for mixed
+    precision, and does not do so again where another one is put back.
+    """
+    if hasattr(model.forward, _TAUGHT):
+        return
     # Not as bound to this model, where that can be: a deep copy of it has weights of its own.
     own = model.__dict__.get("forward", type(model).forward)
     is_bound = getattr(own, "__self__", None) is model
@@ -152,14 +148,7 @@ def _taught(model: PreTrainedModel) -> Callable[..., Any]:
         return call(self, *args, **inputs) if takes_self else call(*args, **inputs)
 
     setattr(forward, _TAUGHT, True)
-    return types.MethodType(forward, model)
-
-
-@contextmanager
-def objective_forward(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within the block, the model is as after `teach_objective`."""
-    with swapped_forward(model, _taught(model)):
-        yield model
+    model.forward = types.MethodType(forward, model)
 
 
 @torch.no_grad()
@@ -188,6 +177,6 @@ def require_packing(model: PreTrainedModel) -> None:
 def _same_packed(model: PreTrainedModel, length: int) -> bool:
     ids = torch.arange(2 * length, device=model.device)[None]
     positions = torch.arange(length, device=model.device).repeat(2)[None]
-    packed = last_hidden(model, input_ids=ids, position_ids=positions)[:, length:].float()
-    alone = last_hidden(model, input_ids=ids[:, length:]).float()
+    packed = hidden_states(model, input_ids=ids, position_ids=positions)[:, length:].float()
+    alone = hidden_states(model, input_ids=ids[:, length:]).float()
     return bool((packed - alone).abs().max() <= 0.02 * alone.abs().max())

@@ -8,8 +8,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ArgumentError, ModelError
 from fusellm.models.adapters import without_adapters
-from fusellm.models.heads import head_of, input_device, is_plain, is_sharded, require_known_head
-from fusellm.models.heads import last_hidden as hidden_of
+from fusellm.models.heads import (
+    head_of,
+    hidden_states,
+    input_device,
+    is_plain,
+    is_sharded,
+    require_known_head,
+)
 from fusellm.objective.chunked import Head, objective
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.outcomes import Outcomes
@@ -133,7 +139,7 @@ def last_hidden(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tenso
     base = without_adapters(_unwrapped(model))
     names = ("input_ids", "attention_mask", "position_ids")
     place = input_device(base)
-    return hidden_of(base, **{name: batch[name].to(place) for name in names if name in batch})
+    return hidden_states(base, **{name: batch[name].to(place) for name in names if name in batch})
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -23,7 +23,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fusellm.arrays.ragged import offsets_of
 from fusellm.errors import CorpusError, StoreError
-from fusellm.store import externalized, fused
+from fusellm.store import externalized
+from fusellm.store import fused as fused_store
 from fusellm.store.blocks import BLOCKS, CONTEXT, context_of, text_bytes
 from fusellm.store.externalized import (
     TARGET,
@@ -262,16 +263,19 @@ class Rows(Dataset[list[dict[str, Any]]]):
         return int(min((n for row in self.rows for n in row), key=lambda n: self.lengths[n]))
 
 
-def clm_rows(
+def stored_blocks(
     run: Path,
     corpus: StageFolder,
+    fused: bool,
     seed: int = 0,
     vocabulary: int | None = None,
     prefix_tokens: int = 0,
-) -> Rows:
-    """Rows for the CLM baseline.
+) -> StoredBlocks:
+    """A run's blocks as its target reads them.
 
     Args:
+        fused: with their fused distributions, or the tokens alone, as the CLM baseline reads them.
+        seed: of the windows that a large store is read in.
         vocabulary: tokens of the target's tokenizer, if it is at hand.
         prefix_tokens: that it puts before each block.
 
@@ -279,41 +283,12 @@ def clm_rows(
         CorpusError: there is nothing to predict.
         StoreError: something is unfinished or damaged.
     """
-    folder = open_externalized(run, TARGET)
-    layout = externalized.layout_of(folder, vocabulary)
-    return Rows(_stored(folder, layout, run, corpus, seed, prefix_tokens), seed)
-
-
-def fused_blocks(
-    run: Path,
-    corpus: StageFolder,
-    seed: int = 0,
-    vocabulary: int | None = None,
-    prefix_tokens: int = 0,
-) -> StoredBlocks:
-    """A run's blocks with their fused distributions.
-
-    Args:
-        vocabulary: tokens of the target's tokenizer, if it is at hand.
-        prefix_tokens: that it puts before each block.
-
-    Raises:
-        CorpusError: there is nothing to predict.
-        StoreError: something is unfinished or damaged.
-    """
-    folder = open_fused(run)
-    layout = fused.layout_of(folder, vocabulary)
-    return _stored(folder, layout, run, corpus, seed, prefix_tokens)
-
-
-def _stored(
-    folder: StageFolder,
-    layout: Layout,
-    run: Path,
-    corpus: StageFolder,
-    seed: int,
-    prefix_tokens: int,
-) -> StoredBlocks:
+    if fused:
+        folder = open_fused(run)
+        layout = fused_store.layout_of(folder, vocabulary)
+    else:
+        folder = open_externalized(run, TARGET)
+        layout = externalized.layout_of(folder, vocabulary)
     names = shard_names(corpus, "train-")
     context = None
     if names and CONTEXT in Shard(corpus, names[0], BLOCKS).schema.names:

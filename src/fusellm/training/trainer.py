@@ -109,8 +109,8 @@ class FusionTrainer(Trainer):
             data_collator=data_collator or FusionCollator(train_dataset),
             **others,
         )
-        # Trainer reads this from the signature of forward, which is another one while it trains: it
-        # then counts the predicted tokens of all batches of a step, and the loss is their mean.
+        # Trainer tells this by the architecture's own forward. With it, it counts the predicted
+        # tokens of all batches of a step, and the loss is their mean, not a mean of means.
         self.model_accepts_loss_kwargs = True
         self._schedule, self._divergence = schedule, divergence
         self._row_tokens, self._windows = train_dataset.row_tokens(), train_dataset.windows()

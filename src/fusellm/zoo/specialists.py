@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fusellm.models.heads import head_of, last_hidden
+from fusellm.models.heads import head_of, hidden_states
 from fusellm.objective.chunked import objective
 from fusellm.tokens.blocks import cut
 from fusellm.zoo.text import DOMAINS, Document
@@ -117,7 +117,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = specialist.peak_learning_rate * _schedule(step, len(batches))
         ids, mask = _pad(batch)
-        hidden = last_hidden(model, input_ids=ids, attention_mask=mask)
+        hidden = hidden_states(model, input_ids=ids, attention_mask=mask)
         predicted = mask[:, 1:].bool()
         labels = ids[:, 1:][predicted]
         head, count = head_of(model), len(labels)

@@ -32,7 +32,7 @@ from fusellm.stages.report.charts import (
     line_chart,
     percent,
 )
-from fusellm.stages.report.reading import Curve, DomainCounts, Log, Run
+from fusellm.stages.report.reading import Curve, DomainCounts, Log, ReportedRun
 from fusellm.stages.report.results import Results, number
 from fusellm.stages.report.suite_chart import differences_chart
 
@@ -83,7 +83,7 @@ class SuiteSection:
     notes: list[str]
 
 
-def render(run: Run) -> str:
+def render(run: ReportedRun) -> str:
     """The page as HTML; everything that comes from the run is escaped.
 
     Returns:

@@ -57,7 +57,7 @@ class DomainCounts:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """Everything of a run that the report shows."""
 
     name: str
@@ -80,7 +80,7 @@ class Run:
         )
 
 
-def read_run(run: Path) -> Run:
+def read_run(run: Path) -> ReportedRun:
     """Read what the earlier stages have left in a run's folder.
 
     Raises:
@@ -101,7 +101,7 @@ def read_run(run: Path) -> Run:
     recipe_path = run / "recipe.yaml"
     recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
     manifests = _manifests(run)
-    return Run(
+    return ReportedRun(
         name=_name(recipe) or run.resolve().name,
         recipe=_to_be_shown(recipe),
         records=records,
