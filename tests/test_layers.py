@@ -23,8 +23,9 @@ IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 600, 60
-LONGER: dict[str, str] = {}
-"""`module` or `module:function` that is longer, docstrings of functions apart, and why."""
+_FACE = "a public function, whose docstring gives each argument, error and an example"
+LONGER = {"fusion/texts.py:fuse": _FACE, "training/loss.py:fusion_loss": _FACE}
+"""`module` or `module:function` that is longer, and why."""
 
 
 def sources(root: Path = ROOT) -> dict[str, ast.Module]:
@@ -128,14 +129,6 @@ def test_the_check_of_imports_tells_right_from_wrong(
     assert (faults == []) if fault is None else (fault in faults[0])
 
 
-def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    if ast.get_docstring(node) is None:
-        return 0
-    first = node.body[0]
-    assert first.end_lineno is not None
-    return first.end_lineno - first.lineno + 1
-
-
 def test_a_module_says_what_it_is_for() -> None:
     """In its first sentence; folders' own files are empty, or say it for the folder."""
     silent = [
@@ -156,7 +149,7 @@ def test_sizes() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
-                lines = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
+                lines = node.end_lineno - node.lineno + 1
                 if lines > MOST_LINES_OF_A_FUNCTION:
                     long[f"{name}:{node.name}"] = lines
     assert {name: lines for name, lines in long.items() if name not in LONGER} == {}

@@ -13,7 +13,7 @@ from fusellm.evaluation.comparison import Rules
 from fusellm.evaluation.measure import candidate, prepare
 from fusellm.evaluation.settings import settings_of
 from fusellm.evaluation.suite_results import SuiteResults, measure_into, read_suites
-from fusellm.models.load import locate
+from fusellm.models.load import Located, locate
 from fusellm.progress import Progress, Silent
 from fusellm.recipe_file import checked_settings
 
@@ -57,13 +57,37 @@ def evaluate(
         EvaluationError: data or packages (`fusellm[eval]`) of a suite are missing.
         ModelError: a model cannot be found or loaded.
 
-    >>> found = evaluate(["zoo/prose"], ["smoke"], limit=4)  # doctest: +SKIP
-    >>> found[0].comparison.mean.scores  # doctest: +SKIP
-    {'zoo/prose': 31.25}
+    >>> (smoke,) = evaluate(["zoo/prose", "zoo/cpp"], ["smoke"], limit=4)  # doctest: +SKIP
     """
-    for given_name, value in (("models", models), ("suites", suites)):
+    named = _named(models, suites)
+    given = settings | ({} if data_dir is None else {"data_dir": str(Path(data_dir).absolute())})
+    evaluation = checked_settings(EvaluationSettings, given)
+    shown, chosen = progress or Silent(), settings_of(evaluation)
+    candidates = [
+        candidate(name, _located(model, trust_remote_code)) for name, model in named.items()
+    ]
+    prepared = prepare(suites, chosen, shown)
+    first, *others = named
+    rules = Rules(
+        tuple((name, first) for name in others), evaluation.resamplings, pass_at=evaluation.pass_at
+    )
+    with ExitStack() as stack:
+        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+        measure_into(folder, candidates, prepared, chosen, rules, evaluation.published, shown, redo)
+        return read_suites(folder, suites)
+
+
+def _named(
+    models: Sequence[str] | Mapping[str, str | Mapping[str, Any]], suites: Sequence[str]
+) -> Mapping[str, str | Mapping[str, Any]]:
+    """Models by the name that results call them.
+
+    Raises:
+        ArgumentError, EvaluationError: there are none, one twice, or no suite that models have.
+    """
+    for given, value in (("models", models), ("suites", suites)):
         if isinstance(value, str):
-            raise ArgumentError(f"{given_name} is one name; give a list of them")
+            raise ArgumentError(f"{given} is one name; give a list of them")
     named = models if isinstance(models, Mapping) else {name: name for name in models}
     if not isinstance(models, Mapping) and len(named) < len(models):
         raise ArgumentError(f"a model is named twice: {', '.join(models)}; name each once")
@@ -74,25 +98,15 @@ def evaluate(
             "the suite lm is of a run's held-out text, and these are models; name a run or a "
             "recipe, or another suite"
         )
-    given = settings | ({} if data_dir is None else {"data_dir": str(Path(data_dir).absolute())})
-    evaluation = checked_settings(EvaluationSettings, given)
-    shown, chosen = progress or Silent(), settings_of(evaluation)
-    located = {}
-    for name, model in named.items():
-        block = {"model": model} if isinstance(model, str) else dict(model)
-        _require_place(str(block.get("model", "")))
-        block = {"trust_remote_code": trust_remote_code} | block
-        located[name] = locate(checked_settings(ModelSettings, block), trust_remote_code)
-    candidates = [candidate(name, found) for name, found in located.items()]
-    prepared = prepare(suites, chosen, shown)
-    first, *others = named
-    rules = Rules(
-        tuple((name, first) for name in others), evaluation.resamplings, pass_at=evaluation.pass_at
-    )
-    with ExitStack() as stack:
-        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
-        measure_into(folder, candidates, prepared, chosen, rules, evaluation.published, shown, redo)
-        return read_suites(folder, suites)
+    return named
+
+
+def _located(model: str | Mapping[str, Any], trusted: bool) -> Located:
+    """A model by its name, or as a recipe's `target:` has it."""
+    block = {"model": model} if isinstance(model, str) else dict(model)
+    _require_place(str(block.get("model", "")))
+    settings = checked_settings(ModelSettings, {"trust_remote_code": trusted} | block)
+    return locate(settings, trusted)
 
 
 def _require_place(name: str) -> None:

@@ -91,17 +91,26 @@ def bits_per_byte(
     rows = [row for row in nats if row is not None]
     scored = np.array([int(np.isfinite(row).sum()) for row in rows], dtype=np.int64)
     sums = np.array([float(np.nansum(row)) for row in rows])
-    for number, (block, length) in enumerate(zip(encoded, lengths, strict=True)):
-        if scored[number] != _asked(block, length):
-            raise NumericsError(
-                f"the model gives NaN or infinity in text {number}, so that it has no bits per byte"
-            )
+    _require_finite(encoded, lengths, scored)
     if not scored.sum():
         raise ArgumentError("there is nothing to predict: no text has a token after its first")
     scores = Scores(["text"] * len(rows), scored, {"model": sums})
     found = records(scores, _RESAMPLINGS, seed)[0]
     each = sums / np.where(scored > 0, scored, np.nan) / NATS_PER_BIT
     return BitsPerByte(found.value, found.low, found.high, each, scored)
+
+
+def _require_finite(encoded: Sequence[Encoded], lengths: Sequence[int], scored: np.ndarray) -> None:
+    """Check that a model has given a number for each byte that it was asked for.
+
+    Raises:
+        NumericsError: it has not.
+    """
+    for number, (block, length) in enumerate(zip(encoded, lengths, strict=True)):
+        if scored[number] != _asked(block, length):
+            raise NumericsError(
+                f"the model gives NaN or infinity in text {number}, so that it has no bits per byte"
+            )
 
 
 def _asked(block: Encoded, length: int) -> int:

@@ -32,12 +32,10 @@ def read_distributions(
     """What a model says comes next, at every token of some texts.
 
     What is kept of each distribution is a number of seeded draws, whose expectation is the
-    distribution itself, or its most probable tokens (docs/method.md). The same seed and text give
-    the same draws.
+    distribution itself, or its most probable tokens (docs/method.md).
 
     Args:
-        model: a causal language model of transformers, already where it is to run, in whatever
-            precision. Adapters on its layers (PEFT) stay on.
+        model: a causal language model of transformers, where it is to run; adapters (PEFT) stay on.
         tokenizer: the model's, of fusellm or of transformers.
         texts: each is read from its beginning, and has to fit into the model's context.
         draws: how many are kept at each position, 1 to 255.
@@ -45,14 +43,12 @@ def read_distributions(
         mass: with `top_k`, keep no more than reach this probability; None always keeps `top_k`.
         last: of each text, whether it ends a document, and so is followed by EOS; all do if None.
         batch_tokens: of one forward pass, padding included; None for what suits the device.
+        seed: of the draws, with the text.
         progress: is shown how far it is.
 
     Raises:
-        ArgumentError: a setting is wrong, `texts` is no list of texts, a text is too long for the
-            model, or the tokenizer is another model's.
-        ModelError: the architecture is not one whose logits can be told, or memory does not suffice
-            for one text.
-        TokenizerError: the tokenizer's tokens cannot be told as bytes.
+        ArgumentError, TokenizerError: a setting is wrong, or as `encoded_for` does.
+        ModelError: the architecture's head is not known, or memory is too small for one text.
 
     >>> from fusellm import load_pretrained
     >>> model, tokenizer = load_pretrained("zoo/python")
@@ -74,11 +70,8 @@ def read_distributions(
     with left_as_it_was(model), shown as bar:
         model.eval()
         found = reader.read(texts, encoded, bar.advance)
-    reasons = {
-        number: f"the tokenizer changes this text ({texts[number][:40]!r}…)"
-        for number, block in enumerate(encoded)
-        if block.ends is None
-    }
+    changed = [number for number, block in enumerate(encoded) if block.ends is None]
+    reasons = dict.fromkeys(changed, "the tokenizer changes this text")
     reasons |= dict.fromkeys(found.not_finite, "its distributions are not finite")
     tokens = tokens_of_texts(encoded, found.usable)
     return SourceDistributions(tuple(texts), ends, encoder, tokens, found.kept, reasons)

@@ -82,23 +82,13 @@ class FusionTrainer(Trainer):
             schedule = LambdaSchedule(checked_lambda(schedule))
         if args.label_smoothing_factor:
             raise ArgumentError("label_smoothing_factor has no place in λ·L_CLM + (1−λ)·L_Fusion")
-        if not isinstance(train_dataset, Rows):
-            raise ArgumentError(
-                f"train_dataset is a {type(train_dataset).__name__}; give a fusellm.FusedDataset"
-            )
         if "model_init" in others:
             raise ArgumentError("model_init is not known here: give the model itself")
         if isinstance(model, str):
             model, tokenizer = load_pretrained(model, device="cpu")  # Trainer places it
             others.setdefault("processing_class", tokenizer.tokenizer)
-        if not isinstance(without_adapters(model), PreTrainedModel):
-            raise ArgumentError(f"model is a {type(model).__name__}; give one of transformers")
-        base = without_adapters(model)
-        require_known_head(base)
-        if train_dataset.packed:
-            require_packing(base)
-        _require_fit(base, train_dataset, divergence)
-        teach_objective(base)
+        _require_fit(model, train_dataset, divergence)
+        teach_objective(without_adapters(model))
         args = copy(args)
         args.remove_unused_columns = False  # distributions are columns of their own
         args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
@@ -215,12 +205,23 @@ class FusionTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _require_fit(model: PreTrainedModel, rows: Rows, divergence: Divergence) -> None:
+def _require_fit(target: torch.nn.Module, rows: Rows, divergence: Divergence) -> None:
     """Check that texts fit into a model, and that distributions are of its tokens, and as flat.
 
     Raises:
         ArgumentError: they do not, or are not.
+        ModelError: its head is not known, or it does not keep packed rows' texts apart.
     """
+    if not isinstance(rows, Rows):
+        raise ArgumentError(
+            f"train_dataset is a {type(rows).__name__}; give a fusellm.FusedDataset"
+        )
+    model = without_adapters(target)
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(f"model is a {type(target).__name__}; give one of transformers")
+    require_known_head(model)
+    if rows.packed:
+        require_packing(model)
     room, longest = context_tokens(model.config), int(rows.lengths.max())
     if room is not None and longest > room:
         raise ArgumentError(
