@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import boundary_aligner, require_strategy, vocabulary_map
 from fusellm.alignment.translation import map_translation
-from fusellm.arrays.tokens import Tokens
+from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.errors import TokenizerError
 from fusellm.text_table import text_table
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+from fusellm.tokens.encode import Encoder, as_encoder
 
 _HEADINGS = ("", "target reads", "and predicts", "situation", "source position", "it predicts")
 _COLOURS = {"same": "green", "several": "cyan", "beyond": "yellow", "crossed": "red"}
@@ -155,7 +155,7 @@ def align(
     by_boundaries = made.aligner is boundary_aligner
     nothing = map_translation(np.full(len(source.vocabulary), -1), target)
     map_ = nothing if by_boundaries else vocabulary_map(source, target, strategy)
-    tokens = [_tokens(block) for block in encoded]
+    tokens = [tokens_of_texts([block]) for block in encoded]
     found = made.aligner(source, target, map_)(tokens[1], tokens[0])
     spelled = [
         tuple(tokenizer.shown(id_) for id_ in block.ids.tolist())
@@ -172,8 +172,3 @@ def align(
         source_positions=found.source,
         situations=found.situations,
     )
-
-
-def _tokens(block: Encoded) -> Tokens:
-    assert block.ends is not None
-    return Tokens(np.array([0, len(block.ids)]), block.ids, block.ends, block.prefix_tokens)

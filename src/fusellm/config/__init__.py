@@ -290,26 +290,8 @@ class Recipe(SettingsBlock):
                 "objective.rest: renormalize has no meaning with externalize.scheme: sampled, "
                 "whose draws leave nothing out; use bucket"
             )
-        _check_lambda(self.objective)
         _check_divergence(self)
         return self
-
-
-def _check_lambda(objective: ObjectiveSettings) -> None:
-    """Check that the schedule of λ has an end, and only one."""
-    shape, end = objective.lambda_schedule, objective.lambda_end
-    if shape in ("linear", "cosine") and end is None:
-        raise ValueError(f"objective.lambda_schedule: {shape} needs objective.lambda_end")
-    if shape == "constant" and end is not None:
-        raise ValueError(
-            f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: constant; set "
-            "lambda_schedule to linear or cosine"
-        )
-    if shape == "authors" and end is not None:
-        raise ValueError(
-            f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: authors, which "
-            "ends at 1; use linear"
-        )
 
 
 def _check_divergence(recipe: Recipe) -> None:

@@ -1,8 +1,8 @@
 """What the target is trained on: `objective:`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fusellm.config.base import SettingsBlock, Share
 
@@ -23,3 +23,21 @@ class ObjectiveSettings(SettingsBlock):
     """By which both distributions of L_Fusion are flattened, and L_Fusion times its square."""
     rest: Literal["bucket", "renormalize"] = "bucket"
     """What was not kept: one more outcome (`bucket`), or scaled away (`renormalize`, the paper)."""
+
+    @model_validator(mode="after")
+    def _has_one_end(self) -> Self:
+        """The schedule of λ has an end, and only one."""
+        shape, end = self.lambda_schedule, self.lambda_end
+        if shape in ("linear", "cosine") and end is None:
+            raise ValueError(f"objective.lambda_schedule: {shape} needs objective.lambda_end")
+        if shape == "constant" and end is not None:
+            raise ValueError(
+                f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: constant; set "
+                "lambda_schedule to linear or cosine"
+            )
+        if shape == "authors" and end is not None:
+            raise ValueError(
+                f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: authors, which "
+                "ends at 1; use linear"
+            )
+        return self
