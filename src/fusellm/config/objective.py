@@ -37,7 +37,7 @@ class ObjectiveSettings(SettingsBlock):
             )
         if shape == "authors" and end is not None:
             raise ValueError(
-                f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: authors, which "
-                "ends at 1; use linear"
+                f"objective.lambda_end: {end:g} has no meaning with lambda_schedule: authors, "
+                "which ends at 1; use linear"
             )
         return self
