@@ -35,6 +35,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,13 @@ from fusellm.models.heads import head_of, hidden_states
 from fusellm.models.load import default_device, load_model
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
+from fusellm.reading.allocator import give_back, keep_flat
+from fusellm.reading.background import Background
 from fusellm.reading.batches import pad, plan_batches
+from fusellm.reading.engine import ReadShard
+from fusellm.reading.local_engine import read_shards
+from fusellm.reading.worker import Worker
 from fusellm.recipe_file import load_recipe
-from fusellm.stages.externalize.local import read_here
-from fusellm.stages.externalize.memory import keep_flat
-from fusellm.stages.externalize.work import Done, Worker
 from fusellm.store.blocks import Block, open_corpus, read_shard
 from fusellm.store.identity import Identity
 from fusellm.store.tables import shard_names, write_encoded
@@ -65,12 +68,23 @@ _TEXTBOOK_ROUNDS = 3
 _MEMORY_BYTES = 2_000_000
 
 
-class _Nothing:
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        pass
+def _read(
+    worker: Worker,
+    names: list[str],
+    blocks_of: Callable[[str], list[Block]],
+    folder: StageWriter,
+) -> None:
+    """Read shards and write them, as the stage does."""
 
-    def resize(self, total: float) -> None:
-        pass
+    def write(shard: ReadShard) -> None:
+        done = shard.encode()
+        write_encoded(folder, shard.name, done.shard, done.counts)
+        give_back()
+
+    with Background("fusellm-write") as writing:
+        for event in read_shards(worker, names, blocks_of):
+            if isinstance(event, ReadShard):
+                writing.submit(partial(write, event))
 
 
 def corpus(
@@ -137,11 +151,7 @@ class Contest:
             tempfile.TemporaryDirectory() as place,
             StageWriter.open(Path(place), Identity("externalize", {}, {})) as folder,
         ):
-
-            def write(shard: str, done: Done) -> None:
-                write_encoded(folder, shard, done.shard, done.counts)
-
-            read_here(self.worker, list(self.blocks), self.blocks.__getitem__, write, _Nothing())
+            _read(self.worker, list(self.blocks), self.blocks.__getitem__, folder)
             folder.finish({})
 
     @torch.no_grad()
@@ -258,12 +268,8 @@ def memory(run: Path, shards: int, changes: list[str]) -> dict[str, float]:
         tempfile.TemporaryDirectory() as place,
         StageWriter.open(Path(place), Identity("externalize", {}, {})) as out,
     ):
-
-        def write(shard: str, done: Done) -> None:
-            write_encoded(out, shard, done.shard, done.counts)
-
         before = peak_bytes()
-        read_here(worker, names, lambda shard: read_shard(folder, shard), write, _Nothing())
+        _read(worker, names, lambda shard: read_shard(folder, shard), out)
         after = peak_bytes()
     return {"shards": len(names), "before_mb": before / 2**20, "peak_mb": after / 2**20}
 

@@ -32,10 +32,9 @@ from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import offsets_of
 from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.pipeline import Pipeline
-from fusellm.progress import Silent
+from fusellm.reading.worker import columns_of_tokens
 from fusellm.recipe_file import load_recipe
-from fusellm.stages import fuse
-from fusellm.stages.externalize.work import columns_of_tokens
+from fusellm.stages.fuse import FuseStage
 from fusellm.store.blocks import open_corpus, read_shard
 from fusellm.store.externalized import TARGET, externalized_folder, kept_columns, source_schema
 from fusellm.store.facts import About
@@ -142,15 +141,9 @@ def _about(vocabulary: int) -> About:
 
 
 def _fuse(pipeline: Pipeline) -> None:
-    readers = pipeline.readers.items()
-    fuse.run_fuse(
-        pipeline.recipe,
-        pipeline.run,
-        Identity("fuse", {}, {}),
-        {name: reader.encoder for name, reader in readers},
-        {name: reader.tokenizer_fingerprint for name, reader in readers},
-        Silent(),
-    )
+    stage = next(stage for stage in pipeline.stages if isinstance(stage, FuseStage))
+    with StageWriter.open(stage.folder, Identity("fuse", {}, {})) as folder:
+        stage.fill(folder)
 
 
 def measure(run: Path, train_bytes: int, profile: bool) -> dict[str, float]:

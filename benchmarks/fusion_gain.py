@@ -20,7 +20,7 @@ from fusellm.config import Recipe
 from fusellm.pipeline import Pipeline
 from fusellm.recipe_file import load_recipe
 from fusellm.stages.evaluate import read_records
-from fusellm.stages.train import CLM, FUSED
+from fusellm.store.run_folder import CLM, FUSED
 
 _DEMO = Path(__file__).parent.parent / "recipes" / "demo-full.yaml"
 _TEXT = Path(sysconfig.get_paths()["stdlib"]) / "*.py"

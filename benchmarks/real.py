@@ -41,10 +41,10 @@ from fusellm.evaluation.intervals import MEAN, Record, Scores, records
 from fusellm.models.load import default_device, load_model, load_tokenizer, locate
 from fusellm.pipeline import Pipeline
 from fusellm.recipe_file import load_recipe
-from fusellm.stages.train import CLM, FUSED
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.identity import digest
 from fusellm.store.manifest import StageFolder
+from fusellm.store.run_folder import CLM, FUSED
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
 from fusion_gain import QUICK, validation, variant

@@ -58,7 +58,7 @@ from fusellm.objective.chunked import objective
 from fusellm.objective.outcomes import Outcomes
 from fusellm.reading.batches import pad, plan_batches
 from fusellm.reading.source_reader import Read, SourceReader
-from fusellm.stages.externalize.work import columns_of_tokens
+from fusellm.reading.worker import columns_of_tokens
 from fusellm.store.blocks import Block
 from fusellm.store.externalized import kept_columns, kept_of, source_layout
 from fusellm.store.identity import Identity

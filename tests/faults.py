@@ -364,15 +364,15 @@ JOBS: dict[str, Callable[..., None]] = {
 
 
 def _count_loads() -> None:
-    from fusellm.stages.externalize import work
+    from fusellm.reading import worker
 
-    original = work.load_model
+    original = worker.load_model
 
     def counted(*arguments: Any) -> Any:
         SEEN["loaded"] = SEEN.get("loaded", 0) + 1
         return original(*arguments)
 
-    work.load_model = counted
+    worker.load_model = counted
 
 
 def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
@@ -534,12 +534,11 @@ def not_finite(run: Path, tokens: int, marker: str, seed: int) -> None:
     """
     import torch
 
-    from fusellm.reading import batches
-    from fusellm.stages.externalize import work
+    from fusellm.reading import batches, worker
 
     rng = random.Random(seed)
     marked: set[tuple[int, ...]] = set()
-    encode, hidden = work.encode_blocks, batches._hidden
+    encode, hidden = worker.encode_blocks, batches._hidden
 
     def my_encode(encoder: Any, blocks: Any) -> Any:
         found = encode(encoder, blocks)
@@ -559,16 +558,16 @@ def not_finite(run: Path, tokens: int, marker: str, seed: int) -> None:
             start += len(row) - 1
         return states, true_ids
 
-    work.encode_blocks, batches._hidden = my_encode, my_hidden
+    worker.encode_blocks, batches._hidden = my_encode, my_hidden
 
 
 def walk_fails(run: Path, tokens: int, marker: str) -> None:
     """A tokenizer, known by how many tokens it has, that changes blocks which contain a text."""
     from dataclasses import replace
 
-    from fusellm.stages.externalize import work
+    from fusellm.reading import worker
 
-    encode = work.encode_blocks
+    encode = worker.encode_blocks
 
     def my_encode(encoder: Any, blocks: Any) -> Any:
         found = encode(encoder, blocks)
@@ -579,7 +578,7 @@ def walk_fails(run: Path, tokens: int, marker: str) -> None:
             for block, encoded in zip(blocks, found, strict=True)
         ]
 
-    work.encode_blocks = my_encode
+    worker.encode_blocks = my_encode
 
 
 FAULTS: dict[str, Callable[..., None]] = {

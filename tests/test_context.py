@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from conftest import prose
 from fusellm.config import FileDocuments
+from fusellm.corpus.fields import Fields
 from fusellm.errors import CorpusError, RecipeError
 from fusellm.objective.divergence import CROSS_ENTROPY
 from fusellm.objective.outcomes import Outcomes
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.corpus.fields import Fields
 from fusellm.store.blocks import BLOCKS, BLOCKS_SCHEMA, open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names

@@ -26,19 +26,22 @@ from hypothesis import strategies as st
 
 from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import CorpusSettings, FileDocuments
+from fusellm.corpus import digests, formats
+from fusellm.corpus.cutting import write_corpus
+from fusellm.corpus.documents import file_records
+from fusellm.corpus.fields import Fields
+from fusellm.corpus.formats import Kind, Record, kind_of
+from fusellm.corpus.look import look_at
+from fusellm.corpus.parts import PARTS
+from fusellm.corpus.paths import files_of
 from fusellm.errors import CorpusError, IdentityError
 from fusellm.progress import Bar, Silent
 from fusellm.recipe_file import check_recipe
-from fusellm.stages.corpus import digests, formats, identity, run_corpus
-from fusellm.stages.corpus.documents import file_records
-from fusellm.stages.corpus.fields import Fields
-from fusellm.stages.corpus.formats import Kind, Record, kind_of
-from fusellm.stages.corpus.look import look_at
-from fusellm.stages.corpus.parts import PARTS
-from fusellm.stages.corpus.paths import files_of
+from fusellm.stages.corpus import identity_of_corpus
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.files import file_digest
 from fusellm.store.identity import digest
+from fusellm.store.writer import StageWriter
 
 TEXTS = [
     "one\ntwo, three",
@@ -140,8 +143,10 @@ def cut_up(
     settings_ = {"documents": list(entries)} | shares | corpus
     recipe = check_recipe({"name": "r", **models, "corpus": settings_}, "r")
     progress = progress or Silent()
-    made_from = identity(recipe, "tokenizer", progress)
-    run_corpus(recipe, folder / "run", made_from, lambda text: len(text.split()) + 2, progress)
+    made_from = identity_of_corpus(recipe, "tokenizer", progress)
+    with StageWriter.open(folder / "run" / "corpus", made_from, resume=False) as stage:
+        if not stage.complete:
+            write_corpus(recipe, stage, lambda text: len(text.split()) + 2, progress)
     stage = open_corpus(folder / "run")
     return {part: read_part(stage, part) for part in PARTS}
 

@@ -23,9 +23,9 @@ from fusellm.evaluation.suites import SUITES, Suite
 from fusellm.fusion import functions
 from fusellm.fusion.functions import FUNCTIONS, Compared
 from fusellm.models import heads
+from fusellm.reading.engine import EngineSettings, Events, Task
 from fusellm.recipe_file import resolve_paths
 from fusellm.stages import externalize
-from fusellm.stages.externalize.task import EngineSettings, Task
 from fusellm.tokens.encode import Encoder
 
 ROOT = Path(fusellm.__file__).resolve().parents[2]
@@ -130,9 +130,9 @@ def test_an_engine(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked: list[str] = []
     local = externalize.ENGINES["local"]
 
-    def backwards(task: Task, settings: EngineSettings) -> None:
+    def backwards(task: Task, settings: EngineSettings) -> Events:
         asked.extend(task.names)
-        local(replace(task, names=list(reversed(task.names))), settings)
+        yield from local(replace(task, names=list(reversed(task.names))), settings)
 
     run_of(world, tmp_path / "plain").corpus().externalize("second")
     monkeypatch.setitem(externalize.ENGINES, "local", backwards)

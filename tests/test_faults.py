@@ -32,8 +32,8 @@ from faults import BROKEN, FULL, QUOTA, Child, Ended, Fault, Server
 from fusellm.errors import IdentityError, StoreError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
+from fusellm.reading import worker
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.externalize import work
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.externalized import layout_of
 from fusellm.store.manifest import StageFolder
@@ -747,7 +747,7 @@ def test_blocks_with_nan_are_put_aside_and_no_other_changes(
         aside = [entry for shard in folder.shards.values() for entry in shard["counts"]["aside"]]
         assert {number for number, *_ in aside} == set(expected), what
         for number, document, reason in aside:
-            assert (document, reason) == (expected[number].document, work.NOT_FINITE), what
+            assert (document, reason) == (expected[number].document, worker.NOT_FINITE), what
         assert folder.counts["not_finite"] == len(expected), what
         for mine, theirs in zip(_rows(run), _rows(whole), strict=True):
             is_aside = int(mine["block"]) in expected
@@ -882,7 +882,7 @@ def test_a_reader_of_a_finished_run_says_which_file_is_damaged(
 def test_what_was_made_from_something_else_is_refused_before_a_model_is_loaded(
     ground: Ground, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(worker, "load_model", lambda *_: pytest.fail("a model was loaded"))
     run = ground.copy(tmp_path / "run")
     model = tmp_path / "neox"
     shutil.copytree(ground.world / "neox", model)

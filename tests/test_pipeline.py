@@ -20,11 +20,11 @@ from fusellm.errors import CorpusError, FusellmError, IdentityError, ModelError,
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages import train
 from fusellm.store.blocks import read_part
 from fusellm.store.manifest import StageFolder
-from fusellm.store.run_folder import STAGES, removable
+from fusellm.store.run_folder import CLM, FUSED, STAGES, removable
 from fusellm.store.writer import StageWriter
+from fusellm.training.arguments import training_arguments
 from fusellm.training.collator import Collator
 from fusellm.training.forward import objective_inputs, teach_objective
 from fusellm.training.rows import RowsOfLikeLength
@@ -146,7 +146,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_results(
     assert not list(run.rglob("*.writing"))
 
 
-@pytest.mark.parametrize("which", [train.FUSED, train.CLM])
+@pytest.mark.parametrize("which", [FUSED, CLM])
 def test_killed_in_training_it_ends_with_the_same_weights(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
@@ -160,7 +160,7 @@ def test_killed_in_training_it_ends_with_the_same_weights(
             pipeline(world, run).execute(["train"])
     assert list((run / "train" / f"{which}-checkpoints").glob("checkpoint-*"))
     pipeline(world, run).execute()
-    for model in (train.FUSED, train.CLM):
+    for model in (FUSED, CLM):
         mine = (run / "train" / model / "model.safetensors").read_bytes()
         assert mine == (finished / "train" / model / "model.safetensors").read_bytes()
     assert results(run) == results(finished)
@@ -236,9 +236,9 @@ def test_documents_of_one_name_in_two_folders_are_two(world: Path, tmp_path: Pat
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "same.txt").write_text(f"text {n}\n")
     changes = f'corpus.documents=[{{"files": "{tmp_path}/*/same.txt"}}]'
-    before = pipeline(world, tmp_path / "run", changes)._corpus_identity()
+    before = pipeline(world, tmp_path / "run", changes).stages[0].identity()
     (tmp_path / "a" / "same.txt").write_text("another text\n")
-    after = pipeline(world, tmp_path / "run", changes)._corpus_identity()
+    after = pipeline(world, tmp_path / "run", changes).stages[0].identity()
     assert before != after
 
 
@@ -340,7 +340,7 @@ def test_lambda_one_gives_the_losses_of_trainer(
     ours = [entry["loss"] for entry in log if "loss" in entry]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
-    arguments = train.training_arguments(one.recipe, tmp_path / "plain", train.CLM)
+    arguments = training_arguments(one.recipe, tmp_path / "plain", CLM)
     arguments.eval_strategy = "no"
     collate = Collator(None, packed=False)
     trainer = Trainer(
@@ -488,9 +488,9 @@ def test_nan_in_a_source_stops_with_its_name(world: Path, tmp_path: Path) -> Non
 def test_a_block_longer_than_a_context_is_refused_before_weights_are_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusellm.stages.externalize import work
+    from fusellm.reading import worker
 
-    monkeypatch.setattr(work, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(worker, "load_model", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "long.jsonl").write_text(
         "\n".join(json.dumps({"text": prose(n, words=900)}) for n in range(40))
     )

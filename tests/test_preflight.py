@@ -14,12 +14,12 @@ from fusellm import preflight
 from fusellm.cli.evaluate_screen import require_savable
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
+from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, ModelError, StoreError, TokenizerError
 from fusellm.models import load
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.corpus.sample import first_blocks
 from fusellm.store.externalized import open_externalized
 from fusellm.tokens.sample import sample
 from worlds import normalizing

@@ -27,11 +27,11 @@ from fusellm.cli.main import main
 from fusellm.errors import ClusterError, FusellmError, ModelError, NumericsError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
+from fusellm.reading import ray_cluster, ray_engine, ray_worker
+from fusellm.reading.engine import LOCAL, EngineSettings
+from fusellm.reading.ray_cluster import size_of_workers
+from fusellm.reading.worker import Done
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.externalize import ray_cluster, ray_engine, ray_worker
-from fusellm.stages.externalize.ray_cluster import size_of_workers
-from fusellm.stages.externalize.task import LOCAL, EngineSettings
-from fusellm.stages.externalize.work import Done
 from fusellm.store.blocks import Block
 from fusellm.store.manifest import StageFolder
 from fusellm.store.writer import StageWriter
@@ -309,7 +309,7 @@ def test_a_worker_that_is_killed_loses_nothing(
     pids = tmp_path / "pids"
     pids.mkdir()
 
-    class Slow(ray_worker.Reader):
+    class Slow(ray_worker.RemoteWorker):
         def read(self, blocks: list[Block]) -> Done:
             (pids / str(os.getpid())).touch()
             time.sleep(0.2)
@@ -323,7 +323,7 @@ def test_a_worker_that_is_killed_loses_nothing(
             killed.append(int(next(pids.iterdir()).name))
             os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr(ray_engine, "Reader", Slow)
+    monkeypatch.setattr(ray_engine, "RemoteWorker", Slow)
     monkeypatch.setattr(StageWriter, "write", killing)
     said = Said()
     pipeline(world, run, on(cluster, 2), said=said).execute([SOURCE])
@@ -342,7 +342,7 @@ def test_a_node_that_is_lost_loses_nothing(
     third = cluster.add_node(num_cpus=1)
     third_id = third.node_id
 
-    class Slow(ray_worker.Reader):
+    class Slow(ray_worker.RemoteWorker):
         def read(self, blocks: list[Block]) -> Done:
             import ray
 
@@ -357,7 +357,7 @@ def test_a_node_that_is_lost_loses_nothing(
             removed.append(third)
             cluster.remove_node(third, allow_graceful=False)
 
-    monkeypatch.setattr(ray_engine, "Reader", Slow)
+    monkeypatch.setattr(ray_engine, "RemoteWorker", Slow)
     monkeypatch.setattr(StageWriter, "write", removing)
     pipeline(world, run, on(cluster, 3)).execute([SOURCE])
     assert removed
@@ -370,7 +370,7 @@ def test_workers_that_always_die_end_in_an_error_and_it_goes_on_locally(
 ) -> None:
     first = run / SOURCE / "train-00000.arrow"
 
-    class Dying(ray_worker.Reader):
+    class Dying(ray_worker.RemoteWorker):
         def read(self, blocks: list[Block]) -> Done:
             if blocks[0].number > 0:
                 while not first.exists():
@@ -378,7 +378,7 @@ def test_workers_that_always_die_end_in_an_error_and_it_goes_on_locally(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().read(blocks)
 
-    monkeypatch.setattr(ray_engine, "Reader", Dying)
+    monkeypatch.setattr(ray_engine, "RemoteWorker", Dying)
     with pytest.raises(ClusterError, match=r"^3 workers were lost while they read train-0000") as e:
         pipeline(world, run, on(cluster)).execute([SOURCE])
     assert "Finished shards are kept" in str(e.value)
@@ -393,11 +393,11 @@ def test_workers_that_always_die_end_in_an_error_and_it_goes_on_locally(
 def test_workers_that_die_in_loading_end_in_an_error(
     world: Path, run: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Dying(ray_worker.Reader):
+    class Dying(ray_worker.RemoteWorker):
         def load(self, orders: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(ray_engine, "Reader", Dying)
+    monkeypatch.setattr(ray_engine, "RemoteWorker", Dying)
     with pytest.raises(ClusterError, match=r"^workers are lost again and again, the last one: "):
         pipeline(world, run, on(cluster, 2)).execute([SOURCE])
 
@@ -421,12 +421,12 @@ def test_finished_shards_are_not_read_again(
     before = {path: path.stat().st_mtime_ns for path in (run / SOURCE).glob("*.arrow")}
     assert len(before) == 5
 
-    class Refusing(ray_worker.Reader):
+    class Refusing(ray_worker.RemoteWorker):
         def read(self, blocks: list[Block]) -> Done:
             assert blocks[0].number >= 5 * 8
             return super().read(blocks)
 
-    monkeypatch.setattr(ray_engine, "Reader", Refusing)
+    monkeypatch.setattr(ray_engine, "RemoteWorker", Refusing)
     pipeline(world, run, on(cluster)).execute([SOURCE])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert manifest(run) == manifest(local)

@@ -191,9 +191,9 @@ def test_the_command_trains_on_several_processes(
 def test_a_training_goes_on_with_as_many_processes(world: Path, several: Path) -> None:
     run = several / "begun"
     shutil.copytree(several / "tied", run)
-    two = pipeline(world, run, *BASE)
-    two._training_processes = 2
-    part = next(part for part in two._parts() if part.name == "train/fused")
+    one = pipeline(world, run, *BASE)
+    two = Pipeline(one.recipe, run, Silent(), training_processes=2)
+    part = next(part for part in two.stages if part.name == "train/fused")
     with StageWriter.open(run / "train" / "fused", part.identity()):
         pass
     with pytest.raises(IdentityError, match=r"was begun by 2 process\(es\).* --nproc 2`, or add"):
@@ -243,8 +243,7 @@ def test_settings_that_several_processes_cannot_have_are_refused(
 
     def trained() -> None:
         one = pipeline(world, several / "tied", *changes)
-        one._training_processes = count
-        one.execute(["train"])
+        Pipeline(one.recipe, one.run, Silent(), training_processes=count).execute(["train"])
 
     with pytest.raises(RecipeError) as caught:
         trained()

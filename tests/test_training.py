@@ -214,10 +214,10 @@ def test_a_setting_of_training_alone_leaves_fuse_as_it_is(
     changes = ("objective.lambda_schedule=authors", "objective.divergence=kl", "training.keep=best")
     plain, other = pipeline(world, fused), pipeline(world, fused, *changes)
     identities = {
-        part.name: part.identity() for part in plain._parts() if part.stage in ("fuse", "train")
+        part.name: part.identity() for part in plain.stages if part.command in ("fuse", "train")
     }
-    for part in other._parts():
-        if part.stage == "fuse":
+    for part in other.stages:
+        if part.command == "fuse":
             assert part.identity() == identities["fuse"]
         if part.name == "train/fused":
             (differences,) = [part.identity().differences(identities["train/fused"])]

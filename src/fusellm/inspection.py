@@ -14,6 +14,7 @@ from fusellm.config import Recipe
 from fusellm.errors import StoreError
 from fusellm.fusion.fuse import Fused, rules_of
 from fusellm.fusion.view import BlockView, Material, view_block
+from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.fuse import pairings_of
 from fusellm.store import fused as fused_store
@@ -48,8 +49,7 @@ class Inspection:
 def inspect_block(
     recipe: Recipe,
     run: Path,
-    encoders: dict[str, Encoder],
-    fingerprints: dict[str, str],
+    readers: Mapping[str, Reader],
     number: int,
     position: int | None,
     progress: Progress,
@@ -57,8 +57,7 @@ def inspect_block(
     """Gather one block of the part that sources read.
 
     Args:
-        encoders, fingerprints: of the tokenizers of the sources by name, and of the target as
-            "target".
+        readers: the models by name; the target is "target".
         number: of the block, from 0.
         position: as `view_block` takes it.
 
@@ -72,11 +71,12 @@ def inspect_block(
     fused, corpus = open_fused(run), open_corpus(run)
     folders = {name: open_externalized(run, name) for name in (TARGET, *names)}
     for name, folder in folders.items():
-        if folder.identity.inputs.get("tokenizer") != fingerprints[name]:
+        if folder.identity.inputs.get("tokenizer") != readers[name].tokenizer_fingerprint:
             raise StoreError(
                 f"the tokenizer of {name!r} is not the one that {folder.path} was made with; put "
                 f"it back, or make the run anew: fusellm run {run} --redo"
             )
+    encoders: dict[str, Encoder] = {name: reader.encoder for name, reader in readers.items()}
     shard, row, blocks = _place(corpus, number)
     block = read_shard(corpus, shard)[row]
     read = {
@@ -87,7 +87,7 @@ def inspect_block(
     positions = len(target.predicting)
     if position is not None and not 0 <= position < positions:
         raise _no_position(position, number, positions)
-    pairings = pairings_of(recipe, encoders, fingerprints, progress)
+    pairings = pairings_of(recipe, readers, progress)
     readings = [pairings[name].reading(target, tokens[name], kept_of(read[name])) for name in names]
     material = Material(
         len(block.text.encode()),

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
+from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, IdentityError, ModelError, TokenizerError
 from fusellm.models.headers import weight_problems
 from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
-from fusellm.stages.corpus.sample import first_blocks
-from fusellm.stages.evaluate import require_comparable
 from fusellm.store.blocks import open_corpus, read_part, read_shard
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import check_identity
@@ -133,6 +132,30 @@ def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
         for name, reader in readers.items()
     }
     require_comparable([block.domain for block in blocks], read)
+
+
+def require_comparable(domains: Sequence[str], read: Mapping[str, Sequence[bool]]) -> None:
+    """Check that of each domain there is a held-out block that all models can read.
+
+    Args:
+        domains: of each block.
+        read: by model, whether its tokenizer leaves each block as it is.
+
+    Raises:
+        CorpusError: there is none.
+    """
+    for domain in dict.fromkeys(domains):
+        own = {
+            name: [can for can, of in zip(rows, domains, strict=True) if of == domain]
+            for name, rows in read.items()
+        }
+        if not any(all(block) for block in zip(*own.values(), strict=True)):
+            unread = [name for name, rows in own.items() if not any(rows)]
+            raise CorpusError(
+                f"no held-out block of domain {domain!r} can be read by all of {', '.join(read)}"
+                + (f" ({', '.join(unread)} can read none at all)" if unread else "")
+                + ": some tokenizer changes its text; leave that model or that domain out"
+            )
 
 
 def fits(reader: Reader, block_bytes: int) -> bool:

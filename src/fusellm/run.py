@@ -17,13 +17,12 @@ from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Progress, Silent
+from fusellm.reading.engine import LOCAL, EngineSettings
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.evaluate import read_records
-from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import results_table, verdict
-from fusellm.stages.train import FUSED, folder_of
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.run_folder import RECIPE, STAGES, SUITES
+from fusellm.store.run_folder import FUSED, RECIPE, STAGES, SUITES, trained_folder
 from fusellm.text_table import text_table
 
 
@@ -207,7 +206,7 @@ class Run:
         Raises:
             StoreError: it is not trained yet.
         """
-        place = folder_of(self.folder, which)
+        place = trained_folder(self.folder, which)
         if not (place / MANIFEST).exists() or not StageFolder(place).complete:
             raise StoreError(f"{place} has no finished model yet; first: run.train()")
         return load_pretrained(str(place), device=device, trust_remote_code=self.trusted)
@@ -222,13 +221,6 @@ class Run:
         Raises:
             StoreError: nothing is fused yet, or there is no such block or position.
         """
-        readers = self._pipeline.readers.items()
         return inspect_block(
-            self.recipe,
-            self.folder,
-            {name: reader.encoder for name, reader in readers},
-            {name: reader.tokenizer_fingerprint for name, reader in readers},
-            number,
-            position,
-            self._progress,
+            self.recipe, self.folder, self._pipeline.readers, number, position, self._progress
         )

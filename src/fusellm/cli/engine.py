@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fusellm.stages.externalize.task import EngineSettings
+    from fusellm.reading.engine import EngineSettings
 
 _PANEL = "Where sources are read"
 
@@ -83,6 +83,6 @@ def settings_of(
     Raises:
         ClusterError: they do not go together.
     """
-    from fusellm.stages.externalize.task import EngineSettings
+    from fusellm.reading.engine import EngineSettings
 
     return EngineSettings(name.value, address, workers, cpus, gpus)

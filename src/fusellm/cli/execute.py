@@ -21,7 +21,7 @@ from fusellm.recipe_file import changed_evaluation, load_recipe, resolve_paths
 if TYPE_CHECKING:
     from fusellm.config import Recipe
     from fusellm.pipeline import Pipeline
-    from fusellm.stages.externalize.task import EngineSettings
+    from fusellm.reading.engine import EngineSettings
 
 
 def open_recipe(place: Path, changes: Sequence[str]) -> "Recipe":
@@ -55,7 +55,7 @@ def open_pipeline(
     from fusellm.models.remote_code import trusted_code
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
-    from fusellm.stages.externalize.task import LOCAL
+    from fusellm.reading.engine import LOCAL
 
     recipe = open_recipe(place, changes)
     progress = Terminal(STDERR) if speaks() else Silent()
@@ -116,9 +116,9 @@ def execute(
 
 def _push(pipeline: "Pipeline", repo: str) -> None:
     from fusellm.models.hub import push_model
-    from fusellm.stages.train import FUSED, folder_of
+    from fusellm.store.run_folder import FUSED, trained_folder
 
-    folder = folder_of(pipeline.run, FUSED)
+    folder = trained_folder(pipeline.run, FUSED)
     with Terminal(STDERR).start(f"uploading {folder}", 0, "files"):
         address = push_model(folder, repo, f"{pipeline.recipe.name}: fused by fusellm")
     STDERR.say(f"The fused model is at {address}")

@@ -292,16 +292,7 @@ def inspect_command(
             "away"
         )
     recipe = open_recipe(run, NO_CHANGES)
-    readers = readers_of(recipe).items()
-    found = inspect_block(
-        recipe,
-        run,
-        {name: reader.encoder for name, reader in readers},
-        {name: reader.tokenizer_fingerprint for name, reader in readers},
-        block,
-        position,
-        Terminal(STDERR),
-    )
+    found = inspect_block(recipe, run, readers_of(recipe), block, position, Terminal(STDERR))
     show(str(run), recipe, found, as_json, STDOUT)
 
 

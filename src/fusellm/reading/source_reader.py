@@ -5,7 +5,7 @@ On a GPU the host finishes a batch while the device computes the next one.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,20 @@ class SourceReader:
             texts: of each block; its draws are seeded by it.
             advance: is told how many blocks more have been read.
         """
+        steps = self.steps(texts, encoded)
+        while True:
+            try:
+                advance(next(steps))
+            except StopIteration as end:
+                read: Read = end.value
+                return read
+
+    def steps(self, texts: Sequence[str], encoded: Sequence[Encoded]) -> Generator[int, None, Read]:
+        """Read as `read` does, batch by batch.
+
+        Yields:
+            How many blocks more have been read.
+        """
         readable = [block.ids if block.ends is not None else block.ids[:0] for block in encoded]
 
         def select(batch: list[int], hidden: torch.Tensor, true_ids: torch.Tensor) -> _Copy:
@@ -70,23 +84,26 @@ class SourceReader:
             shift = shifts(seeds, [len(readable[n]) - 1 for n in batch]).to(hidden.device)
             return _Copy(self._selector.select(hidden, true_ids, shift))
 
-        waiting: deque[tuple[list[int], _Copy]] = deque()
-        found: list[tuple[list[int], Kept]] = []
-
-        def finish() -> None:
-            batch, copy = waiting.popleft()
-            found.append((batch, kept_of_host(copy.take(), self._settings)))
-            advance(len(batch))
-
         budget = self._settings.batch_tokens
-        for item in read_blocks(self._model, readable, budget, select, self._limit):
-            waiting.append(item)
-            if len(waiting) >= _IN_FLIGHT or not item[1].on_its_way:
-                finish()
-        while waiting:
-            finish()
-        advance(len(texts) - sum(len(batch) for batch, _ in found))
-        return _in_order(found, encoded)
+        copies = read_blocks(self._model, readable, budget, select, self._limit)
+        batches: list[tuple[list[int], Kept]] = []
+        for batch, copy in _behind(copies):
+            batches.append((batch, kept_of_host(copy.take(), self._settings)))
+            yield len(batch)
+        yield len(texts) - sum(len(batch) for batch, _ in batches)
+        return _in_order(batches, encoded)
+
+
+def _behind(
+    copies: Iterator[tuple[list[int], "_Copy"]],
+) -> Iterator[tuple[list[int], "_Copy"]]:
+    """Batches, each after the device was given the next one to compute."""
+    waiting: deque[tuple[list[int], _Copy]] = deque()
+    for item in copies:
+        waiting.append(item)
+        if len(waiting) >= _IN_FLIGHT or not item[1].on_its_way:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _seed(seed: int, text: str) -> int:
@@ -111,12 +128,12 @@ class _Copy:
         return self._host
 
 
-def _in_order(found: list[tuple[list[int], Kept]], encoded: Sequence[Encoded]) -> Read:
+def _in_order(batches: list[tuple[list[int], Kept]], encoded: Sequence[Encoded]) -> Read:
     """Batches joined, in the order of the blocks, without those that are not finite."""
     lengths = np.array([max(len(b.ids) - 1, 0) if b.ends is not None else 0 for b in encoded])
     usable = np.array([block.ends is not None for block in encoded], dtype=np.bool_)
-    read = [n for batch, _ in found for n in batch]
-    joined = _joined([kept for _, kept in found])
+    read = [n for batch, _ in batches for n in batch]
+    joined = _joined([kept for _, kept in batches])
     offsets = offsets_of(lengths[read]) if read else np.zeros(1, dtype=np.int64)
     true = np.append(joined.true_log_prob, 0.0)
     finite = np.logical_and.reduceat(np.isfinite(true), offsets)[:-1]

@@ -2,69 +2,88 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusellm.config import Recipe
 from fusellm.errors import CorpusError
 from fusellm.evaluation.bits_per_byte import blocks_nats, without_context
+from fusellm.evaluation.comparison import PAIRS, Rules
 from fusellm.evaluation.intervals import Record, Scores, records
-from fusellm.models.load import Located, default_device, load_model
-from fusellm.progress import Progress
+from fusellm.evaluation.measure import Prepared, candidate, prepare
+from fusellm.evaluation.settings import settings_of
+from fusellm.evaluation.suite_results import measure_into
+from fusellm.models.load import Located, default_device, load_model, locate
+from fusellm.models.readers import Reader
+from fusellm.preflight import require_comparable
+from fusellm.stages.stage import Context, FolderStage, Stage
 from fusellm.store.blocks import Block, open_corpus, read_part
-from fusellm.store.files import from_json
+from fusellm.store.externalized import TARGET
+from fusellm.store.files import from_json, require_inside
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
+from fusellm.store.run_folder import CLM, FUSED, trained_folder
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
 
-FOLDER = "evaluate"
 RESULTS = "results.json"
 
 
-def identity(recipe: Recipe, models: Mapping[str, str], corpus: str) -> Identity:
-    """What the results are made from.
+def evaluated_models(context: Context) -> dict[str, Reader]:
+    """The models of the results table, in its order."""
+    names = [source.name for source in context.recipe.sources]
+    models = {name: context.readers[name] for name in (*names, TARGET)}
+    target = context.target
+    for which in (CLM, FUSED) if context.recipe.training.clm_baseline else (FUSED,):
+        # What was trained is a folder with everything in it, whatever it was trained from.
+        at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
+        at |= {"model": str(trained_folder(context.run, which))}
+        located = locate(context.recipe.target.model_copy(update=at), context.trusted)
+        models[which] = Reader(located, target.encoder, target.tokenizer_fingerprint)
+    return models
 
-    Args:
-        models: fingerprint of each model, in the order of the table.
-    """
-    settings = {
-        "resamplings": recipe.evaluation.resamplings,
-        "seed": recipe.seed,
-        "models": list(models),
-    }
-    return Identity("evaluate", settings, dict(models) | {"corpus": corpus})
 
+class EvaluateStage(FolderStage):
+    """Bits per byte of every model, one in memory at a time, over the same bytes."""
 
-def run_evaluate(
-    recipe: Recipe,
-    run: Path,
-    identity_: Identity,
-    models: Mapping[str, tuple[Located, Encoder]],
-    progress: Progress,
-) -> None:
-    """Measure every model, one in memory at a time, over the same bytes."""
-    blocks = read_part(open_corpus(run), "held_out")
-    with StageWriter.open(run / FOLDER, identity_) as folder:
-        if folder.complete:
-            return
+    command = "evaluate"
+
+    def identity(self) -> Identity:
+        """What the results are made from."""
+        context, recipe = self.context, self.context.recipe
+        models = {
+            name: digest([model.located.fingerprint, model.located.settings.precision, *told])
+            for name, model in evaluated_models(context).items()
+            for told in [_tokenizer_told(model) if name in context.readers else []]
+        }
+        settings = {
+            "resamplings": recipe.evaluation.resamplings,
+            "seed": recipe.seed,
+            "models": list(models),
+        }
+        return Identity("evaluate", settings, models | {"corpus": context.fingerprint("corpus")})
+
+    def fill(self, folder: StageWriter) -> None:
+        """Measure the models that are missing, and compare all."""
+        recipe = self.context.recipe
+        models = evaluated_models(self.context)
+        blocks = read_part(open_corpus(self.context.run), "held_out")
         measured: dict[str, str] = {}
-        for name, (located, encoder) in models.items():
-            twin = measured.setdefault(_twin(located, encoder), name)
+        for name, model in models.items():
+            twin = measured.setdefault(_twin(model.located, model.encoder), name)
             if _shard(twin) not in folder.shards:
-                nats = _measure(name, located, encoder, blocks, recipe, progress)
                 columns: dict[str, list[Any]] = {
                     "block": [block.number for block in blocks],
-                    "nats": [np.zeros(0) if found is None else found for found in nats],
+                    "nats": self._measure(name, model, blocks),
                 }
                 write_table(folder, _shard(name), columns, NATS_SCHEMA)
         shards = {
-            name: _shard(measured[_twin(located, encoder)])
-            for name, (located, encoder) in models.items()
+            name: _shard(measured[_twin(model.located, model.encoder)])
+            for name, model in models.items()
         }
         read = {name: _read(folder, shard, blocks) for name, shard in shards.items()}
         scores = _common(blocks, read)
@@ -74,17 +93,79 @@ def run_evaluate(
             {name: [not changed for changed in rows] for name, rows in unread.items()},
         )
         _require_scored(scores)
-        differences = [("fused", "clm")] if "clm" in models else []
-        found = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
+        differences = [(FUSED, CLM)] if CLM in models else []
+        results = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
         notes = {
             "blocks": len(blocks),
             "blocks_left_out": sum(any(rows) for rows in zip(*unread.values(), strict=True)),
             "blocks_changed": {name: n for name, rows in unread.items() if (n := sum(rows))},
             "bytes": _bytes_by_domain(scores),
         }
-        body = {"records": [record.as_dict() for record in found], "notes": notes}
+        body = {"records": [record.as_dict() for record in results], "notes": notes}
         folder.write_text(RESULTS, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         folder.finish(notes)
+
+    def _measure(self, name: str, reader: Reader, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """The nats of each block's bytes; none of one that the model could not read."""
+        model = load_model(reader.located, default_device())
+        texts = [block.text for block in blocks]
+        encoded = reader.encoder.encode(texts, [block.last for block in blocks])
+        lengths = [len(text.encode()) for text in texts]
+        batch_tokens = self.context.recipe.evaluation.batch_tokens
+        shown = self.context.progress.start(f"evaluating {name}", len(blocks), "blocks")
+        with shown as bar:
+            nats = blocks_nats(model, encoded, lengths, batch_tokens, bar.advance)
+        scored = without_context(nats, [block.context for block in blocks])
+        return [np.zeros(0) if of_block is None else of_block for of_block in scored]
+
+
+class SuitesStage(Stage):
+    """What every model of a run answers to the documents of benchmarks.
+
+    Its records know by themselves what they were made from, so that it has no manifest.
+    """
+
+    command = "evaluate"
+
+    @cached_property
+    def prepared(self) -> list[Prepared]:
+        """The suites with their data, packages and sandbox, once these are found.
+
+        Raises:
+            EvaluationError: something is missing.
+        """
+        wanted = [suite for suite in self.context.evaluation.suites if suite != "lm"]
+        settings = settings_of(self.context.evaluation)
+        return prepare(wanted, settings, self.context.progress) if wanted else []
+
+    def execute(self, redo: bool) -> None:
+        """Measure the models, in the order of the table, and put the suites into the index.
+
+        Raises:
+            FusellmError: as `candidate` and `measure_into` do.
+        """
+        if not self.prepared:
+            return
+        context, evaluation = self.context, self.context.evaluation
+        require_inside(self.folder, context.run)
+        models = evaluated_models(context).items()
+        measure_into(
+            self.folder,
+            [candidate(name, model.located) for name, model in models],
+            self.prepared,
+            settings_of(evaluation),
+            Rules(PAIRS, evaluation.resamplings, context.recipe.seed, evaluation.pass_at),
+            evaluation.published,
+            context.progress,
+            redo,
+        )
+
+
+def _tokenizer_told(reader: Reader) -> list[str]:
+    """Fingerprint of the tokenizer, where a recipe says which or what it puts before a text."""
+    settings = reader.located.settings
+    given = settings.tokenizer is not None or settings.prefix is not None
+    return [reader.tokenizer_fingerprint] if given else []
 
 
 def _twin(located: Located, encoder: Encoder) -> str:
@@ -95,22 +176,6 @@ def _twin(located: Located, encoder: Encoder) -> str:
 
 def _shard(name: str) -> str:
     return f"{name}.arrow"
-
-
-def _measure(
-    name: str,
-    located: Located,
-    encoder: Encoder,
-    blocks: Sequence[Block],
-    recipe: Recipe,
-    progress: Progress,
-) -> list[np.ndarray | None]:
-    model = load_model(located, default_device())
-    encoded = encoder.encode([block.text for block in blocks], [block.last for block in blocks])
-    lengths = [len(block.text.encode()) for block in blocks]
-    with progress.start(f"evaluating {name}", len(blocks), "blocks") as bar:
-        nats = blocks_nats(model, encoded, lengths, recipe.evaluation.batch_tokens, bar.advance)
-    return without_context(nats, [block.context for block in blocks])
 
 
 def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
@@ -142,30 +207,6 @@ def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -
         for name, array in arrays.items():
             sums[name][document] += float(array[scored].sum())
     return Scores([domain for domain, _ in number], scored_bytes, sums)
-
-
-def require_comparable(domains: Sequence[str], read: Mapping[str, Sequence[bool]]) -> None:
-    """Check that of each domain there is a held-out block that all models can read.
-
-    Args:
-        domains: of each block.
-        read: by model, whether its tokenizer leaves each block as it is.
-
-    Raises:
-        CorpusError: there is none.
-    """
-    for domain in dict.fromkeys(domains):
-        own = {
-            name: [can for can, of in zip(rows, domains, strict=True) if of == domain]
-            for name, rows in read.items()
-        }
-        if not any(all(block) for block in zip(*own.values(), strict=True)):
-            unread = [name for name, rows in own.items() if not any(rows)]
-            raise CorpusError(
-                f"no held-out block of domain {domain!r} can be read by all of {', '.join(read)}"
-                + (f" ({', '.join(unread)} can read none at all)" if unread else "")
-                + ": some tokenizer changes its text; leave that model or that domain out"
-            )
 
 
 def _require_scored(scores: Scores) -> None:
@@ -205,6 +246,6 @@ def notes_of(run: Path) -> dict[str, Any]:
 
 
 def _results(run: Path) -> dict[str, Any]:
-    folder = StageFolder(run / FOLDER).require_complete(f"fusellm evaluate {run}")
+    folder = StageFolder(run / "evaluate").require_complete(f"fusellm evaluate {run}")
     body: dict[str, Any] = from_json(folder.file(RESULTS).read_text(encoding="utf-8"))
     return body

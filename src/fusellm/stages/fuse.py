@@ -8,7 +8,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,14 @@ import pyarrow as pa
 
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import STRATEGIES
-from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
 from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks, rules_of
 from fusellm.fusion.pairing import Pairing, pair
+from fusellm.models.readers import Reader
 from fusellm.progress import Progress
+from fusellm.stages.stage import FolderStage
 from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
 from fusellm.store.externalized import (
     TARGET,
@@ -33,59 +33,47 @@ from fusellm.store.externalized import (
     require_text,
     tokens_of,
 )
-from fusellm.store.fused import fused_folder, fused_schema, write_members
+from fusellm.store.fused import fused_schema, write_members
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Ragged, Shard, shard_names, write_table
 from fusellm.store.translations import cached_translation
 from fusellm.store.writer import StageWriter
-from fusellm.tokens.encode import Encoder
 
 COUNTS = "counts.json"
 
 
-def identity(recipe: Recipe, externalized: dict[str, str]) -> Identity:
-    """What the fused distributions are made from.
+class FuseStage(FolderStage):
+    """The folder `fuse`: fused distributions, and of each source its outcomes as sets of ids."""
 
-    Args:
-        externalized: fingerprints of the folders under externalize/, the target's too.
-    """
-    fusion = recipe.fusion.model_dump() | {"token_healing": recipe.fusion.heals}
-    order = [source.name for source in recipe.sources]
-    return Identity("fuse", {"fusion": fusion, "sources": order}, externalized)
+    command = "fuse"
 
+    def identity(self) -> Identity:
+        """What the fused distributions are made from."""
+        recipe = self.context.recipe
+        fusion = recipe.fusion.model_dump() | {"token_healing": recipe.fusion.heals}
+        order = [source.name for source in recipe.sources]
+        inputs = {n: self.context.fingerprint(n) for n in self.after if n != "corpus"}
+        return Identity("fuse", {"fusion": fusion, "sources": order}, inputs)
 
-def run_fuse(
-    recipe: Recipe,
-    run: Path,
-    identity_: Identity,
-    encoders: dict[str, Encoder],
-    fingerprints: dict[str, str],
-    progress: Progress,
-) -> None:
-    """Write the fused distributions of a run.
-
-    Args:
-        encoders, fingerprints: of the tokenizers of the sources by name, and of the target as
-            "target".
-    """
-    corpus, target = open_corpus(run), open_externalized(run, TARGET)
-    sources = {source.name: open_externalized(run, source.name) for source in recipe.sources}
-    with StageWriter.open(fused_folder(run), identity_) as folder:
-        if folder.complete:
-            return
-        pairings = pairings_of(recipe, encoders, fingerprints, progress)
+    def fill(self, folder: StageWriter) -> None:
+        """Fuse the shards that are missing."""
+        recipe, run, readers = self.context.recipe, self.context.run, self.context.readers
+        corpus, target = open_corpus(run), open_externalized(run, TARGET)
+        sources = {source.name: open_externalized(run, source.name) for source in recipe.sources}
+        pairings = pairings_of(recipe, readers, self.context.progress)
         for name, pairing in pairings.items():
             write_members(folder, name, *pairing.translation.members())
-        prefixes = {name: encoder.prefix_tokens for name, encoder in encoders.items()}
+        prefixes = {name: reader.encoder.prefix_tokens for name, reader in readers.items()}
+        vocabularies = {name: len(reader.encoder.vocabulary) for name, reader in readers.items()}
         outcomes = max(pairing.translation.outcomes for pairing in pairings.values()) + 1
-        schema = fused_schema(len(encoders[TARGET].vocabulary), outcomes)
+        schema = fused_schema(vocabularies[TARGET], outcomes)
         layouts = {
-            name: layout_of(stage, len(encoders[name].vocabulary))
+            name: layout_of(stage, vocabularies[name])
             for name, stage in {TARGET: target, **sources}.items()
         }
         names = shard_names(corpus, "train-")
-        with progress.start("fusing", len(names), "shards") as bar:
+        with self.context.progress.start("fusing", len(names), "shards") as bar:
             for name in names:
                 if name not in folder.shards:
                     _fuse_shard(
@@ -106,53 +94,35 @@ def run_fuse(
 
 
 def pairings_of(
-    recipe: Recipe,
-    encoders: dict[str, Encoder],
-    fingerprints: dict[str, str],
-    progress: Progress,
+    recipe: Recipe, readers: Mapping[str, Reader], progress: Progress
 ) -> dict[str, Pairing]:
     """Each source beside the target, by the recipe's strategy.
 
     Args:
-        encoders, fingerprints: as `run_fuse` takes them.
+        readers: the models by name; the target is "target".
     """
-    maps = _translations_of(recipe, encoders, fingerprints, progress)
-    return {
-        name: pair(encoders[name], encoders[TARGET], map_, recipe.fusion)
-        for name, map_ in maps.items()
-    }
-
-
-def _translations_of(
-    recipe: Recipe,
-    encoders: dict[str, Encoder],
-    fingerprints: dict[str, str],
-    progress: Progress,
-) -> dict[str, VocabularyMap]:
-    """The vocabulary map of each source, by the recipe's strategy.
-
-    Args:
-        encoders, fingerprints: as `run_fuse` takes them.
-    """
-    strategy = recipe.fusion.strategy
-    translate = STRATEGIES[strategy].translate
-    sizes = {s.name: len(encoders[s.name].vocabulary) for s in recipe.sources}
-    found = {}
+    strategy, target = recipe.fusion.strategy, readers[TARGET]
+    sizes = {s.name: len(readers[s.name].encoder.vocabulary) for s in recipe.sources}
+    pairings = {}
     with progress.start("mapping vocabularies", sum(sizes.values()), "tokens") as bar:
         for name, size in sizes.items():
-            done = 0
+            source, done = readers[name], 0
 
             def advance(count: int) -> None:
                 nonlocal done
                 done += count
                 bar.advance(count)
 
-            pair = fingerprints[name], fingerprints[TARGET]
-            both = size, len(encoders[TARGET].vocabulary)
-            make = partial(translate, encoders[name], encoders[TARGET], advance)
-            found[name] = cached_translation(strategy, *pair, both, make)
+            map_ = cached_translation(
+                strategy,
+                source.tokenizer_fingerprint,
+                target.tokenizer_fingerprint,
+                (size, len(target.encoder.vocabulary)),
+                partial(STRATEGIES[strategy].translate, source.encoder, target.encoder, advance),
+            )
+            pairings[name] = pair(source.encoder, target.encoder, map_, recipe.fusion)
             bar.advance(size - done)
-    return found
+    return pairings
 
 
 def _fuse_shard(

@@ -15,19 +15,19 @@ import torch
 from fusellm.config import ObjectiveSettings, Recipe, TrainingSettings
 from fusellm.errors import IdentityError
 from fusellm.models.adapters import require_peft, without_warnings
-from fusellm.models.load import Located
+from fusellm.models.cards import training_card
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
-from fusellm.progress import Progress
+from fusellm.stages.stage import Context, FolderStage
 from fusellm.store.blocks import open_corpus, read_part
+from fusellm.store.externalized import TARGET
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.run_folder import CLM, FUSED, checkpoints_folder
 from fusellm.store.writer import StageWriter
-from fusellm.tokens.encode import Encoder
 from fusellm.training import processes, rehearsal
 from fusellm.training.arguments import (
     ASIDE,
-    BASELINE,
     is_sharded,
     require_processes,
     training_arguments,
@@ -42,18 +42,126 @@ from fusellm.training.run_trainer import ObjectiveTrainer
 from fusellm.training.stop import Stop
 from fusellm.training.validation import Validation
 
-FOLDER = "train"
-FUSED, CLM = "fused", BASELINE
 
+class TrainStage(FolderStage):
+    """The folder of the fused model or of the CLM baseline.
 
-def folder_of(run: Path, which: str) -> Path:
-    """Folder of the fused model or the CLM baseline."""
-    return run / FOLDER / which
+    All processes of a training execute it; the first one writes. A checkpoint that was damaged
+    since it was saved is said, renamed and not gone on from.
 
+    Raised besides: NumericsError, a loss or a gradient became NaN or infinite, and the last
+    checkpoint is kept.
+    """
 
-def checkpoints_of(run: Path, which: str) -> Path:
-    """Folder of the checkpoints of an unfinished training."""
-    return run / FOLDER / f"{which}-checkpoints"
+    command = "train"
+
+    def __init__(self, context: Context, which: str) -> None:
+        """`which`: FUSED or CLM."""
+        reads = "fuse" if which == FUSED else f"externalize/{TARGET}"
+        super().__init__(context, f"train/{which}", ("corpus", reads))
+        self.which = which
+
+    def prepare(self) -> None:
+        """Check what the tokenizers make of the text."""
+        self.context.try_text()
+
+    def identity(self) -> Identity:
+        """What a trained model is made from."""
+        context = self.context
+        recipe, located = context.recipe, context.target.located
+        settings: dict[str, Any] = {
+            "training": _training_settings(recipe.training)
+            | (recipe.training.clm if self.which == CLM else {}),
+            "seed": recipe.seed,
+        }
+        processes_ = processes_of(self.folder, context)
+        if processes_ > 1:
+            settings["processes"] = processes_
+        if recipe.training.lora is not None:
+            settings["dtype"] = located.settings.dtype
+        if self.which == FUSED:
+            settings["objective"] = recipe.objective.model_dump()
+        reads = self.after[1]
+        inputs = {"weights": located.fingerprint, reads: context.fingerprint(reads)}
+        return Identity(self.name, settings, inputs)
+
+    def execute(self, redo: bool) -> None:
+        """Train, or go on with it."""
+        with self._open() as (folder, complete):
+            if not complete:
+                self._train(folder)
+
+    def fill(self, folder: StageWriter) -> None:
+        """Train alone."""
+        self._train(folder)
+
+    def _train(self, folder: StageWriter | None) -> None:
+        context, which = self.context, self.which
+        recipe, located, encoder = context.recipe, context.target.located, context.target.encoder
+        wanted, training = recipe.objective, recipe.training
+        checkpoints = checkpoints_folder(context.run, which)
+        chosen = training_arguments(recipe, checkpoints, which)
+        resume_from = last_checkpoint(checkpoints, context.progress)
+        torch.manual_seed(chosen.seed)
+        model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
+        corpus = open_corpus(context.run)
+        stop = Stop()
+        trainer = ObjectiveTrainer(
+            model,
+            chosen,
+            self._rows(chosen.seed),
+            lambda_schedule(wanted) if which == FUSED else LambdaSchedule(1.0),
+            Divergence(wanted.divergence, wanted.temperature),
+            Validation(encoder, read_part(corpus, "validation"), recipe),
+            Blame(corpus, checkpoints),
+            stop,
+        )
+        shown = context.progress.start(f"training {which}", 0, "steps")
+        with without_warnings(), shown as bar, stop:
+            trainer.add_callback(Watch(bar, training.early_stop_validations, stop))
+            trainer.train(resume_from_checkpoint=resume_from)
+            trainer.require_finite()
+        weights = trainer.whole_weights()
+        if folder is not None:
+            if weights is not None:
+                model = load_target(located, training.lora, chosen.device, sharded=True)
+                model.load_state_dict(weights)
+            sources = [(s.name, context.readers[s.name].located) for s in recipe.sources]
+            card = training_card(recipe, which, located, sources)
+            save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
+            folder.finish(trainer.counts())
+
+    def _rows(self, seed: int) -> Rows:
+        """What the model is trained on, packed where the recipe says so."""
+        context, encoder = self.context, self.context.target.encoder
+        if self.which == FUSED:
+            return FusedDataset.of_run(context.recipe, context.run, encoder, seed)
+        where = seed, len(encoder.vocabulary), encoder.prefix_tokens
+        rows = Rows(stored_blocks(context.run, open_corpus(context.run), False, *where), seed)
+        training = context.recipe.training
+        return rows.pack(training.row_tokens) if training.rows == "packed" else rows
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[StageWriter | None, bool]]:
+        """(the folder for writing, in the first process alone; whether it was finished before).
+
+        All processes come and go together.
+        """
+        with ExitStack() as stack:
+            writers: list[StageWriter] = []
+
+            def complete() -> bool:
+                writer = StageWriter.open(self.folder, self.identity())
+                writers.append(stack.enter_context(writer))
+                return writers[0].complete
+
+            was_complete = processes.first(complete)
+            yield (writers[0] if writers else None), was_complete
+            processes.wait()
+            if writers and writers[0].complete:
+                checkpoints = checkpoints_folder(self.context.run, self.which)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+        processes.wait()
 
 
 def check(recipe: Recipe, run: Path) -> None:
@@ -92,16 +200,15 @@ def check_processes(recipe: Recipe, run: Path, count: int) -> None:
         require_processes(training_arguments(recipe, run, which), count)
 
 
-def processes_of(run: Path, which: str, here: int) -> int:
+def processes_of(folder: Path, context: Context) -> int:
     """How many processes a model is trained by: those that trained it, if it is finished.
 
-    Args:
-        here: that would train it.
+    Each takes `per_device_train_batch_size` rows at a time.
 
     Raises:
         IdentityError: its training was begun by another number.
     """
-    folder = folder_of(run, which)
+    here = context.training_processes
     if not (folder / MANIFEST).exists():
         return here
     stage = StageFolder(folder)
@@ -110,36 +217,9 @@ def processes_of(run: Path, which: str, here: int) -> int:
         raise IdentityError(
             f"{folder} was begun by {begun} process(es), each of which takes "
             f"training.per_device_train_batch_size rows at a time, and would go on with {here}: "
-            f"give `fusellm train {run} --nproc {begun}`, or add --redo to begin anew"
+            f"give `fusellm train {context.run} --nproc {begun}`, or add --redo to begin anew"
         )
     return begun
-
-
-def identity(
-    recipe: Recipe,
-    which: str,
-    located: Located,
-    inputs: dict[str, str],
-    process_count: int = 1,
-) -> Identity:
-    """What a trained model is made from.
-
-    Args:
-        inputs: fingerprints of the stages that it reads.
-        process_count: each of which takes `per_device_train_batch_size` rows at a time.
-    """
-    settings: dict[str, Any] = {
-        "training": _training_settings(recipe.training)
-        | (recipe.training.clm if which == CLM else {}),
-        "seed": recipe.seed,
-    }
-    if process_count > 1:
-        settings["processes"] = process_count
-    if recipe.training.lora is not None:
-        settings["dtype"] = located.settings.dtype
-    if which == FUSED:
-        settings["objective"] = recipe.objective.model_dump()
-    return Identity(f"train/{which}", settings, {"weights": located.fingerprint} | inputs)
 
 
 def _training_settings(training: TrainingSettings) -> dict[str, Any]:
@@ -148,98 +228,6 @@ def _training_settings(training: TrainingSettings) -> dict[str, Any]:
     if training.keep == "last" and training.early_stop_validations is None:
         left_out.add("validations")  # which then only say how it goes
     return training.model_dump(exclude=left_out)
-
-
-def run_train(
-    recipe: Recipe,
-    run: Path,
-    which: str,
-    located: Located,
-    identity_: Identity,
-    encoder: Encoder,
-    card: str,
-    progress: Progress,
-) -> None:
-    """Train the fused model or the CLM baseline, or go on training it.
-
-    All processes of a training call it; the first one writes.
-
-    A checkpoint that was damaged since it was saved is said, renamed and not gone on from.
-
-    Raises:
-        NumericsError: a loss or a gradient became NaN or infinite; the last checkpoint is kept.
-        StoreError: something cannot be written, or what is read is damaged.
-    """
-    checkpoints = checkpoints_of(run, which)
-    chosen = training_arguments(recipe, checkpoints, which)
-    wanted, training = recipe.objective, recipe.training
-    with _folder(run, which, identity_) as (folder, complete):
-        if complete:
-            return
-        resume_from = last_checkpoint(checkpoints, progress)
-        torch.manual_seed(chosen.seed)
-        model = load_target(located, training.lora, chosen.device, is_sharded(chosen))
-        corpus = open_corpus(run)
-        rows = _rows(recipe, run, which, corpus, encoder, chosen.seed)
-        stop = Stop()
-        trainer = ObjectiveTrainer(
-            model,
-            chosen,
-            rows,
-            lambda_schedule(wanted) if which == FUSED else LambdaSchedule(1.0),
-            Divergence(wanted.divergence, wanted.temperature),
-            Validation(encoder, read_part(corpus, "validation"), recipe),
-            Blame(corpus, checkpoints),
-            stop,
-        )
-        shown = progress.start(f"training {which}", 0, "steps")
-        with without_warnings(), shown as bar, stop:
-            trainer.add_callback(Watch(bar, training.early_stop_validations, stop))
-            trainer.train(resume_from_checkpoint=resume_from)
-            trainer.require_finite()
-        weights = trainer.whole_weights()
-        if folder is not None:
-            if weights is not None:
-                model = load_target(located, training.lora, chosen.device, sharded=True)
-                model.load_state_dict(weights)
-            save_model(folder, model, training.lora, encoder.tokenizer, card, trainer.records())
-            folder.finish(trainer.counts())
-
-
-def _rows(
-    recipe: Recipe, run: Path, which: str, corpus: StageFolder, encoder: Encoder, seed: int
-) -> Rows:
-    """What a model is trained on, packed where the recipe says so."""
-    if which == FUSED:
-        return FusedDataset.of_run(recipe, run, encoder, seed)
-    where = seed, len(encoder.vocabulary), encoder.prefix_tokens
-    rows = Rows(stored_blocks(run, corpus, False, *where), seed)
-    training = recipe.training
-    return rows.pack(training.row_tokens) if training.rows == "packed" else rows
-
-
-@contextmanager
-def _folder(
-    run: Path, which: str, identity_: Identity
-) -> Iterator[tuple[StageWriter | None, bool]]:
-    """(a model's folder for writing, in the first process alone; whether it was finished before).
-
-    All processes come and go together.
-    """
-    with ExitStack() as stack:
-        writers: list[StageWriter] = []
-
-        def complete() -> bool:
-            writer = StageWriter.open(folder_of(run, which), identity_)
-            writers.append(stack.enter_context(writer))
-            return writers[0].complete
-
-        found = processes.first(complete)
-        yield (writers[0] if writers else None), found
-        processes.wait()
-        if writers and writers[0].complete:
-            shutil.rmtree(checkpoints_of(run, which), ignore_errors=True)
-    processes.wait()
 
 
 def lambda_schedule(objective: ObjectiveSettings) -> LambdaSchedule:

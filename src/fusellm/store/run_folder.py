@@ -8,12 +8,24 @@ from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
+FUSED, CLM = "fused", "clm"
+"""What is trained: the fused model, and the baseline on the same text without fusion."""
 RECIPE = "recipe.yaml"
 ASIDE = "aside"
 SUITES = "evaluate-suites"
 """What models answered to the documents of suites: a record a task, and no manifest."""
 INDEX = "index.json"
 """In that folder: which records belong together."""
+
+
+def trained_folder(run: Path, which: str) -> Path:
+    """Folder of the fused model or the CLM baseline."""
+    return run / "train" / which
+
+
+def checkpoints_folder(run: Path, which: str) -> Path:
+    """Folder of the checkpoints of an unfinished training."""
+    return run / "train" / f"{which}-checkpoints"
 
 
 def suites_of(run: Path) -> tuple[bool, int] | None:
@@ -36,7 +48,7 @@ def suites_of(run: Path) -> tuple[bool, int] | None:
 
 def records_of(run: Path, models: Sequence[str]) -> list[Path]:
     """What the trained models among `models` answered to suites, and the index of all answers."""
-    trained = [model for model in models if model in ("fused", "clm")]
+    trained = [model for model in models if model in (FUSED, CLM)]
     found = [path for model in trained for path in sorted((run / SUITES).glob(f"*/{model}"))]
     return [*found, run / SUITES / INDEX] if found else []
 

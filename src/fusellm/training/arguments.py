@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.errors import RecipeError
+from fusellm.store.run_folder import CLM
 from fusellm.training.values import as_written, checked
 
-BASELINE = "clm"
 _ORDERS = ("random", "sequential", "group_by_length")
 _REASON_CHARACTERS = 300
 METRIC = "eval_mean"  # bits per byte of the validation part, mean over the domains
@@ -165,7 +165,7 @@ def settings_of(recipe: Recipe, which: str) -> dict[str, tuple[str, Any]]:
     _check_names(training.clm, "training.clm", set())
     found = {}
     blocks = {"training": training.arguments}
-    if which == BASELINE:
+    if which == CLM:
         blocks["training.clm"] = training.clm
     for place, block in blocks.items():
         for key, value in block.items():

@@ -8,9 +8,20 @@ from pathlib import Path
 from fusellm.stages.report.page import render
 from fusellm.stages.report.reading import read_run
 from fusellm.stages.report.results import COLUMNS, results_table, suite_records, verdict
+from fusellm.stages.stage import Stage
 from fusellm.store.files import alone_in, make_folder, require_inside, write_text
 
-__all__ = ["results_table", "verdict", "write_report"]
+__all__ = ["ReportStage", "results_table", "verdict", "write_report"]
+
+
+class ReportStage(Stage):
+    """The folder `report`: made anew each time, from what is there."""
+
+    command = "report"
+
+    def execute(self, redo: bool) -> None:
+        """Write the report."""
+        write_report(self.context.run)
 
 
 def write_report(run: Path) -> None:

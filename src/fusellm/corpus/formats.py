@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from fusellm.corpus.fields import Fields, Spans
 from fusellm.errors import CorpusError
-from fusellm.stages.corpus.fields import Fields, Spans
 from fusellm.tokens.blocks import cut_point
 
 _PACKED = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "xz": "xz"}

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator
 
 from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, HubDocuments
-from fusellm.stages.corpus.documents import file_records, hub_records
-from fusellm.stages.corpus.parts import Text
+from fusellm.corpus.documents import file_records, hub_records
+from fusellm.corpus.parts import Text
 from fusellm.tokens.blocks import cut
 from fusellm.zoo import text as zoo_text
 

@@ -13,8 +13,8 @@ from fusellm.config import ModelSettings, Recipe
 from fusellm.errors import ClusterError, ModelError
 from fusellm.models.load import default_device, locate, weights_digest
 from fusellm.models.readers import encoder_of
-from fusellm.stages.externalize.task import Task
-from fusellm.stages.externalize.work import Done, Worker, device_name
+from fusellm.reading.engine import Task
+from fusellm.reading.worker import Done, Worker, device_name
 from fusellm.store.blocks import Block
 from fusellm.store.identity import tokenizer_fingerprint
 from fusellm.store.writer import software_versions
@@ -37,7 +37,7 @@ class Orders:
     gpus: float
 
 
-class Loaded(NamedTuple):
+class Ready(NamedTuple):
     """A worker that has its model."""
 
     node: str
@@ -63,7 +63,7 @@ def orders_of(task: Task, cpus: int, gpus: float) -> Orders:
     )
 
 
-class Reader:
+class RemoteWorker:
     """A worker's process: the model of one source, loaded once.
 
     Calls run in threads, so that one shard is tokenized and another encoded while the model reads
@@ -75,7 +75,7 @@ class Reader:
         self._worker: Worker | None = None
         self._model = threading.Lock()
 
-    def load(self, orders: Orders) -> Loaded:
+    def load(self, orders: Orders) -> Ready:
         """Find and load the model.
 
         Raises:
@@ -95,32 +95,32 @@ class Reader:
             encoder = encoder_of(located)
         except ModelError as error:
             raise ModelError(f"{error} (on {node}, where a worker runs)") from error
-        found = (located.fingerprint, tokenizer_fingerprint(encoder))
-        if found != (orders.fingerprint, orders.tokenizer):
+        here = (located.fingerprint, tokenizer_fingerprint(encoder))
+        if here != (orders.fingerprint, orders.tokenizer):
             raise ModelError(
                 f"{orders.settings.model} on {node}, where a worker runs, is not the model that is "
                 "there for the driver; copy the one over the other"
             )
         device = default_device() if orders.gpus else torch.device("cpu")
         self._worker = Worker(orders.recipe, located, encoder, device)
-        return Loaded(node, device_name(device), weights_digest(located))
+        return Ready(node, device_name(device), weights_digest(located))
 
     def read(self, blocks: list[Block]) -> Done:
         """Read a shard."""
         assert self._worker is not None
         prepared = self._worker.prepare(blocks)
         with self._model:
-            found = self._worker.read(prepared, lambda blocks: None)
-        return self._worker.finish(prepared, found)
+            read = self._worker.read(prepared)
+        return self._worker.finish(prepared, read)
 
 
 def _check_software(wanted: Mapping[str, str], node: str) -> None:
     """Builds may differ (2.9+cpu and 2.9+cu128); numbers of another release may."""
-    found = software_versions()
+    here = software_versions()
     differing = [
-        f"{name} {found[name]} (here {version})"
+        f"{name} {here[name]} (here {version})"
         for name, version in wanted.items()
-        if name != "python" and found[name].split("+")[0] != version.split("+")[0]
+        if name != "python" and here[name].split("+")[0] != version.split("+")[0]
     ]
     if differing:
         raise ClusterError(

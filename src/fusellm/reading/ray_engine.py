@@ -11,12 +11,14 @@ import importlib
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fusellm.errors import ClusterError, FusellmError
-from fusellm.stages.externalize.ray_cluster import (
+from fusellm.reading.engine import EngineSettings, Event, Events, Loaded, ReadShard, Task, Told
+from fusellm.reading.ray_cluster import (
     WorkerSize,
     amount,
     connected,
@@ -25,8 +27,7 @@ from fusellm.stages.externalize.ray_cluster import (
     set_up_tokens,
     size_of_workers,
 )
-from fusellm.stages.externalize.ray_worker import IN_FLIGHT, Loaded, Reader, orders_of
-from fusellm.stages.externalize.task import EngineSettings, Task
+from fusellm.reading.ray_worker import IN_FLIGHT, Ready, RemoteWorker, orders_of
 
 _MOST_LOSSES = 3
 _SAY_AFTER_SECONDS = 60.0
@@ -36,8 +37,8 @@ _CURE = (
 )
 
 
-def read_on_ray(task: Task, settings: EngineSettings) -> None:
-    """The engine `ray`: read shards on a cluster, and write them here as they are finished.
+def read_on_ray(task: Task, settings: EngineSettings) -> Events:
+    """The engine `ray`: shards are read on a cluster, and written by who asks for them.
 
     A cluster that was started for it is shut down in the end, whatever happens; of any other one
     only the workers are stopped.
@@ -45,8 +46,7 @@ def read_on_ray(task: Task, settings: EngineSettings) -> None:
     Raises:
         ClusterError: Ray or the cluster is not there, has no room, is not of the same software,
             or its workers are lost again and again.
-        FusellmError: what a worker raises as the engine `local` would, and what `task.write`
-            raises; what has been written stays.
+        FusellmError: what a worker raises as the engine `local` would.
     """
     require_ray(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -59,23 +59,23 @@ def read_on_ray(task: Task, settings: EngineSettings) -> None:
             task.located.settings.device_map is not None,
         )
         if size.workers > size.room:
-            _say_no_room(task, size, started_here)
+            yield _no_room(size, started_here)
         crew = _Crew(ray, task, size)
         try:
-            crew.work()
+            yield from crew.work()
         finally:
             crew.dismiss()
 
 
-def _say_no_room(task: Task, size: WorkerSize, started_here: bool) -> None:
-    """Raises ClusterError where more room can never come."""
+def _no_room(size: WorkerSize, started_here: bool) -> Told:
+    """What the user is told; raises ClusterError where more room can never come."""
     each = amount(size.cpus, size.gpus)
     if started_here:
         raise ClusterError(
             f"--workers {size.workers}: this machine has room for {size.room}, of {each} each; set "
             "fewer, or less for each with --worker-cpus and --worker-gpus"
         )
-    task.say(
+    return Told(
         f"the cluster has room for {size.room} of {size.workers} workers, of {each} each; the "
         "others begin when it has more"
     )
@@ -88,7 +88,7 @@ class _Place:
     actor: Any
     asked: dict[Any, str | None] = field(default_factory=dict)
     """What was asked of it and is not answered: names of shards; None is `load`."""
-    loaded: Loaded | None = None
+    ready: Ready | None = None
     losses: int = 0
     """In a row, with no shard finished between."""
 
@@ -98,7 +98,7 @@ class _Crew:
 
     def __init__(self, ray: Any, task: Task, size: WorkerSize) -> None:
         self._ray, self._task, self._size = ray, task, size
-        self._actors = ray.remote(Reader).options(
+        self._actors = ray.remote(RemoteWorker).options(
             num_cpus=size.cpus,
             num_gpus=size.gpus,
             max_concurrency=IN_FLIGHT,
@@ -112,8 +112,8 @@ class _Crew:
         self._devices: set[str] = set()
         self._places: list[_Place] = []
 
-    def work(self) -> None:
-        """Have all shards read and written."""
+    def work(self) -> Iterator[Event]:
+        """Have all shards read."""
         count = min(self._size.workers, len(self._left))
         self._places = [_Place(None) for _ in range(count)]
         for place in self._places:
@@ -125,12 +125,14 @@ class _Crew:
             ready, _ = self._ray.wait(list(refs), num_returns=1, timeout=_SAY_AFTER_SECONDS)
             if not ready and not self._devices and time.monotonic() - began >= _SAY_AFTER_SECONDS:
                 began = float("inf")
-                self._task.say(
+                yield Told(
                     "no worker is ready yet: the cluster has no room at present for "
                     f"{amount(self._size.cpus, self._size.gpus)}, or the model takes long to load"
                 )
             for ref in ready:
-                last -= self._answered(refs[ref], ref)
+                for event in self._answered(refs[ref], ref):
+                    last -= isinstance(event, ReadShard)
+                    yield event
 
     def dismiss(self) -> None:
         """Stop all workers, at once."""
@@ -138,7 +140,7 @@ class _Crew:
             self._stop(place)
 
     def _hire(self, place: _Place) -> None:
-        place.actor, place.loaded = self._actors.remote(), None
+        place.actor, place.ready = self._actors.remote(), None
         place.asked = {place.actor.load.remote(self._orders): None}
 
     def _stop(self, place: _Place) -> None:
@@ -149,7 +151,7 @@ class _Crew:
     def _hand_out(self) -> None:
         """Give shards to those who have least to do; towards the end each gets fewer."""
         while self._left:
-            able = [place for place in self._places if place.loaded is not None]
+            able = [place for place in self._places if place.ready is not None]
             if not able:
                 return
             place = min(able, key=lambda place: len(place.asked))
@@ -158,25 +160,27 @@ class _Crew:
             if len(place.asked) >= most:
                 return
             name = self._left.popleft()
-            place.asked[place.actor.read.remote(self._task.load(name))] = name
+            place.asked[place.actor.read.remote(self._task.blocks(name))] = name
 
-    def _answered(self, place: _Place, ref: Any) -> int:
-        """Take an answer. Returns how many shards it finished."""
+    def _answered(self, place: _Place, ref: Any) -> Iterator[Event]:
+        """Take an answer, and tell what it says."""
         try:
             answer = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
-            self._failed(place, error)
-            return 0
+            yield self._failed(place, error)
+            return
         name = place.asked.pop(ref)
-        if name is None:
-            self._joined(place, answer)
-            return 0
-        self._task.write(name, answer)
-        self._task.bar.advance(answer.shard.blocks)
-        place.losses = 0
-        return 1
+        if name is not None:
+            place.losses = 0
+            yield ReadShard(name, lambda: answer)
+            yield answer.shard.blocks
+            return
+        place.ready = answer
+        if answer.device not in self._devices:
+            self._devices.add(answer.device)
+            yield Loaded(", ".join(sorted(self._devices)), answer.weights_sha256)
 
-    def _failed(self, place: _Place, error: Any) -> None:
+    def _failed(self, place: _Place, error: Any) -> Told:
         """Raise a worker's error as it was raised there, or have its work done by another one."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, FusellmError):
@@ -188,22 +192,16 @@ class _Crew:
             ) from error
         if isinstance(error, self._ray.exceptions.RayTaskError):
             raise cause or error from error
-        self._lost(place, one_line(error))
+        return self._lost(place, one_line(error))
 
-    def _joined(self, place: _Place, loaded: Loaded) -> None:
-        place.loaded = loaded
-        if loaded.device not in self._devices:
-            self._devices.add(loaded.device)
-            self._task.begin(", ".join(sorted(self._devices)), loaded.weights_sha256)
-
-    def _lost(self, place: _Place, reason: str) -> None:
+    def _lost(self, place: _Place, reason: str) -> Told:
         """Have what a lost worker was asked done by another one.
 
         Raises:
             ClusterError: too many have been lost.
         """
         self._stop(place)
-        where = f" on {place.loaded.node}" if place.loaded else ""
+        where = f" on {place.ready.node}" if place.ready else ""
         shards = [name for name in place.asked.values() if name is not None]
         place.losses += 1
         self._left.extendleft(reversed(shards))
@@ -222,4 +220,4 @@ class _Crew:
             raise ClusterError(
                 f"workers are lost again and again, the last one{where}: {reason}. {_CURE}"
             )
-        self._task.say(f"a worker{where} is lost, and its work is done by another one: {reason}")
+        return Told(f"a worker{where} is lost, and its work is done by another one: {reason}")

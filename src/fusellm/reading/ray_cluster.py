@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, TextIO, cast
 
 from fusellm.errors import ClusterError
-from fusellm.stages.externalize.task import EngineSettings
+from fusellm.reading.engine import EngineSettings
 
 _CPU_GROUP = 8  # CPUs of a worker where nothing else is said: more make one model little faster
 _CONNECT_SECONDS = 10.0

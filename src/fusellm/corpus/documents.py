@@ -12,12 +12,12 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, FileDocuments, HubDocuments
+from fusellm.corpus.fields import Fields
+from fusellm.corpus.formats import Record, kind_of, read_records
+from fusellm.corpus.parts import Named, Text, in_parts
+from fusellm.corpus.paths import files_of, relative_names
 from fusellm.errors import CorpusError
 from fusellm.progress import Progress
-from fusellm.stages.corpus.fields import Fields
-from fusellm.stages.corpus.formats import Record, kind_of, read_records
-from fusellm.stages.corpus.parts import Named, Text, in_parts
-from fusellm.stages.corpus.paths import files_of, relative_names
 from fusellm.zoo import text as zoo_text
 
 _HUB_FAULTS = (OSError, ValueError, RuntimeError, DatasetsError)

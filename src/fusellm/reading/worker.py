@@ -3,7 +3,7 @@
 Three parts that can run at a time on three shards: `prepare`, `read` and `finish`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from fusellm.arrays.ragged import offsets_of
 from fusellm.config import Recipe
 from fusellm.models.load import Located, load_model
+from fusellm.reading.allocator import keep_flat
 from fusellm.reading.source_reader import Read, SourceReader
-from fusellm.stages.externalize.memory import keep_flat
 from fusellm.store.blocks import Block, digest_of_blocks
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
 from fusellm.store.tables import EncodedShard, Ragged, encode_table
@@ -67,10 +67,13 @@ class Worker:
         """Tokenize a shard's blocks."""
         return Prepared(blocks, encode_blocks(self._encoder, blocks))
 
-    def read(self, prepared: Prepared, advance: Callable[[int], object]) -> Read:
-        """Run the model; `advance` is told how many blocks more have been read."""
-        texts = [block.text for block in prepared.blocks]
-        return self._reader.read(texts, prepared.encoded, advance)
+    def steps(self, prepared: Prepared) -> Generator[int, None, Read]:
+        """Run the model; yields how many blocks more have been read."""
+        return self._reader.steps([block.text for block in prepared.blocks], prepared.encoded)
+
+    def read(self, prepared: Prepared) -> Read:
+        """Run the model."""
+        return self._reader.read([block.text for block in prepared.blocks], prepared.encoded)
 
     def finish(self, prepared: Prepared, read: Read) -> Done:
         """Encode the shard."""

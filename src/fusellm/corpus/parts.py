@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from fusellm.config import CorpusSettings
-from fusellm.stages.corpus.fields import Spans
-from fusellm.stages.corpus.formats import Record
+from fusellm.corpus.fields import Spans
+from fusellm.corpus.formats import Record
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.context import spans_within
 

@@ -1,15 +1,15 @@
-"""What an engine is given: shards to read, and what becomes of them; and how a user picks one."""
+"""What an engine is given and what it tells: shards to read, shards read; how a user picks one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from fusellm.config import Recipe
 from fusellm.errors import ClusterError
 from fusellm.models.load import Located
-from fusellm.progress import Bar
-from fusellm.stages.externalize.work import Done
-from fusellm.store.blocks import Block
+from fusellm.reading.worker import Done
+from fusellm.store.blocks import Block, read_shard
+from fusellm.store.manifest import StageFolder
 from fusellm.tokens.encode import Encoder
 
 _OPTIONS = {
@@ -59,27 +59,58 @@ LOCAL = EngineSettings()
 
 @dataclass(frozen=True)
 class Task:
-    """Shards of a source that are to be read.
+    """Shards of a corpus that a source is to read.
 
     Attributes:
+        corpus: its folder, complete.
         names: of the shards; at least one.
-        load: gives the blocks of a shard.
-        begin: is told, before anything is written, the device's name and the digest of the
-            weights; again where a further device joins.
-        write: writes a shard; is called in whatever order they are finished.
-        bar: counts blocks.
-        say: tells the user a line.
     """
 
     recipe: Recipe
     located: Located
     encoder: Encoder
+    corpus: StageFolder
     names: Sequence[str]
-    load: Callable[[str], list[Block]]
-    begin: Callable[[str, str], None]
-    write: Callable[[str, Done], None]
-    bar: Bar
-    say: Callable[[str], None]
+
+    def blocks(self, name: str) -> list[Block]:
+        """The blocks of a shard."""
+        return read_shard(self.corpus, name)
 
 
-Engine = Callable[[Task, EngineSettings], None]
+@dataclass(frozen=True)
+class Loaded:
+    """The model is loaded: comes before anything is read, and again where a device joins.
+
+    Attributes:
+        devices: names of all that read.
+        weights_sha256: digest of the weights.
+    """
+
+    devices: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """Something that the user should know."""
+
+    line: str
+
+
+@dataclass(frozen=True)
+class ReadShard:
+    """A shard has been read. They come in whatever order they are finished.
+
+    Attributes:
+        encode: gives its bytes, for a thread that writes while the model reads on.
+    """
+
+    name: str
+    encode: Callable[[], Done]
+
+
+Event = Loaded | int | Told | ReadShard
+"""What an engine tells; a number says that so many blocks more have been read."""
+Events = Generator[Event, None, None]
+Engine = Callable[[Task, EngineSettings], Events]
+"""Reads a task's shards somewhere, and tells what happens. Closed, it stops at once."""

@@ -1,103 +1,69 @@
-"""corpus: documents to blocks, once for all models."""
+"""Cutting documents into blocks, as far as each part of the corpus has room."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
+from fusellm.config import HubDocuments, Recipe
+from fusellm.corpus.documents import BuiltinReader, read_documents
+from fusellm.corpus.fields import Spans
+from fusellm.corpus.parts import MEASURED_BYTES, PARTS, Text
 from fusellm.errors import CorpusError
 from fusellm.progress import Bar, Progress
-from fusellm.stages.corpus.digests import digest_of_files
-from fusellm.stages.corpus.documents import BuiltinReader, read_documents
-from fusellm.stages.corpus.fields import Spans
-from fusellm.stages.corpus.parts import MEASURED_BYTES, PARTS, Text
 from fusellm.store.blocks import (
     BLOCKS_SCHEMA,
     BLOCKS_WITH_CONTEXT_SCHEMA,
     Block,
     block_columns,
-    corpus_folder,
 )
-from fusellm.store.identity import Identity, digest
 from fusellm.store.tables import write_table
-from fusellm.store.writer import StageWriter, software_versions
+from fusellm.store.writer import StageWriter
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.context import spans_within
-from fusellm.zoo.text import RULES
 
 
-def identity(recipe: Recipe, target_tokenizer: str, progress: Progress) -> Identity:
-    """What the corpus is made from. Files of many bytes are read once, with a bar.
+def write_corpus(
+    recipe: Recipe, folder: StageWriter, count_tokens: Callable[[str], int], progress: Progress
+) -> None:
+    """Cut a recipe's documents into blocks, shard by shard, and finish the folder.
 
     Args:
-        target_tokenizer: fingerprint of the target's tokenizer, which a budget in tokens reads.
-
-    Raises:
-        CorpusError: a file is missing, cannot be read, or is of no known kind.
-    """
-    settings = {"corpus": recipe.corpus.identity()}
-    inputs: dict[str, str] = {}
-    for n, entry in enumerate(recipe.corpus.documents):
-        if isinstance(entry, BuiltinDocuments):
-            versions = software_versions()
-            read = {name: versions[name] for name in ("python", "torch", "transformers", "numpy")}
-            inputs[f"documents.{n}"] = digest(read | {"rules": RULES})
-        elif isinstance(entry, FileDocuments):
-            inputs[f"documents.{n}"] = digest_of_files(entry, progress)
-        elif isinstance(entry, HubDocuments):
-            inputs[f"documents.{n}"] = digest([entry.hub, entry.config, entry.revision])
-    if recipe.corpus.train_tokens is not None:
-        inputs["target_tokenizer"] = target_tokenizer
-    return Identity("corpus", settings, inputs)
-
-
-def run_corpus(
-    recipe: Recipe,
-    run: Path,
-    identity_: Identity,
-    count_tokens: Callable[[str], int],
-    progress: Progress,
-) -> None:
-    """Write the corpus of a run. One that was not finished is begun anew.
+        count_tokens: of a text, for a budget in tokens.
 
     Raises:
         CorpusError: a document cannot be read, or a part has no text.
     """
-    with StageWriter.open(corpus_folder(run), identity_, resume=False) as folder:
-        if folder.complete:
-            return
-        corpus = recipe.corpus
-        schema = BLOCKS_WITH_CONTEXT_SCHEMA if corpus.has_context else BLOCKS_SCHEMA
-        parts = {part: _PartWriter(folder, part, schema, corpus.shard_blocks) for part in PARTS}
-        in_tokens = corpus.train_tokens is not None
-        measure, unit = (count_tokens, "tokens") if in_tokens else (_utf8_bytes, "bytes")
-        cutter = _Cutter(corpus.block_bytes, measure, parts)
-        most_validation = float(corpus.validation_bytes)
-        most_held_out = float(corpus.held_out_bytes)
-        measured: dict[tuple[str, str], float] = {}
-        builtin = BuiltinReader(corpus, progress)
-        for entry, budget in _budgets(recipe):
-            texts = read_documents(entry, corpus, cutter.counts, builtin)
-            room = {
-                "train": budget,
-                "validation": measured.get((entry.domain, "validation"), most_validation),
-                "held_out": measured.get((entry.domain, "held_out"), most_held_out),
-            }
-            total = 0.0 if budget == float("inf") else budget
-            with progress.start(f"cutting {entry.domain} into blocks", total, unit) as bar:
-                own = isinstance(entry, HubDocuments) and entry.has_own_splits
-                cutter.take(entry.domain, texts, room, own, bar)
-            measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
-        for part in parts.values():
-            part.close()
-        cutter.tell(progress)
-        _require_text(recipe, parts)
-        summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
-        folder.finish({"bytes": summary, **+cutter.counts})
+    corpus = recipe.corpus
+    schema = BLOCKS_WITH_CONTEXT_SCHEMA if corpus.has_context else BLOCKS_SCHEMA
+    parts = {part: _PartWriter(folder, part, schema, corpus.shard_blocks) for part in PARTS}
+    in_tokens = corpus.train_tokens is not None
+    measure, unit = (count_tokens, "tokens") if in_tokens else (_utf8_bytes, "bytes")
+    cutter = _Cutter(corpus.block_bytes, measure, parts)
+    most_validation = float(corpus.validation_bytes)
+    most_held_out = float(corpus.held_out_bytes)
+    measured: dict[tuple[str, str], float] = {}
+    builtin = BuiltinReader(corpus, progress)
+    for entry, budget in _budgets(recipe):
+        texts = read_documents(entry, corpus, cutter.counts, builtin)
+        room = {
+            "train": budget,
+            "validation": measured.get((entry.domain, "validation"), most_validation),
+            "held_out": measured.get((entry.domain, "held_out"), most_held_out),
+        }
+        total = 0.0 if budget == float("inf") else budget
+        with progress.start(f"cutting {entry.domain} into blocks", total, unit) as bar:
+            own = isinstance(entry, HubDocuments) and entry.has_own_splits
+            cutter.take(entry.domain, texts, room, own, bar)
+        measured |= {(entry.domain, part): room[part] for part in ("validation", "held_out")}
+    for part in parts.values():
+        part.close()
+    cutter.tell(progress)
+    _require_text(recipe, parts)
+    summary = {part: dict(writer.bytes_by_domain) for part, writer in parts.items()}
+    folder.finish({"bytes": summary, **+cutter.counts})
 
 
 def _budgets(recipe: Recipe) -> Iterator[tuple[Any, float]]:

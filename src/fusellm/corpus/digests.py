@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fusellm.config import FileDocuments
+from fusellm.corpus.formats import Kind, kind_of
+from fusellm.corpus.paths import files_of, relative_names
 from fusellm.errors import CorpusError, StoreError
 from fusellm.progress import Bar, Progress, Silent
-from fusellm.stages.corpus.formats import Kind, kind_of
-from fusellm.stages.corpus.paths import files_of, relative_names
 from fusellm.store.files import make_folder, write_text
 from fusellm.store.identity import digest
 from fusellm.store.translations import cache_folder

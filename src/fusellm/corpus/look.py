@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusellm.config import CorpusSettings, Documents, FileDocuments, HubDocuments
+from fusellm.corpus.documents import hub_records
+from fusellm.corpus.fields import Fields
+from fusellm.corpus.formats import kind_of, read_records
+from fusellm.corpus.paths import files_of
 from fusellm.progress import Progress, Silent
-from fusellm.stages.corpus.documents import hub_records
-from fusellm.stages.corpus.fields import Fields
-from fusellm.stages.corpus.formats import kind_of, read_records
-from fusellm.stages.corpus.paths import files_of
 
 _SHOWN_FROM_FILES = 500  # a look takes some milliseconds a file
 

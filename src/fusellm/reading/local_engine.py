@@ -1,0 +1,44 @@
+"""The engine `local`: a source is read in this process, on its first GPU where it has one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from fusellm.models.load import default_device, weights_digest
+from fusellm.reading.engine import EngineSettings, Events, Loaded, ReadShard, Task
+from fusellm.reading.worker import Prepared, Worker, device_name
+from fusellm.store.blocks import Block
+
+
+def read_locally(task: Task, settings: EngineSettings) -> Events:
+    """Read a task's shards here.
+
+    Raises:
+        FusellmError: the model cannot be loaded.
+    """
+    device = default_device()
+    worker = Worker(task.recipe, task.located, task.encoder, device)
+    yield Loaded(device_name(device), weights_digest(task.located))
+    yield from read_shards(worker, task.names, task.blocks)
+
+
+def read_shards(
+    worker: Worker, names: Sequence[str], blocks_of: Callable[[str], list[Block]]
+) -> Iterator[int | ReadShard]:
+    """Read shards one after another. While the model reads one, the next is tokenized."""
+    for name, prepared in _ahead(lambda name: worker.prepare(blocks_of(name)), names):
+        read = yield from worker.steps(prepared)
+        yield ReadShard(name, partial(worker.finish, prepared, read))
+
+
+def _ahead(
+    prepare: Callable[[str], Prepared], names: Sequence[str]
+) -> Iterator[tuple[str, Prepared]]:
+    """(name, prepared) of each shard, the next one being prepared meanwhile."""
+    with ThreadPoolExecutor(1, "fusellm-tokenize") as pool:
+        following = pool.submit(prepare, names[0])
+        for n, name in enumerate(names):
+            prepared = following.result()
+            if n + 1 < len(names):
+                following = pool.submit(prepare, names[n + 1])
+            yield name, prepared
