@@ -3,9 +3,9 @@
     python benchmarks/same_results.py OTHER [--quick] [--json]
 
 OTHER is the folder of another checkout, whose dependencies are those of this Python. Both run the
-demo's recipe on a little of Python's own library from corpus to evaluate, each in processes of its own, on one thread.
-Compared are all Arrow shards, the trained weights, and the results; a manifest is not, as it holds
-times. `different` is the number of files that differ, 0 where a change of the code changed nothing.
+demo's recipe, on a little of Python's own library, from corpus to report, on one thread. Compared
+are all shards, the trained weights, and the results; a manifest is not, as it holds times.
+`different` counts the files that differ: 0 where a change of the code changed nothing.
 """
 
 import os

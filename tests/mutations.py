@@ -22,7 +22,7 @@ import pyarrow.ipc
 from safetensors.numpy import save
 
 from fusellm.alignment.translation import VocabularyMap, map_translation
-from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.errors import StoreError
 from fusellm.fusion.carry import carry, map_counts
 from fusellm.fusion.cross_entropy import nats_by_byte
@@ -31,7 +31,7 @@ from fusellm.store import externalized, fused
 from fusellm.store.blocks import BLOCKS, BLOCKS_WITH_CONTEXT_SCHEMA, Block, block_columns
 from fusellm.store.externalized import kept_of, tokens_of
 from fusellm.store.identity import Identity
-from fusellm.store.layout import Layout, Ragged
+from fusellm.store.layout import Layout
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
 from fusellm.store.opened import open_store

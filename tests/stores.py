@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from fusellm.arrays.distributions import Kept
-from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
 from fusellm.store.fused import read_members
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder, read_manifest, segments_of
 from fusellm.store.quantized import ERROR_NATS, STEP_NATS
-from fusellm.store.tables import Ragged, encode_table, write_encoded
+from fusellm.store.tables import encode_table, write_encoded
 from fusellm.store.writer import StageWriter
 from fusellm.training.collator import OutcomeTable
 from fusellm.training.rows import Rows, stored_blocks

@@ -13,12 +13,13 @@ from fusellm.alignment.positions import Situation, align_shard
 from fusellm.alignment.strategies import STRATEGIES, Aligned
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Kept
+from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.cross_entropy import nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared, avgce, avgce_paper, mince
-from fusellm.fusion.fuse import Counts, Fused, Reading, Rules, fuse_blocks
+from fusellm.fusion.fuse import Counts, Reading, Rules, fuse_blocks
 from fusellm.tokens.encode import Encoder
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)

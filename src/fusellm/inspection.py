@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fusellm.arrays.fused import Fused
+from fusellm.arrays.ragged import Ragged
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
-from fusellm.fusion.fuse import Fused, rules_of
+from fusellm.fusion.fuse import rules_of
 from fusellm.fusion.view import BlockView, Material, view_block
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
@@ -30,7 +32,7 @@ from fusellm.store.externalized import (
 )
 from fusellm.store.fused import fused_folder, open_fused
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.tables import Ragged, Shard, shard_names
+from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.encode import Encoder
 
 PART = "train"

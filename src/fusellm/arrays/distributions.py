@@ -3,7 +3,8 @@
 N positions that predict, of one block or of many one after another; K entries in all.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -29,6 +30,18 @@ class Kept:
     counts: np.ndarray
     tail: np.ndarray
     true_log_prob: np.ndarray
+
+    @classmethod
+    def concat(cls, several: Sequence["Kept"]) -> "Kept":
+        """The positions of several, one after another; none of none."""
+        nothing = np.zeros(0, dtype=np.float32)
+        ids, counts = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8)
+        none = cls(np.zeros(1, dtype=np.int64), ids, nothing, counts, nothing, nothing)
+        several = [none, *several]
+        lengths = np.concatenate([np.diff(one.offsets) for one in several])
+        names = [field.name for field in fields(cls) if field.name != "offsets"]
+        columns = (np.concatenate([getattr(one, name) for one in several]) for name in names)
+        return cls(offsets_of(lengths), *columns)
 
     @property
     def sampled(self) -> bool:

@@ -1,4 +1,11 @@
-"""Ragged arrays: rows of different lengths, one after another in a flat array."""
+"""Ragged arrays: rows of different lengths, one after another in a flat array.
+
+Three rows `[4, 9]`, `[]`, `[7, 7, 1]` are the values `[4, 9, 7, 7, 1]` and the offsets
+`[0, 2, 2, 5]`: row r is `values[offsets[r] : offsets[r + 1]]`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,3 +34,42 @@ def take_rows(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nda
     row = np.repeat(np.arange(len(rows)), lengths)
     first = np.repeat(offsets[rows] - offsets_of(lengths)[:-1], lengths)
     return first + np.arange(len(row)), row
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths.
+
+    Attributes:
+        offsets: [rows+1] int64.
+        values: [entries], one row after another.
+
+    >>> rows = Ragged.of([np.array([4, 9]), np.array([7])])
+    >>> Ragged.concat([rows, rows]).take(np.array([1, 2])).values.tolist()
+    [7, 4, 9]
+    """
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> "Ragged":
+        """Rows as they are given; int64 where there is none."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls(offsets_of(lengths), np.concatenate(rows) if len(rows) else nothing)
+
+    @classmethod
+    def concat(cls, several: Sequence["Ragged"]) -> "Ragged":
+        """The rows of several, one after another."""
+        lengths = np.concatenate([one.lengths for one in several])
+        return cls(offsets_of(lengths), np.concatenate([one.values for one in several]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] entries of each."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "Ragged":
+        """These rows, in their order."""
+        entries, _ = take_rows(self.offsets, rows)
+        return Ragged(offsets_of(self.lengths[rows]), self.values[entries])

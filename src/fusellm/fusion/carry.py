@@ -4,12 +4,14 @@ N source positions; R parts, each one source's distribution at one target positi
 all; U outcomes of a translation.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Distributions
+from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.compiled import compiled
 
 
@@ -28,6 +30,25 @@ class Carried:
     outcomes: np.ndarray
     masses: np.ndarray
     rest: np.ndarray
+
+    @classmethod
+    def certain(cls, outcomes: np.ndarray) -> "Carried":
+        """One part for each of these outcomes, which has all mass."""
+        ones, count = np.ones(len(outcomes), dtype=np.int64), len(outcomes)
+        return cls(ones, outcomes, np.ones(count), np.zeros(count))
+
+    @classmethod
+    def concat(cls, several: Sequence["Carried"]) -> "Carried":
+        """The parts of several, one after another."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(one, name) for one in several]) for name in names))
+
+    def take(self, parts: np.ndarray) -> "Carried":
+        """These parts, in their order."""
+        entries, _ = take_rows(offsets_of(self.lengths), parts)
+        return Carried(
+            self.lengths[parts], self.outcomes[entries], self.masses[entries], self.rest[parts]
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import Aligned
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Distributions
-from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.fused import Fused
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.carry import Carried, carry, map_counts
@@ -88,27 +88,6 @@ def rules_of(settings: FusionSettings) -> Rules:
     )
 
 
-@dataclass(frozen=True)
-class Fused:
-    """Fused distributions.
-
-    Attributes:
-        parts: [N] uint8, sources that have a share in the distribution; 0 where there is none.
-        source: [R] int8, whose part it is, and so whose outcomes these are.
-        lengths: [R] outcomes of each part.
-        outcomes: [M] int64, numbers of that source's translation.
-        masses: [M] float32, weighted: with the rests they sum to 1 at each position.
-        rest: [R] float32, weighted mass in none of a part's outcomes.
-    """
-
-    parts: np.ndarray
-    source: np.ndarray
-    lengths: np.ndarray
-    outcomes: np.ndarray
-    masses: np.ndarray
-    rest: np.ndarray
-
-
 Counts = dict[str, np.ndarray]
 """By name [B], sums over those of a block's positions that predict text or EOS.
 
@@ -178,55 +157,42 @@ def _gather(
     block: np.ndarray,
 ) -> Fused:
     position, source = np.nonzero(weights.T > 0)
-    lengths, rest = np.zeros(len(position), dtype=np.int64), np.zeros(len(position))
-    carried: list[Carried] = []
-    for s, reading in enumerate(sources):
-        mine = position[source == s]
-        place = reading.aligned.source[mine]
-        rows = np.where(place < 0, -1, reading.tokens.position_offsets[block[mine]] + place)
-        found = _carry_or_fall_back(target, reading, rules, rows, target.predicting[mine])
-        lengths[source == s], rest[source == s] = found.lengths, found.rest
-        carried.append(found)
+    carried = [
+        _carry_or_fall_back(target, reading, rules, block, position[source == s])
+        for s, reading in enumerate(sources)
+    ]
+    # They come source by source, and are wanted position by position.
+    order = np.empty(len(source), dtype=np.int64)
+    order[np.argsort(source, kind="stable")] = np.arange(len(source))
+    whole = Carried.concat(carried).take(order)
     weight = weights[source, position]
-    starts = offsets_of(lengths)
-    outcomes, masses = np.zeros(starts[-1], dtype=np.int64), np.zeros(starts[-1])
-    for s, found in enumerate(carried):
-        slots = _slots(starts, np.nonzero(source == s)[0], found.lengths)
-        outcomes[slots], masses[slots] = found.outcomes, found.masses
     return Fused(
         np.bincount(position, minlength=weights.shape[1]).astype(np.uint8),
         source.astype(np.int8),
-        lengths,
-        outcomes,
-        (masses * np.repeat(weight, lengths)).astype(np.float32),
-        (rest * weight).astype(np.float32),
+        whole.lengths,
+        whole.outcomes,
+        (whole.masses * np.repeat(weight, whole.lengths)).astype(np.float32),
+        (whole.rest * weight).astype(np.float32),
     )
 
 
 def _carry_or_fall_back(
-    target: Tokens, reading: Reading, rules: Rules, rows: np.ndarray, token: np.ndarray
+    target: Tokens, reading: Reading, rules: Rules, block: np.ndarray, positions: np.ndarray
 ) -> Carried:
-    """Carry `rows`; where one is -1, all mass goes to the token just read (the authors' rule)."""
-    there = rows >= 0
-    given, translation = reading.distributions, reading.translation
-    found = carry(given, rows[there], translation, rules.as_authors)
+    """What a source says at some target positions, over the outcomes of its vocabulary map.
+
+    Where it is not aligned, all mass goes to the token just read (the authors' rule).
+    """
+    place = reading.aligned.source[positions]
+    there = place >= 0
+    rows = (reading.tokens.position_offsets[block[positions]] + place)[there]
+    carried = carry(reading.distributions, rows, reading.translation, rules.as_authors)
     if there.all():
-        return found
-    lengths, rest = np.ones(len(rows), dtype=np.int64), np.zeros(len(rows))
-    lengths[there], rest[there] = found.lengths, found.rest
-    starts = offsets_of(lengths)
-    outcomes, all_masses = np.zeros(starts[-1], dtype=np.int64), np.ones(starts[-1])
-    slots = _slots(starts, np.nonzero(there)[0], found.lengths)
-    outcomes[slots], all_masses[slots] = found.outcomes, found.masses
-    outcomes[starts[:-1][~there]] = target.ids[token[~there]]
-    return Carried(lengths, outcomes, all_masses, rest)
-
-
-def _slots(starts: np.ndarray, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Where the entries of `rows` stand, one after another."""
-    return np.asarray(np.repeat(starts[rows] - offsets_of(lengths)[:-1], lengths)) + np.arange(
-        int(lengths.sum())
-    )
+        return carried
+    token = target.ids[target.predicting[positions[~there]]]
+    order = np.empty(len(there), dtype=np.int64)
+    order[np.argsort(~there, kind="stable")] = np.arange(len(there))
+    return Carried.concat([carried, Carried.certain(token)]).take(order)
 
 
 def _counts_of(
@@ -241,12 +207,12 @@ def _counts_of(
     blocks = len(read)
     there = source.aligned.source >= 0
     rows = source.tokens.position_offsets[block[there]] + source.aligned.source[there]
-    found = map_counts(source.distributions, rows, source.translation)
+    mapped = map_counts(source.distributions, rows, source.translation)
     byte_block = np.repeat(np.arange(blocks), np.diff(byte_offsets))
     sums = {
-        "mass_kept": (block[there], found.kept),
-        "mass_carried": (block[there], found.carried),
-        "met": (block[there], found.met),
+        "mass_kept": (block[there], mapped.kept),
+        "mass_carried": (block[there], mapped.carried),
+        "met": (block[there], mapped.met),
         "aligned": (block, there),
         "first_positions": (block, source.aligned.first),
         "wins": (block, weights),

@@ -9,12 +9,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fusellm.alignment.strategies import vocabulary_map
+from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.source_distributions import SourceDistributions, tokens_of_texts
 from fusellm.config import FusionSettings
 from fusellm.errors import ArgumentError
 from fusellm.fusion.functions import Compared
-from fusellm.fusion.fuse import Counts, Fused, fuse_blocks, rules_of
+from fusellm.fusion.fuse import Counts, fuse_blocks, rules_of
 from fusellm.fusion.pairing import pair
 from fusellm.progress import Progress
 from fusellm.recipe_file import checked_settings
@@ -95,31 +96,13 @@ class FusedDistributions:
         """[texts+1] where the positions of each text are; one that is not read has none."""
         return tokens_of_texts(self.encoded).position_offsets
 
-    @cached_property
-    def _part_offsets(self) -> np.ndarray:
-        return offsets_of(self.fused.parts)
-
-    @cached_property
-    def _outcome_offsets(self) -> np.ndarray:
-        return offsets_of(self.fused.lengths)
-
     def block(self, number: int) -> dict[str, Any]:
         """One text's row of a training, as the fused store has it (docs/store-format.md)."""
-        fused, ids = self.fused, self.encoded[number].ids
-        positions = slice(*self._position_offsets[number : number + 2])
-        parts = slice(self._part_offsets[positions.start], self._part_offsets[positions.stop])
-        outcomes = slice(self._outcome_offsets[parts.start], self._outcome_offsets[parts.stop])
-        unread = self.encoded[number].ends is None
-        return {
-            "block": number,
-            "ids": ids,
-            "parts": np.zeros(max(len(ids) - 1, 0), np.uint8) if unread else fused.parts[positions],
-            "source": fused.source[parts],
-            "lengths": fused.lengths[parts],
-            "outcomes": fused.outcomes[outcomes],
-            "masses": fused.masses[outcomes],
-            "rest": fused.rest[parts],
-        }
+        ids = self.encoded[number].ids
+        fused = self.fused.between(*self._position_offsets[number : number + 2])
+        if self.encoded[number].ends is None:  # it has positions all the same, without parts
+            fused = replace(fused, parts=np.zeros(max(len(ids) - 1, 0), np.uint8))
+        return {"block": number, "ids": ids} | fused.columns()
 
     def at(self, text: int, position: int) -> list[FusedOutcome]:
         """The fused distribution after one token of a text, the most probable outcome first.
@@ -134,17 +117,15 @@ class FusedDistributions:
         first, end = self._position_offsets[text : text + 2].tolist()
         if not 0 <= position < end - first:
             raise ArgumentError(f"there is no position {position}: text {text} has {end - first}")
-        found = []
-        for part in range(*self._part_offsets[first + position : first + position + 2]):
-            source = int(self.fused.source[part])
+        there = self.fused.between(first + position, first + position + 1)
+        outcomes = []
+        of_outcome = np.repeat(there.source, there.lengths).tolist()
+        for source, outcome, mass in zip(of_outcome, there.outcomes, there.masses, strict=True):
             offsets, members = self.members[source]
-            for entry in range(*self._outcome_offsets[part : part + 2]):
-                outcome = int(self.fused.outcomes[entry])
-                ids = members[offsets[outcome] : offsets[outcome + 1]]
-                tokens = tuple(self.encoder.spelled(id_) for id_ in ids.tolist())
-                mass = float(self.fused.masses[entry])
-                found.append(FusedOutcome(self.sources[source], ids, tokens, mass))
-        return sorted(found, key=lambda outcome: -outcome.mass)
+            ids = members[offsets[outcome] : offsets[outcome + 1]]
+            tokens = tuple(self.encoder.spelled(id_) for id_ in ids.tolist())
+            outcomes.append(FusedOutcome(self.sources[source], ids, tokens, float(mass)))
+        return sorted(outcomes, key=lambda outcome: -outcome.mass)
 
 
 def fuse(

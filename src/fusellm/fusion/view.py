@@ -12,11 +12,12 @@ import numpy as np
 
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.translation import VocabularyMap
+from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.fusion.carry import carry
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, span_nats
-from fusellm.fusion.fuse import Fused, Reading, Rules
+from fusellm.fusion.fuse import Reading, Rules
 from fusellm.tokens.encode import Encoder
 
 

@@ -133,7 +133,7 @@ def _in_order(batches: list[tuple[list[int], Kept]], encoded: Sequence[Encoded])
     lengths = np.array([max(len(b.ids) - 1, 0) if b.ends is not None else 0 for b in encoded])
     usable = np.array([block.ends is not None for block in encoded], dtype=np.bool_)
     read = [n for batch, _ in batches for n in batch]
-    joined = _joined([kept for _, kept in batches])
+    joined = Kept.concat([kept for _, kept in batches])
     offsets = offsets_of(lengths[read]) if read else np.zeros(1, dtype=np.int64)
     true = np.append(joined.true_log_prob, 0.0)
     finite = np.logical_and.reduceat(np.isfinite(true), offsets)[:-1]
@@ -144,19 +144,3 @@ def _in_order(batches: list[tuple[list[int], Kept]], encoded: Sequence[Encoded])
     rows = np.array([place[n] for n in np.nonzero(lengths)[0].tolist()], dtype=np.int64)
     positions, _ = take_rows(offsets, rows)
     return Read(usable, joined.take(positions), offsets_of(lengths), not_finite)
-
-
-def _joined(parts: Sequence[Kept]) -> Kept:
-    nothing = np.zeros(0, dtype=np.float32)
-    counts = np.zeros(0, dtype=np.uint8)
-    ids, offsets = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-    empty = Kept(offsets, ids, nothing, counts, nothing, nothing)
-    parts = [empty, *parts]
-    return Kept(
-        offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.log_probs for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate([part.tail for part in parts]),
-        np.concatenate([part.true_log_prob for part in parts]),
-    )

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.ragged import Ragged
 from fusellm.config import Recipe
 from fusellm.models.load import Located, load_model
 from fusellm.reading.allocator import keep_flat
 from fusellm.reading.source_reader import Read, SourceReader
 from fusellm.store.blocks import Block, digest_of_blocks
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
-from fusellm.store.tables import EncodedShard, Ragged, encode_table
+from fusellm.store.tables import EncodedShard, encode_table
 from fusellm.tokens.encode import Encoded, Encoder
 
 NOT_FINITE = "NaN or infinity in its distributions"
@@ -122,14 +122,9 @@ def columns_of_tokens(
     return token_columns(
         np.array([block.number for block in blocks], dtype=np.int64),
         usable,
-        _ragged([block.ids for block in encoded]),
-        _ragged(ends),
+        Ragged.of([block.ids for block in encoded]),
+        Ragged.of(ends),
     )
-
-
-def _ragged(rows: Sequence[np.ndarray]) -> Ragged:
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    return Ragged(offsets_of(lengths), np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
 
 
 def token_counts(encoded: Sequence[Encoded]) -> dict[str, int]:

@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import STRATEGIES
-from fusellm.arrays.ragged import offsets_of
-from fusellm.arrays.tokens import Tokens
+from fusellm.arrays.fused import Fused
+from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.config import Recipe
-from fusellm.fusion.fuse import Counts, Fused, Rules, fuse_blocks, rules_of
+from fusellm.fusion.fuse import Counts, Rules, fuse_blocks, rules_of
 from fusellm.fusion.pairing import Pairing, pair
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
@@ -36,7 +36,7 @@ from fusellm.store.externalized import (
 from fusellm.store.fused import fused_schema, write_members
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
-from fusellm.store.tables import Ragged, Shard, shard_names, write_table
+from fusellm.store.tables import Shard, shard_names, write_table
 from fusellm.store.translations import cached_translation
 from fusellm.store.writer import StageWriter
 
@@ -136,62 +136,63 @@ def _fuse_shard(
     rules: Rules,
     schema: pa.Schema,
 ) -> None:
-    written: list[tuple[np.ndarray, Ragged, Tokens, Fused]] = []
+    numbers, ids, read, fused = (
+        list[np.ndarray](),
+        list[Ragged](),
+        list[np.ndarray](),
+        list[Fused](),
+    )
     tally = _Tally(list(sources))
     shards = (target, *sources.values())
     for shard in shards:
         require_same_blocks(shard, corpus)
     batches = zip(corpus.batches(), *(shard.batches() for shard in shards), strict=True)
-    for n, (blocks, mine, *theirs) in enumerate(batches):
+    for n, (blocks, of_target, *of_sources) in enumerate(batches):
         lengths = text_bytes(blocks)
-        for shard, columns in zip(shards, (mine, *theirs), strict=True):
+        for shard, columns in zip(shards, (of_target, *of_sources), strict=True):
             require_text(shard, n, columns, blocks["block"], lengths)
-        tokens = tokens_of(mine, prefixes[TARGET])
+        tokens = tokens_of(of_target, prefixes[TARGET])
         readings = [
-            pairings[source].reading(tokens, tokens_of(read, prefixes[source]), kept_of(read))
-            for source, read in zip(sources, theirs, strict=True)
+            pairings[source].reading(tokens, tokens_of(columns, prefixes[source]), kept_of(columns))
+            for source, columns in zip(sources, of_sources, strict=True)
         ]
-        fused, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
-        written.append((blocks["block"], mine["ids"], tokens, fused))
+        batch, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
+        numbers.append(blocks["block"])
+        ids.append(of_target["ids"])
+        read.append(np.diff(tokens.offsets) > 0)
+        fused.append(batch)
         tally.add(blocks, together, each)
-    write_table(folder, name, _columns(written), schema, tally.as_counts())
+    write_table(folder, name, _columns(numbers, ids, read, fused), schema, tally.as_counts())
 
 
 def _columns(
-    written: list[tuple[np.ndarray, Ragged, Tokens, Fused]],
+    numbers: list[np.ndarray], ids: list[Ragged], read: list[np.ndarray], fused: list[Fused]
 ) -> dict[str, np.ndarray | Ragged]:
-    """A shard's columns from its record batches."""
+    """A shard's columns from its record batches.
 
-    def joined(column: list[tuple[np.ndarray, np.ndarray]]) -> Ragged:
-        lengths = np.concatenate([np.diff(offsets) for offsets, _ in column])
-        return Ragged(offsets_of(lengths), np.concatenate([values for _, values in column]))
-
-    ids, parts, source, length, outcomes, masses, rest = [], [], [], [], [], [], []
-    for _, all_ids, tokens, fused in written:
-        # A block that the target could not read has positions all the same, without parts.
-        predicting = np.maximum(np.diff(all_ids.offsets) - 1, 0)
-        there = np.repeat(np.diff(tokens.offsets) > 0, predicting)
-        of_position = np.zeros(len(there), dtype=np.uint8)
-        of_position[there] = fused.parts
-        positions = tokens.position_offsets
-        of_part = offsets_of(fused.parts)[positions]
-        of_outcome = offsets_of(fused.lengths)[of_part]
-        ids.append(all_ids)
-        parts.append((offsets_of(predicting), of_position))
-        source.append((of_part, fused.source))
-        length.append((of_part, fused.lengths))
-        outcomes.append((of_outcome, fused.outcomes))
-        masses.append((of_outcome, fused.masses))
-        rest.append((of_part, fused.rest))
+    Args:
+        numbers: of the blocks.
+        ids: of the target, of all blocks.
+        read: [blocks] bool, which the target can read. One that it cannot has positions all the
+            same, without parts.
+    """
+    all_ids, all_fused = Ragged.concat(ids), Fused.concat(fused)
+    positions = np.maximum(all_ids.lengths - 1, 0)
+    there = np.repeat(np.concatenate(read), positions)
+    parts = np.zeros(len(there), dtype=np.uint8)
+    parts[there] = all_fused.parts
+    of_block = offsets_of(positions)
+    part_offsets = offsets_of(parts)[of_block]
+    outcome_offsets = all_fused.outcome_offsets[part_offsets]
     return {
-        "block": np.concatenate([block for block, *_ in written]),
-        "ids": joined([(column.offsets, column.values) for column in ids]),
-        "parts": joined(parts),
-        "source": joined(source),
-        "lengths": joined(length),
-        "outcomes": joined(outcomes),
-        "masses": joined(masses),
-        "rest": joined(rest),
+        "block": np.concatenate(numbers),
+        "ids": all_ids,
+        "parts": Ragged(of_block, parts),
+        "source": Ragged(part_offsets, all_fused.source),
+        "lengths": Ragged(part_offsets, all_fused.lengths),
+        "outcomes": Ragged(outcome_offsets, all_fused.outcomes),
+        "masses": Ragged(outcome_offsets, all_fused.masses),
+        "rest": Ragged(part_offsets, all_fused.rest),
     }
 
 
@@ -206,14 +207,14 @@ class _Tally:
     def add(self, blocks: Mapping[str, Any], together: Counts, each: list[Counts]) -> None:
         """Add the counts of a record batch."""
         for domain in np.unique(blocks["domain"]).tolist():
-            mine = blocks["domain"] == domain
+            own = blocks["domain"] == domain
             sums = self._domains[domain]
             for name, values in together.items():
-                sums[name] += float(values[mine].sum())
+                sums[name] += float(values[own].sum())
             for source, counts in zip(self._sources, each, strict=True):
                 for name, values in counts.items():
-                    sums[f"{source}/{name}"] += float(values[mine].sum())
-                unread = np.nonzero(mine & (counts["read"] == 0))[0]
+                    sums[f"{source}/{name}"] += float(values[own].sum())
+                unread = np.nonzero(own & (counts["read"] == 0))[0]
                 if len(unread):
                     example = blocks["text"][unread[0]][:200]
                     self._examples.setdefault(f"{domain}/{source}", example)
@@ -230,13 +231,11 @@ def _summary(folder: StageFolder, sources: list[str]) -> dict[str, Any]:
     examples: dict[str, str] = {}
     for name in shard_names(folder):
         counts = folder.shards[name]["counts"]
-        for domain, found in counts.get("domains", {}).items():
-            for key, value in found.items():
+        for domain, of_domain in counts.get("domains", {}).items():
+            for key, value in of_domain.items():
                 sums[domain][key] += value
         examples = counts.get("examples", {}) | examples
-    return {
-        "domains": {d: _domain_summary(d, found, sources, examples) for d, found in sums.items()}
-    }
+    return {"domains": {d: _domain_summary(d, own, sources, examples) for d, own in sums.items()}}
 
 
 def _domain_summary(

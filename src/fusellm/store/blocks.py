@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusellm.store.layout import Batch, Layout, Ragged, Wrong, list_field
+from fusellm.arrays.ragged import Ragged
+from fusellm.store.layout import Batch, Layout, Wrong, list_field
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
 

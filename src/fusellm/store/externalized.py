@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from fusellm.arrays.distributions import Kept
-from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.errors import StoreError
 from fusellm.store.facts import about_of, vocabulary_of
 from fusellm.store.layout import (
     Batch,
     Layout,
-    Ragged,
     Rule,
     Wrong,
     all_but_one,

@@ -17,14 +17,6 @@ import pyarrow as pa
 
 from fusellm.arrays.ragged import offsets_of
 
-
-class Ragged(NamedTuple):
-    """A ragged column: entries of all rows one after another, and where each row's are [R+1]."""
-
-    offsets: np.ndarray
-    values: np.ndarray
-
-
 Batch = Mapping[str, Any]
 
 

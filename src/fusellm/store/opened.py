@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fusellm.arrays.distributions import Kept
+from fusellm.arrays.ragged import Ragged
 from fusellm.arrays.read_block import Distribution as Distribution
 from fusellm.arrays.read_block import StoredBlock as StoredBlock
 from fusellm.arrays.tokens import Tokens
@@ -23,7 +24,7 @@ from fusellm.errors import StoreError
 from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.tables import Ragged, Shard, shard_names
+from fusellm.store.tables import Shard, shard_names
 
 KIND = "distributions"
 _OPEN_SHARDS = 8

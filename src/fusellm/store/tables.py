@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from fusellm.arrays.ragged import Ragged
 from fusellm.errors import StoreError
 from fusellm.store.layout import Batch, Layout, Wrong
-from fusellm.store.layout import Ragged as Ragged
 from fusellm.store.manifest import SHARD_SUFFIX, Segment, StageFolder, segments_of
 from fusellm.store.writer import StageWriter
 

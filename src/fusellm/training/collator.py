@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.store.blocks import CONTEXT
 from fusellm.training.forward import IGNORED
@@ -56,28 +57,19 @@ class OutcomeTable:
         Returns:
             (the fields of `Outcomes`, [N] float64 mass that is kept at each position)
         """
-
-        def column(name: str, kind: type[np.generic]) -> np.ndarray:
-            return np.concatenate([block[name] for block in blocks]).astype(kind)
-
-        parts, lengths = column("parts", np.int64), column("lengths", np.int64)
-        source, outcome = column("source", np.int64), column("outcomes", np.int64)
-        mass, rest = column("masses", np.float64), column("rest", np.float64)
+        fused = Fused.concat([Fused.of(block) for block in blocks])
         wanted = np.concatenate([_predicted(block) for block in blocks])
         if not wanted.all():
-            of_part = np.repeat(wanted, parts)
-            of_outcome = np.repeat(of_part, lengths)
-            outcome, mass = outcome[of_outcome], mass[of_outcome]
-            source, rest, lengths = source[of_part], rest[of_part], lengths[of_part]
-            parts = parts[wanted]
-        part = np.repeat(np.arange(len(lengths)), lengths)
-        position = np.repeat(np.arange(len(parts)), parts)
-        part_mass = np.bincount(part, weights=mass, minlength=len(lengths))
-        kept = np.bincount(position, weights=part_mass, minlength=len(parts))
+            fused = fused.take(np.flatnonzero(wanted))
+        mass, rest = fused.masses.astype(np.float64), fused.rest.astype(np.float64)
+        part = np.repeat(np.arange(len(fused.lengths)), fused.lengths)
+        position = np.repeat(np.arange(len(fused.parts)), fused.parts)
+        part_mass = np.bincount(part, weights=mass, minlength=len(fused.lengths))
+        kept = np.bincount(position, weights=part_mass, minlength=len(fused.parts))
         if self._renormalize:
             mass = flattened(mass, part, part_mass + rest, self.temperature)
             rest = np.zeros_like(rest)
-        entries, place = take_rows(self._offsets, self._base[source[part]] + outcome)
+        entries, place = take_rows(self._offsets, self._base[fused.source[part]] + fused.outcomes)
         fields = {
             "present": kept > 0,
             "position": position,
