@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fusellm.objective import chunked
 from fusellm.objective.chunked import Head, Losses, objective
-from fusellm.objective.divergence import Divergence
+from fusellm.objective.divergence import Divergence, chunk_losses
 from fusellm.objective.outcomes import Outcomes
 from fusellm.objective.products import factors_as_bfloat16
 from fusellm.objective.textbook import objective_textbook
@@ -261,6 +261,21 @@ def test_the_textbook_by_hand() -> None:
     found = objective_textbook(torch.zeros(2, 4).double(), torch.tensor([0, 1]), outcomes, 0.75)
     fusion = 0.5 * np.log(2) + 0.25 * np.log(4) + 0.25 * np.log(4)
     assert found.item() == pytest.approx(0.75 * np.log(4) + 0.25 * fusion + np.log(4))
+
+
+def test_the_worked_example_of_the_gradient() -> None:
+    """As the docstring of `divergence._diverge` has it."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    outcomes = outcomes_of([([(0.5, [0, 1]), (0.3, [2])], 0.2)])
+    nothing, one = torch.zeros(1), torch.ones(1)
+    gradient, sums = chunk_losses(
+        logits, torch.tensor([0]), outcomes, (nothing, one), CROSS_ENTROPY, True
+    )
+    assert gradient is not None
+    expected = [-0.5 * 0.4 / 0.7 + 0.4, -0.5 * 0.3 / 0.7 + 0.3, -0.1, -0.1]
+    assert gradient[0].tolist() == pytest.approx(expected, abs=1e-6)
+    loss = -0.5 * np.log(0.7) - 0.3 * np.log(0.2) - 0.2 * np.log(0.1)
+    assert sums[2].item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_gradients_of_the_textbook_are_those_of_its_loss() -> None:

@@ -39,6 +39,15 @@ def _align_shard(
     source_of_target: np.ndarray,
     situation: np.ndarray,
 ) -> None:
+    # Two pointers, i over the target's boundaries and j over the source's; neither goes back, so a
+    # block costs as many steps as both have tokens. Of "the cats sat" the target has boundaries
+    # 3 4 8 ("the", " ", "cats"), the source 4 6 8 ("the ", "ca", "ts"):
+    #   after 3: the source has no boundary there, unaligned;
+    #   after 4: it has one; the next is 6, before the target's 8, and then 8: SEVERAL.
+    # Were its next 9, it would reach past the target's: BEYOND. Were they 6 and 9, it would jump
+    # over 8: CROSSED. Only the positions of several with one boundary that stand last count, as
+    # what was read then is the same, and a prefix or dummy token is behind them.
+    #
     # Relies on: offsets that ascend to the ends' number, as many for both.
     out = 0
     for b in range(len(target_offsets) - 1):

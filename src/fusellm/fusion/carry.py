@@ -83,6 +83,10 @@ def _carry(
     masses: np.ndarray,
     rest: np.ndarray,
 ) -> int:
+    # Entries (id 5, 0.4), (id 9, 0.3), (id 6, 0.2), tail 0.1, and a map 5 → 2, 6 → 2, 9 → none:
+    # outcome 2 gets 0.4 + 0.2, the rest 0.3 + 0.1. `seen_by[outcome] == r` says that this part has
+    # the outcome already, at `place_of[outcome]`; nothing has to be cleared from part to part.
+    #
     # Relies on: ids below len(outcome_of_source), offsets that ascend to len(ids), outcomes from -1
     # to len(seen_by) - 1. A store's layout and the reader of kept maps hold these.
     used = 0

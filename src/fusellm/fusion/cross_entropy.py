@@ -22,6 +22,10 @@ def _nats_by_byte(
     prefix_tokens: int,
     by_byte: np.ndarray,
 ) -> None:
+    # Tokens " con" (4 bytes, 2 nats) and "st" (2 bytes, 3 nats) give bytes 0.5 0.5 0.5 0.5 1.5 1.5:
+    # their sum over any stretch is the cost of that stretch, whoever cut it and wherever.
+    # `pending` is what a token without bytes has cost, until one with bytes comes.
+    #
     # Relies on: ends that ascend within a block to no more than its bytes (require_text).
     position = 0
     for b in range(len(token_offsets) - 1):
@@ -82,6 +86,10 @@ def _span_nats(
     nats: np.ndarray,
     scored: np.ndarray,
 ) -> None:
+    # Sums over a window in constant time: sums[s, n] is the cost of a block's first n bytes, so
+    # that a window from a to b costs sums[s, b] − sums[s, a]. A byte that one of the sources did not
+    # score (its first token's) counts for none of them: all are compared over the same bytes.
+    #
     # Relies on the same as `_nats_by_byte`.
     sources = len(by_byte)
     position = 0

@@ -111,8 +111,25 @@ def _diverge(
 ) -> torch.Tensor:
     """[C] divergence at each position; `p` becomes its weighted gradient plus `base` times itself.
 
-    With c the derivative of the loss in log Q of each outcome, the gradient in a logit is c of its
-    outcome times its share of that outcome, less its probability times the sum of all c.
+    The target gives id j the probability q_j = exp(z_j − log_z), and an outcome o, which is a set
+    of ids, Q_o = Σ q_j over its ids. The loss is a sum of terms in log Q_o, so it is enough to know
+    c_o, the derivative of the loss in log Q_o. As
+
+        ∂ log Q_o / ∂ z_j = [j in o] · q_j / Q_o − q_j,
+
+    the gradient in a logit is its outcome's c, shared out within the outcome, less what all pull:
+
+        ∂ loss / ∂ z_j = c_o(j) · q_j / Q_o(j) − q_j · Σ_o c_o.
+
+    The ids in no outcome of a part are one more outcome, the rest. Of cross-entropy c_o is −mass_o.
+
+    Example: q = (0.4, 0.3, 0.2, 0.1); {0, 1} has mass 0.5, {2} 0.3, and the rest, {3}, 0.2.
+    c = (−0.5, −0.3, −0.2), whose sum is −1. So z_0 gets −0.5 · 0.4/0.7 + 0.4 = 0.114, z_1
+    −0.5 · 0.3/0.7 + 0.3 = 0.086, z_2 −0.3 + 0.2 = −0.1, and z_3 −0.2 + 0.1 = −0.1. They sum to 0,
+    as they must: a constant added to all logits changes nothing.
+
+    Nothing of size [C, V] is made beside `p`: the few ids in outcomes are set one by one (`place`
+    is where they are in `p` laid flat), all others of a row are multiplied by one number.
     """
     row = outcomes.position[outcomes.part]
     member_row, ids = row[outcomes.member_outcome], outcomes.member_id
@@ -121,6 +138,7 @@ def _diverge(
     log_q_of_id = logits.view(-1)[place] - log_z[member_row]
     log_q = _logsumexp_by(log_q_of_id, outcomes.member_outcome, len(row))
 
+    # Positions of one part, which are most: p without the ids in its outcomes sums to its rest.
     single = torch.bincount(outcomes.position, minlength=len(log_z))[outcomes.position] == 1
     member_single = single[outcomes.part[outcomes.member_outcome]]
     single_place = place[member_single]
@@ -133,9 +151,10 @@ def _diverge(
     loss, c = _terms(outcomes.mass, of_part[outcomes.part], log_q, divergence)
     rest_loss, rest_c = _terms(rest.mass, of_part[rest.part], rest.log_q, divergence)
     rest_row = outcomes.position[rest.part]
-    found = torch.zeros_like(log_z).index_add_(0, row, loss).index_add_(0, rest_row, rest_loss)
+    losses = torch.zeros_like(log_z).index_add_(0, row, loss).index_add_(0, rest_row, rest_loss)
 
     c, rest_c = weight[row] * c, weight[rest_row] * rest_c
+    # What every id of a row is multiplied by: base − Σ c.
     factor = base.clone().index_add_(0, row, -c).index_add_(0, rest_row, -rest_c)
     # Ids outside a single part's outcomes all have one factor; log_q of it is never below its
     # threshold there. The others get their share row by row.
@@ -150,7 +169,7 @@ def _diverge(
     if rest.outside is not None:
         spread = torch.exp(rest.outside - (rest.log_q + log_z[rest_row])[slow, None])
         p.index_add_(0, rest_row[slow], spread.mul_(rest_c[slow, None]))
-    return found
+    return losses
 
 
 def _terms(
@@ -199,7 +218,15 @@ def _rests(
     single: torch.Tensor,
     divergence: Divergence,
 ) -> _Rests:
-    """Args: p: zero at the ids of single parts' outcomes."""
+    """The rests of all parts that say something of one.
+
+    log Q of the ids outside is a sum over nearly all of the vocabulary. Where a position has one
+    part, `p` has it already (fast). With several parts, or where next to nothing is left and a
+    float32 sum would be noise, it is computed from the logits, masked, in log space (slow).
+
+    Args:
+        p: zero at the ids of single parts' outcomes.
+    """
     asked = outcomes.rest > 0
     if divergence.kind == "reverse_kl":
         asked = torch.ones_like(asked)

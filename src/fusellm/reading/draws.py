@@ -60,6 +60,9 @@ def _walk(weights: np.ndarray, sums: np.ndarray, shift: np.ndarray, ids: np.ndar
         sums: [C, spans] of each span's weights; the last may have fewer ids or none.
         ids: [C, draws], is filled.
     """
+    # The weights laid end to end are a line of length `whole`; draw k hits the id under the point
+    # (k + shift) / draws of it. Points ascend, so span and id only move on: V/64 + 64·draws steps
+    # in place of V. Weights 2 1 1, shift 0.5, 4 draws: points 0.5 1.5 2.5 3.5, ids 0 0 1 2.
     draws, last = ids.shape[1], weights.shape[1] - 1
     for c in range(len(weights)):
         whole = 0.0

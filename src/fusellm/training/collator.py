@@ -69,6 +69,8 @@ class OutcomeTable:
         if self._renormalize:
             mass = flattened(mass, part, part_mass + rest, self.temperature)
             rest = np.zeros_like(rest)
+        # Outcomes of all sources are numbered through: those of source s begin at base[s]. Such a
+        # number gives its set of ids: `entries` of all, `place` the outcome that each is of.
         entries, place = take_rows(self._offsets, self._base[fused.source[part]] + fused.outcomes)
         fields = {
             "present": kept > 0,
