@@ -87,7 +87,7 @@ def _span_nats(
     scored: np.ndarray,
 ) -> None:
     # Sums over a window in constant time: sums[s, n] is the cost of a block's first n bytes, so
-    # that a window from a to b costs sums[s, b] − sums[s, a]. A byte that one of the sources did not
+    # that from a to b it costs sums[s, b] − sums[s, a]. A byte that one of the sources did not
     # score (its first token's) counts for none of them: all are compared over the same bytes.
     #
     # Relies on the same as `_nats_by_byte`.
