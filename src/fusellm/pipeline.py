@@ -131,9 +131,8 @@ class Pipeline:
         folders = [stage for stage in unfinished if isinstance(stage, FolderStage)]
         if folders and any(s.command == "train" and not s.complete for s in self.stages):
             train.rehearse(self.recipe)
-        for stage in unfinished:
-            if isinstance(stage, SuitesStage):
-                stage.prepared  # noqa: B018
+        if any(isinstance(stage, SuitesStage) for stage in unfinished):
+            self.prepare_suites()
         if "externalize" in commands:
             require_models(context.readers)
             self._say_note()
@@ -172,7 +171,7 @@ class Pipeline:
         """
         for stage in self.stages:
             if isinstance(stage, SuitesStage):
-                stage.prepared  # noqa: B018
+                stage.find()
 
     def unfinished(self, command: str) -> bool:
         """Whether a stage of a command is, and can be made now.

@@ -127,13 +127,16 @@ class SuitesStage(Stage):
 
     command = "evaluate"
 
-    @cached_property
-    def prepared(self) -> list[Prepared]:
-        """The suites with their data, packages and sandbox, once these are found.
+    def find(self) -> list[Prepared]:
+        """Find the data, packages and sandbox of the suites, once.
 
         Raises:
             EvaluationError: something is missing.
         """
+        return self._prepared
+
+    @cached_property
+    def _prepared(self) -> list[Prepared]:
         wanted = [suite for suite in self.context.evaluation.suites if suite != "lm"]
         settings = settings_of(self.context.evaluation)
         return prepare(wanted, settings, self.context.progress) if wanted else []
@@ -144,7 +147,8 @@ class SuitesStage(Stage):
         Raises:
             FusellmError: as `candidate` and `measure_into` do.
         """
-        if not self.prepared:
+        suites = self.find()
+        if not suites:
             return
         context, evaluation = self.context, self.context.evaluation
         require_inside(self.folder, context.run)
@@ -152,7 +156,7 @@ class SuitesStage(Stage):
         measure_into(
             self.folder,
             [candidate(name, model.located) for name, model in models],
-            self.prepared,
+            suites,
             settings_of(evaluation),
             Rules(PAIRS, evaluation.resamplings, context.recipe.seed, evaluation.pass_at),
             evaluation.published,
