@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fusellm.evaluation.intervals import MEAN, Record, Scores, records
+from fusellm.evaluation.text.intervals import MEAN, Record, Scores, records
 
 LN2 = np.log(2)
 DOCUMENTS = {"prose": 60, "code": 25}

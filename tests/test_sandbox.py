@@ -30,7 +30,7 @@ from attacks import (
     world,
 )
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.sandbox import (
+from fusellm.evaluation.code.sandbox import (
     LANGUAGES,
     MIB,
     Limits,
@@ -39,9 +39,9 @@ from fusellm.evaluation.sandbox import (
     pack,
     self_test,
 )
-from fusellm.evaluation.sandbox.examples import EXAMPLES
-from fusellm.evaluation.sandbox.seccomp import seccomp_filter
-from fusellm.evaluation.sandbox.toolchain import WORKS, with_nonce
+from fusellm.evaluation.code.sandbox.examples import EXAMPLES
+from fusellm.evaluation.code.sandbox.seccomp import seccomp_filter
+from fusellm.evaluation.code.sandbox.toolchain import WORKS, with_nonce
 from toolchains import SLOW, Toolchains
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -77,7 +77,7 @@ def test_attacks_succeed_where_there_is_no_sandbox(name: str, tmp_path: Path) ->
 def test_a_program_dies_with_its_parent(sandbox: Sandbox) -> None:
     token = f"orphan-{os.getpid()}-{time.monotonic_ns()}"
     text = f"""
-    from fusellm.evaluation.sandbox import Limits, Sandbox
+    from fusellm.evaluation.code.sandbox import Limits, Sandbox
     Sandbox({sandbox.bwrap!r}, "").run(["sh", "-c", "sleep 60; : {token}"], Limits(60))
     """
     parent = subprocess.Popen(

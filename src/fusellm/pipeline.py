@@ -15,7 +15,6 @@ import yaml
 from fusellm.config import EvaluationSettings, Recipe
 from fusellm.errors import IdentityError, StoreError
 from fusellm.evaluation.measure import Prepared, prepare
-from fusellm.evaluation.settings import settings_of
 from fusellm.models.cards import training_card
 from fusellm.models.load import Located, locate
 from fusellm.models.readers import plain_text_note, readers_of
@@ -32,7 +31,6 @@ from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.look import look_at
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import write_report
-from fusellm.stages.suites import run_suites
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, require_writable, write_text
 from fusellm.store.identity import Identity, digest
@@ -174,13 +172,12 @@ class Pipeline:
             EvaluationError: something is missing.
         """
         if self._prepared is None:
-            settings = settings_of(self._evaluation)
-            self._prepared = prepare(self._suites, settings, self._progress)
+            self._prepared = prepare(self._suites, self._evaluation, self._progress)
         return self._prepared
 
     def _run_suites(self, parts: Sequence[_Part], redo: bool) -> None:
         self._require(SUITES, [part.name for part in parts if part.stage == "train"])
-        run_suites(
+        evaluate.run_suites(
             self.run,
             self._evaluated(),
             self.prepare_suites(),

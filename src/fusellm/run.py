@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
-from fusellm.evaluation.intervals import Record
-from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.evaluation.measure import SuiteResults, read_suites
+from fusellm.evaluation.text.intervals import Record
 from fusellm.inspection import Inspection, inspect_block
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer

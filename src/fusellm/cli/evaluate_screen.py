@@ -15,8 +15,8 @@ from rich.text import Text
 from fusellm.errors import StoreError
 
 if TYPE_CHECKING:
-    from fusellm.evaluation.suite_results import SuiteResults
-    from fusellm.evaluation.tables import Table
+    from fusellm.evaluation.compare.tables import Table
+    from fusellm.evaluation.measure import SuiteResults
 
 ENDINGS = (".md", ".csv", ".json")
 _WIDE = 10_000
@@ -48,8 +48,8 @@ def results_of(
     Args:
         suites: only these; all that were measured if None.
     """
-    from fusellm.evaluation.suite_results import read_suites
-    from fusellm.evaluation.tables import compared_on
+    from fusellm.evaluation.compare.tables import compared_on
+    from fusellm.evaluation.measure import read_suites
     from fusellm.stages.evaluate import notes_of, read_records
     from fusellm.store.run_folder import SUITES
 
@@ -60,7 +60,7 @@ def results_of(
 
 def as_object(found: Results) -> Any:
     """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
-    from fusellm.evaluation.tables import as_json
+    from fusellm.evaluation.compare.tables import as_json
 
     if found.bits_per_byte is not None and not found.suites:
         return found.bits_per_byte
@@ -84,9 +84,9 @@ def show(found: Results, console: Console) -> None:
 
 
 def _suite(one: "SuiteResults", console: Console) -> Iterator[RenderableType]:
-    from fusellm.evaluation.paper import MODELS, SOURCE
-    from fusellm.evaluation.suites import named
-    from fusellm.evaluation.tables import footer, published_table, table, verdict
+    from fusellm.evaluation.compare.published import MODELS, SOURCE
+    from fusellm.evaluation.compare.tables import footer, published_table, table, verdict
+    from fusellm.evaluation.suites.catalogue import named
 
     comparison = one.comparison
     suite = named(comparison.suite)
@@ -116,7 +116,7 @@ def _in_width(
     Args:
         parts: numbers of the columns besides the first that are to stand together.
     """
-    from fusellm.evaluation.tables import Table
+    from fusellm.evaluation.compare.tables import Table
 
     def of(numbers: Sequence[int]) -> RichTable:
         columns = [shown.columns[n] for n in numbers]
@@ -175,7 +175,7 @@ def require_savable(paths: Sequence[Path]) -> None:
 
 def save(found: Results, path: Path) -> None:
     """Write results as Markdown, CSV or JSON, as the file's name says."""
-    from fusellm.evaluation.tables import csv_text, markdown, markdown_table
+    from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_table
     from fusellm.stages.report import results_table, verdict
     from fusellm.store.files import write_text
 

@@ -1,4 +1,4 @@
-"""evaluate: held-out bits per byte of the sources, the target, the baseline and the fused model."""
+"""evaluate: every model of a run, by bits per byte of held-out text and by suites."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from fusellm.config import Recipe
+from fusellm.config import EvaluationSettings, Recipe
 from fusellm.errors import CorpusError
-from fusellm.evaluation.bits_per_byte import blocks_nats, without_context
-from fusellm.evaluation.intervals import Record, Scores, records
+from fusellm.evaluation.compare.comparison import PAIRS, Rules
+from fusellm.evaluation.measure import Prepared, candidate, measure_into
+from fusellm.evaluation.text.intervals import Record, Scores, records
+from fusellm.evaluation.text.nats import blocks_nats, without_context
 from fusellm.models.load import Located, default_device, load_model
 from fusellm.progress import Progress
 from fusellm.store.blocks import Block, open_corpus, read_part
-from fusellm.store.files import from_json
+from fusellm.store.files import from_json, require_inside
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
+from fusellm.store.run_folder import SUITES
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
@@ -183,6 +186,33 @@ def _bytes_by_domain(scores: Scores) -> dict[str, int]:
         domain: int(scores.scored_bytes[domains == domain].sum())
         for domain in dict.fromkeys(scores.domains)
     }
+
+
+def run_suites(
+    run: Path,
+    models: Mapping[str, Located],
+    prepared: Sequence[Prepared],
+    evaluation: EvaluationSettings,
+    seed: int,
+    progress: Progress,
+    redo: bool = False,
+) -> None:
+    """Measure the models of a run, in the order of the table, and put the suites into its index.
+
+    Raises:
+        FusellmError: as `candidate` and `measure_into` do.
+    """
+    require_inside(run / SUITES, run)
+    candidates = [candidate(name, located) for name, located in models.items()]
+    measure_into(
+        run / SUITES,
+        candidates,
+        prepared,
+        Rules(PAIRS, evaluation.resamplings, seed, evaluation.pass_at),
+        evaluation.published,
+        progress,
+        redo,
+    )
 
 
 def read_records(run: Path) -> list[Record]:

@@ -7,11 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fusellm.evaluation.intervals import MEAN
-from fusellm.evaluation.paper import SOURCE
-from fusellm.evaluation.suite_results import SuiteResults
-from fusellm.evaluation.suites import named
-from fusellm.evaluation.tables import (
+from fusellm.evaluation.compare.published import SOURCE
+from fusellm.evaluation.compare.tables import (
     Table,
     compared_on,
     footer,
@@ -21,6 +18,9 @@ from fusellm.evaluation.tables import (
     title_of,
     verdict,
 )
+from fusellm.evaluation.measure import SuiteResults
+from fusellm.evaluation.suites.catalogue import named
+from fusellm.evaluation.text.intervals import MEAN
 from fusellm.stages.report.charts import (
     SITUATIONS,
     Bar,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from fusellm.errors import StoreError
-from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.evaluation.measure import SuiteResults, read_suites
 from fusellm.models.cards import without_folders
 from fusellm.store.files import from_json
 from fusellm.store.run_folder import SUITES

@@ -7,10 +7,10 @@ from typing import Any
 
 from fusellm.config import RESERVED_NAMES
 from fusellm.errors import StoreError
-from fusellm.evaluation import tables
-from fusellm.evaluation.comparison import Comparison
-from fusellm.evaluation.intervals import BITS_PER_BYTE, MEAN, Record
-from fusellm.evaluation.tables import Table, title_of, title_of_model
+from fusellm.evaluation.compare import tables
+from fusellm.evaluation.compare.comparison import Comparison
+from fusellm.evaluation.compare.tables import Table, title_of, title_of_model
+from fusellm.evaluation.text.intervals import BITS_PER_BYTE, MEAN, Record
 
 COLUMNS = tuple(field.name for field in fields(Record))
 DIFFERENCE = "fused-clm"

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fusellm.evaluation.comparison import Comparison, Difference, Line
-from fusellm.evaluation.tables import number, pairs_of, title_of, with_interval
+from fusellm.evaluation.compare.comparison import Comparison, Difference, Line
+from fusellm.evaluation.compare.tables import number, pairs_of, title_of, with_interval
 from fusellm.stages.report.charts import SENTINELS, SMALL, TEXT, WIDTH, inline_svg, shortened
 
 _ROW, _TOP, _BOTTOM = 34.0, 4.0, 36.0
