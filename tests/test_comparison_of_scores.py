@@ -30,7 +30,7 @@ from fusellm.evaluation.compare.tables import (
     table,
     verdict,
 )
-from fusellm.stages.report.suite_chart import differences_chart
+from fusellm.stages.report.charts import differences_chart
 
 REASON = "needs the extra: pip install 'fusellm[eval]'"
 pytest.importorskip("scipy", reason=REASON)

@@ -30,7 +30,7 @@ from fusellm.progress import Progress
 from fusellm.stages import corpus, evaluate, externalize, fuse, train
 from fusellm.stages.corpus.look import look_at
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
-from fusellm.stages.report import write_report
+from fusellm.stages.report.write import write_report
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import alone_in, make_folder, require_writable, write_text
 from fusellm.store.identity import Identity, digest

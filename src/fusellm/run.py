@@ -12,6 +12,7 @@ from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
 from fusellm.evaluation.measure import SuiteResults, read_suites
 from fusellm.evaluation.text.intervals import Record
+from fusellm.evaluation.text.results import results_table, verdict
 from fusellm.inspection import Inspection, inspect_block
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
@@ -20,7 +21,6 @@ from fusellm.progress import Progress, Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.evaluate import read_records
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
-from fusellm.stages.report import results_table, verdict
 from fusellm.stages.train import FUSED, folder_of
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import RECIPE, STAGES, SUITES

@@ -71,7 +71,7 @@ def as_object(found: Results) -> Any:
 def show(found: Results, console: Console) -> None:
     """Print the tables, each with what its reader needs to know."""
     if found.bits_per_byte is not None:
-        from fusellm.stages.report import results_table, verdict
+        from fusellm.evaluation.text.results import results_table, verdict
 
         title = "Held-out bits per byte (lower is better), 95 % intervals"
         console.print(_table(results_table(found.bits_per_byte), title))
@@ -176,7 +176,7 @@ def require_savable(paths: Sequence[Path]) -> None:
 def save(found: Results, path: Path) -> None:
     """Write results as Markdown, CSV or JSON, as the file's name says."""
     from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_table
-    from fusellm.stages.report import results_table, verdict
+    from fusellm.evaluation.text.results import results_table, verdict
     from fusellm.store.files import write_text
 
     comparisons = [one.comparison for one in found.suites]

@@ -14,9 +14,8 @@ from fusellm.errors import EvaluationError
 from fusellm.evaluation.compare import statistics
 from fusellm.evaluation.compare.joined import BLEU, SCORE, WHOLE, JoinedTask, join
 from fusellm.evaluation.compare.records import TaskRecord
-from fusellm.evaluation.compare.statistics import Tested
+from fusellm.evaluation.compare.statistics import MEAN, Tested
 from fusellm.evaluation.harness.lm_eval import extra
-from fusellm.evaluation.text.intervals import MEAN
 from fusellm.store.identity import digest
 
 PAIRS = (("fused", "target"), ("fused", "clm"))

@@ -28,6 +28,8 @@ import numpy as np
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.harness.lm_eval import extra
 
+MEAN = "mean"
+"""What the mean over tasks or domains is called among them."""
 LEVEL = 0.05
 POWER = 0.8
 

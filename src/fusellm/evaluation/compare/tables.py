@@ -3,8 +3,9 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from fusellm.evaluation.compare.comparison import Comparison, Difference, Line, NotRun
@@ -13,7 +14,7 @@ from fusellm.evaluation.compare.statistics import LEVEL
 
 _TITLES = {"target": "target before training", "clm": "CLM baseline"}
 _SHORT = {"clm": "CLM"}
-_IN_WORDS = {-1: "worse", 0: "no difference shown", 1: "better"}
+IN_WORDS = {-1: "worse", 0: "no difference shown", 1: "better"}
 _BEGINS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")
 _DIGITS, _DIGITS_OF_SCORES = 2, 4
@@ -167,15 +168,34 @@ def csv_text(
     written = io.StringIO()
     writer = csv.DictWriter(written, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for record in bits_per_byte:
-        places = {key: _safe(str(record[key])) for key in ("task", "model")}
-        writer.writerow({"suite": "lm", **record, **places})
-    for comparison in comparisons:
-        for line in comparison.lines:
-            writer.writerows(_csv_rows(comparison.suite, line))
-        if published:
-            writer.writerows(_published_csv_rows(comparison.suite))
+    rows = chain(
+        ({"suite": "lm", **record} for record in bits_per_byte),
+        *(flat_rows(comparison, published) for comparison in comparisons),
+    )
+    for row in rows:
+        writer.writerow(
+            {key: _safe(one) if isinstance(one, str) else one for key, one in row.items()}
+        )
     return written.getvalue()
+
+
+def flat_rows(comparison: Comparison, published: bool = False) -> Iterator[dict[str, Any]]:
+    """A row for each score and each difference, numbers unrounded; keys are of `CSV_COLUMNS`."""
+    suite = {"suite": comparison.suite}
+    for line in comparison.lines:
+        place = suite | {"task": line.task, "metric": line.unit, "n": line.n}
+        for model, value in line.scores.items():
+            yield place | {"model": model, "value": value, "truncated": line.truncated[model]}
+        for one in line.differences:
+            told = {key: value for key, value in asdict(one).items() if key in CSV_COLUMNS}
+            yield (
+                place
+                | told
+                | {"model": one.name, "sign": one.sign, "relative_percent": one.relative}
+            )
+    for task, points in PUBLISHED.get(comparison.suite, {}).items() if published else ():
+        for model, value in zip(MODELS, points, strict=True):
+            yield suite | {"task": task, "model": model, "metric": "published", "value": value}
 
 
 def as_json(comparisons: Iterable[Comparison], published: bool = False) -> dict[str, Any]:
@@ -269,12 +289,12 @@ def _in_words(one: Difference, digits: int) -> str:
 
 def _shown(one: Difference, digits: int) -> str:
     if one.sign:
-        return _IN_WORDS[one.sign]
+        return IN_WORDS[one.sign]
     if one.least_p > LEVEL:
         return "too few documents to show any difference"
     after = " after correction" if one.p <= LEVEL else ""
     least = "" if one.could_show is None else f" (≥ {number(one.could_show, digits - 1)} would be)"
-    return f"{_IN_WORDS[0]}{after}{least}"
+    return f"{IN_WORDS[0]}{after}{least}"
 
 
 def _percent(value: float) -> str:
@@ -314,43 +334,6 @@ def _escaped(text: str) -> str:
 
 def _safe(text: str) -> str:
     return f"'{text}" if text.startswith(_BEGINS_A_FORMULA) else text
-
-
-def _csv_rows(suite: str, line: Line) -> list[dict[str, Any]]:
-    place: dict[str, Any] = {
-        "suite": _safe(suite),
-        "task": _safe(line.task),
-        "metric": line.unit,
-        "n": line.n,
-    }
-    scores: list[dict[str, Any]] = [
-        {"model": _safe(model), "value": value, "truncated": line.truncated[model]}
-        for model, value in line.scores.items()
-    ]
-    differences: list[dict[str, Any]] = [
-        {
-            "model": _safe(one.name),
-            "value": one.value,
-            "low": one.low,
-            "high": one.high,
-            "p": one.p,
-            "corrected_p": one.corrected_p,
-            "sign": one.sign,
-            "relative_percent": one.relative,
-            "could_show": one.could_show,
-        }
-        for one in line.differences
-    ]
-    return [place | row for row in (*scores, *differences)]
-
-
-def _published_csv_rows(suite: str) -> list[dict[str, Any]]:
-    place = {"suite": _safe(suite), "metric": "published"}
-    return [
-        place | {"task": task, "model": model, "value": value}
-        for task, points in PUBLISHED.get(suite, {}).items()
-        for model, value in zip(MODELS, points, strict=True)
-    ]
 
 
 def compared_on(notes: Mapping[str, Any]) -> str | None:

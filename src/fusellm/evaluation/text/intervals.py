@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fusellm.evaluation.compare.statistics import Estimate, estimates, mean_of
+from fusellm.evaluation.compare.statistics import MEAN, Estimate, estimates, mean_of
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 
-MEAN = "mean"
 BITS_PER_BYTE = "bits_per_byte"
 
 
@@ -42,10 +41,10 @@ class Record:
 
     @property
     def sign(self) -> int | None:
-        """Of a difference: -1 if its interval lies below 0, 1 if above, 0 if it includes 0."""
+        """Of a difference: 1 if its interval lies below 0, which is better, -1 if above, or 0."""
         if self.low is None or self.high is None:
             return None
-        return -1 if self.high < 0 else 1 if self.low > 0 else 0
+        return int(self.high < 0) - int(self.low > 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,26 +65,26 @@ def records(
     """
     labels = np.array(scores.domains)
     nats = dict(scores.nats) | {f"{a}-{b}": scores.nats[a] - scores.nats[b] for a, b in differences}
-    found: dict[str, list[Estimate]] = {}
+    by_task: dict[str, list[Estimate]] = {}
     sizes: dict[str, int] = {}
     for place, domain in enumerate(dict.fromkeys(scores.domains)):
         chosen = (labels == domain) & (scores.scored_bytes > 0)
         sizes[domain] = int(chosen.sum())
         bits = np.stack([of_model[chosen] for of_model in nats.values()], axis=1) / NATS_PER_BIT
         rng = np.random.default_rng([seed, place])
-        found[domain] = estimates(bits, scores.scored_bytes[chosen], resamplings, rng)
-    found[MEAN] = [
+        by_task[domain] = estimates(bits, scores.scored_bytes[chosen], resamplings, rng)
+    by_task[MEAN] = [
         mean_of(parts, resamplings, np.random.default_rng([seed, len(sizes)]))
-        for parts in zip(*found.values(), strict=True)
+        for parts in zip(*by_task.values(), strict=True)
     ]
     sizes[MEAN] = sum(sizes.values())
     return [
         _record(model, task, one, sizes[task])
-        for model, of_model in zip(nats, zip(*found.values(), strict=True), strict=True)
-        for task, one in zip(found, of_model, strict=True)
+        for model, of_model in zip(nats, zip(*by_task.values(), strict=True), strict=True)
+        for task, one in zip(by_task, of_model, strict=True)
     ]
 
 
-def _record(model: str, task: str, found: Estimate, n: int) -> Record:
-    low, high = found.interval or (None, None)
-    return Record(model, task, BITS_PER_BYTE, found.value, low, high, n)
+def _record(model: str, task: str, estimate: Estimate, n: int) -> Record:
+    low, high = estimate.interval or (None, None)
+    return Record(model, task, BITS_PER_BYTE, estimate.value, low, high, n)

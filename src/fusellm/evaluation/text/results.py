@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fusellm.config import RESERVED_NAMES
 from fusellm.errors import StoreError
-from fusellm.evaluation.compare import tables
-from fusellm.evaluation.compare.comparison import Comparison
-from fusellm.evaluation.compare.tables import Table, title_of, title_of_model
-from fusellm.evaluation.text.intervals import BITS_PER_BYTE, MEAN, Record
+from fusellm.evaluation.compare.statistics import MEAN
+from fusellm.evaluation.compare.tables import IN_WORDS, Table, number, title_of, title_of_model
+from fusellm.evaluation.text.intervals import BITS_PER_BYTE, Record
 
 COLUMNS = tuple(field.name for field in fields(Record))
 DIFFERENCE = "fused-clm"
 
-_IN_WORDS = {-1: "better", 0: "no difference shown", 1: "worse"}
+_DIGITS, _DIGITS_OF_DIFFERENCES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,20 @@ class Results:
             task: min((r.value for m in self.models if (r := self.get(m, task))), default=None)
             for task in self.tasks
         }
-        rows = []
-        for model in self.models:
-            cells = [_cell(self.get(model, task), 3, least[task]) for task in self.tasks]
-            rows.append(Row(model, title_of_model(model), cells))
+        titles = {model: title_of_model(model) for model in self.models}
         if self.has_difference:
-            cells = [_cell(self.get(DIFFERENCE, task), 4, None) for task in self.tasks]
-            rows.append(Row(DIFFERENCE, title_of(*DIFFERENCE.split("-")), cells))
-        return rows
+            titles[DIFFERENCE] = title_of(*DIFFERENCE.split("-"))
+        return [
+            Row(
+                model,
+                title,
+                [
+                    _cell(self.get(model, task), None if model == DIFFERENCE else least[task])
+                    for task in self.tasks
+                ],
+            )
+            for model, title in titles.items()
+        ]
 
     def verdict(self) -> str:
         """One sentence: fused against the sources by value, against CLM by the interval."""
@@ -90,59 +95,35 @@ class Results:
         return f"{place}, the fused model {sentence}{self._against_clm(task, good)}."
 
     def _against_sources(self, fused: Record) -> tuple[bool, str]:
-        own = f"{number(fused.value)} bits per byte"
-        found = [r for name in self.sources if (r := self.get(name, fused.task))]
+        sources = [r for name in self.sources if (r := self.get(name, fused.task))]
         target = self.get("target", fused.task)
-        if not found:
+        own = f"{_value(fused)} bits per byte"
+        if not sources:
             return True, f"has {own}"
-        best = min(found, key=lambda record: record.value)
+        best = min(sources, key=lambda record: record.value)
         good = fused.value < best.value
-        relation = "is better than every source" if good else "is not better than every source"
-        other = best.model if len(found) == 1 else f"{best.model}, the best of them,"
-        sentence = f"{relation} ({own}; {other} has {number(best.value)})"
+        other = best.model if len(sources) == 1 else f"{best.model}, the best of them,"
+        relation = "is better" if good else "is not better"
+        sentence = f"{relation} than every source ({own}; {other} has {_value(best)})"
         if target is not None and not fused.value < target.value:
+            but = ", but not" if good else ", nor"
+            sentence += f"{but} better than the target before training ({_value(target)})"
             good = False
-            sentence += (
-                f", nor better than the target before training ({number(target.value)})"
-                if fused.value >= best.value
-                else f", but not better than the target before training ({number(target.value)})"
-            )
         return good, sentence
 
     def _against_clm(self, task: str, good: bool) -> str:
         record = self.get(DIFFERENCE, task)
         if record is None:
             return "; it has not been compared with a CLM baseline"
-        sign = record.sign
-        if sign is None:
+        if record.sign is None:
             return "; its difference to the CLM baseline has no interval to judge by"
-        joint = ", and" if good == (sign < 0) else ", but"
-        relation = {
-            -1: "is better than the CLM baseline",
-            0: "no difference from the CLM baseline is shown",
-            1: "is worse than the CLM baseline",
-        }[sign]
+        joint = ", and" if good == (record.sign > 0) else ", but"
+        relation = f"is {IN_WORDS[record.sign]} than the CLM baseline"
+        if not record.sign:
+            relation = "no difference from the CLM baseline is shown"
         return (
-            f"{joint} {relation} (fused − CLM: {number(record.value, 4)}, "
-            f"95 % interval {_interval(record, 4)})"
+            f"{joint} {relation} (fused − CLM: {_value(record)}, 95 % interval {_interval(record)})"
         )
-
-
-def suite_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """A suite's scores and differences as records, their task being `<suite>/<task>`."""
-    found = []
-    for line in comparison.lines:
-        scores = [Record(m, "", "", value, None, None, 0) for m, value in line.scores.items()]
-        differences = [
-            Record(one.name, "", "", one.value, one.low, one.high, 0) for one in line.differences
-        ]
-        found += [
-            replace(
-                record, task=f"{comparison.suite}/{line.task}", metric=line.unit, n=line.n
-            ).as_dict()
-            for record in (*scores, *differences)
-        ]
-    return found
 
 
 def results_table(records: Iterable[Mapping[str, Any]]) -> Table:
@@ -161,26 +142,28 @@ def verdict(records: Iterable[Mapping[str, Any]]) -> str:
     return Results(records).verdict()
 
 
-def number(value: float, digits: int = 3) -> str:
-    """Bits per byte, or a share, as text."""
-    return tables.number(value, digits)
+def _digits(record: Record) -> int:
+    return _DIGITS_OF_DIFFERENCES if record.model == DIFFERENCE else _DIGITS
 
 
-def _interval(record: Record, digits: int) -> str:
+def _value(record: Record) -> str:
+    return number(record.value, _digits(record))
+
+
+def _interval(record: Record) -> str:
     if record.low is None or record.high is None:
         return ""
     joint = "–" if record.low >= 0 and record.model != DIFFERENCE else " to "
-    return f"{number(record.low, digits)}{joint}{number(record.high, digits)}"
+    return joint.join(number(end, _digits(record)) for end in (record.low, record.high))
 
 
-def _cell(record: Record | None, digits: int, least: float | None) -> Cell | None:
+def _cell(record: Record | None, least: float | None) -> Cell | None:
     if record is None:
         return None
     words = ""
     if record.model == DIFFERENCE:
-        words = "no interval" if record.sign is None else _IN_WORDS[record.sign]
-    value = number(record.value, digits)
-    return Cell(value, _interval(record, digits), record.value == least, words)
+        words = "no interval" if record.sign is None else IN_WORDS[record.sign]
+    return Cell(_value(record), _interval(record), record.value == least, words)
 
 
 def _plain(cell: Cell | None) -> str:
