@@ -4,22 +4,35 @@ Scores are in points: percent where an answer is right or wrong, BLEU, or the ta
 documents; the samples of one document are one of them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.compare import statistics
-from fusellm.evaluation.compare.joined import BLEU, SCORE, WHOLE, JoinedTask, join
-from fusellm.evaluation.compare.records import TaskRecord
-from fusellm.evaluation.compare.statistics import MEAN, Tested
+from fusellm.evaluation.compare.bleu import Translations
+from fusellm.evaluation.compare.records import Answer, Header, TaskRecord
+from fusellm.evaluation.compare.statistics import MEAN, Tested, pass_at_k
 from fusellm.evaluation.harness.lm_eval import extra
 from fusellm.store.identity import digest
 
 PAIRS = (("fused", "target"), ("fused", "clm"))
 RESAMPLINGS = 10_000
+
+PERCENT, BLEU, SCORE = "%", "BLEU", "score"
+
+WHOLE = 100.0
+"""Points of a right answer."""
+
+_MOST_TOLD = 4
+_LONGEST_TOLD = 80
+
+Key = tuple[str, int, int]
+"""Document, sample, and how often both have come before: a task may ask the same thing twice."""
 
 _LAST = ("target", "clm", "fused")
 _LONGEST_SETTING = 40
@@ -154,6 +167,40 @@ class Rules:
     pass_at: int = 1
 
 
+@dataclass(frozen=True)
+class JoinedTask:
+    """One task, answered by several models.
+
+    Attributes:
+        header: of one of them; they agree on all that scores depend on, but for the model.
+        unit: `%`, `pass@k`, `BLEU`, or `score` for numbers that are not all of 0 to 1.
+        values: [D] points of each model, in the order of the documents' digests; their mean is its
+            score.
+        truncated: documents whose prompt had to be cut, of each model.
+        prompts_differ: prompts that were not the same for all models.
+    """
+
+    header: Header
+    unit: str
+    values: Mapping[str, np.ndarray]
+    truncated: Mapping[str, int]
+    prompts_differ: int
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.header.task
+
+    @property
+    def documents(self) -> int:
+        """D; the samples of one document are one of them."""
+        return len(next(iter(self.values.values())))
+
+    def score(self, model: str) -> float:
+        """Points of a model over the whole task."""
+        return float(self.values[model].mean())
+
+
 def compare(
     records: Mapping[str, Iterable[TaskRecord]],
     rules: Rules | None = None,
@@ -187,11 +234,11 @@ def compare(
     return [
         _compare_suite(
             suite,
-            found,
+            tasks,
             rules,
-            _with_missing(suite, found, records, [n for n in not_run if n.suite == suite]),
+            _with_missing(suite, tasks, records, [n for n in not_run if n.suite == suite]),
         )
-        for suite, found in by_suite.items()
+        for suite, tasks in by_suite.items()
     ]
 
 
@@ -202,25 +249,25 @@ def _compare_suite(
     not_run: Sequence[NotRun],
 ) -> Comparison:
     """Compare over the tasks of one suite: `records` by task and model."""
-    found = [
+    joined = [
         join(with_answers, rules.pass_at)
         for of_task in records.values()
         if (with_answers := {model: r for model, r in of_task.items() if r.answers})
     ]
-    present = dict.fromkeys(model for task in found for model in task.values)
+    present = dict.fromkeys(model for task in joined for model in task.values)
     models = (
         *(model for model in present if model not in _LAST),
         *(model for model in _LAST if model in present),
     )
     pairs = [(a, b) for a, b in rules.pairs if a in present and b in present]
-    shared = {pair: [t for t in found if set(pair) <= t.values.keys()] for pair in pairs}
+    shared = {pair: [t for t in joined if set(pair) <= t.values.keys()] for pair in pairs}
     tested = {
         (task.name, pair): _tested(task, pair, len(tasks), rules)
         for pair, tasks in shared.items()
         for task in tasks
     }
-    lines = _corrected([_line(task, models, pairs, tested) for task in found], pairs)
-    averaged = [t for t in found if t.unit != SCORE and len(t.values) == len(models)]
+    lines = _corrected([_line(task, models, pairs, tested) for task in joined], pairs)
+    averaged = [t for t in joined if t.unit != SCORE and len(t.values) == len(models)]
     mean = _mean(suite, lines, averaged, pairs, tested, rules) if len(averaged) > 1 else None
     return Comparison(
         suite,
@@ -228,9 +275,9 @@ def _compare_suite(
         tuple(lines),
         mean,
         tuple(not_run),
-        digest(sorted(task.header.compared_by for task in found)),
-        _common_settings([task.header.protocol for task in found]),
-        tuple(_notes(found, averaged, models)),
+        digest(sorted(task.header.compared_by for task in joined)),
+        _common_settings([task.header.protocol for task in joined]),
+        tuple(_notes(joined, averaged, models)),
     )
 
 
@@ -300,10 +347,10 @@ def _corrected(lines: Sequence[Line], pairs: Iterable[Pair]) -> list[Line]:
     """The lines with p values corrected over the tasks, pair by pair."""
     corrected: dict[tuple[str, Pair], Difference] = {}
     for pair in pairs:
-        found = {ln.task: one for ln in lines for one in ln.differences if one.pair == pair}
-        p_values = statistics.holm([one.p for one in found.values()])
-        least = statistics.holm([one.least_p for one in found.values()])
-        for (task, one), p, least_p in zip(found.items(), p_values, least, strict=True):
+        of_pair = {ln.task: one for ln in lines for one in ln.differences if one.pair == pair}
+        p_values = statistics.holm([one.p for one in of_pair.values()])
+        least = statistics.holm([one.least_p for one in of_pair.values()])
+        for (task, one), p, least_p in zip(of_pair.items(), p_values, least, strict=True):
             corrected[task, pair] = replace(one, corrected_p=p, least_p=least_p)
     return [
         replace(line, differences=tuple(corrected[line.task, one.pair] for one in line.differences))
@@ -329,8 +376,8 @@ def _mean(
     differences = []
     for a, b in pairs:
         parts = [tested[name, (a, b)].estimate for name in names]
-        found = statistics.compare_means(parts, rules.resamplings, _rng(rules, suite))
-        differences.append(_difference((a, b), [scores[a], scores[b]], found))
+        of_mean = statistics.compare_means(parts, rules.resamplings, _rng(rules, suite))
+        differences.append(_difference((a, b), [scores[a], scores[b]], of_mean))
     return Line(
         MEAN,
         units.pop() if len(units) == 1 else "points",
@@ -354,12 +401,12 @@ def _common_settings(protocols: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _notes(
-    found: Sequence[JoinedTask], averaged: Sequence[JoinedTask], models: Sequence[str]
+    joined: Sequence[JoinedTask], averaged: Sequence[JoinedTask], models: Sequence[str]
 ) -> list[str]:
     notes = []
-    left_out = [task for task in found if task not in averaged]
-    if left_out and len(found) > 1:
-        whole = f"the mean is over {len(averaged)} of {len(found)} tasks"
+    left_out = [task for task in joined if task not in averaged]
+    if left_out and len(joined) > 1:
+        whole = f"the mean is over {len(averaged)} of {len(joined)} tasks"
         reasons = "; ".join(
             f"{task.name} is not on a scale of 0 to 100"
             if task.unit == SCORE
@@ -370,10 +417,148 @@ def _notes(
         notes.append(f"{whole if len(averaged) > 1 else 'there is no mean'}: {reasons}")
     notes += [
         f"{task.name}: {task.prompts_differ:,} prompts were not the same for all models"
-        for task in found
+        for task in joined
         if task.prompts_differ
     ]
-    if any(task.unit == BLEU for task in found):
+    if any(task.unit == BLEU for task in joined):
         version = extra("sacrebleu").__version__
         notes.append(f"BLEU is that of sacrebleu {version} with its defaults")
     return notes
+
+
+def join(records: Mapping[str, TaskRecord], pass_at: int) -> JoinedTask:
+    """Join the records of one task by document and sample.
+
+    Args:
+        records: of at least one model, each with at least one answer.
+        pass_at: k of pass@k, for a task with several samples of a document.
+
+    Raises:
+        EvaluationError: protocols, data, documents or samples differ, or a score is no number.
+    """
+    first, *others = records
+    header = records[first].header
+    place = f"{header.suite}/{header.task}"
+    for other in others:
+        _require_alike(place, (first, header), (other, records[other].header))
+    by_key = {model: _by_key(record.answers) for model, record in records.items()}
+    for other in others:
+        _require_same_documents(place, (first, by_key[first]), (other, by_key[other]))
+    answers = {model: [of[key] for key in sorted(of)] for model, of in by_key.items()}
+    unit, values = _values(place, header, answers, pass_at)
+    return JoinedTask(
+        header,
+        unit,
+        values,
+        {model: len({a.document for a in of if a.truncated}) for model, of in answers.items()},
+        sum(
+            len({answer.prompt for answer in same}) > 1
+            for same in zip(*answers.values(), strict=True)
+        ),
+    )
+
+
+def _by_key(answers: Iterable[Answer]) -> dict[Key, Answer]:
+    seen: Counter[tuple[str, int]] = Counter()
+    by_key: dict[Key, Answer] = {}
+    for answer in answers:
+        place = answer.document, answer.sample
+        by_key[*place, seen[place]] = answer
+        seen[place] += 1
+    return by_key
+
+
+def _require_alike(place: str, one: tuple[str, Header], other: tuple[str, Header]) -> None:
+    (a, header_a), (b, header_b) = one, other
+    if header_a.compared_by == header_b.compared_by:
+        return
+    left, right = (
+        dict(_leaves({part: getattr(header, part) for part in ("kind", "protocol", "data")}))
+        for header in (header_a, header_b)
+    )
+    unlike = [
+        f"{key} is {_told(left, key)} for {a!r} and {_told(right, key)} for {b!r}"
+        for key in sorted(left.keys() | right.keys())
+        if _told(left, key, whole=True) != _told(right, key, whole=True)
+    ]
+    raise EvaluationError(
+        f"{place}: scores of different protocols are not compared: {'; '.join(unlike[:_MOST_TOLD])}"
+        + (f"; and {len(unlike) - _MOST_TOLD} more" if len(unlike) > _MOST_TOLD else "")
+        + "; evaluate both by one protocol on the same data"
+    )
+
+
+def _leaves(value: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by their dotted place; an empty mapping or list is a value."""
+    if isinstance(value, Mapping | list | tuple) and len(value):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in pairs:
+            yield from _leaves(inner, f"{before}.{key}" if before else str(key))
+    else:
+        yield before, value
+
+
+def _told(leaves: Mapping[str, Any], key: str, whole: bool = False) -> str:
+    text = repr(leaves[key]) if key in leaves else "missing"
+    return text if whole or len(text) <= _LONGEST_TOLD else text[: _LONGEST_TOLD - 1] + "…"
+
+
+def _require_same_documents(
+    place: str, one: tuple[str, Mapping[Key, Answer]], other: tuple[str, Mapping[Key, Answer]]
+) -> None:
+    (a, of_a), (b, of_b) = one, other
+    unlike = [
+        f"{len(only):,} answered by {model!r} alone (document {document[:12]}, sample {sample})"
+        for model, only in ((a, of_a.keys() - of_b.keys()), (b, of_b.keys() - of_a.keys()))
+        if only
+        for document, sample, _ in [min(only)]
+    ]
+    if not unlike:
+        unlike = [
+            f"another reference for document {key[0][:12]}"
+            for key in sorted(of_a)
+            if of_a[key].reference != of_b[key].reference
+        ][:1]
+    if unlike:
+        raise EvaluationError(
+            f"{place}: {a!r} and {b!r} were not given the same documents: {'; '.join(unlike)}; "
+            "evaluate both on the same data, with the same number of samples"
+        )
+
+
+def _values(
+    place: str, header: Header, answers: Mapping[str, list[Answer]], pass_at: int
+) -> tuple[str, Mapping[str, np.ndarray]]:
+    """The unit, and each model's points a document."""
+    if header.kind == "bleu":
+        return BLEU, {
+            model: Translations([a.response for a in of], [a.reference for a in of]).points
+            for model, of in answers.items()
+        }
+    for model, of in answers.items():
+        for answer in of:
+            right_or_wrong = header.kind == "value" or answer.score in (0, 1)
+            if not (isfinite(answer.score) and right_or_wrong):
+                raise EvaluationError(
+                    f"{place}: {model!r} has a score of {answer.score} on document "
+                    f"{answer.document[:12]}, where kind {header.kind!r} has "
+                    f"{'a number' if header.kind == 'value' else '0 or 1'}; evaluate it anew"
+                )
+    if header.kind == "samples":
+        return f"pass@{pass_at}", {m: _passed(place, of, pass_at) for m, of in answers.items()}
+    scores = {model: np.array([a.score for a in of], np.float64) for model, of in answers.items()}
+    if all((values >= 0).all() and (values <= 1).all() for values in scores.values()):
+        return PERCENT, {model: WHOLE * values for model, values in scores.items()}
+    return SCORE, scores
+
+
+def _passed(place: str, answers: Iterable[Answer], k: int) -> np.ndarray:
+    """[D] pass@k of each document, in percent."""
+    samples: dict[str, list[float]] = {}
+    for answer in answers:
+        samples.setdefault(answer.document, []).append(answer.score)
+    try:
+        shares = [pass_at_k(len(of), int(sum(of)), k) for of in samples.values()]
+    except EvaluationError as error:
+        raise EvaluationError(f"{place}: {error}") from error
+    return WHOLE * np.array(shares, np.float64)

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fusellm.errors import ArgumentError, NumericsError, TokenizerError
+from fusellm.evaluation.compare.comparison import RESAMPLINGS
 from fusellm.evaluation.text.intervals import Scores, records
 from fusellm.evaluation.text.nats import blocks_nats
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
@@ -15,8 +16,6 @@ from fusellm.models.heads import left_as_it_was
 from fusellm.progress import Progress, Silent
 from fusellm.reading.encoded_texts import encoded_for
 from fusellm.tokens.encode import Encoded, Encoder
-
-_RESAMPLINGS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +94,9 @@ def bits_per_byte(
     if not scored.sum():
         raise ArgumentError("there is nothing to predict: no text has a token after its first")
     scores = Scores(["text"] * len(rows), scored, {"model": sums})
-    found = records(scores, _RESAMPLINGS, seed)[0]
+    record = records(scores, RESAMPLINGS, seed)[0]
     each = sums / np.where(scored > 0, scored, np.nan) / NATS_PER_BIT
-    return BitsPerByte(found.value, found.low, found.high, each, scored)
+    return BitsPerByte(record.value, record.low, record.high, each, scored)
 
 
 def _require_finite(encoded: Sequence[Encoded], lengths: Sequence[int], scored: np.ndarray) -> None:
