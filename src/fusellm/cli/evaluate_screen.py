@@ -58,27 +58,27 @@ def results_of(
     return Results(records, read_suites(run / SUITES, suites), compared)
 
 
-def as_object(found: Results) -> Any:
+def as_object(results: Results) -> Any:
     """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
     from fusellm.evaluation.compare.tables import as_json
 
-    if found.bits_per_byte is not None and not found.suites:
-        return found.bits_per_byte
-    own = {} if found.bits_per_byte is None else {"lm": found.bits_per_byte}
-    return own | as_json([one.comparison for one in found.suites], found.published)
+    if results.bits_per_byte is not None and not results.suites:
+        return results.bits_per_byte
+    own = {} if results.bits_per_byte is None else {"lm": results.bits_per_byte}
+    return own | as_json([one.comparison for one in results.suites], results.published)
 
 
-def show(found: Results, console: Console) -> None:
+def show(results: Results, console: Console) -> None:
     """Print the tables, each with what its reader needs to know."""
-    if found.bits_per_byte is not None:
+    if results.bits_per_byte is not None:
         from fusellm.evaluation.text.results import results_table, verdict
 
         title = "Held-out bits per byte (lower is better), 95 % intervals"
-        console.print(_table(results_table(found.bits_per_byte), title))
-        if found.compared_on is not None:
-            console.print(Text(found.compared_on, style="dim"))
-        console.print(Text(verdict(found.bits_per_byte)))
-    for one in found.suites:
+        console.print(_table(results_table(results.bits_per_byte), title))
+        if results.compared_on is not None:
+            console.print(Text(results.compared_on, style="dim"))
+        console.print(Text(verdict(results.bits_per_byte)))
+    for one in results.suites:
         for part in _suite(one, console):
             console.print(part)
 
@@ -144,12 +144,12 @@ def _width(shown: RichTable, console: Console) -> int:
 
 def _table(shown: "Table", title: str | None = None) -> RichTable:
     """A table whose cells are shown as they are, brackets too."""
-    found = RichTable(title=title and Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(title=title and Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(shown.columns):
-        found.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+        drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold")
     for row in shown.rows:
-        found.add_row(*(Text(cell) for cell in row))
-    return found
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
 
 
 def require_savable(paths: Sequence[Path]) -> None:
@@ -173,23 +173,21 @@ def require_savable(paths: Sequence[Path]) -> None:
         require_writable(path.absolute().parent)
 
 
-def save(found: Results, path: Path) -> None:
+def save(results: Results, path: Path) -> None:
     """Write results as Markdown, CSV or JSON, as the file's name says."""
-    from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_table
+    from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_section
     from fusellm.evaluation.text.results import results_table, verdict
     from fusellm.store.files import write_text
 
-    comparisons = [one.comparison for one in found.suites]
-    records = found.bits_per_byte or []
+    comparisons = [one.comparison for one in results.suites]
+    records = results.bits_per_byte or []
     if path.suffix == ".json":
-        text = json.dumps(as_object(found), ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(as_object(results), ensure_ascii=False, indent=1) + "\n"
     elif path.suffix == ".csv":
-        text = csv_text(comparisons, found.published, records)
+        text = csv_text(comparisons, results.published, records)
     else:
-        text = markdown(comparisons, found.published)
+        text = markdown(comparisons, results.published)
         if records:
-            table = markdown_table(results_table(records))
-            said = [*([found.compared_on] if found.compared_on else []), verdict(records)]
-            notes = "".join(f"- {sentence}\n" for sentence in said)
-            text = f"## lm\n\n{table}\n{notes}\n{text}"
+            notes = [*([results.compared_on] if results.compared_on else []), verdict(records)]
+            text = f"{markdown_section('lm', results_table(records), notes)}\n{text}"
     write_text(path, text)

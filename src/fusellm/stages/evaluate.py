@@ -62,7 +62,7 @@ def run_evaluate(
                 nats = _measure(name, located, encoder, blocks, recipe, progress)
                 columns: dict[str, list[Any]] = {
                     "block": [block.number for block in blocks],
-                    "nats": [np.zeros(0) if found is None else found for found in nats],
+                    "nats": [np.zeros(0) if row is None else row for row in nats],
                 }
                 write_table(folder, _shard(name), columns, NATS_SCHEMA)
         shards = {
@@ -78,14 +78,14 @@ def run_evaluate(
         )
         _require_scored(scores)
         differences = [("fused", "clm")] if "clm" in models else []
-        found = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
+        measured_bits = records(scores, recipe.evaluation.resamplings, recipe.seed, differences)
         notes = {
             "blocks": len(blocks),
             "blocks_left_out": sum(any(rows) for rows in zip(*unread.values(), strict=True)),
             "blocks_changed": {name: n for name, rows in unread.items() if (n := sum(rows))},
             "bytes": _bytes_by_domain(scores),
         }
-        body = {"records": [record.as_dict() for record in found], "notes": notes}
+        body = {"records": [record.as_dict() for record in measured_bits], "notes": notes}
         folder.write_text(RESULTS, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         folder.finish(notes)
 
@@ -119,13 +119,13 @@ def _measure(
 def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
     """The nats of each block's bytes; none of one that the model could not read."""
     shard = Shard(folder, name, NATS)
-    found = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
+    rows = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
     sizes = [len(block.text.encode()) for block in blocks]
-    if len(found) != len(sizes) or any(
-        len(nats) not in (0, size) for nats, size in zip(found, sizes, strict=True)
+    if len(rows) != len(sizes) or any(
+        len(nats) not in (0, size) for nats, size in zip(rows, sizes, strict=True)
     ):
         raise folder.damaged(name, "its blocks are not those of the corpus")
-    return found
+    return rows
 
 
 def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -> Scores:
@@ -136,7 +136,7 @@ def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -
     scored_bytes = np.zeros(len(number), dtype=np.int64)
     sums = {name: np.zeros(len(number)) for name in nats}
     for n, block in enumerate(blocks):
-        arrays = {name: found[n] for name, found in nats.items()}
+        arrays = {name: rows[n] for name, rows in nats.items()}
         if any(len(array) == 0 for array in arrays.values()):
             continue
         scored = np.isfinite(np.stack(list(arrays.values()))).all(axis=0)

@@ -150,8 +150,8 @@ def cut(completion: str, stop_tokens: Sequence[str]) -> str:
     >>> cut(" return 1;\\n}\\nint main() {", ["\\nint", "\\n}"])
     ' return 1;'
     """
-    found = [at for token in stop_tokens if (at := completion.find(token)) >= 0]
-    return completion[: min(found)] if found else completion
+    ends = [at for token in stop_tokens if (at := completion.find(token)) >= 0]
+    return completion[: min(ends)] if ends else completion
 
 
 def sample(problems: Sequence[Problem], complete: Complete) -> list[Written]:

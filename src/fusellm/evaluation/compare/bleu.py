@@ -25,11 +25,11 @@ class Translations:
     def __init__(self, responses: Sequence[str], references: Sequence[str]) -> None:
         metric = extra("sacrebleu.metrics").BLEU
         of_one = metric(effective_order=True)
-        found = [of_one.sentence_score(r, [t]) for r, t in zip(responses, references, strict=True)]
+        scores = [of_one.sentence_score(r, [t]) for r, t in zip(responses, references, strict=True)]
         self._counts = np.array(
-            [[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found],
+            [[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in scores],
             dtype=np.float64,
-        ).reshape(len(found), 2 * _ORDERS + 2)
+        ).reshape(len(scores), 2 * _ORDERS + 2)
         self._of_counts = metric.compute_bleu
         self._smoothing = metric().smooth_method
 
@@ -47,8 +47,8 @@ class Translations:
         """
         whole = self._counts.sum(axis=0)
         documents = len(self._counts)
-        found = documents * self.bleu - (documents - 1) * self._of_sums(whole - self._counts)
-        return np.asarray(found + self.bleu - found.mean())
+        values = documents * self.bleu - (documents - 1) * self._of_sums(whole - self._counts)
+        return np.asarray(values + self.bleu - values.mean())
 
     def _of_sums(self, sums: np.ndarray) -> np.ndarray:
         """[R] BLEU of [R, 10] summed counts."""

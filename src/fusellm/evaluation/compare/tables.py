@@ -88,22 +88,22 @@ def footer(comparison: Comparison) -> list[str]:
         for model in comparison.models
     }
     cut_words = ", ".join(f"{model} {count:,}" for model, count in cut.items() if count)
-    found = [
+    notes = [
         f"Protocol {comparison.protocol[:_DIGEST]}{f': {settings}' if settings else ''}.",
         f"{_count(documents, 'document')} in {_count(len(comparison.tasks), 'task')}.",
         f"Documents whose prompt was cut to fit the context: {cut_words or 'none'}.",
     ]
     if pairs_of(comparison):
-        found.append(
+        notes.append(
             "Differences are paired by document; a 95 % interval is of the line alone. Better and "
             "worse are judged at the 5 % level, after Holm's correction over the tasks. (≥ x would "
             "be): the least true difference that is so shown in 4 of 5 samples like this one, if "
             "no other task differs."
         )
     if comparison.not_run:
-        found.append(f"Not run: {'; '.join(_not_run(comparison.not_run))}.")
-    found += [f"{note[:1].upper()}{note[1:]}." for note in comparison.notes]
-    return [_printable(line) for line in found]
+        notes.append(f"Not run: {'; '.join(_not_run(comparison.not_run))}.")
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in comparison.notes]
+    return [_printable(line) for line in notes]
 
 
 def verdict(comparison: Comparison) -> str:
@@ -131,14 +131,19 @@ def markdown(comparisons: Iterable[Comparison], published: bool = False) -> str:
     """
     parts = []
     for comparison in comparisons:
-        parts.append(f"## {_escaped(comparison.suite)}\n")
-        if comparison.tasks:
-            parts.append(markdown_table(table(comparison)))
-        parts.append("".join(f"- {_escaped(line)}\n" for line in footer(comparison)))
+        shown = table(comparison) if comparison.tasks else None
+        parts.append(markdown_section(comparison.suite, shown, footer(comparison)))
         reference = published_table(comparison.suite) if published else None
         if reference:
             parts.append(markdown_table(reference))
             parts.append(f"Published by the paper's authors: {_escaped(SOURCE)}.\n")
+    return "\n".join(parts)
+
+
+def markdown_section(suite: str, shown: Table | None, notes: Iterable[str]) -> str:
+    """A suite's table and notes below its name."""
+    listed = "".join(f"- {_escaped(note)}\n" for note in notes)
+    parts = [f"## {_escaped(suite)}\n", *([markdown_table(shown)] if shown else []), listed]
     return "\n".join(parts)
 
 
@@ -201,9 +206,9 @@ def flat_rows(comparison: Comparison, published: bool = False) -> Iterator[dict[
 def as_json(comparisons: Iterable[Comparison], published: bool = False) -> dict[str, Any]:
     """Plain values, for JSON."""
     comparisons = list(comparisons)
-    found: dict[str, Any] = {"suites": [_plain(comparison) for comparison in comparisons]}
+    document: dict[str, Any] = {"suites": [_plain(comparison) for comparison in comparisons]}
     if published:
-        found["published"] = {
+        document["published"] = {
             "source": SOURCE,
             "suites": {
                 suite: {
@@ -214,7 +219,7 @@ def as_json(comparisons: Iterable[Comparison], published: bool = False) -> dict[
                 if suite in PUBLISHED
             },
         }
-    return found
+    return document
 
 
 def number(value: float, digits: int = _DIGITS) -> str:
@@ -256,12 +261,12 @@ def title_of_model(model: str) -> str:
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:
-    found = asdict(comparison)
-    lines = [*found["tasks"], *([found["mean"]] if found["mean"] else [])]
+    plain = asdict(comparison)
+    lines = [*plain["tasks"], *([plain["mean"]] if plain["mean"] else [])]
     for line, of_line in zip(comparison.lines, lines, strict=True):
         for one, of_one in zip(line.differences, of_line["differences"], strict=True):
             of_one["sign"] = one.sign
-    return found
+    return plain
 
 
 def _digits(line: Line) -> int:
@@ -329,7 +334,7 @@ def _escaped(text: str) -> str:
     >>> print(_escaped("a|b *c* word_sorting _d_"))
     a\\|b \\*c\\* word_sorting \\_d\\_
     """
-    return _MARKDOWN.sub(lambda found: "\\" + found[0], _printable(text))
+    return _MARKDOWN.sub(lambda sign: "\\" + sign[0], _printable(text))
 
 
 def _safe(text: str) -> str:

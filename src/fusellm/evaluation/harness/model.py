@@ -128,7 +128,7 @@ class MeasuredModel:
             if lengths[text] > room
         ]
         if over and self._too_long == "error":
-            longest, room, _ = max(over, key=lambda found: found[0])
+            longest, room, _ = max(over, key=lambda told: told[0])
             documents = len({document for _, _, document in over})
             raise EvaluationError(
                 f"{documents} documents of {self._what} have prompts longer than the model reads "
@@ -298,7 +298,7 @@ def continuation_nats(
         read = tuple(context + continuation)[-(max_length + 1) :][:-1]
         alike.setdefault(read, []).append(number)
     order = sorted(alike, key=lambda ids: (-len(ids), ids))
-    found: dict[int, Nats] = {}
+    answers: dict[int, Nats] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         padded = torch.zeros(
@@ -315,9 +315,9 @@ def continuation_nats(
         ]
         nats = _nats(head, torch.cat(parts), [len(part) for part in parts], asked)
         for (_, number), one in zip(places, nats, strict=True):
-            found[number] = one
+            answers[number] = one
             answered(number, one)
-    return [found[number] for number in range(len(pairs))]
+    return [answers[number] for number in range(len(pairs))]
 
 
 def _nats(

@@ -95,8 +95,8 @@ def scibench_number(response: str) -> float | None:
     if boxed:
         return _first(boxed[-1])
     _, said, after = response.rpartition("answer is")
-    if said and (found := _first(after)) is not None:
-        return found
+    if said and (number := _first(after)) is not None:
+        return number
     numbers = [_value(match) for match in _NUMBER.finditer(response)]
     return numbers[-1] if numbers else None
 

@@ -35,7 +35,7 @@ def blocks_nats(
         model before whose texts nothing is put); None where the tokenizer's walk failed.
     """
     head = None if is_sharded(model) else head_of(model).widened()
-    found: list[np.ndarray | None] = [
+    nats: list[np.ndarray | None] = [
         None if block.ends is None else np.full(length, np.nan)
         for block, length in zip(encoded, lengths_bytes, strict=True)
     ]
@@ -57,10 +57,10 @@ def blocks_nats(
             ends = encoded[n].ends
             assert ends is not None
             whole = np.array([0, len(ends)]), np.array([0, lengths_bytes[n]])
-            found[n] = nats_by_byte(ends, whole[0], row, whole[1], encoded[n].prefix_tokens)
+            nats[n] = nats_by_byte(ends, whole[0], row, whole[1], encoded[n].prefix_tokens)
             if on_block is not None:
                 on_block()
-    return found
+    return nats
 
 
 def without_context(
@@ -71,13 +71,13 @@ def without_context(
     Args:
         context: of each block.
     """
-    found = []
+    scored_nats = []
     for own, spans in zip(nats, context, strict=True):
         scored = own if own is None else own.copy()
         if scored is not None:
             scored[context_bytes(spans, len(scored))] = np.nan
-        found.append(scored)
-    return found
+        scored_nats.append(scored)
+    return scored_nats
 
 
 def bits_of(nats: float, scored_bytes: int) -> float:
@@ -91,9 +91,9 @@ def bits_of(nats: float, scored_bytes: int) -> float:
 
 def by_domain(domains: Sequence[str], nats: Sequence[np.ndarray | None]) -> dict[str, float]:
     """Bits per byte per domain over the bytes that the model scored, and their plain mean."""
-    found = {}
+    bits = {}
     for domain in dict.fromkeys(domains):
         arrays = [n for d, n in zip(domains, nats, strict=True) if d == domain and n is not None]
         scored = sum(int(np.isfinite(array).sum()) for array in arrays)
-        found[domain] = bits_of(sum(float(np.nansum(array)) for array in arrays), scored)
-    return found | {"mean": float(np.mean(list(found.values())))}
+        bits[domain] = bits_of(sum(float(np.nansum(array)) for array in arrays), scored)
+    return bits | {"mean": float(np.mean(list(bits.values())))}

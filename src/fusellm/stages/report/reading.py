@@ -180,8 +180,8 @@ def _log(path: Path) -> Log:
             named = validated or {name: entry.get(name) for name in LOSSES}
             for name, value in named.items():
                 if _is_number(value):
-                    found = (validation if validated else losses).setdefault(name, {})
-                    found[step] = (tokens, float(value))
+                    points = (validation if validated else losses).setdefault(name, {})
+                    points[step] = (tokens, float(value))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if index == len(lines) - 1:
                 break  # cut off while it was written

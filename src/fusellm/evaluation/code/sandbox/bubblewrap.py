@@ -231,15 +231,15 @@ def pack(files: Mapping[str, bytes]) -> bytes:
 
 def _toolchain(folder: Path) -> str:
     """A folder's own name, if it can be a toolchain's: a recipe may be somebody else's."""
-    found = folder.resolve()
-    if not (found / "bin").is_dir():
+    own = folder.resolve()
+    if not (own / "bin").is_dir():
         raise EvaluationError(f"toolchain {folder} has no folder bin; name the one that has")
-    if fault := _more_than_a_toolchain(found):
+    if fault := _more_than_a_toolchain(own):
         raise EvaluationError(
             f"toolchain {folder} {fault}, which generated programs would read; "
             "name the toolchain's own folder"
         )
-    return str(found)
+    return str(own)
 
 
 def _more_than_a_toolchain(folder: Path) -> str:
@@ -254,8 +254,8 @@ def _more_than_a_toolchain(folder: Path) -> str:
             return f"holds {home}"
     if folder.parent in homes and folder.name.startswith("."):
         return "keeps settings and keys of its owner"
-    found = [name for name in _PERSONAL if os.path.lexists(folder / name)]
-    return f"has {found[0]} in it, as home folders have" if found else ""
+    personal = [name for name in _PERSONAL if os.path.lexists(folder / name)]
+    return f"has {personal[0]} in it, as home folders have" if personal else ""
 
 
 def find_sandbox(toolchains: Iterable[Path] = ()) -> Sandbox:

@@ -135,11 +135,11 @@ def self_test(language: Language, sandbox: Sandbox, data_dir: Path | None = None
 
 
 def _require_tool(tool: str, install: str, sandbox: Sandbox) -> None:
-    found = shutil.which(tool, path=sandbox.path)
+    path = shutil.which(tool, path=sandbox.path)
     shown = ("/usr", "/bin", *sandbox.toolchains)
-    if found and any(Path(found).resolve().is_relative_to(folder) for folder in shown):
+    if path and any(Path(path).resolve().is_relative_to(folder) for folder in shown):
         return
-    elsewhere = found or shutil.which(tool)
+    elsewhere = path or shutil.which(tool)
     if elsewhere is None:
         raise EvaluationError(f"{tool} is not installed: {install}")
     raise EvaluationError(
