@@ -88,32 +88,32 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def _option(name: str) -> inspect.Parameter:
     """The option of a setting: its type and its bounds are those of the recipe."""
     field = EvaluationSettings.model_fields[name]
-    kind, bounds = field.annotation, field.metadata
+    kind: Any = field.annotation
+    bounds = field.metadata
     if NoneType in get_args(kind):
         kind = next(one for one in get_args(kind) if one is not NoneType)
     if get_origin(kind) is Annotated:
-        kind, (inner,) = get_args(kind)[0], get_args(kind)[1:]
+        kind, inner = get_args(kind)
         bounds = inner.metadata
     if get_origin(kind) is Literal:
-        kind = StrEnum(name, {one: one for one in get_args(kind)})
+        choices: Any = StrEnum
+        kind = choices(name, {one: one for one in get_args(kind)})
     kind = _KINDS.get(name, kind)
-    limits: dict[str, Any] = {}
+    given: dict[str, Any] = {"parser": folder} if kind is Path else {}
     for bound in bounds:
         if hasattr(bound, "gt"):  # of floats typer knows no open bound: the recipe's check does
-            limits["min"] = kind(bound.gt) + (kind is int)
+            given["min"] = kind(bound.gt) + (kind is int)
         elif hasattr(bound, "ge"):
-            limits["min"] = kind(bound.ge)
+            given["min"] = kind(bound.ge)
         elif hasattr(bound, "le"):
-            limits["max"] = kind(bound.le)
-    if kind is Path:
-        limits["parser"] = folder
+            given["max"] = kind(bound.le)
     metavar, told = _SETTINGS[name]
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
-    option = typer.Option(flag, metavar=metavar, help=told, show_default=False, **limits)
-    default = False if kind is bool else None
-    annotation = Annotated[kind if kind is bool else kind | None, option]
+    unset = False if kind is bool else None
+    option = typer.Option(unset, flag, metavar=metavar, help=told, show_default=False, **given)
+    annotation = kind if kind is bool else kind | None
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
     )
 
 

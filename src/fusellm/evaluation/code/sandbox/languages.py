@@ -90,16 +90,13 @@ class Language:
 
 
 def _language(key: str, told: dict[str, Any]) -> Language:
+    """A language from its entry in the file, where a command is one text."""
     machine = _VIRTUAL_MACHINE if told.pop("virtual_machine", False) else Limits()
-    words = {name: tuple(told.pop(name, "").split()) for name in ("version", "compile", "run")}
-    return Language(
-        key,
-        **words,
-        limits=replace(machine, **told.pop("limits", {})),
-        compile_limits=replace(_COMPILE, **told.pop("compile_limits", {})),
-        binds=(*_BINDS, *told.pop("binds", ())),
-        **told,
-    )
+    told |= {name: tuple(told.get(name, "").split()) for name in ("version", "compile", "run")}
+    told["limits"] = replace(machine, **told.get("limits", {}))
+    told["compile_limits"] = replace(_COMPILE, **told.get("compile_limits", {}))
+    told["binds"] = (*_BINDS, *told.get("binds", ()))
+    return Language(key, **told)
 
 
 LANGUAGES = {
