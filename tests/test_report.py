@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from fusellm.errors import StoreError
-from fusellm.evaluation.text.results import results_table, verdict
+from fusellm.evaluation.text.intervals import Record
+from fusellm.evaluation.text.results import results_table
+from fusellm.evaluation.text.results import verdict as verdict_on
 from fusellm.stages.report.charts import Trace, line_chart
 from fusellm.stages.report.write import write_report
 from fusellm.store.identity import Identity
@@ -138,6 +140,10 @@ def make_run(
     return run
 
 
+def verdict(records: list[dict[str, Any]]) -> str:
+    return verdict_on(Record(**record) for record in records)
+
+
 class Page(HTMLParser):
     """What a browser would see: elements, ids, text, and whether every element is closed."""
 
@@ -195,7 +201,7 @@ def test_results_are_the_records(run: Path) -> None:
 
 
 def test_table() -> None:
-    table = results_table(make_records())
+    table = results_table(Record(**record) for record in make_records())
     assert table.columns == ["bits per byte", "mean", "prose", "python", "cpp"]
     assert [row[0] for row in table.rows] == [
         "source-0",

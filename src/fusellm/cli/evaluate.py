@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusellm.cli import evaluate_options as of
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.evaluate_list import show_list
 from fusellm.cli.evaluate_screen import (
-    Results,
     as_object,
     require_savable,
-    results_of,
     save,
     show,
 )
@@ -20,6 +18,9 @@ from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
 from fusellm.errors import EvaluationError, RecipeError
 from fusellm.recipe_file import model_settings
+
+if TYPE_CHECKING:
+    from fusellm.evaluation.results import EvaluationResults
 
 LM = "lm"
 _OUT = Path("runs") / "evaluation"
@@ -101,7 +102,8 @@ def _evaluate_run(
     changes: Sequence[str],
     redo: bool,
     trusted: bool,
-) -> Results:
+) -> "EvaluationResults":
+    from fusellm.stages.evaluate import read_results
     from fusellm.store.run_folder import SUITES
 
     recipe = open_recipe(place, changes)
@@ -110,7 +112,7 @@ def _evaluate_run(
     evaluation = given | {"suites": named}
     pipeline = open_pipeline(place, out, changes, given=evaluation, trusted=trusted)
     pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
-    return results_of(pipeline.run, LM in asked, named)
+    return read_results(pipeline.run, named, bits_per_byte=LM in asked)
 
 
 def _evaluate_models(
@@ -121,8 +123,9 @@ def _evaluate_models(
     changes: Sequence[str],
     redo: bool,
     trusted: bool,
-) -> Results:
+) -> "EvaluationResults":
     from fusellm.evaluation.models import evaluate as evaluate_models
+    from fusellm.evaluation.results import EvaluationResults
     from fusellm.models.remote_code import trusted_code
 
     if not suites:
@@ -136,7 +139,7 @@ def _evaluate_models(
         if told is not None:
             shown.say(told)
         models[name] = model.model_dump()
-    suites_measured = evaluate_models(
+    measured = evaluate_models(
         models,
         suites,
         out=out or _OUT,
@@ -145,4 +148,4 @@ def _evaluate_models(
         progress=shown,
         **given,
     )
-    return Results(None, suites_measured)
+    return EvaluationResults((), tuple(measured))

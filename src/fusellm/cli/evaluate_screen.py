@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,67 +16,33 @@ from fusellm.errors import StoreError
 if TYPE_CHECKING:
     from fusellm.evaluation.compare.tables import Table
     from fusellm.evaluation.measure import SuiteResults
+    from fusellm.evaluation.results import EvaluationResults
 
 ENDINGS = (".md", ".csv", ".json")
 _WIDE = 10_000
 
 
-@dataclass(frozen=True)
-class Results:
-    """What there is to show: bits per byte, where they were measured, and suites.
-
-    `compared_on` says how much of the held-out text the bits per byte are over, where that is
-    known.
-    """
-
-    bits_per_byte: "list[dict[str, Any]] | None"
-    suites: "list[SuiteResults]"
-    compared_on: str | None = None
-
-    @property
-    def published(self) -> bool:
-        """Whether the paper's figures are to be shown."""
-        return any(one.published for one in self.suites)
-
-
-def results_of(
-    run: Path, bits_per_byte: bool = True, suites: Sequence[str] | None = None
-) -> Results:
-    """The results in a run's folder.
-
-    Args:
-        suites: only these; all that were measured if None.
-    """
-    from fusellm.evaluation.compare.tables import compared_on
-    from fusellm.evaluation.measure import read_suites
-    from fusellm.stages.evaluate import notes_of, read_records
-    from fusellm.store.run_folder import SUITES
-
-    records = [record.as_dict() for record in read_records(run)] if bits_per_byte else None
-    compared = compared_on(notes_of(run)) if bits_per_byte else None
-    return Results(records, read_suites(run / SUITES, suites), compared)
-
-
-def as_object(results: Results) -> Any:
+def as_object(results: "EvaluationResults") -> Any:
     """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
     from fusellm.evaluation.compare.tables import as_json
 
-    if results.bits_per_byte is not None and not results.suites:
-        return results.bits_per_byte
-    own = {} if results.bits_per_byte is None else {"lm": results.bits_per_byte}
+    records = [record.as_dict() for record in results.records]
+    if records and not results.suites:
+        return records
+    own = {"lm": records} if records else {}
     return own | as_json([one.comparison for one in results.suites], results.published)
 
 
-def show(results: Results, console: Console) -> None:
+def show(results: "EvaluationResults", console: Console) -> None:
     """Print the tables, each with what its reader needs to know."""
-    if results.bits_per_byte is not None:
-        from fusellm.evaluation.text.results import results_table, verdict
+    if results.records:
+        from fusellm.evaluation.text.results import results_table
 
         title = "Held-out bits per byte (lower is better), 95 % intervals"
-        console.print(_table(results_table(results.bits_per_byte), title))
+        console.print(_table(results_table(results.records), title))
         if results.compared_on is not None:
             console.print(Text(results.compared_on, style="dim"))
-        console.print(Text(verdict(results.bits_per_byte)))
+        console.print(Text(results.verdict))
     for one in results.suites:
         for part in _suite(one, console):
             console.print(part)
@@ -173,21 +138,21 @@ def require_savable(paths: Sequence[Path]) -> None:
         require_writable(path.absolute().parent)
 
 
-def save(results: Results, path: Path) -> None:
+def save(results: "EvaluationResults", path: Path) -> None:
     """Write results as Markdown, CSV or JSON, as the file's name says."""
     from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_section
-    from fusellm.evaluation.text.results import results_table, verdict
+    from fusellm.evaluation.text.results import results_table
     from fusellm.store.files import write_text
 
     comparisons = [one.comparison for one in results.suites]
-    records = results.bits_per_byte or []
     if path.suffix == ".json":
         text = json.dumps(as_object(results), ensure_ascii=False, indent=1) + "\n"
     elif path.suffix == ".csv":
-        text = csv_text(comparisons, results.published, records)
+        rows = [record.as_dict() for record in results.records]
+        text = csv_text(comparisons, results.published, rows)
     else:
         text = markdown(comparisons, results.published)
-        if records:
-            notes = [*([results.compared_on] if results.compared_on else []), verdict(records)]
-            text = f"{markdown_section('lm', results_table(records), notes)}\n{text}"
+        if results.records:
+            notes = [*filter(None, [results.compared_on]), results.verdict]
+            text = f"{markdown_section('lm', results_table(results.records), notes)}\n{text}"
     write_text(path, text)

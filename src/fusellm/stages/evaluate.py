@@ -10,7 +10,9 @@ import numpy as np
 from fusellm.config import EvaluationSettings, Recipe
 from fusellm.errors import CorpusError
 from fusellm.evaluation.compare.comparison import PAIRS, Rules
-from fusellm.evaluation.measure import Prepared, candidate, measure_into
+from fusellm.evaluation.compare.tables import compared_on
+from fusellm.evaluation.measure import Prepared, candidate, measure_into, read_suites
+from fusellm.evaluation.results import EvaluationResults
 from fusellm.evaluation.text.intervals import Record, Scores, records
 from fusellm.evaluation.text.nats import blocks_nats, without_context
 from fusellm.models.load import Located, default_device, load_model
@@ -224,14 +226,23 @@ def read_records(run: Path) -> list[Record]:
     return [Record(**record) for record in _results(run)["records"]]
 
 
-def notes_of(run: Path) -> dict[str, Any]:
-    """What a run's results are over: blocks of the held-out text, and bytes by domain.
+def read_results(
+    run: Path, suites: Sequence[str] | None = None, bits_per_byte: bool = True
+) -> EvaluationResults:
+    """The results of a run: bits per byte, if asked for, and suites.
+
+    Args:
+        suites: only these; all that were measured if None.
 
     Raises:
-        StoreError: as `read_records` does.
+        StoreError: they are missing, unfinished or damaged.
+        EvaluationError: models cannot be compared, or the extra `eval` is not installed.
     """
-    notes: dict[str, Any] = _results(run)["notes"]
-    return notes
+    compared = tuple(read_suites(run / SUITES, suites))
+    if not bits_per_byte:
+        return EvaluationResults((), compared)
+    said = compared_on(_results(run)["notes"])
+    return EvaluationResults(tuple(read_records(run)), compared, said)
 
 
 def _results(run: Path) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """What the records of an evaluation say: a table, and one sentence."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
 
 from fusellm.config import RESERVED_NAMES
-from fusellm.errors import StoreError
 from fusellm.evaluation.compare.statistics import MEAN
 from fusellm.evaluation.compare.tables import IN_WORDS, Table, number, title_of, title_of_model
 from fusellm.evaluation.text.intervals import BITS_PER_BYTE, Record
@@ -39,9 +36,8 @@ class Row:
 class Results:
     """The records in bits per byte (lower is better), by model and task."""
 
-    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
-        parsed = [_parse(record) for record in records]
-        self._by_place = {(r.model, r.task): r for r in parsed if r.metric == BITS_PER_BYTE}
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._by_place = {(r.model, r.task): r for r in records if r.metric == BITS_PER_BYTE}
         models = dict.fromkeys(model for model, _ in self._by_place)
         tasks = dict.fromkeys(task for _, task in self._by_place)
         self.sources = [model for model in models if model not in RESERVED_NAMES]
@@ -126,18 +122,14 @@ class Results:
         )
 
 
-def results_table(records: Iterable[Mapping[str, Any]]) -> Table:
-    """The records in bits per byte as text: models down, tasks across, `*` at a column's best.
-
-    Raises:
-        StoreError: a record lacks a field.
-    """
+def results_table(records: Iterable[Record]) -> Table:
+    """The records in bits per byte as text: models down, tasks across, `*` at a column's best."""
     results = Results(records)
     rows = [[row.title, *(_plain(cell) for cell in row.cells)] for row in results.rows()]
     return Table(["bits per byte", *results.tasks], rows)
 
 
-def verdict(records: Iterable[Mapping[str, Any]]) -> str:
+def verdict(records: Iterable[Record]) -> str:
     """One sentence on whether fusion helped; the one at the head of the report."""
     return Results(records).verdict()
 
@@ -172,25 +164,3 @@ def _plain(cell: Cell | None) -> str:
     interval = f" ({cell.interval})" if cell.interval else ""
     words = f" {cell.words}" if cell.words else ""
     return f"{cell.value}{interval}{words}{' *' if cell.best else ''}"
-
-
-def _parse(record: Mapping[str, Any]) -> Record:
-    try:
-        return Record(
-            model=str(record["model"]),
-            task=str(record["task"]),
-            metric=str(record["metric"]),
-            value=float(record["value"]),
-            low=_finite(record["low"]),
-            high=_finite(record["high"]),
-            n=int(record["n"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"a result has no usable {', '.join(COLUMNS)}: {record!r} ({error!r}); "
-            "`fusellm evaluate RUN --redo` measures again"
-        ) from None
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from fusellm.errors import StoreError
 from fusellm.evaluation.measure import SuiteResults, read_suites
+from fusellm.evaluation.text.intervals import Record
 from fusellm.models.cards import without_folders
 from fusellm.store.files import from_json
 from fusellm.store.manifest import MANIFEST, Manifest, first_fault, read_manifest
@@ -62,7 +63,7 @@ class DomainCounts:
     sources: dict[str, SourceCounts]
 
 
-_DOMAINS = TypeAdapter(dict[str, DomainCounts])
+_DOMAINS, _RECORDS = TypeAdapter(dict[str, DomainCounts]), TypeAdapter(list[Record])
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ReportedRun:
 
     name: str
     recipe: str
-    records: list[dict[str, Any]]
+    records: list[Record]
     notes: Mapping[str, Any]
     domains: Mapping[str, DomainCounts]
     logs: Mapping[str, Log]
@@ -117,7 +118,7 @@ def read_run(run: Path) -> ReportedRun:
     results = _required(run, "evaluate/results.json", "evaluate")
     counts = _required(run, "fuse/counts.json", "fuse")
     try:
-        records = [dict(record) for record in results["records"]]
+        records = _RECORDS.validate_python(results["records"])
         notes = dict(results.get("notes") or {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(run, "evaluate/results.json", "evaluate", error) from None

@@ -25,7 +25,7 @@ def write_report(run: Path) -> None:
     read = read_run(run)
     page = render(read)
     records = [
-        *read.records,
+        *(record.as_dict() for record in read.records),
         *(
             {key: row.get(key) for key in COLUMNS} | {"task": f"{row['suite']}/{row['task']}"}
             for one in read.suites
