@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from fusellm.config import EvaluationSettings
 from fusellm.errors import EvaluationError, IdentityError, StoreError
@@ -27,8 +27,9 @@ from fusellm.evaluation.suites.load import tasks_of
 from fusellm.models.headers import require_loadable
 from fusellm.models.load import Located, default_device, load_model, load_tokenizer
 from fusellm.progress import Progress, Silent
-from fusellm.store.files import from_json, make_folder, write_text
+from fusellm.store.files import make_folder, write_text
 from fusellm.store.identity import Identity, digest
+from fusellm.store.manifest import first_fault
 from fusellm.store.run_folder import INDEX
 from fusellm.store.writer import set_aside
 
@@ -39,6 +40,19 @@ class SuiteResults:
 
     comparison: Comparison
     published: bool
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the index says of a suite: of each model the identities of its records, by task."""
+
+    models: dict[str, dict[str, str]]
+    not_run: tuple[NotRun, ...]
+    rules: Rules
+    published: bool
+
+
+_INDEX = TypeAdapter(dict[str, _Entry])
 
 
 @dataclass(frozen=True)
@@ -166,8 +180,8 @@ def measure_into(
     _write(folder, {name: entry for name, entry in _read(folder).items() if name not in suites})
     records = measure(models, prepared, folder, progress, known)
     entries = {
-        one.suite: {
-            "models": {
+        one.suite: _Entry(
+            {
                 model: {
                     record.header.task: record.header.identity
                     for record in of_model
@@ -175,10 +189,10 @@ def measure_into(
                 }
                 for model, of_model in records.items()
             },
-            "not_run": [asdict(entry) for entry in one.not_run],
-            "rules": asdict(rules),
-            "published": published,
-        }
+            one.not_run,
+            rules,
+            published,
+        )
         for one in prepared
     }
     _write(folder, _read(folder) | entries)
@@ -336,23 +350,13 @@ def read_suites(folder: Path, suites: Sequence[str] | None = None) -> list[Suite
     """
     results = []
     for suite, entry in _read(folder).items():
-        if suites is not None and suite not in suites:
-            continue
-        try:
-            rules = Rules(
-                **(entry["rules"] | {"pairs": [tuple(p) for p in entry["rules"]["pairs"]]})
-            )
-            not_run = [NotRun(**one) for one in entry["not_run"]]
-            models = {model: dict(tasks) for model, tasks in entry["models"].items()}
-            published = bool(entry["published"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(folder, error) from error
-        records = {
-            model: [_record(folder, suite, model, task, identity) for task, identity in of.items()]
-            for model, of in models.items()
-        }
-        (comparison,) = compare(records, rules, not_run)
-        results.append(SuiteResults(comparison, published))
+        if suites is None or suite in suites:
+            records = {
+                model: [_record(folder, suite, model, *task) for task in tasks.items()]
+                for model, tasks in entry.models.items()
+            }
+            (comparison,) = compare(records, entry.rules, entry.not_run)
+            results.append(SuiteResults(comparison, entry.published))
     return results
 
 
@@ -367,25 +371,20 @@ def _record(folder: Path, suite: str, model: str, task: str, identity: str) -> T
     return record
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, _Entry]:
     path = folder / INDEX
     try:
-        index = from_json(path.read_text(encoding="utf-8"))
+        return _INDEX.validate_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
-    if not isinstance(index, dict):
-        raise _damaged(folder, TypeError("no object"))
-    return index
+        why = first_fault(error) if isinstance(error, ValidationError) else repr(error)
+        raise StoreError(
+            f"{path} is damaged ({why}); remove it and run `fusellm evaluate` with --suite again: "
+            "records are kept"
+        ) from error
 
 
-def _write(folder: Path, index: Mapping[str, Any]) -> None:
-    write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
-
-
-def _damaged(folder: Path, error: Exception) -> StoreError:
-    return StoreError(
-        f"{folder / INDEX} is damaged ({error!r}); remove it and run `fusellm evaluate` with "
-        "--suite again: records are kept"
-    )
+def _write(folder: Path, index: dict[str, _Entry]) -> None:
+    plain = _INDEX.dump_python(index, mode="json")
+    write_text(folder / INDEX, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")

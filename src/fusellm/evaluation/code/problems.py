@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -215,7 +215,7 @@ def _verdicts(
     workers: int,
 ) -> dict[tuple[int, str], Verdict]:
     name = toolchain.language.name
-    places: dict[Future[Verdict], tuple[int, str]] = {}
+    runs: dict[Future[Verdict], tuple[int, str]] = {}
     with (
         progress.start(f"running programs in {name}", len(distinct), "programs") as bar,
         ThreadPoolExecutor(workers) as pool,
@@ -224,17 +224,14 @@ def _verdicts(
             for n, text in distinct:
                 problem = problems[n]
                 run = pool.submit(toolchain.judge, problem.prompt + text, problem.tests)
-                places[run] = (n, text)
-            waiting = set(places)
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for run in done:
-                    run.result()
-                bar.advance(len(done))
+                runs[run] = (n, text)
+            for run in as_completed(runs):
+                run.result()
+                bar.advance()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {place: run.result() for run, place in places.items()}
+    return {place: run.result() for run, place in runs.items()}
 
 
 def _cores() -> int:

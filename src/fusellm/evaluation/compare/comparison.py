@@ -262,13 +262,16 @@ def _compare_suite(
     pairs = [(a, b) for a, b in rules.pairs if a in present and b in present]
     shared = {pair: [t for t in joined if set(pair) <= t.values.keys()] for pair in pairs}
     tested = {
-        (task.name, pair): _tested(task, pair, len(tasks), rules)
+        pair: {task.name: _tested(task, pair, len(tasks), rules) for task in tasks}
         for pair, tasks in shared.items()
-        for task in tasks
     }
-    lines = _corrected([_line(task, models, pairs, tested) for task in joined], pairs)
+    differences = {pair: _differences(pair, tasks, tested[pair]) for pair, tasks in shared.items()}
+    lines = [
+        _line(task, models, [of[task.name] for of in differences.values() if task.name in of])
+        for task in joined
+    ]
     averaged = [t for t in joined if t.unit != SCORE and len(t.values) == len(models)]
-    mean = _mean(suite, lines, averaged, pairs, tested, rules) if len(averaged) > 1 else None
+    mean = _mean(suite, lines, averaged, tested, rules) if len(averaged) > 1 else None
     return Comparison(
         suite,
         models,
@@ -313,24 +316,32 @@ def _rng(rules: Rules, place: str) -> np.random.Generator:
     return np.random.default_rng([rules.seed, *place.encode()])
 
 
-def _line(
-    task: JoinedTask,
-    models: Iterable[str],
-    pairs: Iterable[Pair],
-    tested: Mapping[tuple[str, Pair], Tested],
-) -> Line:
+def _line(task: JoinedTask, models: Iterable[str], differences: Iterable[Difference]) -> Line:
+    measured = [model for model in models if model in task.values]
     return Line(
         task.name,
         task.unit,
         task.documents,
-        {model: task.score(model) for model in models if model in task.values},
-        {model: task.truncated[model] for model in models if model in task.values},
-        tuple(
-            _difference(pair, [task.score(model) for model in pair], tested[task.name, pair])
-            for pair in pairs
-            if (task.name, pair) in tested
-        ),
+        {model: task.score(model) for model in measured},
+        {model: task.truncated[model] for model in measured},
+        tuple(differences),
     )
+
+
+def _differences(
+    pair: Pair, tasks: Sequence[JoinedTask], tested: Mapping[str, Tested]
+) -> dict[str, Difference]:
+    """Of a pair, by task, with p values corrected over the tasks."""
+    corrected = statistics.holm([tested[task.name].estimate.p for task in tasks])
+    least = statistics.holm([tested[task.name].least_p for task in tasks])
+    return {
+        task.name: replace(
+            _difference(pair, [task.score(model) for model in pair], tested[task.name]),
+            corrected_p=p,
+            least_p=least_p,
+        )
+        for task, p, least_p in zip(tasks, corrected, least, strict=True)
+    }
 
 
 def _difference(pair: Pair, scores: Sequence[float], tested: Tested) -> Difference:
@@ -343,27 +354,11 @@ def _difference(pair: Pair, scores: Sequence[float], tested: Tested) -> Differen
     )
 
 
-def _corrected(lines: Sequence[Line], pairs: Iterable[Pair]) -> list[Line]:
-    """The lines with p values corrected over the tasks, pair by pair."""
-    corrected: dict[tuple[str, Pair], Difference] = {}
-    for pair in pairs:
-        of_pair = {ln.task: one for ln in lines for one in ln.differences if one.pair == pair}
-        p_values = statistics.holm([one.p for one in of_pair.values()])
-        least = statistics.holm([one.least_p for one in of_pair.values()])
-        for (task, one), p, least_p in zip(of_pair.items(), p_values, least, strict=True):
-            corrected[task, pair] = replace(one, corrected_p=p, least_p=least_p)
-    return [
-        replace(line, differences=tuple(corrected[line.task, one.pair] for one in line.differences))
-        for line in lines
-    ]
-
-
 def _mean(
     suite: str,
     lines: Sequence[Line],
     averaged: Sequence[JoinedTask],
-    pairs: Iterable[Pair],
-    tested: Mapping[tuple[str, Pair], Tested],
+    tested: Mapping[Pair, Mapping[str, Tested]],
     rules: Rules,
 ) -> Line:
     """Every task counts the same; its documents are drawn within it."""
@@ -374,8 +369,8 @@ def _mean(
         model: float(np.mean([line.scores[model] for line in used])) for model in used[0].scores
     }
     differences = []
-    for a, b in pairs:
-        parts = [tested[name, (a, b)].estimate for name in names]
+    for (a, b), of_pair in tested.items():
+        parts = [of_pair[name].estimate for name in names]
         of_mean = statistics.compare_means(parts, rules.resamplings, _rng(rules, suite))
         differences.append(_difference((a, b), [scores[a], scores[b]], of_mean))
     return Line(

@@ -33,30 +33,17 @@ Not protected against:
   sandbox's first process, which tells its exit code, runs as the same user.
 """
 
-from fusellm.evaluation.code.sandbox.bubblewrap import FOLDER, Sandbox, find_sandbox, pack
-from fusellm.evaluation.code.sandbox.languages import LANGUAGES, Language
-from fusellm.evaluation.code.sandbox.limits import MIB, Limits, Outcome
-from fusellm.evaluation.code.sandbox.toolchain import (
-    WORKS,
-    Toolchain,
-    Verdict,
-    find_toolchain,
-    self_test,
-)
-
-__all__ = [
-    "FOLDER",
-    "LANGUAGES",
-    "MIB",
-    "WORKS",
-    "Language",
-    "Limits",
-    "Outcome",
-    "Sandbox",
-    "Toolchain",
-    "Verdict",
-    "find_sandbox",
-    "find_toolchain",
-    "pack",
-    "self_test",
-]
+from fusellm.evaluation.code.sandbox.bubblewrap import FOLDER as FOLDER
+from fusellm.evaluation.code.sandbox.bubblewrap import Sandbox as Sandbox
+from fusellm.evaluation.code.sandbox.bubblewrap import find_sandbox as find_sandbox
+from fusellm.evaluation.code.sandbox.bubblewrap import pack as pack
+from fusellm.evaluation.code.sandbox.languages import LANGUAGES as LANGUAGES
+from fusellm.evaluation.code.sandbox.languages import Language as Language
+from fusellm.evaluation.code.sandbox.limits import MIB as MIB
+from fusellm.evaluation.code.sandbox.limits import Limits as Limits
+from fusellm.evaluation.code.sandbox.limits import Outcome as Outcome
+from fusellm.evaluation.code.sandbox.toolchain import WORKS as WORKS
+from fusellm.evaluation.code.sandbox.toolchain import Toolchain as Toolchain
+from fusellm.evaluation.code.sandbox.toolchain import Verdict as Verdict
+from fusellm.evaluation.code.sandbox.toolchain import find_toolchain as find_toolchain
+from fusellm.evaluation.code.sandbox.toolchain import self_test as self_test
