@@ -6,13 +6,12 @@ with these figures, values cannot.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import yaml
+from fusellm.evaluation.yaml_table import yaml_table
 
 SOURCE = "github.com/18907305772/FuseAI, FuseLLM/README.md, commit 0f232e0; arXiv 2401.10491"
 
-_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE = yaml_table(__file__)
 
 MODELS: tuple[str, ...] = tuple(_TABLE["models"])
 """Two sources, target (the third source), CLM baseline, fused."""

@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from pathlib import Path
-
-import yaml
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.suites import paper_tasks, row_formats, smoke
 from fusellm.evaluation.suites.data import Hub, Origin, Row, of_task
 from fusellm.evaluation.suites.task import Definition, Inputs, Plan
+from fusellm.evaluation.yaml_table import yaml_table
 
-_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE = yaml_table(__file__)
 BBH_SIZES: Mapping[str, int] = _TABLE["sizes"]["bbh"]
 _INSTRUCTIONS = "instruction answer"
 

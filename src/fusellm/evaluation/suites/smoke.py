@@ -6,17 +6,15 @@ are no benchmark.
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fusellm.evaluation.suites.data import Row
 from fusellm.evaluation.suites.task import Definition, Inputs
+from fusellm.evaluation.yaml_table import yaml_table
 
 PATTERNS, AGREEMENT, RECALL = 64, 64, 24
 _SEED = 20240116
-_WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_WORDS = yaml_table(__file__)
 
 
 def patterns(_: Inputs) -> Definition:

@@ -42,8 +42,6 @@ from fusellm.evaluation.code.sandbox.languages import Language as Language
 from fusellm.evaluation.code.sandbox.limits import MIB as MIB
 from fusellm.evaluation.code.sandbox.limits import Limits as Limits
 from fusellm.evaluation.code.sandbox.limits import Outcome as Outcome
-from fusellm.evaluation.code.sandbox.toolchain import WORKS as WORKS
 from fusellm.evaluation.code.sandbox.toolchain import Toolchain as Toolchain
 from fusellm.evaluation.code.sandbox.toolchain import Verdict as Verdict
 from fusellm.evaluation.code.sandbox.toolchain import find_toolchain as find_toolchain
-from fusellm.evaluation.code.sandbox.toolchain import self_test as self_test

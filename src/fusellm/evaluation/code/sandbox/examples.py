@@ -1,9 +1,8 @@
 """A small problem in each language, for trying whether its toolchain works."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
+from fusellm.evaluation.yaml_table import yaml_table
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,5 @@ class Example:
     tests: str
 
 
-_FILE = Path(__file__).with_suffix(".yaml")
-EXAMPLES = {key: Example(**told) for key, told in yaml.safe_load(_FILE.read_text("utf-8")).items()}
+EXAMPLES = {key: Example(**told) for key, told in yaml_table(__file__).items()}
 """By the keys of `languages.LANGUAGES`."""

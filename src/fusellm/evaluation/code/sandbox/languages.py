@@ -14,12 +14,10 @@ its process with its tests, and may read the nonce from them, or redefine what t
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusellm.evaluation.code.sandbox.limits import MIB, Limits
+from fusellm.evaluation.yaml_table import yaml_table
 
 _COMPILE = Limits(
     wall_seconds=30,
@@ -99,10 +97,5 @@ def _language(key: str, told: dict[str, Any]) -> Language:
     return Language(key, **told)
 
 
-LANGUAGES = {
-    key: _language(key, told)
-    for key, told in yaml.safe_load(
-        Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    ).items()
-}
+LANGUAGES = {key: _language(key, told) for key, told in yaml_table(__file__).items()}
 """By the names in MultiPL-E's files."""

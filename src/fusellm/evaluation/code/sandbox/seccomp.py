@@ -32,15 +32,11 @@ installed on each machine for some 20 lines of Python.
 import errno
 import socket
 import struct
-from pathlib import Path
-
-import yaml
 
 from fusellm.errors import EvaluationError
+from fusellm.evaluation.yaml_table import yaml_table
 
-_REFUSED: dict[str, tuple[int | None, int | None]] = yaml.safe_load(
-    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-)
+_REFUSED: dict[str, tuple[int | None, int | None]] = yaml_table(__file__)
 """Numbers on x86_64 and on aarch64; the file has the reason above each group."""
 
 _LOOKED_INTO: dict[str, tuple[tuple[int, int], str]] = {

@@ -14,7 +14,6 @@ from fusellm.evaluation.code.sandbox.examples import EXAMPLES
 from fusellm.evaluation.code.sandbox.languages import Language
 from fusellm.evaluation.code.sandbox.limits import Limits, Outcome
 
-WORKS = "works"
 _REASON_CHARACTERS = 200
 
 
@@ -123,15 +122,6 @@ def find_toolchain(language: Language, sandbox: Sandbox, data_dir: Path | None =
         )
     told = toolchain.run(language.version, language.limits, pack({}))
     return replace(toolchain, version=_first_line(told.stdout or told.stderr))
-
-
-def self_test(language: Language, sandbox: Sandbox, data_dir: Path | None = None) -> str:
-    """`WORKS`, or why programs of this language are not run here."""
-    try:
-        find_toolchain(language, sandbox, data_dir)
-    except EvaluationError as error:
-        return str(error)
-    return WORKS
 
 
 def _require_tool(tool: str, install: str, sandbox: Sandbox) -> None:
