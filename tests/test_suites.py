@@ -40,7 +40,7 @@ from fusellm.evaluation.measure import (
     prepare,
     record_path,
 )
-from fusellm.evaluation.suites import paper_tasks, parse, row_formats
+from fusellm.evaluation.suites import paper_tasks, parse, row_formats, smoke
 from fusellm.evaluation.suites.catalogue import BBH_SIZES, SUITES
 from fusellm.evaluation.suites.data import Hub, Origin, of_task, read_rows, read_text
 from fusellm.evaluation.suites.lm_eval_tasks import lm_eval_tasks
@@ -870,6 +870,15 @@ def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_code_that_moves_makes_no_other_protocol() -> None:
+    """A protocol's digest has names of functions; finished records must stay those of it."""
+    named = [harness_run._plain(one) for one in (paper_tasks.bbh_scores, smoke._recalled)]
+    assert named == [
+        "fusellm.evaluation.own_tasks.bbh_scores",
+        "fusellm.evaluation.smoke._recalled",
+    ]
 
 
 def test_names_of_models_stay_in_their_folder() -> None:

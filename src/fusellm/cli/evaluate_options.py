@@ -62,7 +62,7 @@ _SETTINGS = {  # of a recipe's `evaluation:` that have an option: its metavar, a
 }
 _FLAGS = {"toolchains": "--toolchain"}
 _KINDS: dict[str, Any] = {"data_dir": Path, "toolchains": list[Path]}
-"""Where an option has another type than the setting, whose text it becomes."""
+"""Options that are paths; in a recipe they are texts."""
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -80,6 +80,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         given = {name: _plain(values.pop(name)) for name in _SETTINGS}
         command(**values, given={name: one for name, one in given.items() if one is not None})
 
+    # typer makes options of these.
     run.__dict__["__signature__"] = signature.replace(parameters=parameters)
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
@@ -101,7 +102,9 @@ def _option(name: str) -> inspect.Parameter:
     kind = _KINDS.get(name, kind)
     given: dict[str, Any] = {"parser": folder} if kind is Path else {}
     for bound in bounds:
-        if hasattr(bound, "gt"):  # of floats typer knows no open bound: the recipe's check does
+        # typer's ranges hold their ends: what is above 0 and whole is 1 or more, and of other
+        # numbers the recipe's own check refuses 0.
+        if hasattr(bound, "gt"):
             given["min"] = kind(bound.gt) + (kind is int)
         elif hasattr(bound, "ge"):
             given["min"] = kind(bound.ge)
@@ -119,6 +122,8 @@ def _option(name: str) -> inspect.Parameter:
 
 def _plain(value: Any) -> Any:
     """What an option says, as a recipe would; None where it says nothing."""
+    if isinstance(value, StrEnum):
+        return value.value
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list):
