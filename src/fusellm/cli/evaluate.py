@@ -10,6 +10,7 @@ from fusellm.cli.evaluate_list import show_list
 from fusellm.cli.evaluate_screen import (
     as_object,
     require_savable,
+    results_of,
     save,
     show,
 )
@@ -103,7 +104,6 @@ def _evaluate_run(
     redo: bool,
     trusted: bool,
 ) -> "EvaluationResults":
-    from fusellm.stages.evaluate import read_results
     from fusellm.store.run_folder import SUITES
 
     recipe = open_recipe(place, changes)
@@ -112,7 +112,7 @@ def _evaluate_run(
     evaluation = given | {"suites": named}
     pipeline = open_pipeline(place, out, changes, given=evaluation, trusted=trusted)
     pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
-    return read_results(pipeline.run, named, bits_per_byte=LM in asked)
+    return results_of(pipeline.run, named, LM in asked)
 
 
 def _evaluate_models(

@@ -22,6 +22,15 @@ ENDINGS = (".md", ".csv", ".json")
 _WIDE = 10_000
 
 
+def results_of(
+    run: Path, suites: Sequence[str] | None = None, bits_per_byte: bool = True
+) -> "EvaluationResults":
+    """The results in a run's folder; of all suites that were measured if `suites` is None."""
+    from fusellm.stages.evaluate import read_results
+
+    return read_results(run, suites, bits_per_byte)
+
+
 def as_object(results: "EvaluationResults") -> Any:
     """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
     from fusellm.evaluation.compare.tables import as_json

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
-from fusellm.cli.evaluate_screen import as_object, show
+from fusellm.cli.evaluate_screen import as_object, results_of, show
 from fusellm.cli.folder import show_status
 from fusellm.cli.launch import (
     join,
@@ -126,12 +126,10 @@ def _push(pipeline: "Pipeline", repo: str) -> None:
 
 def show_results(run: Path, as_json: bool) -> None:
     """Print a run's results, and where its report and its model are."""
-    from fusellm.stages.evaluate import read_results
-
-    results = read_results(run)
+    found = results_of(run)
     if as_json:
-        print(json_text(as_object(results)))
+        print(json_text(as_object(found)))
         return
-    show(results, STDOUT)
+    show(found, STDOUT)
     STDOUT.say(f"Report: {run / 'report' / 'index.html'}")
     STDOUT.say(f"The fused model: {run / 'train' / 'fused'}")
