@@ -41,7 +41,8 @@ import numpy as np
 
 from figures import command_line, show
 from fusellm.cli.console import SafeConsole, Terminal
-from fusellm.evaluation.intervals import MEAN, Scores, records
+from fusellm.evaluation.compare.statistics import MEAN
+from fusellm.evaluation.text.intervals import Scores, records
 from fusellm.models.readers import readers_of
 from fusellm.pipeline import Pipeline
 from fusellm.recipe_file import load_recipe

@@ -36,8 +36,9 @@ import torch
 from figures import command_line, peak_bytes, show
 from fusellm.cli.console import SafeConsole, Terminal
 from fusellm.config import ModelSettings, Recipe
-from fusellm.evaluation.bits_per_byte import blocks_nats
-from fusellm.evaluation.intervals import MEAN, Record, Scores, records
+from fusellm.evaluation.compare.statistics import MEAN
+from fusellm.evaluation.text.intervals import Record, Scores, records
+from fusellm.evaluation.text.nats import blocks_nats
 from fusellm.models.load import default_device, load_model, load_tokenizer, locate
 from fusellm.pipeline import Pipeline
 from fusellm.recipe_file import load_recipe

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from figures import command_line, show
-from fusellm.evaluation.code_problems import judge, read_problems
-from fusellm.evaluation.sandbox import LANGUAGES, Limits, Sandbox, find_sandbox, find_toolchain
+from fusellm.evaluation.code.problems import judge, read_problems
+from fusellm.evaluation.code.sandbox import LANGUAGES, Limits, Sandbox, find_sandbox, find_toolchain
 
 _ROOT = Path(__file__).resolve().parents[1]
 _HUMAN_EVAL = _ROOT.parent / "shared" / "eval" / "HumanEval.jsonl.gz"

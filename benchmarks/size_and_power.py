@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from figures import command_line, show
-from fusellm.evaluation import statistics
-from fusellm.evaluation.statistics import LEVEL, Estimate
+from fusellm.evaluation.compare import statistics
+from fusellm.evaluation.compare.statistics import LEVEL, Estimate
 
 DOCUMENTS = (10, 20, 164)
 SHARES = (1.0, 0.2, 0.05)

@@ -51,7 +51,7 @@ from align import load as load_encoder
 from figures import command_line, show
 from fusellm.arrays.distributions import Kept
 from fusellm.config import ExternalizeSettings, ModelSettings
-from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
+from fusellm.evaluation.text.nats import blocks_nats, by_domain
 from fusellm.models.heads import head_of, hidden_states
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.objective.chunked import objective

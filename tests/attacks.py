@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fusellm.evaluation.sandbox import MIB, Limits, Outcome, Sandbox, pack
+from fusellm.evaluation.code.sandbox import MIB, Limits, Outcome, Sandbox, pack
 
 LIMITS = Limits(wall_seconds=10, processes=32, memory_bytes=512 * MIB, disk_bytes=64 * MIB)
 LITTLE = replace(LIMITS, memory_bytes=64 * MIB)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import worlds
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.code_problems import (
+from fusellm.evaluation.code.completions import Written
+from fusellm.evaluation.code.problems import (
     PYTHON_STOP_TOKENS,
     Problem,
     cut,
@@ -23,9 +24,8 @@ from fusellm.evaluation.code_problems import (
     read_problems,
     sample,
 )
-from fusellm.evaluation.completions import Written
-from fusellm.evaluation.sandbox import LANGUAGES, Language, Limits, Toolchain, Verdict
-from fusellm.evaluation.sandbox.toolchain import with_nonce
+from fusellm.evaluation.code.sandbox import LANGUAGES, Language, Limits, Toolchain, Verdict
+from fusellm.evaluation.code.sandbox.toolchain import with_nonce
 from toolchains import SLOW, Toolchains
 
 EVAL = worlds.SHARED / "eval"

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.comparison import Comparison, NotRun, Rules, compare
-from fusellm.evaluation.paper import MODELS, PUBLISHED
-from fusellm.evaluation.records import Answer, Header, Kind, TaskRecord
-from fusellm.evaluation.statistics import LEVEL, holm, mcnemar, smallest_shown
-from fusellm.evaluation.tables import (
+from fusellm.evaluation.compare.comparison import Comparison, NotRun, Rules, compare
+from fusellm.evaluation.compare.published import MODELS, PUBLISHED
+from fusellm.evaluation.compare.records import Answer, Header, Kind, TaskRecord
+from fusellm.evaluation.compare.statistics import LEVEL, holm, mcnemar, smallest_shown
+from fusellm.evaluation.compare.tables import (
     CSV_COLUMNS,
     as_json,
     csv_text,
@@ -30,7 +30,7 @@ from fusellm.evaluation.tables import (
     table,
     verdict,
 )
-from fusellm.stages.report.suite_chart import differences_chart
+from fusellm.stages.report.charts import differences_chart
 
 REASON = "needs the extra: pip install 'fusellm[eval]'"
 pytest.importorskip("scipy", reason=REASON)
@@ -173,7 +173,7 @@ def test_the_papers_relative_gains() -> None:
         assert shown is not None
         assert dict(zip(shown.columns, shown.rows[0], strict=True))["fused − target"] == gain
     target, fused = (
-        np.mean([row.points[MODELS.index(model)] for row in PUBLISHED["commonsense"]])
+        np.mean([points[MODELS.index(model)] for points in PUBLISHED["commonsense"].values()])
         for model in ("Llama-2-7B", "FuseLLM-7B")
     )
     assert 100 * (fused / target - 1) == pytest.approx(1.25, abs=0.01)

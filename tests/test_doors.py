@@ -387,7 +387,7 @@ def test_the_report_names_no_folder_of_this_machine(finished: Path, world: Path)
 def test_a_folder_with_a_tool_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe may be somebody else's, and generated programs read what is a toolchain."""
     from fusellm.errors import EvaluationError
-    from fusellm.evaluation.sandbox.bubblewrap import _toolchain
+    from fusellm.evaluation.code.sandbox.bubblewrap import _toolchain
 
     home = tmp_path / "home" / "me"
     (home / "bin").mkdir(parents=True)
@@ -407,7 +407,7 @@ def test_what_is_somebody_elses_is_no_toolchain(
 ) -> None:
     """Homes of this machine's people, places of everybody, and what looks like a home."""
     from fusellm.errors import EvaluationError
-    from fusellm.evaluation.sandbox import bubblewrap
+    from fusellm.evaluation.code.sandbox import bubblewrap
 
     other, homes, everybodys, elsewhere = (tmp_path / n for n in ("other", "homes", "all", "mnt"))
     mine = tmp_path / "mine"

@@ -14,10 +14,12 @@ import yaml
 from fusellm.cli.main import main
 from fusellm.config import EvaluationSettings
 from fusellm.errors import EvaluationError, RecipeError
-from fusellm.evaluation import measure, multiple
-from fusellm.evaluation.completions import Written
-from fusellm.evaluation.records import read_record
-from fusellm.evaluation.sandbox import Sandbox
+from fusellm.evaluation import measure
+from fusellm.evaluation.code import tasks as multiple
+from fusellm.evaluation.code.completions import Written
+from fusellm.evaluation.code.sandbox import Sandbox
+from fusellm.evaluation.compare.records import read_record
+from fusellm.evaluation.harness.run import HarnessTask
 from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
 from fusellm.store.run_folder import SUITES
 from test_report import Page
@@ -159,7 +161,7 @@ def test_an_interrupted_evaluation_goes_on(
     run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[str, str]] = []
-    real = measure.run_task
+    real = HarnessTask.run
 
     def run_task(task: Any, loaded: Any, facts: Any, *rest: Any) -> Any:
         if len(ran) == 4:
@@ -167,7 +169,7 @@ def test_an_interrupted_evaluation_goes_on(
         ran.append((facts["name"], task.header.task))
         return real(task, loaded, facts, *rest)
 
-    monkeypatch.setattr(measure, "run_task", run_task)
+    monkeypatch.setattr(HarnessTask, "run", run_task)
     code, _, errors = command.tried("evaluate", run, *SMALL)
     assert code == 130
     assert "the same command goes on from here" in errors

@@ -17,9 +17,9 @@ from fusellm.alignment.strategies import STRATEGIES, Strategy, boundary_aligner
 from fusellm.alignment.translation import VocabularyMap, map_translation
 from fusellm.config import FusionSettings
 from fusellm.errors import ModelError
-from fusellm.evaluation import smoke
-from fusellm.evaluation.plans import Plan
-from fusellm.evaluation.suites import SUITES, Suite
+from fusellm.evaluation.suites import smoke
+from fusellm.evaluation.suites.catalogue import SUITES, Suite
+from fusellm.evaluation.suites.task import Plan
 from fusellm.fusion import functions
 from fusellm.fusion.functions import FUNCTIONS, Compared
 from fusellm.models import heads

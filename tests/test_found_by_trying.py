@@ -38,7 +38,7 @@ import worlds
 from conftest import prose
 from fusellm.cli.main import main
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.sandbox import Limits, find_sandbox
+from fusellm.evaluation.code.sandbox import Limits, find_sandbox
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
@@ -463,7 +463,7 @@ def test_a8_a_fingerprint_covers_what_is_loaded(
 
 
 def test_a9_what_would_be_shown_is_for_the_test_that_is_made(tried: Tried, world: Path) -> None:
-    from fusellm.evaluation.statistics import LEVEL, smallest_shown
+    from fusellm.evaluation.compare.statistics import LEVEL, smallest_shown
 
     one, of_27 = (smallest_shown(250, 40, LEVEL / tasks) for tasks in (1, 27))
     assert one is not None
@@ -475,7 +475,7 @@ def test_a9_what_would_be_shown_is_for_the_test_that_is_made(tried: Tried, world
 
 
 def test_a10_few_documents(tried: Tried, world: Path) -> None:
-    from fusellm.evaluation.statistics import estimates
+    from fusellm.evaluation.compare.statistics import estimates
 
     rng = np.random.default_rng(0)
     nulls = rng.normal(size=(10, 400)) ** 3  # documents × comparisons

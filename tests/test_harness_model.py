@@ -12,8 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusellm.evaluation.harness_model import RowsEnd, harness_model
-from fusellm.evaluation.settings import Loaded
+from fusellm.evaluation.harness.model import Loaded, RowsEnd, harness_model
 from fusellm.objective.chunked import Head
 
 CONTEXT = 64

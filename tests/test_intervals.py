@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fusellm.evaluation.intervals import MEAN, Record, Scores, records
+from fusellm.evaluation.compare.statistics import MEAN
+from fusellm.evaluation.text.intervals import Record, Scores, records
 
 LN2 = np.log(2)
 DOCUMENTS = {"prose": 60, "code": 25}
@@ -44,7 +45,7 @@ def test_a_paired_difference_is_known_better_than_its_models() -> None:
     widths = {place: (r.high or 0) - (r.low or 0) for place, r in by_place.items()}
     for task in ("prose", "code", MEAN):
         assert 0 < 3 * widths["fused-clm", task] < widths["fused", task]
-        assert by_place["fused-clm", task].sign == -1
+        assert by_place["fused-clm", task].sign == 1
     assert widths["fused-clm", MEAN] < widths["fused-clm", "code"]
 
 
@@ -75,7 +76,7 @@ def test_documents_without_scored_bytes_do_not_count() -> None:
 
 def test_five_documents_have_no_interval_nor_then_has_the_mean() -> None:
     by_place = found(scores(0.5, {"prose": 60, "code": 5}))
-    assert by_place["fused-clm", "prose"].sign == -1
+    assert by_place["fused-clm", "prose"].sign == 1
     for task in ("code", MEAN):
         one = by_place["fused-clm", task]
         assert one.value < 0

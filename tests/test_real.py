@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm.config import ExternalizeSettings, ModelSettings
-from fusellm.evaluation.bits_per_byte import bits_of, blocks_nats
+from fusellm.evaluation.text.nats import bits_of, blocks_nats
 from fusellm.fusion.cross_entropy import nats_by_byte
 from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.pipeline import Pipeline

@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from fusellm.errors import StoreError
-from fusellm.stages.report import results_table, verdict, write_report
-from fusellm.stages.report.charts import Line, line_chart
+from fusellm.evaluation.text.intervals import Record
+from fusellm.evaluation.text.results import results_table
+from fusellm.evaluation.text.results import verdict as verdict_on
+from fusellm.stages.report.charts import Trace, line_chart
+from fusellm.stages.report.write import write_report
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import Manifest
 
 HOSTILE = "<script>alert(1)</script>"
 EXAMPLE = f"{HOSTILE}\n\tﬁne print" + ", and more" * 40
@@ -101,6 +106,12 @@ def make_log(path: Path, domains: int, fused: bool, steps: int = 200) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+def write_manifest(folder: Path, seconds: float = 0.0, **software: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(Identity(folder.name, {}, {}), software, seconds=seconds)
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
+
+
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -116,19 +127,21 @@ def make_run(
     write_json(run / "fuse/counts.json", make_counts(sources, domains))
     for kind in ("fused", "clm") if clm else ("fused",):
         make_log(run / f"train/{kind}/log.jsonl", domains, kind == "fused")
-        write_json(run / f"train/{kind}/manifest.json", {"seconds": 912.4})
-    write_json(run / "corpus/manifest.json", {"seconds": 3.2, "software": {"tokenizers": "0.22.1"}})
+        write_manifest(run / "train" / kind, 912.4)
+    write_manifest(run / "corpus", 3.2, tokenizers="0.22.1")
     for i in range(sources):
-        write_json(
-            run / f"externalize/source-{i}/manifest.json",
-            {"seconds": 61.5 + i, "software": {"torch": "2.13.0", "transformers": "5.17.0"}},
-        )
-    write_json(run / "fuse/manifest.json", {"seconds": 20.1, "software": {"numpy": "2.3.1"}})
-    write_json(run / "evaluate/manifest.json", {"software": {"torch": "2.13.1"}})
+        folder = run / f"externalize/source-{i}"
+        write_manifest(folder, 61.5 + i, torch="2.13.0", transformers="5.17.0")
+    write_manifest(run / "fuse", 20.1, numpy="2.3.1")
+    write_manifest(run / "evaluate", torch="2.13.1")
     (run / "recipe.yaml").write_text(
         f"name: first-look\nseed: 0\nnote: {HOSTILE}\nfusion:\n  lambda: 0.5\n", encoding="utf-8"
     )
     return run
+
+
+def verdict(records: list[dict[str, Any]]) -> str:
+    return verdict_on(Record(**record) for record in records)
 
 
 class Page(HTMLParser):
@@ -188,7 +201,7 @@ def test_results_are_the_records(run: Path) -> None:
 
 
 def test_table() -> None:
-    table = results_table(make_records())
+    table = results_table(Record(**record) for record in make_records())
     assert table.columns == ["bits per byte", "mean", "prose", "python", "cpp"]
     assert [row[0] for row in table.rows] == [
         "source-0",
@@ -369,11 +382,11 @@ def test_log_of_a_resumed_training(tmp_path: Path) -> None:
 
 
 def test_names_are_no_mathematics_and_no_markup() -> None:
-    svg = line_chart("a", f'$x^2$ & "{HOSTILE}', "nats", [Line("$y$ <b>", "fused", [1], [2.0])])
+    svg = line_chart(f'$x^2$ & "{HOSTILE}', "nats", [Trace("$y$ <b>", "fused", [1], [2.0])])
     assert "$y$ &lt;b&gt; 2.000" in svg
     assert "<script" not in svg
 
 
 def test_long_curves_are_thinned() -> None:
     tokens = [float(index) for index in range(20_000)]
-    assert len(line_chart("a", "loss", "nats", [Line("fused", "fused", tokens, tokens)])) < 20_000
+    assert len(line_chart("loss", "nats", [Trace("fused", "fused", tokens, tokens)])) < 20_000

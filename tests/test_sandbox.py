@@ -30,18 +30,19 @@ from attacks import (
     world,
 )
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.sandbox import (
+from fusellm.evaluation.code.sandbox import (
     LANGUAGES,
     MIB,
+    Language,
     Limits,
     Sandbox,
     find_sandbox,
+    find_toolchain,
     pack,
-    self_test,
 )
-from fusellm.evaluation.sandbox.examples import EXAMPLES
-from fusellm.evaluation.sandbox.seccomp import seccomp_filter
-from fusellm.evaluation.sandbox.toolchain import WORKS, with_nonce
+from fusellm.evaluation.code.sandbox.examples import EXAMPLES
+from fusellm.evaluation.code.sandbox.seccomp import seccomp_filter
+from fusellm.evaluation.code.sandbox.toolchain import with_nonce
 from toolchains import SLOW, Toolchains
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -74,10 +75,22 @@ def test_attacks_succeed_where_there_is_no_sandbox(name: str, tmp_path: Path) ->
         assert found.secret.encode() in ran.stdout or "abstract" in found.connected
 
 
+WORKS = "works"
+
+
+def self_test(language: Language, sandbox: Sandbox, data_dir: Path | None = None) -> str:
+    """`WORKS`, or why programs of this language are not run here."""
+    try:
+        find_toolchain(language, sandbox, data_dir)
+    except EvaluationError as error:
+        return str(error)
+    return WORKS
+
+
 def test_a_program_dies_with_its_parent(sandbox: Sandbox) -> None:
     token = f"orphan-{os.getpid()}-{time.monotonic_ns()}"
     text = f"""
-    from fusellm.evaluation.sandbox import Limits, Sandbox
+    from fusellm.evaluation.code.sandbox import Limits, Sandbox
     Sandbox({sandbox.bwrap!r}, "").run(["sh", "-c", "sleep 60; : {token}"], Limits(60))
     """
     parent = subprocess.Popen(

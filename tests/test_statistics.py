@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.bleu import Translations
-from fusellm.evaluation.statistics import (
+from fusellm.evaluation.compare.bleu import Translations
+from fusellm.evaluation.compare.statistics import (
     LEVEL,
     Estimate,
     compare,

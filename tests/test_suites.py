@@ -25,11 +25,14 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fusellm.config import EvaluationSettings
 from fusellm.errors import EvaluationError, IdentityError
-from fusellm.evaluation import answers, layouts, own_tasks
-from fusellm.evaluation.completions import Writing, complete
-from fusellm.evaluation.data import Hub, Origin, of_task, read_rows, read_text
-from fusellm.evaluation.harness import Task, answers_of, make_task, requests_of, run_task
+from fusellm.evaluation.code.completions import complete
+from fusellm.evaluation.harness import lm_eval as around
+from fusellm.evaluation.harness import run as harness_run
+from fusellm.evaluation.harness.lm_eval import SEED
+from fusellm.evaluation.harness.model import Loaded
+from fusellm.evaluation.harness.run import HarnessTask
 from fusellm.evaluation.measure import (
     Candidate,
     find_records,
@@ -37,12 +40,13 @@ from fusellm.evaluation.measure import (
     prepare,
     record_path,
 )
-from fusellm.evaluation.other_tasks import other_tasks
-from fusellm.evaluation.own_tasks import SCIBENCH_BOOKS
-from fusellm.evaluation.plans import Definition, Inputs, Plan
-from fusellm.evaluation.settings import Loaded, Settings
-from fusellm.evaluation.suite_tasks import plans_of, read_task, tasks_of
-from fusellm.evaluation.suites import BBH_SIZES, SUITES
+from fusellm.evaluation.suites import paper_tasks, parse, row_formats, smoke
+from fusellm.evaluation.suites.catalogue import BBH_SIZES, SUITES
+from fusellm.evaluation.suites.data import Hub, Origin, of_task, read_rows, read_text
+from fusellm.evaluation.suites.lm_eval_tasks import lm_eval_tasks
+from fusellm.evaluation.suites.load import make_task, plans_of, read_task, tasks_of
+from fusellm.evaluation.suites.paper_tasks import SCIBENCH_BOOKS
+from fusellm.evaluation.suites.task import Definition, Inputs, Plan
 from fusellm.progress import Silent
 from worlds import SHARED
 
@@ -54,7 +58,7 @@ FACTS = {"name": "tiny", "weights": "w", "tokenizer": "t", "precision": "float32
 class Oracle(LM):
     """Answers from the document: rightly, or never rightly."""
 
-    def __init__(self, task: Task, right: bool) -> None:
+    def __init__(self, task: HarnessTask, right: bool) -> None:
         super().__init__()
         self.task, self.right = task, right
 
@@ -82,9 +86,9 @@ class Oracle(LM):
         raise AssertionError("no suite asks for it")
 
 
-def share_right(task: Task, right: bool, settings: Settings) -> float:
+def share_right(task: HarnessTask, right: bool) -> float:
     """Mean score of an oracle; of BLEU, whether the responses are the references."""
-    found = answers_of(task, Oracle(task, right), settings)
+    found = task.answers(Oracle(task, right))
     assert found
     if task.header.kind == "bleu":
         return sum(a.response == a.reference for a in found) / len(found)
@@ -219,10 +223,10 @@ SUITES_WITH_TASKS = [(suite.name, plan) for suite in SUITES.values() for plan in
     ids=lambda found: found if isinstance(found, str) else found.name,
 )
 def test_an_oracle_scores_1_and_its_opposite_0(suite: str, plan: Plan, data: Path) -> None:
-    settings = Settings(data_dir=data)
+    settings = EvaluationSettings(data_dir=str(data))
     task = read_task(suite, plan, settings)
-    assert share_right(task, True, settings) == 1
-    assert share_right(task, False, settings) == 0
+    assert share_right(task, True) == 1
+    assert share_right(task, False) == 0
     assert task.header.data
     assert all(len(digest) == 64 for digest in task.header.data.values())
 
@@ -239,7 +243,7 @@ def test_the_table_of_suites() -> None:
         assert suite.about
         assert suite.contains
     with pytest.raises(EvaluationError, match="lm is not run on lm_eval"):
-        plans_of(SUITES["lm"], Settings())
+        plans_of(SUITES["lm"], EvaluationSettings())
 
 
 @needs_eval
@@ -247,24 +251,24 @@ def test_bbh_loads_in_full_and_is_answered_by_its_own_targets() -> None:
     """Every question by the pure scorer; one task of each protocol through lm_eval."""
     total = 0
     for plan in SUITES["bbh"].plans:
-        rows = read_rows(plan.rows["questions"], EVAL).rows
+        rows, _ = read_rows(plan.rows["questions"], EVAL)
         assert len(rows) == plan.documents
         total += len(rows)
         for row in rows:
-            read = answers.bbh_answer(f"Yes. So the answer is {row['target']}.")
-            assert answers.same_but_for_case_and_punctuation(read, row["target"])
-            assert answers.bbh_plain_answer(f"So the answer is {row['target']}") == row["target"]
+            read = parse.bbh_answer(f"Yes. So the answer is {row['target']}.")
+            assert parse.same_but_for_case_and_punctuation(read, row["target"])
+            assert parse.bbh_plain_answer(f"So the answer is {row['target']}") == row["target"]
         text, _ = read_text(plan.texts["prompt"], EVAL)
-        asked = own_tasks.bbh(Inputs({"questions": rows}, {"prompt": text})).rows[-1]["prompt"]
+        asked = paper_tasks.bbh(Inputs({"questions": rows}, {"prompt": text})).rows[-1]["prompt"]
         assert asked.endswith(f"\n\nQ: {rows[-1]['input']}\nA:")
         assert asked.count("So the answer is ") == 3
         assert asked.removesuffix(f"\n\nQ: {rows[-1]['input']}\nA:") in text
         assert "canary" not in asked.lower()
     assert total == 6511
     for suite, short in (("bbh", 0), ("bbh_harness", 7)):
-        settings = Settings(data_dir=EVAL, only=("reasoning_about_colored_objects",))
+        settings = EvaluationSettings(data_dir=str(EVAL), tasks=["reasoning_about_colored_objects"])
         (task,) = tasks_of(suite, settings)
-        found = answers_of(task, Oracle(task, True), settings)
+        found = task.answers(Oracle(task, True))
         assert len(found) == 250
         assert sum(answer.score for answer in found) == 250 - short
 
@@ -273,10 +277,10 @@ def test_bbh_loads_in_full_and_is_answered_by_its_own_targets() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "short"), [("bbh", 0), ("bbh_harness", 7)])
 def test_all_of_bbh_through_an_oracle(suite: str, short: int) -> None:
-    settings = Settings(data_dir=EVAL)
+    settings = EvaluationSettings(data_dir=str(EVAL))
     means, right, documents = [], 0.0, 0
     for task in tasks_of(suite, settings):
-        found = answers_of(task, Oracle(task, True), settings)
+        found = task.answers(Oracle(task, True))
         assert len({answer.document for answer in found}) == len(found)
         means.append(sum(answer.score for answer in found) / len(found))
         right += sum(answer.score for answer in found)
@@ -290,12 +294,13 @@ def test_all_of_bbh_through_an_oracle(suite: str, short: int) -> None:
 @needs_eval
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "boolq", "openbookqa"])
 def test_commonsense_records_load_in_full(name: str) -> None:
-    settings = Settings(data_dir=EVAL, only=(name,))
+    settings = EvaluationSettings(data_dir=str(EVAL), tasks=[name])
     (task,) = tasks_of("commonsense", settings)
     (plan,) = plans_of(SUITES["commonsense"], settings)
     documents = list(task.task.eval_docs)
     assert len(documents) == plan.documents
-    assert share_right(task, True, replace(settings, limit=40)) == 1
+    limited = settings.model_copy(update={"limit": 40})
+    assert share_right(replace(task, settings=limited), True) == 1
     notes = task.header.protocol["notes"]
     assert (name == "boolq") == any("passage" in note for note in notes)
     if name != "boolq":
@@ -327,9 +332,9 @@ def test_a_record_asks_what_the_hubs_row_asks(
     (folder / f"{file}.test.json").write_text(json.dumps(records), encoding="utf-8")
     asked, right = [], []
     for place in (data, tmp_path):
-        settings = Settings(data_dir=place, only=(name,))
+        settings = EvaluationSettings(data_dir=str(place), tasks=[name])
         (task,) = tasks_of("commonsense", settings)
-        asked.append([request.args for request in requests_of(task, settings)])
+        asked.append([request.args for request in task.requests()])
         right.append([task.task.doc_to_target(document) for document in task.task.eval_docs])
     assert asked[0] == asked[1]
     assert right[0] == right[1] == [1, 0]
@@ -362,47 +367,49 @@ _PLAIN = st.text(st.characters(codec="utf-8"), min_size=1).filter(
 @given(_PLAIN, st.lists(_PLAIN, min_size=2, max_size=5))
 def test_choices_are_told_apart_exactly(question: str, texts: list[str]) -> None:
     doc = {"question": question, "choices": {"text": texts}}
-    assert layouts.choices_of(0, spelled(doc)) == (question, texts)
+    assert row_formats.choices_of(0, spelled(doc)) == (question, texts)
 
 
 def test_choices_that_cannot_be_told_apart_are_refused() -> None:
     for texts in (["a", "b Answer2: c"], ["a", " b"], ["a", ""]):
         with pytest.raises(EvaluationError, match="record 7 has choices that cannot"):
-            layouts.choices_of(7, spelled({"question": "q", "choices": {"text": texts}}))
+            row_formats.choices_of(7, spelled({"question": "q", "choices": {"text": texts}}))
 
 
 def test_drop_rows_of_both_schemas() -> None:
-    number, span = layouts.drop_rows(DROP)
+    number, span = row_formats.drop_rows(DROP)
     assert number["answer"]["number"] == "3"
     assert span["answer"]["spans"] == ["Bob"]
-    flat, _ = layouts.drop_rows(UCI_DROP)
+    flat, _ = row_formats.drop_rows(UCI_DROP)
     assert flat["answer"]["spans"] == ["3"]
     assert flat["validated_answers"]["spans"] == [["Goal"]]
     as_list = [DROP[1] | {"validated_answers": [drop_answer("7")]}]
-    assert layouts.drop_rows(as_list)[0]["validated_answers"]["number"] == ["7"]
+    assert row_formats.drop_rows(as_list)[0]["validated_answers"]["number"] == ["7"]
 
 
 def test_ucinlp_drop_is_scored_and_says_what_it_cannot_tell(tmp_path: Path) -> None:
     write_lines(tmp_path / "drop.jsonl", UCI_DROP)
-    settings = Settings(data_dir=tmp_path, only=("drop",))
+    settings = EvaluationSettings(data_dir=str(tmp_path), tasks=["drop"])
     (task,) = tasks_of("textgen", settings)
-    assert share_right(task, True, settings) == 1
+    assert share_right(task, True) == 1
     assert "each span is an answer of its own" in task.header.protocol["notes"][0]
 
 
 def test_missing_files_are_named_with_their_source(tmp_path: Path, data: Path) -> None:
     with pytest.raises(EvaluationError) as caught:
-        list(tasks_of("bbh", Settings(data_dir=tmp_path)))
+        list(tasks_of("bbh", EvaluationSettings(data_dir=str(tmp_path))))
     assert f"{tmp_path} has no bbh-cot-prompts/boolean_expressions.txt" in str(caught.value)
     assert "suzgunmirac/BIG-Bench-Hard" in str(caught.value)
     with pytest.raises(EvaluationError, match=r"hellaswag.*huggingface.co/datasets/Rowan/hella"):
-        list(tasks_of("commonsense", Settings(data_dir=tmp_path, only=("hellaswag",))))
+        list(
+            tasks_of("commonsense", EvaluationSettings(data_dir=str(tmp_path), tasks=["hellaswag"]))
+        )
     with pytest.raises(EvaluationError, match="no data folder was given"):
-        list(tasks_of("textgen", Settings()))
+        list(tasks_of("textgen", EvaluationSettings()))
     with pytest.raises(EvaluationError, match="there is no data folder"):
-        list(tasks_of("textgen", Settings(data_dir=tmp_path / "none")))
+        list(tasks_of("textgen", EvaluationSettings(data_dir=str(tmp_path / "none"))))
     with pytest.raises(EvaluationError, match="has no task 'arc'; it has arc_easy"):
-        list(tasks_of("commonsense", Settings(data_dir=data, only=("arc",))))
+        list(tasks_of("commonsense", EvaluationSettings(data_dir=str(data), tasks=["arc"])))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +424,11 @@ def test_missing_files_are_named_with_their_source(tmp_path: Path, data: Path) -
 def test_files_that_are_not_what_they_should_be(tmp_path: Path, content: str, part: str) -> None:
     (tmp_path / "lambada_openai.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(EvaluationError) as caught:
-        list(tasks_of("textgen", Settings(data_dir=tmp_path, only=("lambada_openai",))))
+        list(
+            tasks_of(
+                "textgen", EvaluationSettings(data_dir=str(tmp_path), tasks=["lambada_openai"])
+            )
+        )
     assert part in str(caught.value)
 
 
@@ -429,13 +440,20 @@ def test_the_hub_is_asked_only_where_allowed(monkeypatch: pytest.MonkeyPatch) ->
         read_rows(origin, None, allow_download=True)
     rows = datasets.Dataset.from_list([{"text": "a"}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    found = read_rows(origin, None, allow_download=True)
-    assert found.rows == ({"text": "a"},)
-    assert list(found.digests) == ["hub:a/b/test"]
+    read, digests = read_rows(origin, None, allow_download=True)
+    assert read == ({"text": "a"},)
+    assert list(digests) == ["hub:a/b/test"]
 
 
-def test_a_file_that_changes_changes_what_is_compared(tmp_path: Path) -> None:
-    settings = Settings(data_dir=tmp_path, only=("lambada_openai",))
+def seed_everything(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    for module in (around, harness_run):
+        monkeypatch.setattr(module, "SEED", seed)
+
+
+def test_a_file_that_changes_changes_what_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EvaluationSettings(data_dir=str(tmp_path), tasks=["lambada_openai"])
     headers = []
     for rows in (LAMBADA, LAMBADA, LAMBADA[::-1]):
         write_lines(tmp_path / "lambada_openai.jsonl", rows)
@@ -443,19 +461,20 @@ def test_a_file_that_changes_changes_what_is_compared(tmp_path: Path) -> None:
         headers.append(task.header)
     assert headers[0] == headers[1]
     assert headers[0].compared_by != headers[2].compared_by
-    (other,) = tasks_of("textgen", replace(settings, seed=2))
+    seed_everything(monkeypatch, 2)
+    (other,) = tasks_of("textgen", settings)
     assert other.header.compared_by != headers[2].compared_by
 
 
 @pytest.mark.slow
 def test_tasks_of_lm_eval_are_found_by_name_and_need_the_hub() -> None:
     with pytest.raises(EvaluationError) as caught:
-        other_tasks("arc_eazy", Settings())
+        lm_eval_tasks("arc_eazy", EvaluationSettings())
     assert "did you mean arc_easy" in str(caught.value)
     with pytest.raises(EvaluationError, match="gets its data from the hub"):
-        other_tasks("piqa", Settings())
+        lm_eval_tasks("piqa", EvaluationSettings())
     with pytest.raises(EvaluationError, match="lm_eval could not load humaneval"):
-        other_tasks("humaneval", Settings(allow_download=True))
+        lm_eval_tasks("humaneval", EvaluationSettings(allow_download=True))
 
 
 def _yaml_task(folder: Path, name: str, **changes: Any) -> None:
@@ -502,18 +521,18 @@ def test_a_task_of_lm_eval_is_run_by_its_name(theirs: Path, tiny: Loaded) -> Non
     _yaml_task(theirs, "first", metric_list=[mean("exact_match")], filter_list=filters)
     _yaml_task(theirs, "second", metric_list=[{"metric": "bleu"}, {"metric": "ter"}])
     with pytest.raises(EvaluationError, match=r"first is a task of lm_eval.*--allow-download"):
-        list(tasks_of("first", Settings()))
+        list(tasks_of("first", EvaluationSettings()))
     with pytest.raises(EvaluationError, match=r"'frist'.*did you mean first"):
-        list(tasks_of("frist", Settings()))
-    settings = Settings(allow_download=True)
+        list(tasks_of("frist", EvaluationSettings()))
+    settings = EvaluationSettings(allow_download=True)
     first, second = tasks_of("some", settings)
     assert (first.header.task, first.header.kind, first.filter) == ("first", "binary", "strict")
-    record = run_task(first, tiny, FACTS, settings)
+    record = first.run(tiny, FACTS)
     assert [answer.reason for answer in record.answers] == ["no answer found"] * 2
     assert second.header.kind == "bleu"
-    record = run_task(second, tiny, FACTS, settings)
+    record = second.run(tiny, FACTS)
     assert [answer.reference for answer in record.answers] == ["1", "2"]
-    (only,) = tasks_of("some", replace(settings, only=("second",)))
+    (only,) = tasks_of("some", settings.model_copy(update={"tasks": ["second"]}))
     assert only.header.task == "second"
 
 
@@ -534,7 +553,7 @@ def test_tasks_of_lm_eval_that_are_refused(
 ) -> None:
     _yaml_task(theirs, "odd", **changes)
     with pytest.raises(EvaluationError, match=part):
-        list(tasks_of("odd", Settings(allow_download=True)))
+        list(tasks_of("odd", EvaluationSettings(allow_download=True)))
 
 
 # ----------------------------------------------------------------------------- a tiny model
@@ -570,10 +589,10 @@ def stock_results(folder: Path, loaded: Loaded, file: str, rows: Any, changes: A
         tasks=["own"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
-        random_seed=7,
-        numpy_random_seed=7,
-        torch_random_seed=7,
-        fewshot_random_seed=7,
+        random_seed=SEED,
+        numpy_random_seed=SEED,
+        torch_random_seed=SEED,
+        fewshot_random_seed=SEED,
     )
 
 
@@ -603,9 +622,9 @@ def test_scores_are_lm_evals_own(
     tiny: Loaded,
     tmp_path: Path,
 ) -> None:
-    settings = Settings(data_dir=data, batch_size=4, seed=7, only=(name,), max_new_tokens=24)
+    settings = EvaluationSettings(data_dir=str(data), batch_size=4, tasks=[name], max_new_tokens=24)
     (task,) = tasks_of(suite, settings)
-    record = run_task(task, tiny, FACTS, settings)
+    record = task.run(tiny, FACTS)
     until = {"drop": ["."], "triviaqa": ["\n", ".", ","]}.get(name)
     writing = {"until": until, "max_gen_toks": 24, "do_sample": False}
     changes = {} if until is None else {"generation_kwargs": writing}
@@ -646,10 +665,10 @@ def test_nats_of_choices_are_lm_evals_own(tiny: Loaded, tmp_path: Path) -> None:
     To float32's rounding: products of other shapes sum in another order on some processors.
     """
     definition = _choosing(30)
-    settings = Settings(batch_size=4, seed=7)
+    settings = EvaluationSettings(batch_size=4)
     plan = Plan("own", "acc_norm", "binary", 30, lambda _: definition)
     task = make_task("x", plan, definition, {}, settings)
-    record = run_task(task, tiny, FACTS, settings)
+    record = task.run(tiny, FACTS)
     ours = [[r.resps[0] for r in task.task.instances if r.doc_id == n] for n in range(30)]
     write_lines(tmp_path / "rows.jsonl", definition.rows)
     body = definition.config | {
@@ -686,19 +705,19 @@ def test_nats_of_choices_are_lm_evals_own(tiny: Loaded, tmp_path: Path) -> None:
 def test_the_choice_told_is_the_one_scored(tiny: Loaded) -> None:
     definition = _choosing(24)
     plan = Plan("own", "acc_norm", "binary", 24, lambda _: definition)
-    settings = Settings()
-    record = run_task(make_task("x", plan, definition, {}, settings), tiny, FACTS, settings)
+    settings = EvaluationSettings()
+    record = make_task("x", plan, definition, {}, settings).run(tiny, FACTS)
     for row, answer in zip(definition.rows, record.answers, strict=True):
         assert (row["c"][row["g"]] == answer.response) == (answer.score == 1)
 
 
 def test_a_model_and_its_tokenizer_are_left_as_they_were(tiny: Loaded, data: Path) -> None:
-    settings = Settings(data_dir=data, only=("lambada_openai",))
+    settings = EvaluationSettings(data_dir=str(data), tasks=["lambada_openai"])
     (task,) = tasks_of("textgen", settings)
     before = torch.random.get_rng_state()
     for training in (True, False):
         tiny.model.train(training)
-        run_task(task, tiny, FACTS, settings)
+        task.run(tiny, FACTS)
         assert tiny.model.training is training
     assert tiny.tokenizer.pad_token is None
     assert torch.equal(before, torch.random.get_rng_state())
@@ -706,7 +725,7 @@ def test_a_model_and_its_tokenizer_are_left_as_they_were(tiny: Loaded, data: Pat
 
 def test_tokenizers_that_spoil_prompts_are_refused(tiny: Loaded, data: Path) -> None:
     """One that ends every text would have a model go on after its end."""
-    settings = Settings(data_dir=data, only=("lambada_openai",))
+    settings = EvaluationSettings(data_dir=str(data), tasks=["lambada_openai"])
     (task,) = tasks_of("textgen", settings)
     ending = deepcopy(tiny.tokenizer)
     ending.backend_tokenizer.post_processor = TemplateProcessing(
@@ -714,11 +733,11 @@ def test_tokenizers_that_spoil_prompts_are_refused(tiny: Loaded, data: Path) -> 
     )
     assert ending("text").input_ids[-1] == ending.eos_token_id
     with pytest.raises(EvaluationError, match="ends every text with </s>"):
-        run_task(task, replace(tiny, tokenizer=ending), FACTS, settings)
+        task.run(replace(tiny, tokenizer=ending), FACTS)
     without = deepcopy(tiny.tokenizer)
     without.eos_token = None
     with pytest.raises(EvaluationError, match="no token that ends a text"):
-        run_task(task, replace(tiny, tokenizer=without), FACTS, settings)
+        task.run(replace(tiny, tokenizer=without), FACTS)
 
 
 def _long(tokens: int) -> Definition:
@@ -729,13 +748,13 @@ def _long(tokens: int) -> Definition:
 def test_long_prompts_stop_the_task_before_it_begins(tiny: Loaded) -> None:
     definition = _long(600)
     plan = Plan("own", "acc", "binary", 4, lambda _: definition)
-    settings = Settings()
+    settings = EvaluationSettings()
     task = make_task("x", plan, definition, {}, settings)
     with pytest.raises(EvaluationError, match=r"2 documents of x/own .*room for 513"):
-        run_task(task, tiny, FACTS, settings)
-    settings = Settings(too_long="truncate")
+        task.run(tiny, FACTS)
+    settings = EvaluationSettings(too_long="truncate")
     task = make_task("x", plan, definition, {}, settings)
-    record = run_task(task, tiny, FACTS, settings)
+    record = task.run(tiny, FACTS)
     assert [answer.truncated for answer in record.answers] == [False, True, False, True]
     assert record.header.protocol["too_long"] == "truncate"
     assert len({answer.document for answer in record.answers}) == 4
@@ -746,24 +765,24 @@ def test_room_for_what_is_written_is_kept(tiny: Loaded, new_tokens: int, fits: b
     plan = SUITES["smoke"].plans[2]
     definition = plan.define(Inputs({}, {}))
     definition.config["generation_kwargs"]["max_gen_toks"] = new_tokens
-    settings = Settings(limit=1)
+    settings = EvaluationSettings(limit=1)
     task = make_task("smoke", plan, definition, {}, settings)
     if fits:
-        assert len(run_task(task, tiny, FACTS, settings).answers) == 1
+        assert len(task.run(tiny, FACTS).answers) == 1
     else:
         with pytest.raises(EvaluationError, match="1 documents of smoke/recall"):
-            run_task(task, tiny, FACTS, settings)
+            task.run(tiny, FACTS)
 
 
 def test_the_limit_of_what_is_written_is_part_of_the_protocol(tiny: Loaded, data: Path) -> None:
-    only = ("word_sorting",)
-    settings = Settings(data_dir=data, only=only)
+    only = ["word_sorting"]
+    settings = EvaluationSettings(data_dir=str(data), tasks=only)
     (task,) = tasks_of("bbh", settings)
     with pytest.raises(EvaluationError, match=r"write 512 tokens, and this one reads 512.*lower"):
-        run_task(task, tiny, FACTS, settings)
-    limited = Settings(data_dir=data, only=only, max_new_tokens=16)
+        task.run(tiny, FACTS)
+    limited = EvaluationSettings(data_dir=str(data), tasks=only, max_new_tokens=16)
     (short,) = tasks_of("bbh", limited)
-    record = run_task(short, tiny, FACTS, limited)
+    record = short.run(tiny, FACTS)
     assert record.header.protocol["writing"]["max_gen_toks"] == 16
     assert record.header.compared_by != task.header.compared_by
     assert all(answer.reason == "no 'So the answer is'" for answer in record.answers)
@@ -780,11 +799,11 @@ def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
         return tiny
 
     def run(**changes: Any) -> list[Any]:
-        settings = Settings(limit=3, **changes)
+        settings = EvaluationSettings(limit=3, **changes)
         models = [Candidate(FACTS | {"name": "a/b"}, load)]
         prepared = prepare(["smoke"], settings, shown)
-        known, _ = find_records(models, prepared, tmp_path, settings, redo=bool(changes))
-        return measure(models, prepared, tmp_path, settings, shown, known)["a/b"]
+        known, _ = find_records(models, prepared, tmp_path, redo=bool(changes))
+        return measure(models, prepared, tmp_path, shown, known)["a/b"]
 
     first = run()
     assert [record.header.task for record in first] == ["patterns", "agreement", "recall"]
@@ -800,9 +819,8 @@ def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
     with pytest.raises(IdentityError, match=r"patterns.jsonl .* batch_size was .* So were 2 more"):
         find_records(
             [Candidate(FACTS | {"name": "a/b"}, load)],
-            prepare(["smoke"], Settings(batch_size=2), shown),
+            prepare(["smoke"], EvaluationSettings(batch_size=2), shown),
             tmp_path,
-            Settings(batch_size=2),
         )
     assert run(batch_size=2)[0].header.identity != first[0].header.identity
     assert len(loads) == 2
@@ -840,18 +858,27 @@ def test_lm_eval_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for suite in ("smoke", "piqa"):
         with pytest.raises(EvaluationError, match=r"pip install 'fusellm\[eval\]'"):
-            list(tasks_of(suite, Settings()))
+            list(tasks_of(suite, EvaluationSettings()))
     with pytest.raises(EvaluationError, match=r"pip install 'fusellm\[eval\]'"):
-        complete(tiny, ["a"], [], Writing(4), Settings())
+        complete(tiny, ["a"], [], EvaluationSettings(max_new_tokens=4))
 
 
 def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
     code = (
-        "import sys, fusellm.evaluation.suite_tasks, fusellm.evaluation.completions\n"
+        "import sys, fusellm.evaluation.suites.load, fusellm.evaluation.code.completions\n"
         "print({'lm_eval', 'sacrebleu', 'evaluate', 'nltk', 'rouge_score'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_code_that_moves_makes_no_other_protocol() -> None:
+    """A protocol's digest has names of functions; finished records must stay those of it."""
+    named = [harness_run._plain(one) for one in (paper_tasks.bbh_scores, smoke._recalled)]
+    assert named == [
+        "fusellm.evaluation.own_tasks.bbh_scores",
+        "fusellm.evaluation.smoke._recalled",
+    ]
 
 
 def test_names_of_models_stay_in_their_folder() -> None:
@@ -862,26 +889,28 @@ def test_names_of_models_stay_in_their_folder() -> None:
         assert path.parts[2] not in (".", "..")
 
 
-def test_programs_are_completed_in_order(tiny: Loaded) -> None:
+def test_programs_are_completed_in_order(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["return value", "class model def import print", "text"]
-    greedy = Writing(12)
-    whole = complete(tiny, prompts, [], greedy, Settings(batch_size=1))
+    greedy = EvaluationSettings(max_new_tokens=12)
+    whole = complete(tiny, prompts, [], greedy.model_copy(update={"batch_size": 1}))
     assert [len(written.texts) for written in whole] == [1, 1, 1]
-    assert whole == complete(tiny, prompts[:1], [], greedy, Settings()) + [
-        complete(tiny, [prompt], [], greedy, Settings())[0] for prompt in prompts[1:]
+    assert whole == complete(tiny, prompts[:1], [], greedy) + [
+        complete(tiny, [prompt], [], greedy)[0] for prompt in prompts[1:]
     ]
     text = whole[1].texts[0]
     stop = text[len(text) // 2 :][:3]
     assert stop
-    (cut,) = complete(tiny, prompts[1:2], [stop], greedy, Settings())[0].texts
+    (cut,) = complete(tiny, prompts[1:2], [stop], greedy)[0].texts
     assert cut == text[: text.index(stop)]
-    sampled = Writing(12, samples=3, temperature=0.8, top_p=0.95)
-    found = complete(tiny, prompts, [], sampled, Settings(seed=3))
-    assert found == complete(tiny, prompts, [], sampled, Settings(seed=3))
-    assert found != complete(tiny, prompts, [], sampled, Settings(seed=4))
+    sampled = EvaluationSettings(max_new_tokens=12, samples=3, temperature=0.8, top_p=0.95)
+    seed_everything(monkeypatch, 3)
+    found = complete(tiny, prompts, [], sampled)
+    assert found == complete(tiny, prompts, [], sampled)
+    seed_everything(monkeypatch, 4)
+    assert found != complete(tiny, prompts, [], sampled)
     assert len(set(found[0].texts)) > 1
-    with pytest.raises(EvaluationError, match="3 samples at temperature 0"):
-        complete(tiny, prompts, [], Writing(12, samples=3), Settings())
+    with pytest.raises(ValueError, match="samples: 3 at temperature 0 are all equal"):
+        EvaluationSettings(samples=3)
 
 
 # ----------------------------------------------------------------------------- answers
@@ -902,17 +931,17 @@ def test_programs_are_completed_in_order(tiny: Loaded) -> None:
     ],
 )
 def test_answers_of_bbh(response: str, answer: str, plain: str) -> None:
-    assert answers.bbh_answer(response) == answer
-    assert answers.bbh_plain_answer(response) == plain
+    assert parse.bbh_answer(response) == answer
+    assert parse.bbh_plain_answer(response) == plain
 
 
 @given(st.text(st.characters(codec="ascii", exclude_characters=".\n")))
 def test_an_answer_is_read_back(target: str) -> None:
-    assert answers.bbh_answer(f"x. So the answer is {target}. y") == target.strip()
+    assert parse.bbh_answer(f"x. So the answer is {target}. y") == target.strip()
 
 
 def test_matching_of_bbh_and_its_blind_spots() -> None:
-    same, strict = answers.same_but_for_case_and_punctuation, answers.same_but_for_case_and_space
+    same, strict = parse.same_but_for_case_and_punctuation, parse.same_but_for_case_and_space
     assert same("(a)", "A")
     assert not same("true", "false")
     for wrong, target in (("> > >", "] ) >"), ("-5", "5")):
@@ -946,14 +975,14 @@ def test_matching_of_bbh_and_its_blind_spots() -> None:
     ],
 )
 def test_numbers_of_scibench(text: str, number: float | None) -> None:
-    found = answers.scibench_number(text)
+    found = parse.scibench_number(text)
     assert found == pytest.approx(number, nan_ok=True) if number is not None else found is None
 
 
 @given(st.floats(-1e12, 1e12).filter(lambda x: x == 0 or abs(x) > 1e-6))
 def test_a_number_is_read_back(number: float) -> None:
     for spelled_ in (repr(number), f"{number:.17e}", f"{number:,.9f}"):
-        found = answers.scibench_number(f"The answer is ${spelled_}$ m.")
+        found = parse.scibench_number(f"The answer is ${spelled_}$ m.")
         assert found == pytest.approx(number, rel=1e-3)
 
 
@@ -962,19 +991,19 @@ def test_a_number_is_read_back(number: float) -> None:
     [(104.9, 100, True), (105.5, 100, False), (-1, 1, False), (None, 1, False), (0, 0, True)],
 )
 def test_tolerance_of_scibench(number: float | None, target: float, close: bool) -> None:
-    assert answers.close_enough(number, target) is close
-    assert not answers.close_enough(float("nan"), target)
+    assert parse.close_enough(number, target) is close
+    assert not parse.close_enough(float("nan"), target)
 
 
 def test_the_origin_of_a_benchmark_that_is_one_file(tmp_path: Path) -> None:
     """The first pattern that matches is read, all its files, in the order of their names."""
     origin = Origin(("a/*.jsonl", "b.jsonl"), "somewhere", keys=(("n",),))
     write_lines(tmp_path / "b.jsonl", [{"n": 0}])
-    assert read_rows(origin, tmp_path).rows == ({"n": 0},)
+    assert read_rows(origin, tmp_path)[0] == ({"n": 0},)
     write_lines(tmp_path / "a/2.jsonl", [{"n": 2}])
     write_lines(tmp_path / "a/1.jsonl", [{"n": 1}])
-    found = read_rows(origin, tmp_path)
-    assert [row["n"] for row in found.rows] == [1, 2]
-    assert list(found.digests) == ["a/1.jsonl", "a/2.jsonl"]
+    rows, digests = read_rows(origin, tmp_path)
+    assert [row["n"] for row in rows] == [1, 2]
+    assert list(digests) == ["a/1.jsonl", "a/2.jsonl"]
     with pytest.raises(EvaluationError, match="somewhere"):
         read_rows(replace(origin, paths=("c",)), tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fusellm.errors import EvaluationError
-from fusellm.evaluation.sandbox import (
+from fusellm.evaluation.code.sandbox import (
     LANGUAGES,
     Sandbox,
     Toolchain,

@@ -11,7 +11,7 @@ from typing import Any
 _FROM = {
     "align": "fusellm.alignment.text_alignment",
     "Alignment": "fusellm.alignment.text_alignment",
-    "bits_per_byte": "fusellm.evaluation.texts",
+    "bits_per_byte": "fusellm.evaluation.text.bits_per_byte",
     "compare_tokenizers": "fusellm.alignment.comparison",
     "Distribution": "fusellm.arrays.read_block",
     "DistributionStore": "fusellm.store.opened",

@@ -10,7 +10,7 @@ from fusellm.arrays.source_distributions import SourceDistributions as SourceDis
 from fusellm.config import Recipe as Recipe
 from fusellm.errors import FusellmError as FusellmError
 from fusellm.evaluation.models import evaluate as evaluate
-from fusellm.evaluation.texts import bits_per_byte as bits_per_byte
+from fusellm.evaluation.text.bits_per_byte import bits_per_byte as bits_per_byte
 from fusellm.fusion.texts import FusedDistributions as FusedDistributions
 from fusellm.fusion.texts import fuse as fuse
 from fusellm.models.pretrained import load_pretrained as load_pretrained

@@ -31,7 +31,7 @@ from fusellm.stages.corpus import CorpusStage
 from fusellm.stages.evaluate import EvaluateStage, SuitesStage
 from fusellm.stages.externalize import SourceStage, TargetTokensStage
 from fusellm.stages.fuse import FuseStage
-from fusellm.stages.report import ReportStage
+from fusellm.stages.report.write import ReportStage
 from fusellm.stages.stage import Context, FolderStage, Stage
 from fusellm.stages.train import TrainStage
 from fusellm.store.files import alone_in, make_folder, require_writable, write_text

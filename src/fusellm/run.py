@@ -1,7 +1,6 @@
 """A run, from a program: `fusellm.Run`."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
-from fusellm.evaluation.intervals import Record
-from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.evaluation.results import EvaluationResults
 from fusellm.inspection import Inspection, inspect_block
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
@@ -19,46 +17,9 @@ from fusellm.pipeline import Pipeline
 from fusellm.progress import Progress, Silent
 from fusellm.reading.engine import LOCAL, EngineSettings
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.stages.evaluate import read_records
-from fusellm.stages.report import results_table, verdict
+from fusellm.stages.evaluate import read_results
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import FUSED, RECIPE, STAGES, SUITES, trained_folder
-from fusellm.text_table import text_table
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """What a run's evaluation found.
-
-    Attributes:
-        records: bits per byte by model and domain, with 95 % intervals over documents. The model
-            `fused-clm` is the difference, paired by document.
-        suites: comparisons on the suites that were measured.
-    """
-
-    records: tuple[Record, ...]
-    suites: tuple[SuiteResults, ...]
-
-    @property
-    def verdict(self) -> str:
-        """One sentence on whether fusion helped."""
-        return verdict(record.as_dict() for record in self.records)
-
-    def of(self, model: str, task: str = "mean") -> Record:
-        """A model's bits per byte in a domain, or their mean.
-
-        Raises:
-            ArgumentError: there is no such record.
-        """
-        for record in self.records:
-            if (record.model, record.task) == (model, task):
-                return record
-        known = sorted({f"{record.model}/{record.task}" for record in self.records})
-        raise ArgumentError(f"there is no {model}/{task}; known: {', '.join(known)}")
-
-    def __str__(self) -> str:
-        table = results_table(record.as_dict() for record in self.records)
-        return f"{text_table(table.columns, table.rows)}\n{self.verdict}"
 
 
 class Run:
@@ -185,15 +146,13 @@ class Run:
         return self.execute("evaluate")
 
     @property
-    def results(self) -> RunResults:
+    def results(self) -> EvaluationResults:
         """What the evaluation found.
 
         Raises:
             StoreError: it is not finished.
         """
-        suites = self.folder / SUITES
-        found = read_suites(suites) if suites.exists() else []
-        return RunResults(tuple(read_records(self.folder)), tuple(found))
+        return read_results(self.folder)
 
     def model(
         self, which: str = FUSED, *, device: str | torch.device | None = None

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusellm.cli import evaluate_options as of
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.evaluate_list import show_list
 from fusellm.cli.evaluate_screen import (
-    Results,
     as_object,
     require_savable,
     results_of,
@@ -21,27 +20,20 @@ from fusellm.cli.options import NO_CHANGES, Json
 from fusellm.errors import EvaluationError, RecipeError
 from fusellm.recipe_file import model_settings
 
+if TYPE_CHECKING:
+    from fusellm.evaluation.results import EvaluationResults
+
 LM = "lm"
 _OUT = Path("runs") / "evaluation"
 
 
+@of.with_settings
 def evaluate(
+    *,
     places: of.Places = None,
     suites: of.Suites = None,
     list_suites: of.ListSuites = False,
-    data_dir: of.DataDir = None,
-    allow_download: of.AllowDownload = False,
-    tasks: of.Tasks = None,
-    limit: of.Limit = None,
-    batch_size: of.BatchSize = None,
-    too_long: of.TooLongOption = None,
-    max_new_tokens: of.MaxNewTokens = None,
-    samples: of.Samples = None,
-    temperature: of.Temperature = None,
-    top_p: of.TopP = None,
-    pass_at: of.PassAt = None,
-    toolchains: of.Toolchains = None,
-    published: of.Published = False,
+    given: dict[str, Any],
     save_as: of.Save = None,
     out: of.OutOfEvaluation = None,
     changes: of.SetOfEvaluation = NO_CHANGES,
@@ -59,42 +51,28 @@ def evaluate(
     Examples: `fusellm evaluate runs/demo --suite smoke`,
     `fusellm evaluate zoo/prose zoo/python --suite smoke --limit 20`.
     """
-    given: dict[str, Any] = {
-        "data_dir": data_dir and str(data_dir.absolute()),
-        "allow_download": allow_download or None,
-        "tasks": tasks,
-        "limit": limit,
-        "batch_size": batch_size,
-        "too_long": too_long and too_long.value,
-        "max_new_tokens": max_new_tokens,
-        "samples": samples,
-        "temperature": temperature,
-        "top_p": top_p,
-        "pass_at": pass_at,
-        "toolchains": toolchains and [str(folder.absolute()) for folder in toolchains],
-        "published": published or None,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
     require_one_process("evaluate")
     require_savable(save_as or [])
+    named = places or []
     if list_suites:
-        show_list(places or [], given, as_json, STDOUT)
+        show_list(named, given, as_json, STDOUT)
         return
-    found = _evaluate(places or [], suites, given, out, changes, redo, trust_remote_code)
-    print(json_text(as_object(found))) if as_json else show(found, STDOUT)
+    asked = suites, given, out, changes, redo, trust_remote_code
+    if _are_a_run(named):
+        results = _evaluate_run(Path(named[0]), *asked)
+    else:
+        results = _evaluate_models(named, *asked)
+    print(json_text(as_object(results))) if as_json else show(results, STDOUT)
     for path in save_as or []:
-        save(found, path)
+        save(results, path)
 
 
-def _evaluate(
-    places: Sequence[str],
-    suites: Sequence[str] | None,
-    given: dict[str, Any],
-    out: Path | None,
-    changes: Sequence[str],
-    redo: bool,
-    trusted: bool,
-) -> Results:
+def _are_a_run(places: Sequence[str]) -> bool:
+    """Whether a run is named, or models.
+
+    Raises:
+        EvaluationError: neither is, or both are.
+    """
     if not places:
         raise EvaluationError(
             "there is nothing to evaluate: name a run, a recipe, or models; `fusellm evaluate "
@@ -106,9 +84,7 @@ def _evaluate(
             f"{runs[0]} is a run or a recipe, which is evaluated alone; name one of these, or "
             "models only"
         )
-    if runs:
-        return _evaluate_run(Path(places[0]), suites, given, out, changes, redo, trusted)
-    return _evaluate_models(places, suites, given, out or _OUT, changes, redo, trusted)
+    return bool(runs)
 
 
 def is_run(place: str) -> bool:
@@ -127,7 +103,7 @@ def _evaluate_run(
     changes: Sequence[str],
     redo: bool,
     trusted: bool,
-) -> Results:
+) -> "EvaluationResults":
     from fusellm.store.run_folder import SUITES
 
     recipe = open_recipe(place, changes)
@@ -136,19 +112,20 @@ def _evaluate_run(
     evaluation = given | {"suites": named}
     pipeline = open_pipeline(place, out, changes, given=evaluation, trusted=trusted)
     pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
-    return results_of(pipeline.run, LM in asked, named)
+    return results_of(pipeline.run, named, LM in asked)
 
 
 def _evaluate_models(
     names: Sequence[str],
     suites: Sequence[str] | None,
     given: Mapping[str, Any],
-    out: Path,
+    out: Path | None,
     changes: Sequence[str],
     redo: bool,
     trusted: bool,
-) -> Results:
+) -> "EvaluationResults":
     from fusellm.evaluation.models import evaluate as evaluate_models
+    from fusellm.evaluation.results import EvaluationResults
     from fusellm.models.remote_code import trusted_code
 
     if not suites:
@@ -162,7 +139,13 @@ def _evaluate_models(
         if told is not None:
             shown.say(told)
         models[name] = model.model_dump()
-    found = evaluate_models(
-        models, suites, out=out, redo=redo, trust_remote_code=trusted, progress=shown, **given
+    measured = evaluate_models(
+        models,
+        suites,
+        out=out or _OUT,
+        redo=redo,
+        trust_remote_code=trusted,
+        progress=shown,
+        **given,
     )
-    return Results(None, found)
+    return EvaluationResults((), tuple(measured))

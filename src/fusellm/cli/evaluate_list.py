@@ -14,8 +14,8 @@ from fusellm.errors import EvaluationError
 from fusellm.recipe_file import changed_evaluation
 
 if TYPE_CHECKING:
-    from fusellm.evaluation.settings import Settings
-    from fusellm.evaluation.suites import Suite
+    from fusellm.config import EvaluationSettings
+    from fusellm.evaluation.suites.catalogue import Suite
 
 _MOST_NAMED = 4
 
@@ -30,13 +30,12 @@ def show_list(
         given: keys of that block that the command line has other values for.
     """
     from fusellm.config import EvaluationSettings
-    from fusellm.evaluation.settings import settings_of
-    from fusellm.evaluation.suites import SUITES
+    from fusellm.evaluation.suites.catalogue import SUITES
 
     if len(places) > 1:
         raise EvaluationError("--list takes a run or a recipe, or none; it shows no models")
     own = open_recipe(Path(places[0]), ()).evaluation if places else EvaluationSettings()
-    settings = settings_of(changed_evaluation(own, given))
+    settings = changed_evaluation(own, given)
     rows = [_row(suite, settings) for suite in SUITES.values()]
     if as_json:
         print(json_text(rows))
@@ -59,7 +58,7 @@ def show_list(
     )
 
 
-def _row(suite: "Suite", settings: "Settings") -> dict[str, Any]:
+def _row(suite: "Suite", settings: "EvaluationSettings") -> dict[str, Any]:
     missing = _missing(suite, settings)
     return {
         "suite": suite.name,
@@ -73,10 +72,10 @@ def _row(suite: "Suite", settings: "Settings") -> dict[str, Any]:
     }
 
 
-def _missing(suite: "Suite", settings: "Settings") -> dict[str, str]:
+def _missing(suite: "Suite", settings: "EvaluationSettings") -> dict[str, str]:
     """Tasks whose data is not at hand, and why."""
-    from fusellm.evaluation.multiple import CODE_SUITES, without_problems
-    from fusellm.evaluation.suite_tasks import without_data
+    from fusellm.evaluation.code.tasks import CODE_SUITES, without_problems
+    from fusellm.evaluation.suites.load import without_data
 
     if suite.name in CODE_SUITES:
         return without_problems(CODE_SUITES[suite.name], settings)

@@ -1,12 +1,17 @@
 """The options of `fusellm evaluate`."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from fusellm.cli.options import folder
+from fusellm.config import EvaluationSettings
 
 Places = Annotated[
     list[str] | None,
@@ -32,80 +37,100 @@ ListSuites = Annotated[
         "--list", help="Show the suites, where their data comes from, and whether it is at hand."
     ),
 ]
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", metavar="FOLDER", parser=folder, help="Where the suites' data is."),
-]
-AllowDownload = Annotated[
-    bool,
-    typer.Option("--allow-download", help="Fetch what --data-dir lacks from the hub."),
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option("--tasks", metavar="TASK", help="Only this task of a suite; may be repeated."),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option("--limit", metavar="N", min=1, help="Only the first N documents of each task."),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", metavar="N", min=1, help="Documents at a time; 8 if not given."),
-]
-
-
-class TooLong(StrEnum):
-    """What becomes of a prompt that does not fit."""
-
-    ERROR = "error"
-    TRUNCATE = "truncate"
-
-
-TooLongOption = Annotated[
-    TooLong | None,
-    typer.Option(
-        "--too-long",
-        help="A prompt that does not fit a model's context: stop (the default), or cut it from the "
+_SETTINGS = {  # of a recipe's `evaluation:` that have an option: its metavar, and its help
+    "data_dir": ("FOLDER", "Where the suites' data is."),
+    "allow_download": (None, "Fetch what --data-dir lacks from the hub."),
+    "tasks": ("TASK", "Only this task of a suite; may be repeated."),
+    "limit": ("N", "Only the first N documents of each task."),
+    "batch_size": ("N", "Documents at a time; 8 if not given."),
+    "too_long": (
+        None,
+        "A prompt that does not fit a model's context: stop (the default), or cut it from the "
         "left, its examples first, and count it.",
-        show_default=False,
     ),
-]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        metavar="N",
-        min=1,
-        help="Most tokens that a model writes, where a task allows more.",
-    ),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", metavar="N", min=1, help="Programs for each problem."),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", min=0.0, help="Of programs; 0, the default, is greedy."),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", min=0.0, max=1.0, help="Of programs, if they are sampled."),
-]
-PassAt = Annotated[
-    int | None, typer.Option("--pass-at", metavar="K", min=1, help="k of pass@k; 1 if not given.")
-]
-Toolchains = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--toolchain",
-        metavar="FOLDER",
-        help="A folder outside of /usr with a compiler in its bin, which generated programs may "
+    "max_new_tokens": ("N", "Most tokens that a model writes, where a task allows more."),
+    "samples": ("N", "Programs for each problem."),
+    "temperature": (None, "Of programs; 0, the default, is greedy."),
+    "top_p": (None, "Of programs, if they are sampled."),
+    "pass_at": ("K", "k of pass@k; 1 if not given."),
+    "toolchains": (
+        "FOLDER",
+        "A folder outside of /usr with a compiler in its bin, which generated programs may "
         "read; may be repeated.",
     ),
-]
-Published = Annotated[
-    bool, typer.Option("--published", help="Show the paper's figures beside, for reference.")
-]
+    "published": (None, "Show the paper's figures beside, for reference."),
+}
+_FLAGS = {"toolchains": "--toolchain"}
+_KINDS: dict[str, Any] = {"data_dir": Path, "toolchains": list[Path]}
+"""Options that are paths; in a recipe they are texts."""
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `given` stands for an option for each of `_SETTINGS`.
+
+    It gets the settings that were given, as a recipe would have them.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += map(_option, _SETTINGS) if parameter.name == "given" else [parameter]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: _plain(values.pop(name)) for name in _SETTINGS}
+        command(**values, given={name: one for name, one in given.items() if one is not None})
+
+    # typer makes options of these.
+    run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def _option(name: str) -> inspect.Parameter:
+    """The option of a setting: its type and its bounds are those of the recipe."""
+    field = EvaluationSettings.model_fields[name]
+    kind: Any = field.annotation
+    bounds = field.metadata
+    if NoneType in get_args(kind):
+        kind = next(one for one in get_args(kind) if one is not NoneType)
+    if get_origin(kind) is Annotated:
+        kind, inner = get_args(kind)
+        bounds = inner.metadata
+    if get_origin(kind) is Literal:
+        choices: Any = StrEnum
+        kind = choices(name, {one: one for one in get_args(kind)})
+    kind = _KINDS.get(name, kind)
+    given: dict[str, Any] = {"parser": folder} if kind is Path else {}
+    for bound in bounds:
+        # typer's ranges hold their ends: what is above 0 and whole is 1 or more, and of other
+        # numbers the recipe's own check refuses 0.
+        if hasattr(bound, "gt"):
+            given["min"] = kind(bound.gt) + (kind is int)
+        elif hasattr(bound, "ge"):
+            given["min"] = kind(bound.ge)
+        elif hasattr(bound, "le"):
+            given["max"] = kind(bound.le)
+    metavar, told = _SETTINGS[name]
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    unset = False if kind is bool else None
+    option = typer.Option(unset, flag, metavar=metavar, help=told, show_default=False, **given)
+    annotation = kind if kind is bool else kind | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
+    )
+
+
+def _plain(value: Any) -> Any:
+    """What an option says, as a recipe would; None where it says nothing."""
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, list):
+        return [_plain(one) for one in value] or None
+    return value or None if isinstance(value, bool) else value
+
+
 Save = Annotated[
     list[Path] | None,
     typer.Option(

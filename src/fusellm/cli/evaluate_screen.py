@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,78 +14,53 @@ from rich.text import Text
 from fusellm.errors import StoreError
 
 if TYPE_CHECKING:
-    from fusellm.evaluation.suite_results import SuiteResults
-    from fusellm.evaluation.tables import Table
+    from fusellm.evaluation.compare.tables import Table
+    from fusellm.evaluation.measure import SuiteResults
+    from fusellm.evaluation.results import EvaluationResults
 
 ENDINGS = (".md", ".csv", ".json")
 _WIDE = 10_000
 
 
-@dataclass(frozen=True)
-class Results:
-    """What there is to show: bits per byte, where they were measured, and suites.
-
-    `compared_on` says how much of the held-out text the bits per byte are over, where that is
-    known.
-    """
-
-    bits_per_byte: "list[dict[str, Any]] | None"
-    suites: "list[SuiteResults]"
-    compared_on: str | None = None
-
-    @property
-    def published(self) -> bool:
-        """Whether the paper's figures are to be shown."""
-        return any(one.published for one in self.suites)
-
-
 def results_of(
-    run: Path, bits_per_byte: bool = True, suites: Sequence[str] | None = None
-) -> Results:
-    """The results in a run's folder.
+    run: Path, suites: Sequence[str] | None = None, bits_per_byte: bool = True
+) -> "EvaluationResults":
+    """The results in a run's folder; of all suites that were measured if `suites` is None."""
+    from fusellm.stages.evaluate import read_results
 
-    Args:
-        suites: only these; all that were measured if None.
-    """
-    from fusellm.evaluation.suite_results import read_suites
-    from fusellm.evaluation.tables import compared_on
-    from fusellm.stages.evaluate import notes_of, read_records
-    from fusellm.store.run_folder import SUITES
-
-    records = [record.as_dict() for record in read_records(run)] if bits_per_byte else None
-    compared = compared_on(notes_of(run)) if bits_per_byte else None
-    return Results(records, read_suites(run / SUITES, suites), compared)
+    return read_results(run, suites, bits_per_byte)
 
 
-def as_object(found: Results) -> Any:
+def as_object(results: "EvaluationResults") -> Any:
     """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
-    from fusellm.evaluation.tables import as_json
+    from fusellm.evaluation.compare.tables import as_json
 
-    if found.bits_per_byte is not None and not found.suites:
-        return found.bits_per_byte
-    own = {} if found.bits_per_byte is None else {"lm": found.bits_per_byte}
-    return own | as_json([one.comparison for one in found.suites], found.published)
+    records = [record.as_dict() for record in results.records]
+    if records and not results.suites:
+        return records
+    own = {"lm": records} if records else {}
+    return own | as_json([one.comparison for one in results.suites], results.published)
 
 
-def show(found: Results, console: Console) -> None:
+def show(results: "EvaluationResults", console: Console) -> None:
     """Print the tables, each with what its reader needs to know."""
-    if found.bits_per_byte is not None:
-        from fusellm.stages.report import results_table, verdict
+    if results.records:
+        from fusellm.evaluation.text.results import results_table
 
         title = "Held-out bits per byte (lower is better), 95 % intervals"
-        console.print(_table(results_table(found.bits_per_byte), title))
-        if found.compared_on is not None:
-            console.print(Text(found.compared_on, style="dim"))
-        console.print(Text(verdict(found.bits_per_byte)))
-    for one in found.suites:
+        console.print(_table(results_table(results.records), title))
+        if results.compared_on is not None:
+            console.print(Text(results.compared_on, style="dim"))
+        console.print(Text(results.verdict))
+    for one in results.suites:
         for part in _suite(one, console):
             console.print(part)
 
 
 def _suite(one: "SuiteResults", console: Console) -> Iterator[RenderableType]:
-    from fusellm.evaluation.paper import MODELS, SOURCE
-    from fusellm.evaluation.suites import named
-    from fusellm.evaluation.tables import footer, published_table, table, verdict
+    from fusellm.evaluation.compare.published import MODELS, SOURCE
+    from fusellm.evaluation.compare.tables import footer, published_table, table, verdict
+    from fusellm.evaluation.suites.catalogue import named
 
     comparison = one.comparison
     suite = named(comparison.suite)
@@ -116,7 +90,7 @@ def _in_width(
     Args:
         parts: numbers of the columns besides the first that are to stand together.
     """
-    from fusellm.evaluation.tables import Table
+    from fusellm.evaluation.compare.tables import Table
 
     def of(numbers: Sequence[int]) -> RichTable:
         columns = [shown.columns[n] for n in numbers]
@@ -144,12 +118,12 @@ def _width(shown: RichTable, console: Console) -> int:
 
 def _table(shown: "Table", title: str | None = None) -> RichTable:
     """A table whose cells are shown as they are, brackets too."""
-    found = RichTable(title=title and Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(title=title and Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(shown.columns):
-        found.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+        drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold")
     for row in shown.rows:
-        found.add_row(*(Text(cell) for cell in row))
-    return found
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
 
 
 def require_savable(paths: Sequence[Path]) -> None:
@@ -173,23 +147,21 @@ def require_savable(paths: Sequence[Path]) -> None:
         require_writable(path.absolute().parent)
 
 
-def save(found: Results, path: Path) -> None:
+def save(results: "EvaluationResults", path: Path) -> None:
     """Write results as Markdown, CSV or JSON, as the file's name says."""
-    from fusellm.evaluation.tables import csv_text, markdown, markdown_table
-    from fusellm.stages.report import results_table, verdict
+    from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_section
+    from fusellm.evaluation.text.results import results_table
     from fusellm.store.files import write_text
 
-    comparisons = [one.comparison for one in found.suites]
-    records = found.bits_per_byte or []
+    comparisons = [one.comparison for one in results.suites]
     if path.suffix == ".json":
-        text = json.dumps(as_object(found), ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(as_object(results), ensure_ascii=False, indent=1) + "\n"
     elif path.suffix == ".csv":
-        text = csv_text(comparisons, found.published, records)
+        rows = [record.as_dict() for record in results.records]
+        text = csv_text(comparisons, results.published, rows)
     else:
-        text = markdown(comparisons, found.published)
-        if records:
-            table = markdown_table(results_table(records))
-            said = [*([found.compared_on] if found.compared_on else []), verdict(records)]
-            notes = "".join(f"- {sentence}\n" for sentence in said)
-            text = f"## lm\n\n{table}\n{notes}\n{text}"
+        text = markdown(comparisons, results.published)
+        if results.records:
+            notes = [*filter(None, [results.compared_on]), results.verdict]
+            text = f"{markdown_section('lm', results_table(results.records), notes)}\n{text}"
     write_text(path, text)

@@ -212,7 +212,7 @@ app.command()(evaluate)
 @app.command()
 def report(recipe: RecipeOrRun, out: Out = None, as_json: Json = False) -> None:
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
-    from fusellm.stages.report import write_report
+    from fusellm.stages.report.write import write_report
 
     run = run_of(recipe, out, open_recipe(recipe, NO_CHANGES))
     write_report(run)

@@ -1,7 +1,7 @@
 """What a recipe can say. Every field has a sentence with its unit."""
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -209,6 +209,11 @@ class EvaluationSettings(SettingsBlock):
     test may read."""
     published: bool = False
     """Whether the paper's figures are shown beside a suite's table."""
+
+    @property
+    def data_folder(self) -> Path | None:
+        """`data_dir`, with `~` as the user's home."""
+        return Path(self.data_dir).expanduser() if self.data_dir else None
 
     @model_validator(mode="after")
     def _can_be_sampled(self) -> "EvaluationSettings":

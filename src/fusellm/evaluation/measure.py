@@ -1,33 +1,58 @@
-"""Measuring models by suites: one in memory at a time, and nothing twice."""
+"""Models measured by suites, one in memory at a time and nothing twice; and what came of it.
+
+A suite's records are in a folder, with `index.json`, which says for each suite which models
+answered which tasks, with the identity of each record, what was not run and why, and by which rules
+models are compared.
+"""
 
 import gc
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from fusellm.errors import EvaluationError, IdentityError
-from fusellm.evaluation.comparison import NotRun
-from fusellm.evaluation.harness import Task, requests_of, run_task
-from fusellm.evaluation.multiple import (
-    CODE_SUITES,
-    CodeTask,
-    prepare_languages,
-    requests_of_language,
-    run_language,
-)
-from fusellm.evaluation.records import Header, TaskRecord, read_record, write_record
-from fusellm.evaluation.settings import Loaded, Settings
-from fusellm.evaluation.suite_tasks import tasks_of
-from fusellm.evaluation.suites import named
-from fusellm.evaluation.watched import Ruler, Watched, require_readable
+from fusellm.config import EvaluationSettings
+from fusellm.errors import EvaluationError, IdentityError, StoreError
+from fusellm.evaluation.code.tasks import CODE_SUITES, prepare_languages
+from fusellm.evaluation.compare.comparison import Comparison, NotRun, Rules, compare
+from fusellm.evaluation.compare.records import Header, TaskRecord, read_record, write_record
+from fusellm.evaluation.harness.model import Loaded, MeasuredModel, Ruler, require_readable
+from fusellm.evaluation.harness.run import Task
+from fusellm.evaluation.suites.catalogue import named
+from fusellm.evaluation.suites.load import tasks_of
 from fusellm.models.headers import require_loadable
 from fusellm.models.load import Located, default_device, load_model, load_tokenizer
 from fusellm.progress import Progress, Silent
-from fusellm.store.files import make_folder
+from fusellm.store.files import make_folder, write_text
 from fusellm.store.identity import Identity, digest
+from fusellm.store.manifest import first_fault
+from fusellm.store.run_folder import INDEX
+from fusellm.store.writer import set_aside
+
+
+@dataclass(frozen=True)
+class SuiteResults:
+    """A suite's comparison, and whether the paper's figures are shown beside it."""
+
+    comparison: Comparison
+    published: bool
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the index says of a suite: of each model the identities of its records, by task."""
+
+    models: dict[str, dict[str, str]]
+    not_run: tuple[NotRun, ...]
+    rules: Rules
+    published: bool
+
+
+_INDEX = TypeAdapter(dict[str, _Entry])
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,7 @@ class Prepared:
     """A suite whose data, packages and sandbox have been found."""
 
     suite: str
-    tasks: tuple[Task | CodeTask, ...]
+    tasks: tuple[Task, ...]
     not_run: tuple[NotRun, ...] = ()
 
 
@@ -86,29 +111,31 @@ def candidate(name: str, located: Located) -> Candidate:
     return Candidate(facts, load, None if context is None else Ruler(tokenizer, context))
 
 
-def prepare(suites: Sequence[str], settings: Settings, progress: Progress) -> list[Prepared]:
+def prepare(
+    suites: Sequence[str], settings: EvaluationSettings, progress: Progress
+) -> list[Prepared]:
     """Find the data, packages and sandbox of suites, before any model is loaded.
 
-    `settings.only` are tasks of any of them; each suite runs those that it has.
+    `settings.tasks` are tasks of any of them; each suite runs those that it has.
 
     Raises:
         EvaluationError: something is missing, or a name is unknown.
     """
-    found = []
+    prepared = []
     for name in dict.fromkeys(suites):
-        own = replace(settings, only=_only_of(name, suites, settings.only))
+        own = settings.model_copy(update={"tasks": _tasks_for(name, suites, settings.tasks)})
         if name in CODE_SUITES:
-            found.append(Prepared(name, *prepare_languages(CODE_SUITES[name], own, progress)))
+            prepared.append(Prepared(name, *prepare_languages(CODE_SUITES[name], own, progress)))
         else:
-            found.append(Prepared(name, tuple(tasks_of(name, own))))
-    return found
+            prepared.append(Prepared(name, tuple(tasks_of(name, own))))
+    return prepared
 
 
-def _only_of(name: str, suites: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
+def _tasks_for(name: str, suites: Sequence[str], tasks: Sequence[str]) -> list[str]:
     """Of the tasks that are asked for those that this suite has, or that no other one has."""
-    theirs = {task for other in suites if other != name for task in _tasks_of(other)}
+    elsewhere = {task for other in suites if other != name for task in _tasks_of(other)}
     own = _tasks_of(name)
-    return tuple(task for task in only if task in own or task not in theirs)
+    return [task for task in tasks if task in own or task not in elsewhere]
 
 
 def _tasks_of(name: str) -> Iterable[str]:
@@ -127,11 +154,54 @@ def record_path(folder: Path, suite: str, model: str, task: str) -> Path:
     return folder / suite / model / f"{task}.jsonl"
 
 
+def measure_into(
+    folder: Path,
+    models: Sequence[Candidate],
+    prepared: Sequence[Prepared],
+    rules: Rules,
+    published: bool,
+    progress: Progress,
+    redo: bool = False,
+) -> None:
+    """Measure models by suites, and put these into the index of the records' folder.
+
+    While records change, their suites are not in the index.
+
+    Raises:
+        FusellmError: as `find_records`, `require_room` and `measure` do.
+    """
+    known, others = find_records(models, prepared, folder, redo)
+    require_room(models, prepared, progress, known)
+    if others:
+        place = set_aside(folder, others)
+        progress.say(f"moved {len(others)} records made from something else to {place}")
+    suites = [one.suite for one in prepared]
+    make_folder(folder)
+    _write(folder, {name: entry for name, entry in _read(folder).items() if name not in suites})
+    records = measure(models, prepared, folder, progress, known)
+    entries = {
+        one.suite: _Entry(
+            {
+                model: {
+                    record.header.task: record.header.identity
+                    for record in of_model
+                    if record.header.suite == one.suite
+                }
+                for model, of_model in records.items()
+            },
+            one.not_run,
+            rules,
+            published,
+        )
+        for one in prepared
+    }
+    _write(folder, _read(folder) | entries)
+
+
 def measure(
     models: Sequence[Candidate],
     prepared: Sequence[Prepared],
     folder: Path,
-    settings: Settings,
     progress: Progress,
     known: dict[str, TaskRecord],
 ) -> dict[str, list[TaskRecord]]:
@@ -152,36 +222,34 @@ def measure(
     """
     tasks = [task for one in prepared for task in one.tasks]
     for model in models:
-        left = [task for task in tasks if _header(task, model, settings).identity not in known]
+        left = [task for task in tasks if task.of_model(model.facts).identity not in known]
         loaded: Loaded | None = None
         for number, task in enumerate(left):
-            header = _header(task, model, settings)
+            header = task.of_model(model.facts)
             record = _of_twin(header, known)
             if record is None:
                 if loaded is None:
                     count = len(left) - number
                     progress.say(f"{model.name}: {count} task{'' if count == 1 else 's'} to run")
                     loaded = model.load()
-                record = _run(task, loaded, model.facts, settings, progress)
+                record = task.run(loaded, model.facts, progress)
             path = record_path(folder, header.suite, model.name, header.task)
             make_folder(path.parent)
             write_record(path, record)
             known[header.identity] = record
         if loaded is not None:
             del loaded
-            _free()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     return {
-        model.name: [known[_header(task, model, settings).identity] for task in tasks]
+        model.name: [known[task.of_model(model.facts).identity] for task in tasks]
         for model in models
     }
 
 
 def find_records(
-    models: Sequence[Candidate],
-    prepared: Sequence[Prepared],
-    folder: Path,
-    settings: Settings,
-    redo: bool = False,
+    models: Sequence[Candidate], prepared: Sequence[Prepared], folder: Path, redo: bool = False
 ) -> tuple[dict[str, TaskRecord], list[Path]]:
     """The records of models and tasks that are there.
 
@@ -196,7 +264,7 @@ def find_records(
     others: dict[Path, list[str]] = {}
     for model in models:
         for task in (task for one in prepared for task in one.tasks):
-            header = _header(task, model, settings)
+            header = task.of_model(model.facts)
             path = record_path(folder, header.suite, model.name, header.task)
             if not path.exists():
                 continue
@@ -219,7 +287,6 @@ def find_records(
 def require_room(
     models: Sequence[Candidate],
     prepared: Sequence[Prepared],
-    settings: Settings,
     progress: Progress,
     known: Mapping[str, TaskRecord],
 ) -> None:
@@ -228,55 +295,29 @@ def require_room(
     Raises:
         EvaluationError: some do not, and they are not to be cut.
     """
-    tasks = [task for one in prepared for task in one.tasks]
-    left = {
-        number: [m for m in models if m.ruler and _header(t, m, settings).identity not in known]
-        for number, t in enumerate(tasks)
-    }
-    left = {number: of for number, of in left.items() if of}
-    if settings.too_long != "error" or not left:
-        return
-    with progress.start("checking lengths", len(left), "tasks") as bar:
-        for number, of in left.items():
-            _require_room_of(tasks[number], of, settings)
-            bar.advance()
+    left: list[tuple[Task, list[Candidate]]] = []
+    for task in (task for one in prepared for task in one.tasks):
+        of = [m for m in models if m.ruler and task.of_model(m.facts).identity not in known]
+        if of and task.settings.too_long == "error":
+            left.append((task, of))
+    if left:
+        with progress.start("checking lengths", len(left), "tasks") as bar:
+            for task, of in left:
+                _require_room_of(task, of)
+                bar.advance()
 
 
-def _require_room_of(
-    task: Task | CodeTask, models: Sequence[Candidate], settings: Settings
-) -> None:
-    if isinstance(task, CodeTask):
-        requests = requests_of_language(task)
-    else:
-        requests = requests_of(task, settings)
-    measured = set()
+def _require_room_of(task: Task, models: Sequence[Candidate]) -> None:
+    requests = task.requests()
+    rulers: dict[tuple[str, int], Candidate] = {}
     for model in models:
         assert model.ruler is not None
-        kind = model.facts["tokenizer"], model.ruler.max_length
-        if kind in measured:
-            continue
-        measured.add(kind)
-        shown = Watched(model.ruler, "error", Silent(), f"{task.header.suite}/{task.header.task}")
+        rulers.setdefault((model.facts["tokenizer"], model.ruler.max_length), model)
+    for model in rulers.values():
         try:
-            shown.require_room(requests)
+            MeasuredModel(model.ruler, "error", Silent(), task.place).require_room(requests)
         except EvaluationError as error:
             raise EvaluationError(f"{model.name}: {error}") from error
-
-
-def _header(task: Task | CodeTask, model: Candidate, settings: Settings) -> Header:
-    return task.of_model(model.facts, settings)
-
-
-def _run(
-    task: Task | CodeTask,
-    loaded: Loaded,
-    facts: Mapping[str, str],
-    settings: Settings,
-    progress: Progress,
-) -> TaskRecord:
-    if isinstance(task, CodeTask):
-        return run_language(task, loaded, facts, settings, progress)
-    return run_task(task, loaded, facts, settings, progress)
 
 
 def _identity(header: Header) -> Identity:
@@ -297,7 +338,53 @@ def _of_twin(header: Header, known: Mapping[str, TaskRecord]) -> TaskRecord | No
     return None
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def read_suites(folder: Path, suites: Sequence[str] | None = None) -> list[SuiteResults]:
+    """The comparisons of a folder's suites, in the order in which they were measured.
+
+    Args:
+        suites: only these; all if None.
+
+    Raises:
+        StoreError: the index or a record is missing, damaged, or not of the index.
+        EvaluationError: models cannot be compared, or the extra `eval` is not installed.
+    """
+    results = []
+    for suite, entry in _read(folder).items():
+        if suites is None or suite in suites:
+            records = {
+                model: [_record(folder, suite, model, *task) for task in tasks.items()]
+                for model, tasks in entry.models.items()
+            }
+            (comparison,) = compare(records, entry.rules, entry.not_run)
+            results.append(SuiteResults(comparison, entry.published))
+    return results
+
+
+def _record(folder: Path, suite: str, model: str, task: str, identity: str) -> TaskRecord:
+    path = record_path(folder, suite, model, task)
+    record = read_record(path)
+    if record.header.identity != identity:
+        raise StoreError(
+            f"{path} is not the record that {folder / INDEX} speaks of; run `fusellm evaluate` "
+            f"with --suite {suite} again"
+        )
+    return record
+
+
+def _read(folder: Path) -> dict[str, _Entry]:
+    path = folder / INDEX
+    try:
+        return _INDEX.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        why = first_fault(error) if isinstance(error, ValidationError) else repr(error)
+        raise StoreError(
+            f"{path} is damaged ({why}); remove it and run `fusellm evaluate` with --suite again: "
+            "records are kept"
+        ) from error
+
+
+def _write(folder: Path, index: dict[str, _Entry]) -> None:
+    plain = _INDEX.dump_python(index, mode="json")
+    write_text(folder / INDEX, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")

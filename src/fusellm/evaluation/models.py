@@ -9,10 +9,14 @@ from typing import Any
 
 from fusellm.config import EvaluationSettings, ModelSettings
 from fusellm.errors import ArgumentError, EvaluationError, ModelError
-from fusellm.evaluation.comparison import Rules
-from fusellm.evaluation.measure import candidate, prepare
-from fusellm.evaluation.settings import settings_of
-from fusellm.evaluation.suite_results import SuiteResults, measure_into, read_suites
+from fusellm.evaluation.compare.comparison import Rules
+from fusellm.evaluation.measure import (
+    SuiteResults,
+    candidate,
+    measure_into,
+    prepare,
+    read_suites,
+)
 from fusellm.models.load import Located, locate
 from fusellm.progress import Progress, Silent
 from fusellm.recipe_file import checked_settings
@@ -62,18 +66,18 @@ def evaluate(
     named = _named(models, suites)
     given = settings | ({} if data_dir is None else {"data_dir": str(Path(data_dir).absolute())})
     evaluation = checked_settings(EvaluationSettings, given)
-    shown, chosen = progress or Silent(), settings_of(evaluation)
+    shown = progress or Silent()
     candidates = [
         candidate(name, _located(model, trust_remote_code)) for name, model in named.items()
     ]
-    prepared = prepare(suites, chosen, shown)
+    prepared = prepare(suites, evaluation, shown)
     first, *others = named
     rules = Rules(
         tuple((name, first) for name in others), evaluation.resamplings, pass_at=evaluation.pass_at
     )
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
-        measure_into(folder, candidates, prepared, chosen, rules, evaluation.published, shown, redo)
+        measure_into(folder, candidates, prepared, rules, evaluation.published, shown, redo)
         return read_suites(folder, suites)
 
 

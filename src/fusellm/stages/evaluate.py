@@ -1,4 +1,4 @@
-"""evaluate: held-out bits per byte of the sources, the target, the baseline and the fused model."""
+"""evaluate: every model of a run, by bits per byte of held-out text and by suites."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from fusellm.errors import CorpusError
-from fusellm.evaluation.bits_per_byte import blocks_nats, without_context
-from fusellm.evaluation.comparison import PAIRS, Rules
-from fusellm.evaluation.intervals import Record, Scores, records
-from fusellm.evaluation.measure import Prepared, candidate, prepare
-from fusellm.evaluation.settings import settings_of
-from fusellm.evaluation.suite_results import measure_into
+from fusellm.evaluation.compare.comparison import PAIRS, Rules
+from fusellm.evaluation.compare.tables import compared_on
+from fusellm.evaluation.measure import Prepared, candidate, measure_into, prepare, read_suites
+from fusellm.evaluation.results import EvaluationResults
+from fusellm.evaluation.text.intervals import Record, Scores, records
+from fusellm.evaluation.text.nats import blocks_nats, without_context
 from fusellm.models.load import Located, default_device, load_model, locate
 from fusellm.models.readers import Reader
 from fusellm.preflight import require_comparable
@@ -25,7 +25,7 @@ from fusellm.store.files import from_json, require_inside
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
-from fusellm.store.run_folder import CLM, FUSED, trained_folder
+from fusellm.store.run_folder import CLM, FUSED, SUITES, trained_folder
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
@@ -138,8 +138,8 @@ class SuitesStage(Stage):
     @cached_property
     def _prepared(self) -> list[Prepared]:
         wanted = [suite for suite in self.context.evaluation.suites if suite != "lm"]
-        settings = settings_of(self.context.evaluation)
-        return prepare(wanted, settings, self.context.progress) if wanted else []
+        context = self.context
+        return prepare(wanted, context.evaluation, context.progress) if wanted else []
 
     def execute(self, redo: bool) -> None:
         """Measure the models, in the order of the table, and put the suites into the index.
@@ -157,7 +157,6 @@ class SuitesStage(Stage):
             self.folder,
             [candidate(name, model.located) for name, model in models],
             suites,
-            settings_of(evaluation),
             Rules(PAIRS, evaluation.resamplings, context.recipe.seed, evaluation.pass_at),
             evaluation.published,
             context.progress,
@@ -185,13 +184,13 @@ def _shard(name: str) -> str:
 def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
     """The nats of each block's bytes; none of one that the model could not read."""
     shard = Shard(folder, name, NATS)
-    found = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
+    rows = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
     sizes = [len(block.text.encode()) for block in blocks]
-    if len(found) != len(sizes) or any(
-        len(nats) not in (0, size) for nats, size in zip(found, sizes, strict=True)
+    if len(rows) != len(sizes) or any(
+        len(nats) not in (0, size) for nats, size in zip(rows, sizes, strict=True)
     ):
         raise folder.damaged(name, "its blocks are not those of the corpus")
-    return found
+    return rows
 
 
 def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -> Scores:
@@ -202,7 +201,7 @@ def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -
     scored_bytes = np.zeros(len(number), dtype=np.int64)
     sums = {name: np.zeros(len(number)) for name in nats}
     for n, block in enumerate(blocks):
-        arrays = {name: found[n] for name, found in nats.items()}
+        arrays = {name: rows[n] for name, rows in nats.items()}
         if any(len(array) == 0 for array in arrays.values()):
             continue
         scored = np.isfinite(np.stack(list(arrays.values()))).all(axis=0)
@@ -239,14 +238,23 @@ def read_records(run: Path) -> list[Record]:
     return [Record(**record) for record in _results(run)["records"]]
 
 
-def notes_of(run: Path) -> dict[str, Any]:
-    """What a run's results are over: blocks of the held-out text, and bytes by domain.
+def read_results(
+    run: Path, suites: Sequence[str] | None = None, bits_per_byte: bool = True
+) -> EvaluationResults:
+    """The results of a run: bits per byte, if asked for, and suites.
+
+    Args:
+        suites: only these; all that were measured if None.
 
     Raises:
-        StoreError: as `read_records` does.
+        StoreError: they are missing, unfinished or damaged.
+        EvaluationError: models cannot be compared, or the extra `eval` is not installed.
     """
-    notes: dict[str, Any] = _results(run)["notes"]
-    return notes
+    compared = tuple(read_suites(run / SUITES, suites))
+    if not bits_per_byte:
+        return EvaluationResults((), compared)
+    said = compared_on(_results(run)["notes"])
+    return EvaluationResults(tuple(read_records(run)), compared, said)
 
 
 def _results(run: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fusellm.errors import ModelError
-from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain
+from fusellm.evaluation.text.nats import blocks_nats, by_domain
 from fusellm.progress import Progress
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
-from fusellm.evaluation.bits_per_byte import blocks_nats, by_domain, without_context
+from fusellm.evaluation.text.nats import blocks_nats, by_domain, without_context
 from fusellm.store.blocks import Block
 from fusellm.tokens.encode import Encoded, Encoder
 from fusellm.training import processes

@@ -1,76 +1,42 @@
-"""Charts as inline SVG that a page colours by its own CSS variables.
+"""Charts as inline SVG in the page's CSS variables, so that one serves the light and dark scheme.
 
-One unit of an SVG is one CSS pixel at the page's phone width. Colours are drawn as sentinels and
-then written as `var(--name)`, so that one chart serves the light and the dark scheme.
+One unit of an SVG is one CSS pixel at the page's phone width. y grows downwards.
 """
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
+
+from fusellm.evaluation.compare.comparison import Comparison, Difference, Line, Pair
+from fusellm.evaluation.compare.tables import number, pairs_of, title_of, with_interval
 
 SERIES = 8
 """Colours for sources; a ninth source has the first one's colour again."""
 
 SITUATIONS = ("same", "several", "beyond", "crossed", "unaligned")
 
-SENTINELS = {  # a colour to draw with, by the name of its CSS variable
-    "ink": "#010203",
-    "muted": "#020304",
-    "rule": "#030405",
-    "page": "#040506",
-    "fused": "#050607",
-    "clm": "#060708",
-    "none": "#070809",
-    "on-none": "#08090a",
-    "series-1": "#110101",
-    "series-2": "#110202",
-    "series-3": "#110303",
-    "series-4": "#110404",
-    "series-5": "#110505",
-    "series-6": "#110606",
-    "series-7": "#110707",
-    "series-8": "#110808",
-    "on-series-1": "#220101",
-    "on-series-2": "#220202",
-    "on-series-3": "#220303",
-    "on-series-4": "#220404",
-    "on-series-5": "#220505",
-    "on-series-6": "#220606",
-    "on-series-7": "#220707",
-    "on-series-8": "#220808",
-    "same": "#330101",
-    "several": "#330202",
-    "beyond": "#330303",
-    "crossed": "#330404",
-    "on-same": "#440101",
-    "on-several": "#440202",
-    "on-beyond": "#440303",
-    "on-crossed": "#440404",
-}
-_NAMES = {sentinel: name for name, sentinel in SENTINELS.items()}
-
-WIDTH = 340.0
+_WIDTH = 340.0
 _LINES_HEIGHT = 216.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34.0, 72.0, 12.0, 36.0
 _LABEL, _BAR, _GAP = 18.0, 20.0, 14.0
-TEXT, SMALL = 12.0, 11.0
+_ROW, _MARGIN = 34.0, 4.0
+_NAME, _SMALL = 12.0, 11.0
+"""Sizes of text."""
+_APART = 14.0
+"""Least distance of the names at the ends of lines."""
 _MOST_POINTS = 240
 _PIXELS_OF_A_SHARE = 32.0
 """A segment narrower than this has no number in it."""
+_COLOURS = {-1: "ink", 0: "muted", 1: "fused"}
+"""Of a difference, by its sign."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One curve: `values` over `tokens`, in a named colour."""
+class Trace:
+    """`values` over `tokens`, in a named colour."""
 
     name: str
     colour: str
@@ -124,213 +90,202 @@ def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
 
-def line_chart(ident: str, label: str, unit: str, lines: Sequence[Line]) -> str:
+def line_chart(label: str, unit: str, traces: Sequence[Trace]) -> str:
     """Curves over tokens, each named with its last value at its end.
 
     Args:
-        ident: a prefix for the ids, unique on the page.
         label: what the chart is, for readers who do not see it; the values are added.
         unit: of the values.
     """
-
-    def draw(figure: Figure) -> None:
-        axes = figure.add_axes(
-            (
-                _LEFT / WIDTH,
-                _BOTTOM / _LINES_HEIGHT,
-                (WIDTH - _LEFT - _RIGHT) / WIDTH,
-                (_LINES_HEIGHT - _TOP - _BOTTOM) / _LINES_HEIGHT,
-            )
-        )
-        _style(axes)
-        for line in lines:
-            tokens, values = _thinned(line.tokens, line.values)
-            axes.plot(
-                tokens,
-                values,
-                color=SENTINELS[line.colour],
-                linewidth=1.6 if line.dashed else 2.0,
-                linestyle=(0, (4, 2.5)) if line.dashed else "solid",
-                marker="o" if line.dots or len(tokens) == 1 else None,
-                markersize=3.6,
-            )
-        axes.margins(x=0.03, y=0.08)
-        _name_ends(axes, lines)
-
+    foot, right = _LINES_HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    x, x_ticks = _axis([t for c in traces for t in c.tokens], 0.03, (_LEFT, right), 4)
+    y, y_ticks = _axis([v for c in traces for v in c.values], 0.08, (foot, _TOP), 5)
+    digits = max((len(f"{tick:.10g}".partition(".")[2]) for tick in y_ticks), default=0)
+    drawn = [_axis_line(foot, (_LEFT, right), [(x(tick), amount(tick)) for tick in x_ticks])]
+    drawn.append(_text((_LEFT + right) / 2, _LINES_HEIGHT - 3, "tokens", anchor="middle"))
+    for tick in y_ticks:
+        drawn.append(_path([(_LEFT, y(tick)), (right, y(tick))], "rule", 0.8))
+        drawn.append(_text(_LEFT - 6, y(tick) + 4, number(tick, digits), anchor="end"))
+    for curve in traces:
+        points = [(x(t), y(v)) for t, v in zip(*_thinned(curve), strict=True)]
+        drawn.append(_path(points, curve.colour, 1.6 if curve.dashed else 2.0, curve.dashed))
+        if curve.dots or len(points) == 1:
+            drawn += [_dot(at, 1.8, curve.colour) for at in points]
+    ends = _parted([y(curve.values[-1]) for curve in traces])
+    for curve, at in zip(traces, ends, strict=True):
+        drawn.append(_text(right + 3, at + 4, f"{curve.name} {curve.values[-1]:.3f}", curve.colour))
     told = "; ".join(
-        f"{line.name} from {line.values[0]:.3f} to {line.values[-1]:.3f} {unit}" for line in lines
+        f"{c.name} from {c.values[0]:.3f} to {c.values[-1]:.3f} {unit}" for c in traces
     )
-    return inline_svg(ident, f"{label}: {told}", _LINES_HEIGHT, draw)
+    return _svg(f"{label}: {told}", _LINES_HEIGHT, drawn)
 
 
-def bar_chart(ident: str, label: str, bars: Sequence[Bar], colours: Mapping[str, str]) -> str:
+def bar_chart(label: str, bars: Sequence[Bar], colours: Mapping[str, str]) -> str:
     """Stacked horizontal bars of full width, each segment with its share where there is room.
 
     Args:
         colours: segment name to colour name, in the order of drawing.
     """
+    drawn, told = [], []
+    for index, bar in enumerate(bars):
+        top, left = index * (_LABEL + _BAR + _GAP), 0.0
+        total = sum(bar.amounts.get(name, 0) for name in colours)
+        shares = {name: bar.amounts.get(name, 0) / total if total else 0.0 for name in colours}
+        told.append(f"{bar.name}: " + ", ".join(f"{n} {percent(s)}" for n, s in shares.items()))
+        drawn.append(_text(0, top + 12, _shortened(bar.name), "ink", _NAME))
+        drawn.append(_text(_WIDTH, top + 12, bar.note, anchor="end"))
+        for name, share in shares.items():
+            width = share * _WIDTH
+            if width:
+                edge = f"stroke: var(--page); stroke-width: {min(1.0, width / 3):.2f}"
+                drawn.append(
+                    f'<rect x="{left:.2f}" y="{top + _LABEL:g}" width="{width:.2f}" '
+                    f'height="{_BAR:g}" style="fill: var(--{colours[name]}); {edge}"/>'
+                )
+            if width >= _PIXELS_OF_A_SHARE:
+                place = left + width / 2, top + _LABEL + _BAR / 2 + 4
+                drawn.append(_text(*place, percent(share), f"on-{colours[name]}", anchor="middle"))
+            left += width
     height = len(bars) * (_LABEL + _BAR + _GAP) - _GAP + 2
-
-    def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(height, 0)
-        for index, bar in enumerate(bars):
-            _draw_bar(axes, bar, colours, index * (_LABEL + _BAR + _GAP))
-
-    told = "; ".join(
-        f"{bar.name}: "
-        + ", ".join(f"{name} {percent(share)}" for name, share in _shares(bar, colours))
-        for bar in bars
-    )
-    return inline_svg(ident, f"{label}. {told}", height, draw)
+    return _svg(f"{label}. {'; '.join(told)}", height, drawn)
 
 
-def _shares(bar: Bar, colours: Mapping[str, str]) -> list[tuple[str, float]]:
-    total = sum(bar.amounts.get(name, 0) for name in colours)
-    return [(name, bar.amounts.get(name, 0) / total if total else 0.0) for name in colours]
+def differences_chart(comparison: Comparison, pair: Pair | None = None) -> str:
+    """Each task's difference in points with its 95 % interval, the mean last: a forest plot.
+
+    A filled mark is a difference that is shown after Holm's correction, a hollow one is not.
+
+    Args:
+        pair: (a, b) of a − b; the last of the comparison's if None, which is fused − CLM where
+            there is a CLM baseline. Tasks on a scale of their own are left out.
+
+    Returns:
+        Empty if there is nothing to draw.
+    """
+    known = pairs_of(comparison)
+    pair = pair or (known[-1] if known else None)
+    rows = [
+        (line, one)
+        for line in comparison.lines
+        for one in line.differences
+        if one.pair == pair and line.in_points
+    ]
+    if pair is None or not rows:
+        return ""
+    foot = _MARGIN + len(rows) * _ROW
+    ends = (_MARGIN, _WIDTH - _MARGIN)
+    values = [0.0, *(v for _, one in rows for v in (one.value, *(one.interval or ())))]
+    x, ticks = _axis(values, 0.05, ends, 6)
+    drawn = [_axis_line(foot, ends, [(x(tick), _tick(tick)) for tick in ticks])]
+    drawn.append(_text(_WIDTH / 2, foot + _BOTTOM - 3, "points", anchor="middle"))
+    drawn.append(_path([(x(0), _MARGIN), (x(0), foot)], "muted", 1.0))
+    if rows[-1][0] is comparison.mean and len(rows) > 1:
+        drawn.append(_path([(ends[0], foot - _ROW), (ends[1], foot - _ROW)], "rule", 0.8))
+    for index, (line, one) in enumerate(rows):
+        drawn += _difference(line, one, _MARGIN + index * _ROW, x)
+    told = "; ".join(f"{line.task} {number(one.value)}, {_told(one)}" for line, one in rows)
+    title = f"{title_of(*pair)} in points on {comparison.suite}"
+    return _svg(f"{title}: {told}", foot + _BOTTOM, drawn)
 
 
-def _draw_bar(axes: Axes, bar: Bar, colours: Mapping[str, str], top: float) -> None:
-    axes.text(0, top + 12, shortened(bar.name), fontsize=TEXT, color=SENTINELS["ink"])
-    axes.text(WIDTH, top + 12, bar.note, fontsize=SMALL, color=SENTINELS["muted"], ha="right")
-    left = 0.0
-    for name, share in _shares(bar, colours):
-        width = share * WIDTH
-        if not width:
-            continue
-        axes.add_patch(
-            Rectangle(
-                (left, top + _LABEL),
-                width,
-                _BAR,
-                facecolor=SENTINELS[colours[name]],
-                edgecolor=SENTINELS["page"],
-                linewidth=min(1.0, width / 3),
-            )
-        )
-        if width >= _PIXELS_OF_A_SHARE:
-            axes.text(
-                left + width / 2,
-                top + _LABEL + _BAR / 2 + 4,
-                percent(share),
-                fontsize=SMALL,
-                color=SENTINELS[f"on-{colours[name]}"],
-                ha="center",
-            )
-        left += width
+def _difference(line: Line, one: Difference, top: float, x: Callable[[float], float]) -> list[str]:
+    colour, middle = _COLOURS[one.sign], top + 25
+    interval = [(x(end), middle) for end in one.interval or ()]
+    return [
+        _text(_MARGIN, top + 14, _shortened(line.task), "ink", _NAME),
+        _text(_WIDTH - _MARGIN, top + 14, with_interval(one), anchor="end"),
+        *([_path(interval, colour, 2.0)] if interval else []),
+        _dot((x(one.value), middle), 3.5, colour, hollow=not one.sign),
+    ]
 
 
-def shortened(text: str, most: int = 28) -> str:
+def _told(one: Difference) -> str:
+    ends = " to ".join(map(number, one.interval or ()))
+    return f"95 % interval {ends}" if ends else "no interval"
+
+
+def _tick(value: float) -> str:
+    """A tick's value with as many digits as it needs.
+
+    >>> _tick(-2.5), _tick(0.0), _tick(10.0)
+    ('−2.5', '0', '10')
+    """
+    return f"{value + 0.0:g}".replace("-", "−")
+
+
+def _shortened(text: str, most: int = 28) -> str:
     """A text that fits beside a bar."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _style(axes: Axes) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(SENTINELS["rule"])
-    axes.grid(axis="y", color=SENTINELS["rule"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(
-        length=0, pad=6, labelsize=SMALL, labelcolor=SENTINELS["muted"], color=SENTINELS["rule"]
-    )
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
-    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    axes.set_xlabel("tokens", fontsize=SMALL, color=SENTINELS["muted"], labelpad=3)
-
-
-def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's name and last value beside its end, apart from each other."""
-    transform = axes.transData
-    axes.autoscale_view()
-    ends = sorted(
-        (float(transform.transform((line.tokens[-1], line.values[-1]))[1]), index)
-        for index, line in enumerate(lines)
-    )
-    apart, previous = 14.0, -np.inf
-    heights = []
-    for height, _ in ends:
-        previous = max(height, previous + apart)
-        heights.append(previous)
-    shift = (heights[-1] - ends[-1][0]) / 2  # half the push each way keeps labels near their lines
-    for (_, index), height in zip(ends, heights, strict=True):
-        line = lines[index]
-        axes.annotate(
-            f"{line.name} {line.values[-1]:.3f}",
-            (WIDTH - _RIGHT + 3, height - shift),
-            xycoords="figure pixels",
-            annotation_clip=False,
-            fontsize=SMALL,
-            color=SENTINELS[line.colour],
-            va="center_baseline",
-        )
-
-
-def _thinned(
-    tokens: Sequence[float], values: Sequence[float]
-) -> tuple[Sequence[float], Sequence[float]]:
+def _thinned(curve: Trace) -> tuple[Sequence[float], Sequence[float]]:
     """At most `_MOST_POINTS` points, each the mean of as many neighbours."""
-    if len(tokens) <= _MOST_POINTS:
-        return tokens, values
-    groups = _MOST_POINTS
+    if len(curve.tokens) <= _MOST_POINTS:
+        return curve.tokens, curve.values
+    tokens, values = (
+        [float(part.mean()) for part in np.array_split(np.asarray(all_), _MOST_POINTS)]
+        for all_ in (curve.tokens, curve.values)
+    )
+    return tokens, values
+
+
+def _parted(heights: Sequence[float]) -> list[float]:
+    """Heights at least `_APART` from each other, as near to their own as may be."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    parted, last = [0.0] * len(heights), float("-inf")
+    for index in order:
+        last = max(heights[index], last + _APART)
+        parted[index] = last
+    shift = (last - heights[order[-1]]) / 2  # half the push each way
+    return [at - shift for at in parted]
+
+
+def _axis(
+    values: Sequence[float], margin: float, ends: tuple[float, float], most: int
+) -> tuple[Callable[[float], float], list[float]]:
+    """Where values are drawn between two ends, and round numbers for ticks."""
+    low, high = min(values), max(values)
+    room = margin * (high - low) or 0.05 * abs(high) or 1.0
+    low, high = low - room, high + room
+    ticks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    scale = (ends[1] - ends[0]) / (high - low)
     return (
-        [float(part.mean()) for part in np.array_split(np.asarray(tokens), groups)],
-        [float(part.mean()) for part in np.array_split(np.asarray(values), groups)],
+        lambda value: ends[0] + (value - low) * scale,
+        [float(tick) for tick in ticks if low <= tick <= high],
     )
 
 
-def inline_svg(ident: str, label: str, height: float, draw: Callable[[Figure], None]) -> str:
-    """What `draw` draws on a figure of `WIDTH` by `height` units, in the colours of `SENTINELS`.
-
-    Args:
-        ident: a prefix for the ids, unique on the page.
-        label: what the chart says, for readers who do not see it.
-    """
-    written = io.StringIO()
-    with rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": ident,
-            "text.parse_math": False,
-            "axes.unicode_minus": True,
-            "font.family": ["sans-serif"],
-            "font.sans-serif": ["DejaVu Sans"],
-        }
-    ):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-        figure.patch.set_visible(False)
-        draw(figure)
-        for axes in figure.axes:
-            axes.patch.set_visible(False)
-        figure.savefig(
-            written,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return _inlined(written.getvalue(), ident, label, height)
+def _axis_line(y: float, ends: tuple[float, float], ticks: Sequence[tuple[float, str]]) -> str:
+    labels = [_text(x, y + 15, label, anchor="middle") for x, label in ticks]
+    return "\n".join([_path([(ends[0], y), (ends[1], y)], "rule", 0.8), *labels])
 
 
-def _inlined(svg: str, ident: str, label: str, height: float) -> str:
-    """The drawing alone, with ids of its own and colours by CSS variable."""
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<defs>\s*</defs>", "", body)
-    body = re.sub(r"(?<=\sid=\")|(?<=href=\"#)|(?<=url\(#)", f"{ident}-", body)
-    body = re.sub(
-        r"(?<=: )#[0-9a-f]{6}\b",
-        lambda found: f"var(--{_NAMES[found[0]]})" if found[0] in _NAMES else found[0],
-        body,
-    )
-    body = re.sub(r"font: (?:\d+ )?([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    body = re.sub(r"\s*\n\s*", "\n", body)
+def _text(
+    x: float, y: float, text: str, colour: str = "muted", size: float = _SMALL, anchor: str = ""
+) -> str:
+    anchored = f' text-anchor="{anchor}"' if anchor else ""
+    style = f"fill: var(--{colour}); font-size: {size:g}px"
+    return f'<text x="{x:.1f}" y="{y:.1f}"{anchored} style="{style}">{escape(text)}</text>'
+
+
+def _path(
+    points: Sequence[tuple[float, float]], colour: str, width: float, dashed: bool = False
+) -> str:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dashes = "; stroke-dasharray: 6.4 4" if dashed else ""
+    style = f"fill: none; stroke: var(--{colour}); stroke-width: {width:g}{dashes}"
+    return f'<polyline points="{places}" style="{style}"/>'
+
+
+def _dot(at: tuple[float, float], radius: float, colour: str, hollow: bool = False) -> str:
+    style = f"fill: var(--{'page' if hollow else colour}); stroke: var(--{colour})"
     return (
-        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(label)}"'
-        ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-        f"{body.strip()}"
+        f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="{radius:g}" '
+        f'style="{style}; stroke-width: 1.6"/>'
     )
+
+
+def _svg(label: str, height: float, drawn: Sequence[str]) -> str:
+    """A drawing; `label` says what it shows to readers who do not see it."""
+    head = f'viewBox="0 0 {_WIDTH:g} {height:g}" role="img" aria-label="{escape(label)}"'
+    return f'<svg {head} xmlns="http://www.w3.org/2000/svg">\n' + "\n".join(drawn) + "\n</svg>\n"

@@ -7,34 +7,35 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fusellm.evaluation.intervals import MEAN
-from fusellm.evaluation.paper import SOURCE
-from fusellm.evaluation.suite_results import SuiteResults
-from fusellm.evaluation.suites import named
-from fusellm.evaluation.tables import (
+from fusellm.evaluation.compare.published import SOURCE
+from fusellm.evaluation.compare.statistics import MEAN
+from fusellm.evaluation.compare.tables import (
     Table,
     compared_on,
     footer,
+    number,
     pairs_of,
     published_table,
     table,
     title_of,
     verdict,
 )
+from fusellm.evaluation.measure import SuiteResults
+from fusellm.evaluation.suites.catalogue import named
+from fusellm.evaluation.text.results import Results
 from fusellm.stages.report.charts import (
     SITUATIONS,
     Bar,
-    Line,
+    Trace,
     amount,
     bar_chart,
     colour_of_series,
     colour_of_situation,
+    differences_chart,
     line_chart,
     percent,
 )
 from fusellm.stages.report.reading import Curve, DomainCounts, Log, ReportedRun
-from fusellm.stages.report.results import Results, number
-from fusellm.stages.report.suite_chart import differences_chart
 
 _NO_SOURCE = "no source"
 _EXAMPLE_CHARACTERS = 160
@@ -97,10 +98,10 @@ def render(run: ReportedRun) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sources = run.sources
-    colours = {name: colour_of_series(index) for index, name in enumerate(sources)}
+    environment.filters |= {"number": number, "duration": duration, "excerpt": _excerpt}
+    colours = {name: colour_of_series(index) for index, name in enumerate(run.sources)}
     return environment.get_template("page.html.jinja").render(
-        name=run.name,
+        run=run,
         verdict=_unbroken(results.verdict()),
         tasks=[(task, results.documents(task)) for task in results.tasks],
         rows=results.rows(),
@@ -111,17 +112,9 @@ def render(run: ReportedRun) -> str:
         validation=_domain_panels(run.logs),
         trained=[Key(_STYLES[k][0], k, dashed=_STYLES[k][1]) for k in run.logs],
         wins=_wins_chart(run.domains, colours),
-        wins_keys=[Key(source, colours[source]) for source in sources] + [Key(_NO_SOURCE, "none")],
-        wins_rows=_wins_rows(run.domains, sources),
-        sources=sources,
-        situations=_situation_panels(run.domains, sources),
+        wins_keys=[Key(s, colour) for s, colour in colours.items()] + [Key(_NO_SOURCE, "none")],
+        situations=_situation_panels(run.domains, run.sources),
         situation_keys=[Key(s, colour_of_situation(s), _MEANINGS[s]) for s in SITUATIONS],
-        masses=_mass_rows(run.domains, sources),
-        examples=_examples(run.domains, sources),
-        seconds=[(stage, duration(seconds)) for stage, seconds in run.seconds.items()],
-        total=duration(sum(run.seconds.values())),
-        software=list(run.software.items()),
-        recipe=run.recipe,
     )
 
 
@@ -162,11 +155,10 @@ def _section(one: SuiteResults) -> SuiteSection:
 
 def _training_panels(logs: Mapping[str, Log]) -> list[Panel]:
     """The mean of the validation, then the losses."""
-    means = {kind: log.validation.get(MEAN) for kind, log in logs.items()}
-    panels = _panel("validation-mean", "validation, mean", "bits per byte", means)
+    panels = _validation(logs, "validation, mean", MEAN)
     for loss, caption in _LOSSES.items():
         curves = {kind: log.losses.get(loss) for kind, log in logs.items()}
-        panels += _panel(loss, caption, "nats per token", curves)
+        panels += _panel(caption, "nats per token", curves)
     return panels
 
 
@@ -175,27 +167,26 @@ def _domain_panels(logs: Mapping[str, Log]) -> list[Panel]:
     tasks = list(dict.fromkeys(task for log in logs.values() for task in log.validation))
     if MEAN in tasks and len(tasks) == 2:
         return []
-    panels = []
-    for index, task in enumerate(task for task in tasks if task != MEAN):
-        curves = {kind: log.validation.get(task) for kind, log in logs.items()}
-        panels += _panel(f"validation-{index}", task, "bits per byte", curves)
-    return panels
+    return [panel for task in tasks if task != MEAN for panel in _validation(logs, task, task)]
 
 
-def _panel(ident: str, caption: str, unit: str, curves: Mapping[str, Curve | None]) -> list[Panel]:
-    lines = _lines(curves, dots=ident.startswith("validation"))
-    if not lines:
-        return []
-    return [Panel(caption, line_chart(ident, f"{caption}, {unit}", unit, lines), unit)]
+def _validation(logs: Mapping[str, Log], caption: str, task: str) -> list[Panel]:
+    curves = {kind: log.validation.get(task) for kind, log in logs.items()}
+    return _panel(caption, "bits per byte", curves, dots=True)
 
 
-def _lines(curves: Mapping[str, Curve | None], dots: bool) -> list[Line]:
-    lines = []
+def _panel(
+    caption: str, unit: str, curves: Mapping[str, Curve | None], dots: bool = False
+) -> list[Panel]:
+    traces = []
     for kind, curve in curves.items():
         if curve is not None and curve.tokens:
             name, dashed = _STYLES[kind]
-            lines.append(Line(name, kind, curve.tokens, curve.values, dashed, dots))
-    return lines[::-1]  # fused is drawn last, over the baseline
+            traces.append(Trace(name, kind, curve.tokens, curve.values, dashed, dots))
+    if not traces:
+        return []
+    # `fused` is drawn last, over the baseline.
+    return [Panel(caption, line_chart(f"{caption}, {unit}", unit, traces[::-1]), unit)]
 
 
 def _wins_chart(domains: Mapping[str, DomainCounts], colours: Mapping[str, str]) -> str:
@@ -207,79 +198,25 @@ def _wins_chart(domains: Mapping[str, DomainCounts], colours: Mapping[str, str])
         )
         for name, domain in domains.items()
     ]
-    if not bars:
-        return ""
     label = "Share of target positions that each source won, per domain"
-    return bar_chart("wins", label, bars, {**colours, _NO_SOURCE: "none"})
-
-
-def _wins_rows(
-    domains: Mapping[str, DomainCounts], sources: Iterable[str]
-) -> list[tuple[str, list[str]]]:
-    """Domain, then blocks, positions, and positions of each source and of none."""
-    return [
-        (
-            name,
-            [
-                f"{count:,}"
-                for count in (
-                    domain.blocks,
-                    domain.positions,
-                    *(domain.wins.get(source, 0) for source in sources),
-                    domain.without_source,
-                )
-            ],
-        )
-        for name, domain in domains.items()
-    ]
+    return bar_chart(label, bars, {**colours, _NO_SOURCE: "none"}) if bars else ""
 
 
 def _situation_panels(domains: Mapping[str, DomainCounts], sources: Iterable[str]) -> list[Panel]:
     colours = {situation: colour_of_situation(situation) for situation in SITUATIONS}
     panels = []
-    for index, source in enumerate(sources):
+    for source in sources:
         bars = []
         for name, domain in domains.items():
             if source in domain.sources:
-                found = domain.sources[source].situations
-                total = sum(found.values())
-                aligned = 1 - found.get("unaligned", 0) / total if total else 0.0
-                bars.append(Bar(name, f"{percent(aligned)} aligned", found))
+                counts = domain.sources[source].situations
+                total = sum(counts.values())
+                aligned = 1 - counts.get("unaligned", 0) / total if total else 0.0
+                bars.append(Bar(name, f"{percent(aligned)} aligned", counts))
         if bars:
             label = f"Situations of token alignment of {source}"
-            panels.append(Panel(source, bar_chart(f"situations-{index}", label, bars, colours)))
+            panels.append(Panel(source, bar_chart(label, bars, colours)))
     return panels
-
-
-def _mass_rows(
-    domains: Mapping[str, DomainCounts], sources: Iterable[str]
-) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """Source, then per domain: mass kept, mass carried, bits per byte, blocks left out."""
-    groups = []
-    for source in sources:
-        rows = []
-        for name, domain in domains.items():
-            if source in domain.sources:
-                counts = domain.sources[source]
-                measured = (counts.mass_kept, counts.mass_carried, counts.bits_per_byte)
-                cells = ["–" if value is None else number(value) for value in measured]
-                rows.append((name, [*cells, f"{counts.blocks_left_out:,}"]))
-        if rows:
-            groups.append((source, rows))
-    return groups
-
-
-def _examples(
-    domains: Mapping[str, DomainCounts], sources: Iterable[str]
-) -> list[tuple[str, str, str]]:
-    """Source, domain, and the beginning of the one block named as left out."""
-    return [
-        (source, name, _excerpt(example))
-        for source in sources
-        for name, domain in domains.items()
-        if source in domain.sources
-        and (example := domain.sources[source].example_left_out) is not None
-    ]
 
 
 def _unbroken(text: str) -> str:
@@ -288,6 +225,7 @@ def _unbroken(text: str) -> str:
 
 
 def _excerpt(text: str) -> str:
+    """The beginning of a text on one line, whatever signs it has."""
     flat = text.replace("\n", "⏎").replace("\t", "⇥")
     flat = "".join(sign if sign.isprintable() else "�" for sign in flat)
     return flat if len(flat) <= _EXAMPLE_CHARACTERS else flat[: _EXAMPLE_CHARACTERS - 1] + "…"

@@ -1,18 +1,22 @@
 """A run's folder, read for the report."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from fusellm.errors import StoreError
-from fusellm.evaluation.suite_results import SuiteResults, read_suites
+from fusellm.evaluation.measure import SuiteResults, read_suites
+from fusellm.evaluation.text.intervals import Record
 from fusellm.models.cards import without_folders
 from fusellm.store.files import from_json
-from fusellm.store.run_folder import SUITES
+from fusellm.store.manifest import MANIFEST, Manifest, first_fault, read_manifest
+from fusellm.store.run_folder import RECIPE, SUITES
 
 LOSSES = ("clm_loss", "fusion_loss")
 
@@ -33,16 +37,19 @@ class Log:
     validation: Mapping[str, Curve]
 
 
+_Measured = Annotated[float | None, BeforeValidator(lambda value: _number(value))]
+
+
 @dataclass(frozen=True)
 class SourceCounts:
     """What became of one source's distributions in one domain; masses are means, 0 to 1."""
 
-    situations: Mapping[str, int]
-    mass_kept: float | None
-    mass_carried: float | None
-    bits_per_byte: float | None
-    blocks_left_out: int
-    example_left_out: str | None
+    situations: dict[str, int]
+    mass_kept: _Measured = None
+    mass_carried: _Measured = None
+    bits_per_byte: _Measured = None
+    blocks_left_out: int = 0
+    example_left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,11 @@ class DomainCounts:
     blocks: int
     positions: int
     without_source: int
-    wins: Mapping[str, int]
-    sources: Mapping[str, SourceCounts]
+    wins: dict[str, int]
+    sources: dict[str, SourceCounts]
+
+
+_DOMAINS, _RECORDS = TypeAdapter(dict[str, DomainCounts]), TypeAdapter(list[Record])
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class ReportedRun:
 
     name: str
     recipe: str
-    records: list[dict[str, Any]]
+    records: list[Record]
     notes: Mapping[str, Any]
     domains: Mapping[str, DomainCounts]
     logs: Mapping[str, Log]
@@ -79,6 +89,24 @@ class ReportedRun:
             )
         )
 
+    def read_in(self, source: str) -> dict[str, SourceCounts]:
+        """The counts of a source, by domain, where it was read."""
+        return {
+            name: domain.sources[source]
+            for name, domain in self.domains.items()
+            if source in domain.sources
+        }
+
+    @property
+    def examples(self) -> list[tuple[str, str, str]]:
+        """Source, domain, and the one block named as left out."""
+        return [
+            (source, name, counts.example_left_out)
+            for source in self.sources
+            for name, counts in self.read_in(source).items()
+            if counts.example_left_out is not None
+        ]
+
 
 def read_run(run: Path) -> ReportedRun:
     """Read what the earlier stages have left in a run's folder.
@@ -90,19 +118,19 @@ def read_run(run: Path) -> ReportedRun:
     results = _required(run, "evaluate/results.json", "evaluate")
     counts = _required(run, "fuse/counts.json", "fuse")
     try:
-        records = [dict(record) for record in results["records"]]
+        records = _RECORDS.validate_python(results["records"])
         notes = dict(results.get("notes") or {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(run, "evaluate/results.json", "evaluate", error) from None
     try:
-        domains = {name: _domain(entry) for name, entry in counts["domains"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        domains = _DOMAINS.validate_python(counts["domains"])
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, "fuse/counts.json", "fuse", error) from None
-    recipe_path = run / "recipe.yaml"
-    recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
+    recipe = _recipe(run)
+    name = recipe.get("name") if isinstance(recipe, dict) else None
     manifests = _manifests(run)
     return ReportedRun(
-        name=_name(recipe) or run.resolve().name,
+        name=name if name and isinstance(name, str) else run.resolve().name,
         recipe=_to_be_shown(recipe),
         records=records,
         notes=notes,
@@ -112,12 +140,8 @@ def read_run(run: Path) -> ReportedRun:
             for kind in ("fused", "clm")
             if (path := run / "train" / kind / "log.jsonl").exists()
         },
-        seconds={
-            stage: float(manifest["seconds"])
-            for stage, manifest in manifests.items()
-            if _is_number(manifest.get("seconds"))
-        },
-        software=_software(manifests),
+        seconds={stage: manifest.seconds for stage, manifest in manifests.items()},
+        software=_software(manifests.values()),
         suites=read_suites(run / SUITES),
     )
 
@@ -135,31 +159,10 @@ def _required(run: Path, relative: str, stage: str) -> Any:
 
 
 def _damaged(run: Path, relative: str, stage: str, error: Exception) -> StoreError:
+    why = first_fault(error) if isinstance(error, ValidationError) else repr(error)
     return StoreError(
-        f"{run / relative} is not what `fusellm {stage}` writes ({error!r}); "
+        f"{run / relative} is not what `fusellm {stage}` writes ({why}); "
         f"`fusellm {stage} {run} --redo` writes it again"
-    )
-
-
-def _domain(entry: Mapping[str, Any]) -> DomainCounts:
-    return DomainCounts(
-        blocks=int(entry["blocks"]),
-        positions=int(entry["positions"]),
-        without_source=int(entry["without_source"]),
-        wins={name: int(count) for name, count in entry["wins"].items()},
-        sources={name: _source(counts) for name, counts in entry["sources"].items()},
-    )
-
-
-def _source(entry: Mapping[str, Any]) -> SourceCounts:
-    example = entry.get("example_left_out")
-    return SourceCounts(
-        situations={name: int(count) for name, count in entry["situations"].items()},
-        mass_kept=_number(entry.get("mass_kept")),
-        mass_carried=_number(entry.get("mass_carried")),
-        bits_per_byte=_number(entry.get("bits_per_byte")),
-        blocks_left_out=int(entry.get("blocks_left_out") or 0),
-        example_left_out=None if example is None else str(example),
     )
 
 
@@ -178,8 +181,8 @@ def _log(path: Path) -> Log:
             named = validated or {name: entry.get(name) for name in LOSSES}
             for name, value in named.items():
                 if _is_number(value):
-                    found = (validation if validated else losses).setdefault(name, {})
-                    found[step] = (tokens, float(value))
+                    points = (validation if validated else losses).setdefault(name, {})
+                    points[step] = (tokens, float(value))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if index == len(lines) - 1:
                 break  # cut off while it was written
@@ -197,57 +200,37 @@ def _curve(points: Mapping[int, tuple[float, float]]) -> Curve:
     return Curve([tokens for tokens, _ in ordered], [value for _, value in ordered])
 
 
-def _manifests(run: Path) -> dict[str, dict[str, Any]]:
+def _manifests(run: Path) -> dict[str, Manifest]:
     """The readable manifests of a run by the name of their stage, in the order of the stages."""
-    paths = [
-        run / "corpus",
-        *sorted((run / "externalize").glob("*")),
-        run / "fuse",
-        run / "train" / "fused",
-        run / "train" / "clm",
-        run / "train",
-        run / "evaluate",
-    ]
-    found = {}
-    for folder in paths:
-        try:
-            manifest = from_json((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # nothing on the page depends on one
-        if isinstance(manifest, dict):
-            found[folder.relative_to(run).as_posix()] = manifest
-    return found
+    sources = sorted(path.relative_to(run).as_posix() for path in (run / "externalize").glob("*"))
+    manifests = {}
+    for name in ("corpus", *sources, "fuse", "train/fused", "train/clm", "evaluate"):
+        with suppress(StoreError):  # nothing on the page depends on one
+            manifests[name] = read_manifest(run / name / MANIFEST)
+    return manifests
 
 
-def _software(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _software(manifests: Iterable[Manifest]) -> dict[str, str]:
     """The versions of all stages; several, where stages ran with different ones."""
     versions: dict[str, dict[str, None]] = {}
-    for manifest in manifests.values():
-        software = manifest.get("software")
-        if isinstance(software, dict):
-            for name, version in software.items():
-                versions.setdefault(str(name), {})[str(version)] = None
+    for manifest in manifests:
+        for name, version in manifest.software.items():
+            versions.setdefault(name, {})[version] = None
     return {name: ", ".join(versions[name]) for name in sorted(versions)}
 
 
-def _to_be_shown(recipe: str) -> str:
-    """The recipe without the folders of this machine; nothing where it cannot be read."""
-    try:
-        parsed = yaml.safe_load(recipe)
-    except yaml.YAMLError:
-        return ""
-    if parsed is None:
-        return ""
-    return yaml.safe_dump(without_folders(parsed), sort_keys=False, allow_unicode=True)
+def _to_be_shown(recipe: Any) -> str:
+    """The recipe without the folders of this machine; nothing where there is none."""
+    shown = without_folders(recipe)
+    return "" if shown is None else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def _name(recipe: str) -> str | None:
+def _recipe(run: Path) -> Any:
+    """What the recipe says; None where it cannot be read."""
     try:
-        parsed = yaml.safe_load(recipe)
-    except yaml.YAMLError:
+        return yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
         return None
-    name = parsed.get("name") if isinstance(parsed, dict) else None
-    return name if isinstance(name, str) else None
 
 
 def _is_number(value: Any) -> bool:
