@@ -264,7 +264,7 @@ def test_the_textbook_by_hand() -> None:
 
 
 def test_the_worked_example_of_the_gradient() -> None:
-    """As the docstring of `divergence._diverge` has it."""
+    """As the comment above `divergence._diverge` has it."""
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     outcomes = outcomes_of([([(0.5, [0, 1]), (0.3, [2])], 0.2)])
     nothing, one = torch.zeros(1), torch.ones(1)

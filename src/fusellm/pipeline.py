@@ -200,7 +200,8 @@ class Pipeline:
                 raise
             stale = {stage.name}
             for later in self.stages:
-                if stale.intersection(later.after):
+                # Suites keep what the sources answered: `records_of` has what is of trained models.
+                if stale.intersection(later.after) and isinstance(later, FolderStage):
                     stale.add(later.name)
             self._set_aside(sorted(stale))
 

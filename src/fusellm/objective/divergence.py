@@ -100,6 +100,25 @@ def _softmax(
     return p, highest - torch.log(p.gather(1, where[:, None])[:, 0])
 
 
+# The target gives id j the probability q_j = exp(z_j − log_z), and an outcome o, which is a set
+# of ids, Q_o = Σ q_j over its ids. The loss is a sum of terms in log Q_o, so it is enough to know
+# c_o, the derivative of the loss in log Q_o. As
+#
+#     ∂ log Q_o / ∂ z_j = [j in o] · q_j / Q_o − q_j,
+#
+# the gradient in a logit is its outcome's c, shared out within the outcome, less what all pull:
+#
+#     ∂ loss / ∂ z_j = c_o(j) · q_j / Q_o(j) − q_j · Σ_o c_o.
+#
+# The ids in no outcome of a part are one more outcome, the rest. Of cross-entropy c_o is −mass_o.
+#
+# Example: q = (0.4, 0.3, 0.2, 0.1); {0, 1} has mass 0.5, {2} 0.3, and the rest, {3}, 0.2.
+# c = (−0.5, −0.3, −0.2), whose sum is −1. So z_0 gets −0.5 · 0.4/0.7 + 0.4 = 0.114, z_1
+# −0.5 · 0.3/0.7 + 0.3 = 0.086, z_2 −0.3 + 0.2 = −0.1, and z_3 −0.2 + 0.1 = −0.1. They sum to 0,
+# as they must: a constant added to all logits changes nothing.
+#
+# Nothing of size [C, V] is made beside `p`: the few ids in outcomes are set one by one (`place`
+# is where they are in `p` laid flat), all others of a row are multiplied by one number.
 def _diverge(
     logits: torch.Tensor,
     p: torch.Tensor,
@@ -109,28 +128,7 @@ def _diverge(
     base: torch.Tensor,
     divergence: Divergence,
 ) -> torch.Tensor:
-    """[C] divergence at each position; `p` becomes its weighted gradient plus `base` times itself.
-
-    The target gives id j the probability q_j = exp(z_j − log_z), and an outcome o, which is a set
-    of ids, Q_o = Σ q_j over its ids. The loss is a sum of terms in log Q_o, so it is enough to know
-    c_o, the derivative of the loss in log Q_o. As
-
-        ∂ log Q_o / ∂ z_j = [j in o] · q_j / Q_o − q_j,
-
-    the gradient in a logit is its outcome's c, shared out within the outcome, less what all pull:
-
-        ∂ loss / ∂ z_j = c_o(j) · q_j / Q_o(j) − q_j · Σ_o c_o.
-
-    The ids in no outcome of a part are one more outcome, the rest. Of cross-entropy c_o is −mass_o.
-
-    Example: q = (0.4, 0.3, 0.2, 0.1); {0, 1} has mass 0.5, {2} 0.3, and the rest, {3}, 0.2.
-    c = (−0.5, −0.3, −0.2), whose sum is −1. So z_0 gets −0.5 · 0.4/0.7 + 0.4 = 0.114, z_1
-    −0.5 · 0.3/0.7 + 0.3 = 0.086, z_2 −0.3 + 0.2 = −0.1, and z_3 −0.2 + 0.1 = −0.1. They sum to 0,
-    as they must: a constant added to all logits changes nothing.
-
-    Nothing of size [C, V] is made beside `p`: the few ids in outcomes are set one by one (`place`
-    is where they are in `p` laid flat), all others of a row are multiplied by one number.
-    """
+    """[C] divergence at each position; `p` becomes its weighted gradient plus `base` times itself."""
     row = outcomes.position[outcomes.part]
     member_row, ids = row[outcomes.member_outcome], outcomes.member_id
     place = member_row * p.shape[1] + ids
