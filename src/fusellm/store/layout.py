@@ -49,7 +49,7 @@ class Layout:
 
     def wrong(self, batch: Batch) -> Wrong | None:
         """The first value of a record batch that breaks a rule; None where all hold."""
-        return next((found for rule in self.rules if (found := rule(batch)) is not None), None)
+        return next((wrong for rule in self.rules if (wrong := rule(batch)) is not None), None)
 
 
 def id_type(count: int) -> pa.DataType:
@@ -90,11 +90,11 @@ def as_many(column: str, count: Count) -> Rule:
     """
 
     def rule(batch: Batch) -> Wrong | None:
-        found, wanted = np.diff(batch[column].offsets), count(batch)
-        if np.array_equal(found, wanted):
+        lengths, wanted = np.diff(batch[column].offsets), count(batch)
+        if np.array_equal(lengths, wanted):
             return None
-        row = int(np.argmax(found != wanted))
-        what = f"there are {found[row]:,} entries, and {wanted[row]:,} belong there"
+        row = int(np.argmax(lengths != wanted))
+        what = f"there are {lengths[row]:,} entries, and {wanted[row]:,} belong there"
         return Wrong(row, column, what)
 
     return rule
