@@ -192,8 +192,8 @@ class Run:
             StoreError: it is not finished.
         """
         suites = self.folder / SUITES
-        found = read_suites(suites) if suites.exists() else []
-        return RunResults(tuple(read_records(self.folder)), tuple(found))
+        suite_results = read_suites(suites) if suites.exists() else []
+        return RunResults(tuple(read_records(self.folder)), tuple(suite_results))
 
     def model(
         self, which: str = FUSED, *, device: str | torch.device | None = None
