@@ -27,6 +27,21 @@ _FACE = "a public function, whose docstring gives each argument, error and an ex
 LONGER = {"fusion/texts.py:fuse": _FACE, "training/loss.py:fusion_loss": _FACE}
 """`module` or `module:function` that is longer, and why."""
 
+UNNAMED = frozenset({"found", "mine", "theirs"})
+"""Names of values that say nothing about what they hold."""
+STILL_UNNAMED = (
+    "cli",
+    "evaluation",
+    "stages.report",
+    "stages.evaluate",
+    "inspection",
+    "explain",
+    "fusion.view",
+    "alignment.comparison",
+    "store.facts",
+)
+"""Packages and modules that are still to give such names up."""
+
 
 def sources(root: Path = ROOT) -> dict[str, ast.Module]:
     """Modules by their dotted name inside the package."""
@@ -155,6 +170,51 @@ def test_sizes() -> None:
                     long[f"{name}:{node.name}"] = lines
     assert {name: lines for name, lines in long.items() if name not in LONGER} == {}
     assert set(LONGER) <= set(long), "no longer longer"
+
+
+def unnamed(tree: ast.Module) -> list[str]:
+    """`name, line` of each variable and parameter whose name says nothing."""
+    bound = [
+        (node.lineno, node.id)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
+    bound += [(node.lineno, node.arg) for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    return [f"{name}, line {line}" for line, name in sorted(bound) if name in UNNAMED]
+
+
+def test_variables_say_what_they_hold() -> None:
+    modules = {
+        module: tree
+        for module, tree in sources().items()
+        if not any(f"{module}.".startswith(f"{room}.") for room in STILL_UNNAMED)
+    }
+    assert len(modules) > 30
+    faults = {module: unnamed(tree) for module, tree in modules.items()}
+    assert {module: names for module, names in faults.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "names"),
+    [
+        ("found = 1", ["found"]),
+        ("mine, (theirs, *found) = rows", ["found", "mine", "theirs"]),
+        ("found: int = 1", ["found"]),
+        ("found += 1", ["found"]),
+        ("for found in rows: pass", ["found"]),
+        ("with opened() as found: pass", ["found"]),
+        ("rows = [mine for mine in rows]", ["mine"]),
+        ("if (found := look()): pass", ["found"]),
+        ("def align(theirs, /, mine, *, found): pass", ["found", "mine", "theirs"]),
+        ("kept = lambda *found, **mine: 1", ["found", "mine"]),
+        ("total = founds = found_ = 1", []),
+        ("total = look(found, mine.theirs, found=theirs)", []),
+        ("rows.found = 1", []),
+        ("'found = 1'", []),
+    ],
+)
+def test_the_check_of_names_tells_right_from_wrong(statement: str, names: list[str]) -> None:
+    assert unnamed(ast.parse(statement)) == [f"{name}, line 1" for name in names]
 
 
 # Recipes

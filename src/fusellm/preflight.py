@@ -61,10 +61,10 @@ def try_text(
         TokenizerError, CorpusError: as `try_tokenizers` and `require_measurable` do.
     """
     blocks = blocks_of(run, recipe.corpus, cut)
-    found = try_tokenizers(readers, blocks, recipe.externalize.changed_share)
+    samples = try_tokenizers(readers, blocks, recipe.externalize.changed_share)
     if cut:
         require_measurable(run, readers)
-    return found
+    return samples
 
 
 def is_same(folder: Path, identity: Identity, progress: Progress) -> bool:
@@ -89,11 +89,11 @@ def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[str]:
     names = [name for part in ("train-", "held_out-") for name in shard_names(folder, part)]
     chosen = names[:: math.ceil(len(names) / _SAMPLED_SHARDS)]
     of_each = math.ceil(_SAMPLED_BLOCKS / len(chosen))
-    found: list[str] = []
+    blocks: list[str] = []
     for name in chosen:
         texts = [block.text for block in read_shard(folder, name)]
-        found += texts[:: math.ceil(len(texts) / of_each)]
-    return found
+        blocks += texts[:: math.ceil(len(texts) / of_each)]
+    return blocks
 
 
 def try_tokenizers(
@@ -107,8 +107,8 @@ def try_tokenizers(
     Raises:
         TokenizerError: one changes more of them than that.
     """
-    found = {name: sample(reader.encoder, blocks) for name, reader in readers.items()}
-    for name, one in found.items():
+    samples = {name: sample(reader.encoder, blocks) for name, reader in readers.items()}
+    for name, one in samples.items():
         if one.changed_share > share:
             raise TokenizerError(
                 f"the tokenizer of {name!r} changes {one.changed} of {one.blocks} blocks that were "
@@ -116,7 +116,7 @@ def try_tokenizers(
                 f"not be used; the first begins {one.example!r}. Take a model whose tokenizer "
                 "keeps text as it is, or raise that share"
             )
-    return found
+    return samples
 
 
 def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
@@ -128,7 +128,7 @@ def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
     blocks = read_part(open_corpus(run), "held_out")
     texts, last = [block.text for block in blocks], [block.last for block in blocks]
     read = {
-        name: [found.ends is not None for found in reader.encoder.encode(texts, last)]
+        name: [tokens.ends is not None for tokens in reader.encoder.encode(texts, last)]
         for name, reader in readers.items()
     }
     require_comparable([block.domain for block in blocks], read)
@@ -186,11 +186,11 @@ def require_fits(
         for shard in names:
             blocks = read_shard(folder, shard)
             encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
-            for block, found in zip(blocks, encoded, strict=True):
-                if len(found.ids) > context:
+            for block, tokens in zip(blocks, encoded, strict=True):
+                if len(tokens.ids) > context:
                     raise CorpusError(
                         f"block {block.number} (document {block.document!r}) has "
-                        f"{len(found.ids)} tokens for {name!r}, whose context is {context}; "
+                        f"{len(tokens.ids)} tokens for {name!r}, whose context is {context}; "
                         f"lower corpus.block_bytes (now {corpus.block_bytes})"
                     )
             bar.advance()
@@ -205,17 +205,17 @@ def described(
         tried: what each tokenizer made of some blocks.
         block_bytes: of blocks that are still to be cut; None where all are known to fit.
     """
-    found = {}
+    models = {}
     for name, reader in readers.items():
         encoder = reader.encoder
-        found[name] = describe(reader.located) | {
+        models[name] = describe(reader.located) | {
             "tokens": len(encoder.vocabulary),
             "every_block_fits": block_bytes is None or fits(reader, block_bytes),
             "blocks_tried": tried[name].blocks,
             "blocks_changed": tried[name].changed,
             "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
         }
-    return found
+    return models
 
 
 def projected_store_bytes(recipe: Recipe) -> int | None:

@@ -35,7 +35,7 @@ class AuthorsAligner(DynamicAligner):
 
     def pair(self, path: Path, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """[T] the source position of each target position, of tokens without prefix and EOS."""
-        found = np.full(len(target_ids), -1, dtype=np.int64)
+        positions = np.full(len(target_ids), -1, dtype=np.int64)
         alone = np.nonzero(np.diff(path.source_offsets) == 1)[0]
         source = path.sources[path.source_offsets[alone]]
         accepted = self._equal[source_ids[source]] == target_ids[alone]
@@ -43,14 +43,14 @@ class AuthorsAligner(DynamicAligner):
             accepted |= self._mined[source_ids[source]] == target_ids[alone]
         if len(alone) and alone[0] == 0:
             accepted[0] = self._first_accepted(int(source_ids[source[0]]), int(target_ids[0]))
-        found[alone[accepted]] = source[accepted]
-        return found
+        positions[alone[accepted]] = source[accepted]
+        return positions
 
     def _first_accepted(self, source_id: int, target_id: int) -> bool:
-        mine, theirs = self._source_spellings[source_id], self._target_spellings[target_id]
-        if self._byte_level and theirs.startswith(SPACE_MARK) and not mine.startswith(SPACE_MARK):
-            mine = SPACE_MARK + mine
-        if mine == theirs:
+        source, target = self._source_spellings[source_id], self._target_spellings[target_id]
+        if self._byte_level and target.startswith(SPACE_MARK) and not source.startswith(SPACE_MARK):
+            source = SPACE_MARK + source
+        if source == target:
             return True
-        known = self._source_ids.get(mine)
+        known = self._source_ids.get(source)
         return self._mined is not None and known is not None and self._mined[known] == target_id

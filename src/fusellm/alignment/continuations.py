@@ -42,11 +42,11 @@ class Continuations:
 
     def __getitem__(self, slots: np.ndarray) -> np.ndarray:
         """Source ids of `slots`, of the same shape; `NOTHING` where the target's tokens span it."""
-        found = self._next[slots]
-        if (found == _UNKNOWN).any():
-            self._fill(np.unique(slots[found == _UNKNOWN]))
-            found = self._next[slots]
-        return np.asarray(found)
+        ids = self._next[slots]
+        if (ids == _UNKNOWN).any():
+            self._fill(np.unique(slots[ids == _UNKNOWN]))
+            ids = self._next[slots]
+        return np.asarray(ids)
 
     def _fill(self, slots: np.ndarray) -> None:
         ids = np.searchsorted(self.offsets, slots, side="right") - 1
@@ -70,22 +70,22 @@ class Continuations:
         """
         at_end = as_continuations(self._target, tokens)
         spaced = before_a_letter(self._target, tokens)
-        found: dict[bytes, dict[int, bytes]] = {}
+        by_token: dict[bytes, dict[int, bytes]] = {}
         for token in tokens:
-            found[token] = {}
+            by_token[token] = {}
             for encoded in (at_end[token], spaced.get(token)):  # the last one counts
                 if encoded is not None and encoded.ends is not None:
                     inside = [end for end in encoded.ends.tolist() if end < len(token)]
                     stops = [*inside[1:], len(token)][: len(inside)]
                     pieces = zip(inside, stops, strict=True)
-                    found[token] |= {start: token[start:stop] for start, stop in pieces}
+                    by_token[token] |= {start: token[start:stop] for start, stop in pieces}
             if at_end[token] is None and token not in self._of_target:
-                found[token] = {n: token[n:] for n in range(1, len(token))}
-        return found
+                by_token[token] = {n: token[n:] for n in range(1, len(token))}
+        return by_token
 
     def _first(self, rest: bytes) -> int:
         """Id of the token of these bytes, else of the first of their tokens."""
-        found = self._firsts.by_bytes.get(rest)
-        found = self._firsts.first(rest) if found is None else found
-        found = self._firsts.beginning(rest) if found is None else found
-        return self.NOTHING if found is None else found
+        id_ = self._firsts.by_bytes.get(rest)
+        id_ = self._firsts.first(rest) if id_ is None else id_
+        id_ = self._firsts.beginning(rest) if id_ is None else id_
+        return self.NOTHING if id_ is None else id_

@@ -142,10 +142,10 @@ def _distances(
     """(distances of the distinct tokens, [S] row of each source token, [T] column)."""
     distinct_source, rows = np.unique(source_ids, return_inverse=True)
     distinct_target, columns = np.unique(target_ids, return_inverse=True)
-    mine = [source_spellings[id_] for id_ in distinct_source.tolist()]
-    theirs = [target_spellings[id_] for id_ in distinct_target.tolist()]
-    longest = max(len(spelling) for spelling in (*mine, *theirs))
-    distances = cdist(mine, theirs, scorer=Levenshtein.distance, dtype=least_dtype(longest))
+    source = [source_spellings[id_] for id_ in distinct_source.tolist()]
+    target = [target_spellings[id_] for id_ in distinct_target.tolist()]
+    longest = max(len(spelling) for spelling in (*source, *target))
+    distances = cdist(source, target, scorer=Levenshtein.distance, dtype=least_dtype(longest))
     return distances, rows, columns
 
 
@@ -181,9 +181,9 @@ def one_to_one(
     accepted = same_token[source_ids[source]] == target_ids[alone]
     if vocabulary_map is not None:
         accepted |= vocabulary_map[source_ids[source]] == target_ids[alone]
-    found = np.full(len(target_ids), -1, dtype=np.int64)
-    found[alone[accepted]] = source[accepted]
-    return found
+    positions = np.full(len(target_ids), -1, dtype=np.int64)
+    positions[alone[accepted]] = source[accepted]
+    return positions
 
 
 class DynamicAligner:
@@ -212,13 +212,16 @@ class DynamicAligner:
         """
         source_from, source_to = _text_span(self._source, source_ids)
         target_from, target_to = _text_span(self._target, target_ids)
-        mine, theirs = source_ids[source_from:source_to], target_ids[target_from:target_to]
-        inner = self.pair(least_path(mine, theirs, *self._bare), mine, theirs)
-        found = np.full(len(target_ids), -1, dtype=np.int64)
-        found[target_from:target_to] = np.where(inner < 0, -1, inner + source_from)
+        source_inner = source_ids[source_from:source_to]
+        target_inner = target_ids[target_from:target_to]
+        inner = self.pair(
+            least_path(source_inner, target_inner, *self._bare), source_inner, target_inner
+        )
+        positions = np.full(len(target_ids), -1, dtype=np.int64)
+        positions[target_from:target_to] = np.where(inner < 0, -1, inner + source_from)
         if source_from and target_from:
-            found[target_from - 1] = source_from - 1
-        return found
+            positions[target_from - 1] = source_from - 1
+        return positions
 
     def pair(self, path: Path, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """[T] the source position of each target position, of tokens without prefix and EOS."""

@@ -68,13 +68,15 @@ def boundary_aligner(source: Encoder, target: Encoder, translation: VocabularyMa
     marks = source.vocabulary.space_mark or target.vocabulary.space_mark
     from_start = same_tokenizer(source, target) or not marks
 
-    def align(theirs: Tokens, mine: Tokens) -> Aligned:
-        found, situations = align_shard(theirs.ends, theirs.offsets, mine.ends, mine.offsets)
-        first = np.zeros(len(found), dtype=np.bool_)
+    def align(target_read: Tokens, source_read: Tokens) -> Aligned:
+        positions, situations = align_shard(
+            target_read.ends, target_read.offsets, source_read.ends, source_read.offsets
+        )
+        first = np.zeros(len(positions), dtype=np.bool_)
         if not from_start:
-            first = (theirs.ends[theirs.predicting] == 0) & (found >= 0)
-            found[first], situations[first] = -1, Situation.UNALIGNED
-        return Aligned(found, situations, first)
+            first = (target_read.ends[target_read.predicting] == 0) & (positions >= 0)
+            positions[first], situations[first] = -1, Situation.UNALIGNED
+        return Aligned(positions, situations, first)
 
     return align
 
@@ -85,15 +87,17 @@ def _dynamic(make: type[DynamicAligner]) -> MakeAligner:
     def aligner(source: Encoder, target: Encoder, translation: VocabularyMap) -> Aligner:
         programme = make(source, target, translation.outcome_of_source)
 
-        def align(theirs: Tokens, mine: Tokens) -> Aligned:
-            _, situations = align_shard(theirs.ends, theirs.offsets, mine.ends, mine.offsets)
-            found = [np.zeros(0, dtype=np.int64)]
-            for b in range(len(theirs.offsets) - 1):
-                target_ids = theirs.ids[theirs.offsets[b] : theirs.offsets[b + 1]]
-                source_ids = mine.ids[mine.offsets[b] : mine.offsets[b + 1]]
+        def align(target_read: Tokens, source_read: Tokens) -> Aligned:
+            _, situations = align_shard(
+                target_read.ends, target_read.offsets, source_read.ends, source_read.offsets
+            )
+            by_block = [np.zeros(0, dtype=np.int64)]
+            for b in range(len(target_read.offsets) - 1):
+                target_ids = target_read.ids[target_read.offsets[b] : target_read.offsets[b + 1]]
+                source_ids = source_read.ids[source_read.offsets[b] : source_read.offsets[b + 1]]
                 paired = programme.align(source_ids, target_ids)[:-1]
-                found.append(np.where(paired < len(source_ids) - 1, paired, -1))
-            whole = np.concatenate(found)
+                by_block.append(np.where(paired < len(source_ids) - 1, paired, -1))
+            whole = np.concatenate(by_block)
             return Aligned(whole, situations, np.zeros(len(whole), dtype=np.bool_))
 
         return align

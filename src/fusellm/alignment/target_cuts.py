@@ -57,16 +57,16 @@ class TargetCuts:
             read: [N] target ids.
             following: [N] source ids; a special one is never spanned.
         """
-        found = self._has_longer[self._number[read], self._first_byte[following]]
-        found &= self._has_bytes[following]
-        places = np.nonzero(found)[0]
+        spanned = self._has_longer[self._number[read], self._first_byte[following]]
+        spanned &= self._has_bytes[following]
+        places = np.nonzero(spanned)[0]
         pairs = read[places] * len(self._source) + following[places]
         every, where = np.unique(pairs, return_inverse=True)
         if len(self._known) > _MOST_KEPT:
             self._known.clear()
         self._ask(key for key in every.tolist() if key not in self._known)
-        found[places] = np.array([self._known[key] for key in every.tolist()], dtype=bool)[where]
-        return np.asarray(found)
+        spanned[places] = np.array([self._known[key] for key in every.tolist()], dtype=bool)[where]
+        return np.asarray(spanned)
 
     def _ask(self, keys: Iterable[int]) -> None:
         asked: dict[int, tuple[bytes, bytes]] = {}

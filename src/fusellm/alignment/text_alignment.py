@@ -156,7 +156,7 @@ def align(
     nothing = map_translation(np.full(len(source.vocabulary), -1), target)
     map_ = nothing if by_boundaries else vocabulary_map(source, target, strategy)
     tokens = [tokens_of_texts([block]) for block in encoded]
-    found = made.aligner(source, target, map_)(tokens[1], tokens[0])
+    aligned = made.aligner(source, target, map_)(tokens[1], tokens[0])
     spelled = [
         tuple(tokenizer.shown(id_) for id_ in block.ids.tolist())
         for tokenizer, block in zip((source, target), encoded, strict=True)
@@ -169,6 +169,6 @@ def align(
         target_ids=tokens[1].ids,
         source_ends=tokens[0].ends,
         target_ends=tokens[1].ends,
-        source_positions=found.source,
-        situations=found.situations,
+        source_positions=aligned.source,
+        situations=aligned.situations,
     )

@@ -65,13 +65,13 @@ def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, E
         Of each piece its tokens and where they end, counted from its beginning; None where the
         bytes are no whole characters, or no text is found that they stand apart from.
     """
-    found: dict[bytes, Encoded | None] = {}
+    continuations: dict[bytes, Encoded | None] = {}
     texts: dict[bytes, str] = {}
     for piece in pieces:
         try:
             texts[piece] = piece.decode("utf-8")
         except UnicodeDecodeError:
-            found[piece] = None
+            continuations[piece] = None
     for anchor in _ANCHORS:
         before, left = len(anchor.encode()), {}
         encoded = encoder.encode([anchor + text for text in texts.values()], [False] * len(texts))
@@ -80,9 +80,9 @@ def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, E
             if at is None or block.ends is None:
                 left[piece] = text
             else:
-                found[piece] = Encoded(block.ids[at:], block.ends[at:] - before)
+                continuations[piece] = Encoded(block.ids[at:], block.ends[at:] - before)
         texts = left
-    return found | dict.fromkeys(texts, None)
+    return continuations | dict.fromkeys(texts, None)
 
 
 def before_a_letter(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
@@ -92,8 +92,8 @@ def before_a_letter(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, En
     the word that comes after it.
     """
     spaced = [piece for piece in pieces if piece[-1:].isspace()]
-    found = as_continuations(encoder, [piece + _LETTER for piece in spaced])
-    return {piece: found[piece + _LETTER] for piece in spaced}
+    continuations = as_continuations(encoder, [piece + _LETTER for piece in spaced])
+    return {piece: continuations[piece + _LETTER] for piece in spaced}
 
 
 def _first_after(ends: np.ndarray | None, anchor_bytes: int) -> int | None:
@@ -124,8 +124,8 @@ class FirstTokens:
     def look_up(self, pieces: Iterable[bytes]) -> None:
         """Find many at once; `first` then answers from memory."""
         unknown = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
-        for piece, found in as_continuations(self._encoder, unknown).items():
-            self._known[piece] = None if found is None else int(found.ids[0])
+        for piece, encoded in as_continuations(self._encoder, unknown).items():
+            self._known[piece] = None if encoded is None else int(encoded.ids[0])
 
     def first(self, piece: bytes) -> int | None:
         """Id of the first token of the bytes; None where they are no whole characters."""
@@ -178,9 +178,9 @@ def first_translation(source: Encoder, target: Encoder) -> VocabularyMap:
     outcome_of_source = np.full(len(source.vocabulary), -1, dtype=np.int64)
     for id_, token in enumerate(source.vocabulary.token_bytes):
         if token:
-            found = firsts.first(token)
-            found = firsts.beginning(token) if found is None else found
-            outcome_of_source[id_] = -1 if found is None else found
+            outcome = firsts.first(token)
+            outcome = firsts.beginning(token) if outcome is None else outcome
+            outcome_of_source[id_] = -1 if outcome is None else outcome
     _map_eos(source, target, outcome_of_source, target.vocabulary.eos_id)
     return map_translation(outcome_of_source, target)
 

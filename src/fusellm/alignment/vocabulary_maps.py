@@ -180,10 +180,12 @@ def _over_text(
     """Map the tokens that stand for text among themselves, and EOS to EOS."""
     source_ids = np.nonzero(source.vocabulary.is_text)[0]
     target_ids = np.nonzero(target.vocabulary.is_text)[0]
-    mine, theirs = spellings(source), spellings(target)
-    found = places([mine[id_] for id_ in source_ids], [theirs[id_] for id_ in target_ids])
+    source_spellings, target_spellings = spellings(source), spellings(target)
+    matches = places(
+        [source_spellings[id_] for id_ in source_ids], [target_spellings[id_] for id_ in target_ids]
+    )
     ids = np.full(len(source.vocabulary), -1, dtype=np.int64)
-    ids[source_ids[found >= 0]] = target_ids[found[found >= 0]]
+    ids[source_ids[matches >= 0]] = target_ids[matches[matches >= 0]]
     return _with_eos(source, target, ids)
 
 

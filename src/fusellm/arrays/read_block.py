@@ -75,8 +75,8 @@ class StoredBlock:
         >>> kept = Kept(np.array([0, 2]), np.array([5, 3]), np.log(np.float32([0.5, 0.25])),
         ...             np.zeros(0, np.uint8), np.float32([0.25]), np.log(np.float32([0.25])))
         >>> block = StoredBlock(0, True, None, np.array([1, 3]), np.array([0, 4]), kept)
-        >>> found = block.at(0)
-        >>> found.ids.tolist(), found.masses.round(6).tolist(), found.tail, found.true_id
+        >>> first = block.at(0)
+        >>> first.ids.tolist(), first.masses.round(6).tolist(), first.tail, first.true_id
         ([5, 3], [0.5, 0.25], 0.25, 3)
         """
         position = operator.index(position)

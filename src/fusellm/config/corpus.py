@@ -100,10 +100,10 @@ class FileDocuments(_Records):
 
     def identity(self) -> dict[str, Any]:
         """What the documents depend on, in this block; the files count by their content."""
-        found = super().identity()
+        settings = super().identity()
         if self.format is None:  # the endings, which count with the content
-            del found["format"]
-        return found
+            del settings["format"]
+        return settings
 
 
 _KINDS_OF_DOCUMENTS = ("builtin", "hub", "files")

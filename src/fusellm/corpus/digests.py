@@ -43,13 +43,13 @@ def digest_of_files(entry: FileDocuments, progress: Progress) -> str:
             for path, kind, fact in zip(paths, kinds, facts, strict=True)
         ]
         place = cache_folder() / "corpora" / f"{digest(known)}.txt"
-        found = _kept(place)
-        if found is None:
+        files_digest = _kept(place)
+        if files_digest is None:
             began = time.time_ns()
-            found = _digest(paths, kinds, size, progress)
+            files_digest = _digest(paths, kinds, size, progress)
             if began - max(fact.st_ctime_ns for fact in facts) > _SETTLED_NS:
-                _keep(place, found)
-        return found
+                _keep(place, files_digest)
+        return files_digest
     except OSError as error:
         raise CorpusError(
             f"corpus.documents: {error.filename} cannot be read ({error.strerror}); mend that, or "
@@ -75,12 +75,12 @@ def _as_once(path: Path, kind: Kind) -> list[str]:
 
 
 def _sha256(path: Path, bar: Bar) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
-            found.update(chunk)
+            sha256.update(chunk)
             bar.advance(len(chunk))
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 def _kept(place: Path) -> str | None:
@@ -90,7 +90,7 @@ def _kept(place: Path) -> str | None:
     return None
 
 
-def _keep(place: Path, found: str) -> None:
+def _keep(place: Path, files_digest: str) -> None:
     with suppress(StoreError):  # a folder that cannot be written to is passed over
         make_folder(place.parent)
-        write_text(place, found)
+        write_text(place, files_digest)

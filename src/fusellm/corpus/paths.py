@@ -19,7 +19,7 @@ def files_of(entry: FileDocuments) -> list[Path]:
         CorpusError: a pattern fits no file, or something that is none; a folder cannot be read.
     """
     patterns = [entry.files] if isinstance(entry.files, str) else entry.files
-    found: dict[str, Path] = {}
+    by_real_path: dict[str, Path] = {}
     for pattern in patterns:
         files = [path for path in _fitting(pattern) if _is_file(path)]
         if not files:
@@ -28,8 +28,8 @@ def files_of(entry: FileDocuments) -> list[Path]:
                 hint = f"it is a folder; {pattern.rstrip('/')}/**/* stands for all files in it"
             raise CorpusError(f"corpus.documents: no file fits {pattern!r}; {hint}")
         for path in files:
-            found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
+            by_real_path.setdefault(os.path.realpath(path), path)
+    return list(by_real_path.values())
 
 
 def relative_names(paths: Sequence[Path]) -> list[str]:

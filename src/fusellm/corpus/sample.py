@@ -21,20 +21,20 @@ def first_blocks(corpus: CorpusSettings) -> list[str]:
     Raises:
         CorpusError: a document cannot be read.
     """
-    found: list[str] = []
+    sampled: list[str] = []
     for entry in corpus.documents:
         blocks = (
             block
             for text in _texts(entry)
             for block in itertools.islice(cut(text, corpus.block_bytes), _BLOCKS_OF_A_DOCUMENT)
         )
-        found += itertools.islice(blocks, _BLOCKS_OF_AN_ENTRY)
-    return found
+        sampled += itertools.islice(blocks, _BLOCKS_OF_AN_ENTRY)
+    return sampled
 
 
 def _texts(entry: Documents) -> Iterator[str]:
     if isinstance(entry, BuiltinDocuments):
-        return (found.text for found in zoo_text.documents(["train"], [entry.builtin]))
+        return (document.text for document in zoo_text.documents(["train"], [entry.builtin]))
     if not isinstance(entry, HubDocuments):
         records = file_records(entry)
     elif entry.streaming:

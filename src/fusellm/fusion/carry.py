@@ -126,7 +126,7 @@ def carry(
     """
     bound = int((given.offsets[rows + 1] - given.offsets[rows]).sum())
     lengths, rest = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
-    outcomes, found = np.zeros(bound, dtype=np.int64), np.zeros(bound)
+    outcomes, masses = np.zeros(bound, dtype=np.int64), np.zeros(bound)
     whole = given.sampled and translation.complete and translation.has_leftover
     used = _carry(
         rows,
@@ -141,10 +141,10 @@ def carry(
         np.zeros(translation.outcomes + 1, dtype=np.int64),
         lengths,
         outcomes,
-        found,
+        masses,
         rest,
     )
-    return Carried(lengths, outcomes[:used], found[:used], rest)
+    return Carried(lengths, outcomes[:used], masses[:used], rest)
 
 
 @compiled()
@@ -172,7 +172,9 @@ def _count(
 
 def map_counts(given: Distributions, rows: np.ndarray, translation: VocabularyMap) -> MapCounts:
     """What of the distributions at `rows` has an outcome, and how many ids meet in one."""
-    found = MapCounts(np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64))
+    counts = MapCounts(
+        np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    )
     _count(
         rows,
         given.offsets,
@@ -180,8 +182,8 @@ def map_counts(given: Distributions, rows: np.ndarray, translation: VocabularyMa
         given.masses,
         translation.outcome_of_source,
         np.full(translation.outcomes + 1, -1, dtype=np.int64),
-        found.kept,
-        found.carried,
-        found.met,
+        counts.kept,
+        counts.carried,
+        counts.met,
     )
-    return found
+    return counts

@@ -48,7 +48,7 @@ def _longer(
 ) -> int:
     # slots: of entries that go on past the token read next; stays: Q of that token.
     # Relies on: ids and tokens below the vocabulary's size, offsets that ascend to len(ids).
-    row, found = 0, 0
+    row, count = 0, 0
     for b in range(len(token_offsets) - 1):
         for t in range(token_offsets[b], token_offsets[b + 1] - 1):
             read = tokens[t + 1]
@@ -64,9 +64,9 @@ def _longer(
                         same += 1
                     if same == width:
                         slots[entry] = begin + width
-                        found += 1
+                        count += 1
             row += 1
-    return found
+    return count
 
 
 @compiled()

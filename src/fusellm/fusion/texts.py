@@ -222,7 +222,7 @@ def _require_same_texts(
     for name, read in sources.items():
         if read.texts != tuple(texts):
             pairs = zip(read.texts, texts, strict=False)
-            at = next((n for n, (mine, given) in enumerate(pairs) if mine != given), None)
+            at = next((n for n, (text_read, given) in enumerate(pairs) if text_read != given), None)
             where = f"{len(read)} of them, not {len(texts)}" if at is None else f"text {at} differs"
             raise ArgumentError(f"source {name} has read other texts ({where}); read these with it")
         if read.last != last:
@@ -236,29 +236,31 @@ def _checked(function: FusionFunction, names: Sequence[str]) -> FusionFunction:
     """A function of somebody's own, whose weights are looked at."""
 
     def weights(compared: Compared) -> np.ndarray:
-        found = np.asarray(function(compared), dtype=np.float64)
+        source_weights = np.asarray(function(compared), dtype=np.float64)
         called = getattr(function, "__name__", "the fusion function")
         shape = compared.aligned.shape
-        if found.shape != shape:
+        if source_weights.shape != shape:
             raise ArgumentError(
-                f"{called} gives weights of shape {found.shape}; [sources, positions] is {shape}"
+                f"{called} gives weights of shape {source_weights.shape}; [sources, positions] is "
+                f"{shape}"
             )
-        if not np.isfinite(found).all() or (found < 0).any():
+        if not np.isfinite(source_weights).all() or (source_weights < 0).any():
             raise ArgumentError(f"{called} gives weights that are negative or not finite")
-        stray = (found > 0) & ~compared.aligned
+        stray = (source_weights > 0) & ~compared.aligned
         if stray.any():
             s, n = np.argwhere(stray)[0].tolist()
             raise ArgumentError(
-                f"{called} gives source {names[s]} the weight {found[s, n]:.3g} at position {n}, "
-                "where it has no distribution; where `compared.aligned` is False it must be 0"
+                f"{called} gives source {names[s]} the weight {source_weights[s, n]:.3g} at "
+                f"position {n}, where it has no distribution; where `compared.aligned` is False it "
+                "must be 0"
             )
-        sums, there = found.sum(axis=0), compared.aligned.any(axis=0)
+        sums, there = source_weights.sum(axis=0), compared.aligned.any(axis=0)
         wrong = there & (np.abs(sums - 1) > _WEIGHT_ERROR)
         if wrong.any():
             n = int(np.argmax(wrong))
             raise ArgumentError(
                 f"{called} gives weights that sum to {sums[n]:.6g} at position {n}, and not to 1"
             )
-        return found
+        return source_weights
 
     return weights

@@ -92,8 +92,8 @@ def merged(model: torch.nn.Module) -> PreTrainedModel:
     base = without_adapters(model).float()
     untie(base)
     with without_warnings():
-        found = cast(Any, model).merge_and_unload()
-    return cast(PreTrainedModel, found)
+        ordinary = cast(Any, model).merge_and_unload()
+    return cast(PreTrainedModel, ordinary)
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -165,8 +165,8 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     """
     path = folder / _CONFIG
     try:
-        found = from_json(path.read_text(encoding="utf-8"))
-        return str(found["base_model_name_or_path"]), found.get("revision")
+        config = from_json(path.read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"]), config.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} names no model that the adapters are on ({error!r}); fetch it again, or set "

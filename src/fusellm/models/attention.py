@@ -63,14 +63,14 @@ def implementations(architecture: Any, config: PretrainedConfig) -> list[str]:
     """What a model class can run on some machine, the fastest first."""
     only = getattr(architecture, "_compatible_flash_implementations", None)
     alibi_falcon = config.model_type == "falcon" and config.alibi
-    found = []
+    names = []
     if getattr(architecture, "_supports_flash_attn", False) and not alibi_falcon:
-        found += [name for name in _PACKAGES if only is None or name in only]
+        names += [name for name in _PACKAGES if only is None or name in only]
     if getattr(architecture, "_supports_sdpa", False) and not _caps_scores(config):
-        found.append("sdpa")
+        names.append("sdpa")
     if not alibi_falcon:
-        found.append("eager")
-    return found
+        names.append("eager")
+    return names
 
 
 def _caps_scores(config: PretrainedConfig) -> bool:

@@ -88,13 +88,13 @@ def class_of(config: PretrainedConfig) -> Any:
     if type(config).__module__.startswith("transformers_modules"):
         return None
     try:
-        found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        registered: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         return None
-    if not isinstance(found, list | tuple):
-        return found
-    named = {one.__name__: one for one in found}
-    return next((named[n] for n in config.architectures or () if n in named), found[0])
+    if not isinstance(registered, list | tuple):
+        return registered
+    named = {one.__name__: one for one in registered}
+    return next((named[n] for n in config.architectures or () if n in named), registered[0])
 
 
 def context_tokens(config: PretrainedConfig) -> int | None:

@@ -77,8 +77,8 @@ class GgufHeader:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata."""
-        found = self.fields.get(key)
-        return default if found is None else found.value
+        field = self.fields.get(key)
+        return default if field is None else field.value
 
     @property
     def architecture(self) -> str:
@@ -92,8 +92,8 @@ class GgufHeader:
     @property
     def rows(self) -> int | None:
         """Rows of the embedding, which the head has too."""
-        found = self.tensors.get("token_embd.weight")
-        return None if found is None else found.shape[-1]
+        embedding = self.tensors.get("token_embd.weight")
+        return None if embedding is None else embedding.shape[-1]
 
 
 def require_gguf(name: str) -> None:
@@ -203,9 +203,9 @@ class _Parser:
         return self._data[begin : self._at].decode("utf-8", "surrogateescape")
 
     def _numbers(self, layout: str) -> tuple[Any, ...]:
-        found = struct.unpack_from(layout, self._data, self._at)
+        numbers = struct.unpack_from(layout, self._data, self._at)
         self._at += struct.calcsize(layout)
-        return found
+        return numbers
 
 
 def _scalar(kind: int) -> str:

@@ -189,14 +189,14 @@ def _require_share(config: PretrainedConfig, rope: dict[str, Any], header: GgufH
 
 def _llama3(rope: dict[str, Any], header: GgufHeader) -> dict[str, Any]:
     """The scaling of Llama 3.1 from the factors that a file has."""
-    found = _factors(header)
-    wanted = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3}
+    factors = _factors(header)
+    wanted = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
     low, high, context = _LLAMA3.values()
-    frequencies = rope["rope_theta"] ** -(np.arange(len(found)) / len(found))
+    frequencies = rope["rope_theta"] ** -(np.arange(len(factors)) / len(factors))
     wavelengths = 2 * math.pi / frequencies
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / wanted["factor"] + smooth)
-    if not np.allclose(expected, found, rtol=1e-3):
+    if not np.allclose(expected, factors, rtol=1e-3):
         what = f"has factors of frequencies ({_FACTORS}) that are not Llama 3.1's"
         raise _unknown(header, f"{what}, so that it")
     return wanted

@@ -106,11 +106,11 @@ def require_same_tokens(header: GgufHeader, tokenizer: PreTrainedTokenizerBase, 
     types = _types(header, len(listed))
     given = {id_: token for token, id_ in tokenizer.get_vocab().items()}
     for id_, token in enumerate(listed):
-        theirs = given.get(id_)
-        if types[id_] == _Type.UNUSED and theirs is None:
+        other = given.get(id_)
+        if types[id_] == _Type.UNUSED and other is None:
             continue
-        if theirs is None or _meaning(theirs) != _meaning(token):
-            said = "no token" if theirs is None else repr(theirs)
+        if other is None or _meaning(other) != _meaning(token):
+            said = "no token" if other is None else repr(other)
             raise ModelError(
                 f"tokenizer {name} is not that of {header.path}: id {id_} is {said} in it and "
                 f"{token!r} in the file; {_CURE}"

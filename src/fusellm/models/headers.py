@@ -73,11 +73,11 @@ def weight_problems(located: Located) -> list[str]:
         return [str(error)]
     problems: list[str] = []
     tensors: dict[str, TensorHeader] = {}
-    for name, found in by_file.items():
-        twice = sorted(tensors.keys() & found.keys())
+    for name, in_file in by_file.items():
+        twice = sorted(tensors.keys() & in_file.keys())
         if twice:
             problems.append(f"{twice[0]} of {located.settings.model} is in {name} and elsewhere")
-        tensors |= found
+        tensors |= in_file
     if stored_quantization(located.config) is None:
         problems += _of_types(located.settings.model, tensors)
         problems += _against_configuration(located, tensors)
@@ -117,15 +117,15 @@ def _headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
         if located.commit is None or hub_constants.HF_HUB_OFFLINE:
             raise
         return _hub_headers(located)
-    found = {n: read_header(model, path) for n, path in files.items() if not n.endswith(INDEX)}
+    by_file = {n: read_header(model, path) for n, path in files.items() if not n.endswith(INDEX)}
     for index in (path for name, path in files.items() if name.endswith(INDEX)):
         for tensor, shard in read_index(model, index).items():
-            if tensor not in found[shard]:
+            if tensor not in by_file[shard]:
                 raise ModelError(
                     f"{shard} of {model} does not have {tensor}, which {index.name} says is in it; "
                     "fetch both again"
                 )
-    return found
+    return by_file
 
 
 def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
@@ -133,7 +133,7 @@ def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
 
     model = located.settings.model
     try:
-        found = HfApi().get_safetensors_metadata(located.place, revision=located.commit)
+        metadata = HfApi().get_safetensors_metadata(located.place, revision=located.commit)
     except NotASafetensorsRepoError as error:
         raise ModelError(
             f"{model} has no safetensors weights, and fusellm reads no pickles, which can run code "
@@ -147,7 +147,7 @@ def _hub_headers(located: Located) -> dict[str, dict[str, TensorHeader]]:
         ) from error
     return {
         name: {n: TensorHeader(t.dtype, tuple(t.shape)) for n, t in file.tensors.items()}
-        for name, file in found.files_metadata.items()
+        for name, file in metadata.files_metadata.items()
     }
 
 
@@ -175,7 +175,7 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
     state = {name: torch.empty(t.shape, device="meta") for name, t in tensors.items()}
     try:
         with _quiet():
-            _, found = architecture.from_pretrained(
+            _, loading_info = architecture.from_pretrained(
                 None,
                 config=deepcopy(text if architecture.config_class is type(text) else whole),
                 state_dict=state,
@@ -188,14 +188,14 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
     except _BUILDING_FAULTS:
         return []
     model = located.settings.model
-    if found["mismatched_keys"]:
-        (name, mine, theirs), *others = sorted(found["mismatched_keys"])
+    if loading_info["mismatched_keys"]:
+        (name, stored, wanted), *others = sorted(loading_info["mismatched_keys"])
         more = f" (and {len(others):,} more)" if others else ""
         return [
-            f"{name} of {model} is {_size(mine)}, and by its config.json {_size(theirs)}{more}; "
+            f"{name} of {model} is {_size(stored)}, and by its config.json {_size(wanted)}{more}; "
             "take both from one place"
         ]
-    return [lacking(model, found["missing_keys"])] if found["missing_keys"] else []
+    return [lacking(model, loading_info["missing_keys"])] if loading_info["missing_keys"] else []
 
 
 @contextmanager

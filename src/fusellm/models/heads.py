@@ -110,8 +110,8 @@ def through_head(
     if layer is None:
         return use(hidden, head_of(model))  # which says that there is none
     with swapped_forward(layer, lambda hidden: use(hidden, head_of(model))):
-        found: Result = layer(hidden)
-    return found
+        result: Result = layer(hidden)
+    return result
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class _Adapter:
 
     def inner(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., r] what `up` takes."""
-        found: torch.Tensor = self.down(self.dropout(hidden.to(self.down.weight.dtype)))
-        return found * self.scale
+        low_rank: torch.Tensor = self.down(self.dropout(hidden.to(self.down.weight.dtype)))
+        return low_rank * self.scale
 
 
 def _head_layers(model: PreTrainedModel) -> tuple[Any, _Adapter | None]:
@@ -165,17 +165,17 @@ def check_head(model: PreTrainedModel) -> None:
     """
     head = head_of(model)
     ids = torch.arange(min(_PROBE_TOKENS, len(head.weight)), device=input_device(model))[None]
-    mine = head.logits(hidden_states(model, input_ids=ids)[0])
-    theirs = model(input_ids=ids, use_cache=False).logits[0].float().to(mine.device)
+    ours = head.logits(hidden_states(model, input_ids=ids)[0])
+    reference = model(input_ids=ids, use_cache=False).logits[0].float().to(ours.device)
     name = type(model).__name__
-    if mine.shape != theirs.shape:
+    if ours.shape != reference.shape:
         raise ModelError(
-            f"{name} gives {theirs.shape[-1]} logits from a head of {mine.shape[-1]} rows, in a "
+            f"{name} gives {reference.shape[-1]} logits from a head of {ours.shape[-1]} rows, in a "
             "way that fusellm does not know; please report the architecture"
         )
-    apart = (mine - theirs).abs().max()
+    apart = (ours - reference).abs().max()
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.02
-    if bool(apart > tolerance * theirs.abs().max() + 1e-6):
+    if bool(apart > tolerance * reference.abs().max() + 1e-6):
         raise ModelError(
             f"{name} makes its logits in a way that fusellm does not know (they differ by "
             f"{float(apart):.3g}); please report the architecture"

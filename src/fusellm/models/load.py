@@ -94,9 +94,9 @@ def locate(settings: ModelSettings, trusted: bool = False) -> Located:
             comes with code that is not trusted, or it is to be quantized a second time.
     """
     runs_code = trusted and settings.trust_remote_code
-    found = gguf_file(settings)
-    if found is not None:
-        return replace(_locate_gguf(settings, *found), runs_code=runs_code)
+    gguf = gguf_file(settings)
+    if gguf is not None:
+        return replace(_locate_gguf(settings, *gguf), runs_code=runs_code)
     folder = local_folder(settings.model)
     if folder is not None and holds_adapters(folder):
         return _locate_adapters(settings, folder, trusted)
@@ -161,16 +161,16 @@ def _locate_adapters(settings: ModelSettings, folder: Path, trusted: bool) -> Lo
     """The model that a folder of adapters is on, with the folder."""
     base, revision = adapter_base(folder)
     of_base = {"model": base, "revision": revision, "tokenizer": None}
-    found = locate(settings.model_copy(update=of_base), trusted)
-    return _with_adapters(found, settings, folder)
+    model = locate(settings.model_copy(update=of_base), trusted)
+    return _with_adapters(model, settings, folder)
 
 
-def _with_adapters(found: Located, settings: ModelSettings, folder: Path) -> Located:
+def _with_adapters(base: Located, settings: ModelSettings, folder: Path) -> Located:
     """A model with the adapters of a folder."""
-    if found.adapters is not None:
+    if base.adapters is not None:
         raise ModelError(
             f"the model that the adapters of {folder} are on has adapters itself "
-            f"({found.adapters}); merge those into it first, as `fusellm` does where it trains them"
+            f"({base.adapters}); merge those into it first, as `fusellm` does where it trains them"
         )
     if settings.quantization is not None or settings.device_map is not None:
         raise ModelError(
@@ -178,8 +178,8 @@ def _with_adapters(found: Located, settings: ModelSettings, folder: Path) -> Loc
             "quantization and device_map out"
         )
     sums = {name: cached_digest(folder / name) for name in ADAPTER_FILES}
-    fingerprint = digest([found.fingerprint, sums])
-    return replace(found, settings=settings, fingerprint=fingerprint, adapters=folder)
+    fingerprint = digest([base.fingerprint, sums])
+    return replace(base, settings=settings, fingerprint=fingerprint, adapters=folder)
 
 
 def weights_digest(located: Located) -> str:
@@ -269,10 +269,10 @@ def load_model(
     except _LOADING_ERRORS as error:
         offload.cleanup()
         raise ModelError(_why_not_loaded(located, error)) from error
-    model, found = loaded
+    model, loading_info = loaded
     model.name_or_path = model.config.name_or_path = located.place
     weakref.finalize(model, offload.cleanup)
-    absent = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+    absent = [*loading_info["missing_keys"], *(str(key) for key in loading_info["mismatched_keys"])]
     if absent:
         raise ModelError(lacking(located.settings.model, absent))
     if "device_map" not in arguments:  # else it is where it belongs, and must not be moved
@@ -373,14 +373,14 @@ def _why_not_loaded(located: Located, error: Exception, what: str = "could not b
 
 def _hub_commit(settings: ModelSettings) -> str:
     """The commit that a hub model's configuration, just read, is of."""
-    found = try_to_load_from_cache(settings.model, "config.json", revision=settings.revision)
-    if not isinstance(found, str):
+    cached = try_to_load_from_cache(settings.model, "config.json", revision=settings.revision)
+    if not isinstance(cached, str):
         raise ModelError(
             f"the commit of {settings.model} is not to be told from the local hub cache "
             f"({hub_constants.HF_HUB_CACHE}); name one as its revision, or download the model and "
             "name its folder"
         )
-    return Path(found).parent.name
+    return Path(cached).parent.name
 
 
 def describe(located: Located) -> dict[str, Any]:

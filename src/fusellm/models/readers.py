@@ -50,8 +50,8 @@ def readers_of(recipe: Recipe, trusted: bool = False) -> dict[str, Reader]:
     Raises:
         ModelError, TokenizerError: as `reader_of` does.
     """
-    found = {TARGET: reader_of(recipe.target, trusted)}
-    return found | {source.name: reader_of(source, trusted) for source in recipe.sources}
+    readers = {TARGET: reader_of(recipe.target, trusted)}
+    return readers | {source.name: reader_of(source, trusted) for source in recipe.sources}
 
 
 def encoder_of(located: Located) -> Tokenizer:

@@ -79,9 +79,9 @@ def _code_at(name: str, revision: str | None) -> Iterator[str]:
         yield from (f"{name}/{path.name}" for path in folder.glob("*.py"))
 
 
-def _references(found: dict[str, Any]) -> Iterator[str]:
+def _references(config: dict[str, Any]) -> Iterator[str]:
     """The classes that a configuration names, as `module.Class` or `repository--module.Class`."""
-    named = found.get("auto_map")
+    named = config.get("auto_map")
     for value in named.values() if isinstance(named, dict) else [named]:
         for one in value if isinstance(value, list | tuple) else [value]:
             if isinstance(one, str):
@@ -96,7 +96,7 @@ def _read(name: str, revision: str | None, file: str) -> dict[str, Any]:
             if looks_local(name) or name.startswith("zoo/"):
                 return {}
             path = Path(hf_hub_download(name, file, revision=revision))
-        found = from_json(path.read_text(encoding="utf-8"))
+        config = from_json(path.read_text(encoding="utf-8"))
     except HUB_FAULTS:
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}

@@ -56,6 +56,6 @@ class Tokenizer(Encoder):
                 tokenizer.eos_token = assumed
         if rows is None and (rows := rows_beside(name)) is not None:
             require_rows(name, tokenizer, rows)
-        found = cls(tokenizer, rows)
-        found.assumed_eos = assumed
-        return found
+        encoder = cls(tokenizer, rows)
+        encoder.assumed_eos = assumed
+        return encoder

@@ -66,8 +66,8 @@ def _file(place: str, revision: str | None, name: str) -> Path | None:
     if Path(place).is_dir():
         path = Path(place, name)
         return path if path.is_file() else None
-    found = try_to_load_from_cache(place, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(place, name, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _fault_of_layout(name: str, path: Path) -> str | None:

@@ -108,10 +108,10 @@ def rows_beside(name: str) -> int | None:
     if path.is_file():
         return read_header(path).rows
     try:
-        found = from_json((Path(_place(name)) / "config.json").read_text(encoding="utf-8"))
+        config = from_json((Path(_place(name)) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    text = found.get("text_config") or found
+    text = config.get("text_config") or config
     rows = text.get("vocab_size")
     return rows if isinstance(rows, int) else None
 

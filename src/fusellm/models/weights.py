@@ -28,8 +28,8 @@ def weight_files(
     Raises:
         ModelError: the files are not there, or the index names one outside of the folder.
     """
-    found = loaded_files(model, place, commit, named)
-    return {name: path for name, path in found.items() if not name.endswith(INDEX)}
+    files = loaded_files(model, place, commit, named)
+    return {name: path for name, path in files.items() if not name.endswith(INDEX)}
 
 
 def loaded_files(
@@ -41,8 +41,8 @@ def loaded_files(
         if commit is None:
             path = Path(place, name)
             return path if path.is_file() else None
-        found = try_to_load_from_cache(place, name, revision=commit)
-        return Path(found) if isinstance(found, str) else None
+        cached = try_to_load_from_cache(place, name, revision=commit)
+        return Path(cached) if isinstance(cached, str) else None
 
     present = ((name, find(name)) for name in ([named] if named else _WEIGHTS))
     first, path = next(((n, path) for n, path in present if path is not None), (None, None))
@@ -69,20 +69,20 @@ def read_index(model: str, path: Path) -> dict[str, str]:
     require_content(model, path)
     try:
         shards = from_json(path.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(tensor): str(shard) for tensor, shard in shards.items()}
+        by_tensor = {str(tensor): str(shard) for tensor, shard in shards.items()}
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path.name} of {model} does not say which tensor is in which file ({error!r}); fetch "
             "it again"
         ) from error
-    for shard in found.values():
+    for shard in by_tensor.values():
         parts = PurePosixPath(shard)
         if parts.is_absolute() or ".." in parts.parts:
             raise ModelError(
                 f"{path.name} of {model} names a file outside of its folder ({shard}); a model is "
                 "read from its own folder alone"
             )
-    return found
+    return by_tensor
 
 
 def require_content(model: str, path: Path) -> None:

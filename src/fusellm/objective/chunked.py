@@ -314,24 +314,24 @@ class _Cuts:
         device = outcomes.position.device
         edges = torch.arange(0, len(outcomes.present) + chunk, chunk, device=device)
         parts = torch.searchsorted(outcomes.position, edges)
-        found = torch.searchsorted(outcomes.part, parts)
-        members = torch.searchsorted(outcomes.member_outcome, found)
-        self._parts, self._found, self._members = (
+        entries = torch.searchsorted(outcomes.part, parts)
+        members = torch.searchsorted(outcomes.member_outcome, entries)
+        self._parts, self._entries, self._members = (
             [slice(*pair) for pair in pairwise(cut)]
-            for cut in (parts.tolist(), found.tolist(), members.tolist())
+            for cut in (parts.tolist(), entries.tolist(), members.tolist())
         )
 
     def chunk(self, start: int) -> Outcomes:
         """The outcomes of positions [start, start + chunk), counted from there."""
         n = start // self._chunk
-        parts, found, members = self._parts[n], self._found[n], self._members[n]
+        parts, entries, members = self._parts[n], self._entries[n], self._members[n]
         whole = self._outcomes
         return Outcomes(
             whole.present[start : start + self._chunk],
             whole.position[parts] - start,
             whole.rest[parts],
-            whole.part[found] - parts.start,
-            whole.mass[found],
-            whole.member_outcome[members] - found.start,
+            whole.part[entries] - parts.start,
+            whole.mass[entries],
+            whole.member_outcome[members] - entries.start,
             whole.member_id[members],
         )

@@ -27,8 +27,8 @@ def factors_as_bfloat16(wanted: bool = True) -> Iterator[None]:
 
     >>> a = torch.full((64, 64), 1 + 2**-7)  # which bfloat16 has
     >>> with factors_as_bfloat16():
-    ...     found = a @ a
-    >>> bool((found == 64 * (1 + 2**-7) ** 2).all())  # which bfloat16 has not
+    ...     product = a @ a
+    >>> bool((product == 64 * (1 + 2**-7) ** 2).all())  # which bfloat16 has not
     True
     """
     backend: Any = torch.backends.mkldnn

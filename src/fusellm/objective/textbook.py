@@ -44,10 +44,10 @@ def objective_textbook(
             continue
         fusion = logits.new_zeros(())
         for part in torch.nonzero(outcomes.position == n)[:, 0].tolist():
-            mine = outcomes.part == part
-            whole = (outcomes.mass[mine].sum() + outcomes.rest[part]).to(logits.dtype)
+            of_part = outcomes.part == part
+            whole = (outcomes.mass[of_part].sum() + outcomes.rest[part]).to(logits.dtype)
             outside = torch.ones(logits.shape[1], dtype=torch.bool)
-            for m in torch.nonzero(mine)[:, 0].tolist():
+            for m in torch.nonzero(of_part)[:, 0].tolist():
                 members = outcomes.member_id[outcomes.member_outcome == m]
                 outside[members] = False
                 mass = outcomes.mass[m].to(logits.dtype)

@@ -177,11 +177,11 @@ def true_log_probs(head: Head, hidden: torch.Tensor, true_ids: torch.Tensor) -> 
     Args:
         head: on a CPU best `widened`, once for many batches.
     """
-    found = torch.empty(len(true_ids), device=hidden.device)
+    log_probs = torch.empty(len(true_ids), device=hidden.device)
     chunk = head.rows_to_read()
     for start in range(0, len(true_ids), chunk):
         rows = slice(start, start + chunk)
         logits = head.logits(hidden[rows])
         true = logits.gather(1, true_ids[rows, None])[:, 0]
-        found[rows] = true - torch.logsumexp(logits, dim=-1)
-    return found
+        log_probs[rows] = true - torch.logsumexp(logits, dim=-1)
+    return log_probs

@@ -103,9 +103,9 @@ def _ending_on_sigterm() -> Iterator[Callable[[], object]]:
         yield lambda: None
         return
     before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-    mine = before if callable(before) else lambda number, frame: sys.exit(128 + number)
+    handler = before if callable(before) else lambda number, frame: sys.exit(128 + number)
     try:
-        yield lambda: signal.signal(signal.SIGTERM, mine)
+        yield lambda: signal.signal(signal.SIGTERM, handler)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -192,8 +192,8 @@ def _fitting(node: Mapping[str, float], cpus: int, gpus: float) -> int:
     by_cpus = int(node.get("CPU", 0) // cpus)
     if gpus == 0:
         return by_cpus
-    found = node.get("GPU", 0)
-    by_gpus = int(found // gpus) if gpus >= 1 else int(found) * int(1 / gpus)
+    node_gpus = node.get("GPU", 0)
+    by_gpus = int(node_gpus // gpus) if gpus >= 1 else int(node_gpus) * int(1 / gpus)
     return min(by_cpus, by_gpus)
 
 

@@ -80,14 +80,14 @@ class Selector:
         """
         chunk = self._head.rows_to_read()
         piece = max(1, _PIECE_ELEMENTS // self._rows) if self._on_cpu else chunk
-        found: list[tuple[torch.Tensor, ...]] = []
+        kept: list[tuple[torch.Tensor, ...]] = []
         for part in zip(
             hidden.split(chunk), true_ids.split(chunk), shift.split(chunk), strict=True
         ):
             logits = self._logits(part[0])[:, : self._vocabulary]
             pieces = (column.split(piece) for column in (logits, *part[1:]))
-            found += [self._kept(*columns) for columns in zip(*pieces, strict=True)]
-        return Selected(*(torch.cat(column) for column in zip(*found, strict=True)))
+            kept += [self._kept(*columns) for columns in zip(*pieces, strict=True)]
+        return Selected(*(torch.cat(column) for column in zip(*kept, strict=True)))
 
     def _kept(
         self, logits: torch.Tensor, true_ids: torch.Tensor, shift: torch.Tensor

@@ -52,10 +52,10 @@ def read_distributions(
 
     >>> from fusellm import load_pretrained
     >>> model, tokenizer = load_pretrained("zoo/python")
-    >>> found = read_distributions(model, tokenizer, ["for item in items:"], top_k=2)
-    >>> found
+    >>> distributions = read_distributions(model, tokenizer, ["for item in items:"], top_k=2)
+    >>> distributions
     SourceDistributions(1 texts, 5 distributions, 0 texts not read)
-    >>> after_for_item = found[0].at(1)
+    >>> after_for_item = distributions[0].at(1)
     >>> tokenizer.spelled(after_for_item.ids[0])
     ' in'
     """
@@ -69,9 +69,9 @@ def read_distributions(
     shown = (progress or Silent()).start("reading", len(texts), "texts")
     with left_as_it_was(model), shown as bar:
         model.eval()
-        found = reader.read(texts, encoded, bar.advance)
+        read = reader.read(texts, encoded, bar.advance)
     changed = [number for number, block in enumerate(encoded) if block.ends is None]
     reasons = dict.fromkeys(changed, "the tokenizer changes this text")
-    reasons |= dict.fromkeys(found.not_finite, "its distributions are not finite")
-    tokens = tokens_of_texts(encoded, found.usable)
-    return SourceDistributions(tuple(texts), ends, encoder, tokens, found.kept, reasons)
+    reasons |= dict.fromkeys(read.not_finite, "its distributions are not finite")
+    tokens = tokens_of_texts(encoded, read.usable)
+    return SourceDistributions(tuple(texts), ends, encoder, tokens, read.kept, reasons)

@@ -50,7 +50,7 @@ def make_zoo(
     training = [document for document in documents if document.part == "zoo"]
     training, dropped = text.drop_near_duplicates(apart, training)
     progress.say(f"{dropped} near-duplicates of the other parts left out")
-    found = {}
+    bits_per_byte = {}
     for name in only or SPECIALISTS:
         whole = SPECIALISTS[name]
         specialist = dataclasses.replace(whole, train_bytes=int(whole.train_bytes * share))
@@ -59,9 +59,9 @@ def make_zoo(
             for model, step in train(specialist, tokenizer, training):  # noqa: B007
                 bar.resize(step.steps)
                 bar.advance(1, f"loss {step.loss_nats:.2f}")
-        found[name] = _validate(model, Encoder(tokenizer), apart)
-        save(specialist, model, tokenizer, out / name, card(specialist, step, found[name]))
-    return found
+        bits_per_byte[name] = _validate(model, Encoder(tokenizer), apart)
+        save(specialist, model, tokenizer, out / name, card(specialist, step, bits_per_byte[name]))
+    return bits_per_byte
 
 
 def _validate(

@@ -33,9 +33,9 @@ def _context_is_of_the_text(batch: Batch) -> Wrong | None:
         return None
     spans: Ragged = batch[CONTEXT]
     for row, length in enumerate(text_bytes(batch)):
-        mine = spans.values[spans.offsets[row] : spans.offsets[row + 1]]
-        if len(mine) % 2 or (mine[1:] < mine[:-1]).any() or (mine > length).any():
-            what = f"{mine.tolist()[:6]} are no spans of a text of {length:,} bytes"
+        edges = spans.values[spans.offsets[row] : spans.offsets[row + 1]]
+        if len(edges) % 2 or (edges[1:] < edges[:-1]).any() or (edges > length).any():
+            what = f"{edges.tolist()[:6]} are no spans of a text of {length:,} bytes"
             return Wrong(row, CONTEXT, what)
     return None
 
@@ -126,11 +126,11 @@ def block_columns(blocks: Sequence[Block], schema: pa.Schema) -> dict[str, Seque
 
 def digest_of_blocks(blocks: Sequence[Block]) -> str:
     """SHA-256 over the texts of blocks and where documents end: what a model reads of them."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for block in blocks:
         data = block.text.encode()
-        found.update(f"{len(data)} {block.last}\n".encode() + data)
-    return found.hexdigest()
+        sha256.update(f"{len(data)} {block.last}\n".encode() + data)
+    return sha256.hexdigest()
 
 
 def read_part(folder: StageFolder, part: str) -> list[Block]:

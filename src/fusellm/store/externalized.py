@@ -253,11 +253,11 @@ def require_text(
         what = f"it stands where the corpus has block {numbers[0]}"
         raise shard.refused(n, Wrong(0, "block", what))
     lengths = columns["bytes"]
-    found = sums_of(lengths.values, np.diff(lengths.offsets))
-    wrong = columns["read"] & (found != text_bytes)
+    token_bytes = sums_of(lengths.values, np.diff(lengths.offsets))
+    wrong = columns["read"] & (token_bytes != text_bytes)
     if wrong.any():
         row = int(np.argmax(wrong))
-        what = f"its tokens have {found[row]:,} bytes, and its text has {text_bytes[row]:,}"
+        what = f"its tokens have {token_bytes[row]:,} bytes, and its text has {text_bytes[row]:,}"
         raise shard.refused(n, Wrong(row, "bytes", what))
 
 

@@ -63,12 +63,12 @@ def fused_layout(vocabulary: int, outcomes: Sequence[int]) -> Layout:
     limits = np.array(outcomes)
 
     def outcomes_are_of_their_source(batch: Batch) -> Wrong | None:
-        found = batch["outcomes"].values
-        beyond = found >= np.repeat(limits[batch["source"].values], batch["lengths"].values)
+        numbers = batch["outcomes"].values
+        beyond = numbers >= np.repeat(limits[batch["source"].values], batch["lengths"].values)
         if not beyond.any():
             return None
         at = int(np.argmax(beyond))
-        return wrong_at(batch, "outcomes", at, f"its source has no outcome {found[at]}")
+        return wrong_at(batch, "outcomes", at, f"its source has no outcome {numbers[at]}")
 
     rules = (
         within("ids", 0, vocabulary - 1),

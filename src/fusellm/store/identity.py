@@ -45,19 +45,19 @@ class Identity:
 
     def differences(self, other: "Identity") -> list[str]:
         """What differs, each as `key: other's value here, own value there`."""
-        found = []
-        for kind, mine, theirs in (
+        differences = []
+        for kind, own, others in (
             ("", _flat(self.settings), _flat(other.settings)),
             ("input ", self.inputs, other.inputs),
         ):
-            for key in sorted(mine.keys() | theirs.keys()):
-                if mine.get(key) != theirs.get(key):
-                    had, wanted = _short(theirs.get(key)), _short(mine.get(key))
+            for key in sorted(own.keys() | others.keys()):
+                if own.get(key) != others.get(key):
+                    had, wanted = _short(others.get(key)), _short(own.get(key))
                     if kind and key.startswith("documents."):  # files, by name and content
-                        found.append(f"what corpus.{key} holds was {had} and is now {wanted}")
+                        differences.append(f"what corpus.{key} holds was {had} and is now {wanted}")
                         continue
-                    found.append(f"{kind}{key} was {had} and is now {wanted}")
-        return found
+                    differences.append(f"{kind}{key} was {had} and is now {wanted}")
+        return differences
 
 
 def _flat(value: Any, before: str = "") -> dict[str, Any]:

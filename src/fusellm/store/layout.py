@@ -49,7 +49,7 @@ class Layout:
 
     def wrong(self, batch: Batch) -> Wrong | None:
         """The first value of a record batch that breaks a rule; None where all hold."""
-        return next((found for rule in self.rules if (found := rule(batch)) is not None), None)
+        return next((wrong for rule in self.rules if (wrong := rule(batch)) is not None), None)
 
 
 def id_type(count: int) -> pa.DataType:
@@ -65,6 +65,7 @@ def list_field(name: str, kind: pa.DataType) -> pa.Field:
 def within(column: str, least: float, most: float) -> Rule:
     """Every value is a number from `least` to `most`; NaN is not.
 
+    >>> from fusellm.arrays.ragged import Ragged
     >>> batch = {"ids": Ragged(np.array([0, 2, 3]), np.array([4, 9, 7]))}
     >>> within("ids", 0, 9)(batch), within("ids", 0, 8)(batch)
     (None, Wrong(row=0, column='ids', what='9 is not from 0 to 8'))
@@ -83,6 +84,7 @@ def within(column: str, least: float, most: float) -> Rule:
 def as_many(column: str, count: Count) -> Rule:
     """Every row has as many entries as `count` says.
 
+    >>> from fusellm.arrays.ragged import Ragged
     >>> batch = {"kept": Ragged(np.array([0, 2]), np.array([1, 2])),
     ...          "kept_ids": Ragged(np.array([0, 4]), np.array([5, 6, 7, 8]))}
     >>> as_many("kept_ids", total("kept"))(batch)
@@ -90,11 +92,11 @@ def as_many(column: str, count: Count) -> Rule:
     """
 
     def rule(batch: Batch) -> Wrong | None:
-        found, wanted = np.diff(batch[column].offsets), count(batch)
-        if np.array_equal(found, wanted):
+        lengths, wanted = np.diff(batch[column].offsets), count(batch)
+        if np.array_equal(lengths, wanted):
             return None
-        row = int(np.argmax(found != wanted))
-        what = f"there are {found[row]:,} entries, and {wanted[row]:,} belong there"
+        row = int(np.argmax(lengths != wanted))
+        what = f"there are {lengths[row]:,} entries, and {wanted[row]:,} belong there"
         return Wrong(row, column, what)
 
     return rule

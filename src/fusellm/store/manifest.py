@@ -138,19 +138,19 @@ def read_manifest(path: Path) -> Manifest:
         )
     _refuse_other_formats(path, raw)
     try:
-        found = TypeAdapter(_File).validate_json(raw, strict=True)
+        content = TypeAdapter(_File).validate_json(raw, strict=True)
     except ValidationError as error:
         raise _unlike_a_manifest(path, error) from None
-    for name, shard in found["shards"].items():
+    for name, shard in content["shards"].items():
         _check_shard(path, name, shard)
     return Manifest(
-        Identity(found["stage"], found["settings"], found["inputs"]),
-        found["software"],
-        dict(found["about"]),
-        {name: dict(shard) for name, shard in found["shards"].items()},
-        dict(found["counts"]),
-        found["seconds"],
-        found["complete"],
+        Identity(content["stage"], content["settings"], content["inputs"]),
+        content["software"],
+        dict(content["about"]),
+        {name: dict(shard) for name, shard in content["shards"].items()},
+        dict(content["counts"]),
+        content["seconds"],
+        content["complete"],
     )
 
 
@@ -185,10 +185,10 @@ def first_fault(error: ValidationError) -> str:
 def _refuse_other_formats(path: Path, raw: bytes) -> None:
     """Say so where the manifest is of another version, whose checksum may be another one too."""
     try:
-        found = TypeAdapter(_Version).validate_json(raw)
+        content = TypeAdapter(_Version).validate_json(raw)
     except ValidationError:
         return
-    version, software = found["format"], found.get("software")
+    version, software = content["format"], content.get("software")
     if version == FORMAT:
         return
     writer = software.get("fusellm", "unknown") if isinstance(software, dict) else "unknown"

@@ -97,13 +97,13 @@ class DistributionStore:
     @property
     def numbers(self) -> list[range]:
         """Numbers of the blocks that are there; one range where none is missing between."""
-        found: list[range] = []
+        ranges: list[range] = []
         for first, after in self._numbers:
-            if found and found[-1].stop == first:
-                found[-1] = range(found[-1].start, after)
+            if ranges and ranges[-1].stop == first:
+                ranges[-1] = range(ranges[-1].start, after)
             else:
-                found.append(range(first, after))
-        return found
+                ranges.append(range(first, after))
+        return ranges
 
     def __iter__(self) -> Iterator[StoredBlock]:
         """All blocks in order.
@@ -153,13 +153,13 @@ class DistributionStore:
     def missing(self) -> list[str]:
         """Shards of the manifest that are not there or not of their size; their content is not
         verified."""
-        found = []
+        absent = []
         for name in self._names:
             try:
                 self._folder.sized_file(name)
             except StoreError:
-                found.append(name)
-        return found
+                absent.append(name)
+        return absent
 
     def _no_block(self, number: int) -> str:
         there = ", ".join(f"{run.start:,} to {run.stop - 1:,}" for run in self.numbers[:4])
@@ -204,8 +204,8 @@ def open_store(path: str | os.PathLike[str]) -> DistributionStore:
 
 def stores_of(run: Path) -> list[Path]:
     """Folders in a run that hold, or will hold, a source's distributions."""
-    found = sorted((run / "externalize").glob(f"*/{MANIFEST}"))
-    return [path.parent for path in found if path.parent.name != TARGET]
+    manifests = sorted((run / "externalize").glob(f"*/{MANIFEST}"))
+    return [path.parent for path in manifests if path.parent.name != TARGET]
 
 
 def _not_a_stage(path: Path) -> str:

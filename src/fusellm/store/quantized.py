@@ -79,8 +79,8 @@ def probabilities(steps: np.ndarray) -> np.ndarray:
     >>> probabilities(np.array([0, 64, 70_000])).round(3).tolist()
     [1.0, 0.368, 0.0]
     """
-    found: np.ndarray = _PROBABILITIES.take(steps, mode="clip")
-    return found
+    masses: np.ndarray = _PROBABILITIES.take(steps, mode="clip")
+    return masses
 
 
 def to_sum_one(

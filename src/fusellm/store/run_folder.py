@@ -49,8 +49,8 @@ def suites_of(run: Path) -> tuple[bool, int] | None:
 def records_of(run: Path, models: Sequence[str]) -> list[Path]:
     """What the trained models among `models` answered to suites, and the index of all answers."""
     trained = [model for model in models if model in (FUSED, CLM)]
-    found = [path for model in trained for path in sorted((run / SUITES).glob(f"*/{model}"))]
-    return [*found, run / SUITES / INDEX] if found else []
+    records = [path for model in trained for path in sorted((run / SUITES).glob(f"*/{model}"))]
+    return [*records, run / SUITES / INDEX] if records else []
 
 
 def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
@@ -69,7 +69,7 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if everything:
         names = (*STAGES, SUITES, ASIDE, RECIPE)
         return [path for name in names if (path := run / name).exists() or path.is_symlink()]
-    found = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
+    paths = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:
         unfinished = [name for name, folder in folders.items() if not folder.complete]
         if unfinished or "evaluate" not in folders:
@@ -77,10 +77,10 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
                 f"{run} is unfinished ({', '.join(unfinished) or 'not evaluated'}) and still needs "
                 "its stores; finish it with `fusellm run`, or give --all"
             )
-        found += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
-    for path in found:
+        paths += [*(run / "externalize").rglob("*.arrow"), *(run / "fuse").glob("*.arrow")]
+    for path in paths:
         require_inside(path.parent, run)
-    return [path for path in found if path.exists()]
+    return [path for path in paths if path.exists()]
 
 
 def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:

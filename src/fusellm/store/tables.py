@@ -252,10 +252,10 @@ class Shard:
         if "block" not in columns:
             return None
         first = self.numbers[0] + n * BATCH_BLOCKS
-        found = columns["block"] != np.arange(first, first + len(columns["block"]))
-        row = int(np.argmax(found))
+        differs = columns["block"] != np.arange(first, first + len(columns["block"]))
+        row = int(np.argmax(differs))
         number = columns["block"][row]
-        return Wrong(row, "block", f"its number is {number}") if found[row] else None
+        return Wrong(row, "block", f"its number is {number}") if differs[row] else None
 
     def column_bytes(self, n: int) -> dict[str, int]:
         """What each column of a record batch takes on disk."""
@@ -282,14 +282,14 @@ class Shard:
     def lengths(self, column: str) -> np.ndarray:
         """[blocks] entries of a ragged column; no other column is decompressed."""
         reader = self._open([self._reader.schema.get_field_index(column)])
-        found = [np.zeros(0, dtype=np.int64)]
+        lengths = [np.zeros(0, dtype=np.int64)]
         for n in range(self.record_batches):
             self._verify(n + 1)
             with self._arrow_explained(f"record batch {n}"):
                 batch = reader.get_batch(n)
                 batch.validate(full=True)
-            found.append(np.diff(batch.column(0).offsets.to_numpy()))
-        return np.concatenate(found)
+            lengths.append(np.diff(batch.column(0).offsets.to_numpy()))
+        return np.concatenate(lengths)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The columns of each record batch: scalars as arrays, lists as `Ragged`."""

@@ -49,11 +49,11 @@ def cached_translation(
     path = (
         cache_folder() / "maps" / f"{strategy}-{source[:24]}-{target[:24]}-v{_VERSION}.safetensors"
     )
-    found = _read(path, sizes)
-    if found is None:
-        found = make()
-        _keep(path, found)
-    return found
+    translation = _read(path, sizes)
+    if translation is None:
+        translation = make()
+        _keep(path, translation)
+    return translation
 
 
 def _read(path: Path, sizes: tuple[int, int]) -> VocabularyMap | None:

@@ -192,7 +192,7 @@ def _sums(
     return whole.hexdigest(), sums
 
 
-def repair(found: Verified) -> list[str]:
+def repair(verified: Verified) -> list[str]:
     """Take the damaged files of a folder out of its manifest, so that its stage makes them anew.
 
     They are looked at again under the folder's lock: what has been made anew meanwhile stays.
@@ -203,18 +203,18 @@ def repair(found: Verified) -> list[str]:
     Raises:
         StoreError: another process is writing in the folder, or this one may not.
     """
-    if not found.repairable:
+    if not verified.repairable:
         return []
     try:
-        with StageWriter.open(found.path, StageFolder(found.path).identity) as folder:
+        with StageWriter.open(verified.path, StageFolder(verified.path).identity) as folder:
             # Opening an unfinished folder takes out what is missing or of another size.
-            gone = [name for name in found.repairable if name not in folder.shards]
-            left = [name for name in found.repairable if name in folder.shards]
+            gone = [name for name in verified.repairable if name not in folder.shards]
+            left = [name for name in verified.repairable if name in folder.shards]
             still = [name for name in left if fault_of(folder, name) is not None]
             folder.forget(still)
     except OSError as error:
         raise StoreError(
-            f"{found.path} cannot be repaired: {error.strerror} ({error.filename}); make it "
+            f"{verified.path} cannot be repaired: {error.strerror} ({error.filename}); make it "
             "writable first"
         ) from error
     return sorted(gone + still)

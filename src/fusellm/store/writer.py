@@ -223,13 +223,13 @@ def _save(folder: Path, manifest: Manifest) -> None:
 
 def software_versions() -> dict[str, str]:
     """Versions of what a stage's result may depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _SOFTWARE:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def set_aside(run: Path, folders: list[Path]) -> Path | None:

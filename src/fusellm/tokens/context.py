@@ -27,10 +27,10 @@ def context_bytes(spans: Spans, length: int) -> np.ndarray:
     >>> context_bytes([(1, 3)], 4).tolist()
     [False, True, True, False]
     """
-    found = np.zeros(length, dtype=np.bool_)
+    is_context = np.zeros(length, dtype=np.bool_)
     for start, end in spans:
-        found[start:end] = True
-    return found
+        is_context[start:end] = True
+    return is_context
 
 
 def context_tokens(ends: np.ndarray, spans: Spans, length: int) -> np.ndarray:

@@ -29,5 +29,5 @@ class Sample:
 def sample(encoder: Encoder, blocks: Sequence[str]) -> Sample:
     """Try a tokenizer on blocks of text; no model is needed."""
     encoded = encoder.encode(blocks, [False] * len(blocks))
-    changed = [text for text, found in zip(blocks, encoded, strict=True) if found.ends is None]
+    changed = [text for text, tokens in zip(blocks, encoded, strict=True) if tokens.ends is None]
     return Sample(len(blocks), len(changed), changed[0][:60] if changed else "")

@@ -170,11 +170,11 @@ def _mark_of(reading: list[dict[str, Any]]) -> str | None:
 def _components(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     if component is None:
         return []
-    found = [component]
+    components = [component]
     for name in ("decoders", "pretokenizers", "normalizers"):
         for inner in component.get(name, ()):
-            found += _components(inner)
-    return found
+            components += _components(inner)
+    return components
 
 
 def _of_sentencepiece(model: Any) -> Spelling:

@@ -199,9 +199,9 @@ def _dummy_prefix(
     """(whether a text gets a dummy prefix, whether one that begins with a space gets it too)."""
 
     def spelled(text: str) -> bytes | None:
-        found = [token_bytes[id_] for id_ in text_ids([text])[0]]
-        known = [token for token in found if token is not None]
-        return b"".join(known) if len(known) == len(found) else None
+        tokens = [token_bytes[id_] for id_ in text_ids([text])[0]]
+        known = [token for token in tokens if token is not None]
+        return b"".join(known) if len(known) == len(tokens) else None
 
     for probe in _PROBES:
         data = probe.encode()

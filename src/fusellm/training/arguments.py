@@ -163,7 +163,7 @@ def settings_of(recipe: Recipe, which: str) -> dict[str, tuple[str, Any]]:
     training = recipe.training
     _check_names(training.arguments, "training", set(type(training).model_fields))
     _check_names(training.clm, "training.clm", set())
-    found = {}
+    settings = {}
     blocks = {"training": training.arguments}
     if which == CLM:
         blocks["training.clm"] = training.clm
@@ -171,35 +171,35 @@ def settings_of(recipe: Recipe, which: str) -> dict[str, tuple[str, Any]]:
         for key, value in block.items():
             if key in ("save_strategy", "logging_strategy") and value is False:
                 value = "no"  # which YAML makes false of
-            found[key] = place, checked(place, key, value)
-    place, order = found.get("train_sampling_strategy", ("", _ORDERS[0]))
+            settings[key] = place, checked(place, key, value)
+    place, order = settings.get("train_sampling_strategy", ("", _ORDERS[0]))
     if order not in _ORDERS:
         raise RecipeError(
             f"{place}.train_sampling_strategy: {order} is not one of {', '.join(_ORDERS)}"
         )
-    return found
+    return settings
 
 
 def _by_machine(recipe: Recipe) -> dict[str, Any]:
     """What is otherwise than transformers has it, by the machine and the recipe's other fields."""
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "seed": recipe.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": 2 if torch.accelerator.is_available() else 0,  # reading ahead
     }
     if not torch.accelerator.is_available():
-        found["use_cpu"] = True  # transformers wants to be told, for bf16
+        settings["use_cpu"] = True  # transformers wants to be told, for bf16
     if recipe.training.rows == "block":  # packed rows are of like length as they are
-        found["train_sampling_strategy"] = "group_by_length"
-    return found
+        settings["train_sampling_strategy"] = "group_by_length"
+    return settings
 
 
 def _adjusted(recipe: Recipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by the names that transformers has come to prefer, with what they want besides."""
-    found = {_NEW_NAMES.get(key, key): value for key, value in chosen.items()}
-    if found.get("fsdp") and recipe.training.lora is None and "fsdp_config" not in found:
-        found["fsdp_config"] = {"cpu_ram_efficient_loading": True}  # one process alone reads it
-    return found
+    settings = {_NEW_NAMES.get(key, key): value for key, value in chosen.items()}
+    if settings.get("fsdp") and recipe.training.lora is None and "fsdp_config" not in settings:
+        settings["fsdp_config"] = {"cpu_ram_efficient_loading": True}  # one process alone reads it
+    return settings
 
 
 def culprit(keys: list[str], attempt: Callable[[list[str]], object]) -> str | None:

@@ -54,14 +54,14 @@ def last_checkpoint(checkpoints: Path, progress: Progress) -> str | None:
         require_no_links(checkpoints)
         make_folder(checkpoints)
         damaged = _set_damaged_aside(checkpoints, progress)
-        found = get_last_checkpoint(str(checkpoints))
-        further = "begins anew" if found is None else f"goes on from {found}"
+        newest = get_last_checkpoint(str(checkpoints))
+        further = "begins anew" if newest is None else f"goes on from {newest}"
         for file, place in damaged:
             progress.say(
                 f"{file} was damaged after it was saved: its checkpoint is kept as {place}, and "
                 f"training {further}"
             )
-        return None if found is None else str(found)
+        return None if newest is None else str(newest)
 
     return processes.first(last)
 
@@ -74,9 +74,9 @@ def _set_damaged_aside(checkpoints: Path, progress: Progress) -> list[tuple[Path
             folders.append(folder)
         else:
             shutil.rmtree(folder)
-    found: list[tuple[Path, Path]] = []
+    damaged: list[tuple[Path, Path]] = []
     if not folders:
-        return found
+        return damaged
     megabytes = sum(folder_bytes(folder) for folder in folders) / 1e6
     with progress.start("verifying checkpoints", megabytes, "MB") as bar:
         for folder in folders:
@@ -86,8 +86,8 @@ def _set_damaged_aside(checkpoints: Path, progress: Progress) -> list[tuple[Path
                 place = folder.with_name(_DAMAGED + folder.name)
                 shutil.rmtree(place, ignore_errors=True)
                 folder.rename(place)
-                found.append((file, place))
-    return found
+                damaged.append((file, place))
+    return damaged
 
 
 def damaged_file(checkpoint: Path) -> Path | None:

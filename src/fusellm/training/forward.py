@@ -82,7 +82,7 @@ def _forward(
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     hidden = hidden_states(self, **{k: v for k, v in inputs.items() if v is not None})
-    found: dict[str, torch.Tensor] = _eager_losses(
+    losses: dict[str, torch.Tensor] = _eager_losses(
         self,
         hidden,
         labels,
@@ -91,7 +91,7 @@ def _forward(
         divergence.value,
         None if num_items_in_batch is None else num_items_in_batch.value,
     )
-    return found
+    return losses
 
 
 def _losses(
@@ -107,7 +107,7 @@ def _losses(
     predicted = labels[:, 1:] != IGNORED
 
     def losses(hidden: torch.Tensor, head: Head) -> dict[str, torch.Tensor]:
-        found = objective(
+        loss = objective(
             hidden,
             head,
             labels[:, 1:][predicted],
@@ -116,7 +116,7 @@ def _losses(
             divergence,
             count=predicted.sum() if count is None else count,
         )
-        return {"loss": found.total, "clm": found.clm, "fusion": found.fusion}
+        return {"loss": loss.total, "clm": loss.clm, "fusion": loss.fusion}
 
     return through_head(model, hidden[:, :-1][predicted], losses)
 

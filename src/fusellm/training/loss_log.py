@@ -49,14 +49,14 @@ class LossLog:
         sums = accelerator.reduce(torch.cat([self._losses, counts]), reduction="sum")
         clm, fusion, predicted, fused, kept_mass, tokens = sums.tolist()
         now = time.perf_counter()
-        found = {
+        means = {
             "clm_loss": clm / max(predicted, 1),
             "fused_share": fused / max(predicted, 1),
             "tokens_per_second": round(tokens / (now - self._since), 1),
         }
         if fused:
-            found |= {"fusion_loss": fusion / fused, "kept_mass": kept_mass / fused}
+            means |= {"fusion_loss": fusion / fused, "kept_mass": kept_mass / fused}
         self._losses.zero_()
         self._counts = [0.0] * 4
         self._since, self.any = now, False
-        return found
+        return means

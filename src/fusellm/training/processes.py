@@ -54,14 +54,14 @@ def first(do: Callable[[], Result]) -> Result:
     torch.distributed.broadcast_object_list(told, src=0)
     if told[1] is not None:
         raise told[1]
-    found: Result = told[0]
-    return found
+    result: Result = told[0]
+    return result
 
 
 def gathered(items: list[Any]) -> list[Any]:
     """The items of all processes, in their order; every process gets them."""
-    found: list[Any] = gather_object(items) if count() > 1 else items
-    return found
+    of_all: list[Any] = gather_object(items) if count() > 1 else items
+    return of_all
 
 
 def join(meeting: Path, rank: int, of: int) -> None:

@@ -113,9 +113,9 @@ def rehearse(recipe: Recipe, which: str) -> None:
 def _only(recipe: Recipe, keys: Sequence[str]) -> Recipe:
     """A recipe with some of its settings of training."""
     training = recipe.training
-    found = training.model_dump(exclude=training.arguments.keys() - set(keys))
-    found["clm"] = {key: value for key, value in training.clm.items() if key in keys}
-    return recipe.model_copy(update={"training": type(training).model_validate(found)})
+    settings = training.model_dump(exclude=training.arguments.keys() - set(keys))
+    settings["clm"] = {key: value for key, value in training.clm.items() if key in keys}
+    return recipe.model_copy(update={"training": type(training).model_validate(settings)})
 
 
 def _train(recipe: Recipe, which: str) -> None:

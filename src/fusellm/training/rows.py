@@ -79,17 +79,17 @@ class TokenContext:
         Raises:
             StoreError: tokens and texts are not of the same blocks.
         """
-        found = []
+        counts = []
         for n, (blocks, tokens) in enumerate(zip(self._blocks, self._tokens, strict=True)):
             require_same_blocks(tokens, blocks)
             for batch in range(blocks.record_batches):
                 columns = blocks.columns(batch)
                 place = columns["block"], text_bytes(columns)
                 require_text(tokens, batch, tokens.columns(batch), *place)
-            found += [int((~self.of(n, row)[first:]).sum()) for row in range(len(blocks))]
+            counts += [int((~self.of(n, row)[first:]).sum()) for row in range(len(blocks))]
             for batch in range(blocks.record_batches):
                 self.forget(n, batch)
-        return np.array(found, dtype=np.int64)
+        return np.array(counts, dtype=np.int64)
 
     def lengths(self) -> np.ndarray:
         """[blocks] tokens of each block."""
@@ -305,7 +305,7 @@ def stored_blocks(
 def _by_window(windows: np.ndarray) -> list[np.ndarray]:
     """The indices of each window's entries, ascending, window by window.
 
-    >>> [found.tolist() for found in _by_window(np.array([3, 0, 3, 0]))]
+    >>> [indices.tolist() for indices in _by_window(np.array([3, 0, 3, 0]))]
     [[1, 3], [0, 2]]
     """
     order = np.argsort(windows, kind="stable")
@@ -343,10 +343,10 @@ class RowOrder(Sampler[int]):
         yield from [FILLER] * self._filler
 
     def _order(self, generator: torch.Generator) -> list[int]:
-        found: list[int] = []
+        rows: list[int] = []
         for window in self._shuffled_windows(generator):
-            found += window[torch.randperm(len(window), generator=generator).numpy()].tolist()
-        return found
+            rows += window[torch.randperm(len(window), generator=generator).numpy()].tolist()
+        return rows
 
     def _shuffled_windows(self, generator: torch.Generator) -> list[np.ndarray]:
         if len(self._windows) == 1:
@@ -388,13 +388,13 @@ class RowsOfLikeLength(RowOrder):
 
     def _order(self, generator: torch.Generator) -> list[int]:
         size = self._batch_rows
-        found: list[int] = []
+        rows: list[int] = []
         left_over: list[int] = []
         for window in self._shuffled_windows(generator):
             lengths = [self._row_tokens[row] for row in window.tolist()]
             order = window[get_length_grouped_indices(lengths, size, generator=generator)].tolist()
             whole = len(order) // size
             for batch in torch.randperm(whole, generator=generator).tolist():
-                found += order[batch * size : (batch + 1) * size]
+                rows += order[batch * size : (batch + 1) * size]
             left_over += order[whole * size :]
-        return found + left_over
+        return rows + left_over

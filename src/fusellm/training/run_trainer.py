@@ -91,12 +91,12 @@ class ObjectiveTrainer(FusionTrainer):
             NumericsError: in each of them, if one has met a loss that is no number.
         """
         told = [tokens, int(self._fault is not None), int(self._stop.asked)]
-        mine = torch.tensor([told], device=self.args.device)
-        found, faults, stops = self.accelerator.gather(mine).sum(0).tolist()
+        own = torch.tensor([told], device=self.args.device)
+        total, faults, stops = self.accelerator.gather(own).sum(0).tolist()
         self._stop.agreed = bool(stops)
         if faults:
             raise NumericsError(processes.gathered([self._fault] if self._fault else [])[0])
-        return int(found)
+        return int(total)
 
     def require_finite(self) -> None:
         """Check the last batch, which no other one follows.
@@ -164,13 +164,13 @@ class ObjectiveTrainer(FusionTrainer):
         return best
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._init_training_state(*args, **kwargs)
+        resumed_at = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step:  # its path is another one if the run has been moved
             best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
             if not best.is_dir():  # it was damaged: the best of those that are left is kept
                 self.state.best_global_step, self.state.best_metric = 0, None
-        return found
+        return resumed_at
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the loss its parts and the tokens so far."""
@@ -185,9 +185,9 @@ class ObjectiveTrainer(FusionTrainer):
         training = whole.training
         whole.eval()
         with self.accelerator.autocast():  # in the precision that is trained in
-            found = self._measured(whole)
+            bits_per_byte = self._measured(whole)
         whole.train(training)
-        metrics = {f"eval_{domain}": value for domain, value in found.items()}
+        metrics = {f"eval_{domain}": value for domain, value in bits_per_byte.items()}
         self.log(metrics | {"tokens": self.state.num_input_tokens_seen})
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -201,8 +201,8 @@ class ObjectiveTrainer(FusionTrainer):
         if not is_sharded(model):
             return self._validation.measure(model)
         with swapped_forward(whole, lambda: self._validation.measure(model)):
-            found: dict[str, float] = whole()
-        return found
+            bits_per_byte: dict[str, float] = whole()
+        return bits_per_byte
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The weights that are spread over the processes (FSDP), on the first one's host.
@@ -211,8 +211,8 @@ class ObjectiveTrainer(FusionTrainer):
         """
         if not self.is_fsdp_enabled:
             return None
-        found: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
-        return found
+        weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
+        return weights
 
     def records(self) -> list[dict[str, Any]]:
         """The log as lines for people and the report."""
@@ -229,7 +229,7 @@ class ObjectiveTrainer(FusionTrainer):
     def counts(self) -> dict[str, Any]:
         """What the training counted, and which step's model it ends with."""
         state = self.state
-        found: dict[str, Any] = {"steps": state.global_step, "tokens": state.num_input_tokens_seen}
+        counts: dict[str, Any] = {"steps": state.global_step, "tokens": state.num_input_tokens_seen}
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            found |= {"kept_step": self.state.best_global_step}
-        return found
+            counts |= {"kept_step": self.state.best_global_step}
+        return counts

@@ -115,9 +115,9 @@ class FusionTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective over another `FusedDataset`, as `eval_loss`, by λ as it is now."""
         began = time.perf_counter()
-        found: dict[str, float] = super().evaluate(*args, **kwargs)
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self._loss_log.leave_out(time.perf_counter() - began)
-        return found
+        return metrics
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of a dataset by its own outcomes, which are not those that are trained on."""
@@ -190,13 +190,13 @@ class FusionTrainer(Trainer):
         if "outcomes" in inputs and model.training:
             self._lambda = self._schedule.at(self.state.global_step, self.state.max_steps)
         given = objective_inputs(inputs, self._lambda, num_items_in_batch, self._divergence)
-        found = model(**given)
-        loss = found["loss"]
+        outputs = model(**given)
+        loss = outputs["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._loss_log.add(counts, found["clm"], found["fusion"])
-        return (loss, found) if return_outputs else loss
+            self._loss_log.add(counts, outputs["clm"], outputs["fusion"])
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the loss its parts."""

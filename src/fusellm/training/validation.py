@@ -34,10 +34,10 @@ class Validation:
         """
         share = processes.number(), processes.count()
         nats = blocks_nats(model, self._encoded, self._lengths, self._batch_tokens, share=share)
-        mine = [
+        own = [
             (n, row) for n, row in enumerate(nats) if row is not None and not np.isnan(row).all()
         ]
-        for n, row in processes.gathered(mine):
+        for n, row in processes.gathered(own):
             nats[n] = row
         return by_domain(self._domains, without_context(nats, self._context))
 

@@ -74,16 +74,16 @@ def checked(place: str, key: str, value: Any) -> Any:
         if isinstance(value, bool) and bool not in kinds:  # which is a number to Python
             raise ValueError
         is_also = type(value) is _ALSO.get(key)
-        found = value if is_also else _adapter(key).validate_python(value)
+        setting = value if is_also else _adapter(key).validate_python(value)
     except (ValueError, RecursionError):  # of pydantic too
         raise RecipeError(f"{place}.{key}: {as_written(value)} is not {_spoken(kinds)}") from None
-    if isinstance(found, int | float) and not isinstance(found, bool):
+    if isinstance(setting, int | float) and not isinstance(setting, bool):
         fits, words = _RANGES.get(key, (lambda _: True, ""))
-        if not abs(found) <= _LARGEST:  # nor NaN
+        if not abs(setting) <= _LARGEST:  # nor NaN
             fits, words = (lambda _: False), f"a number up to {_LARGEST}"
-        if not fits(found):
+        if not fits(setting):
             raise RecipeError(f"{place}.{key} is {as_written(value)}, and has to be {words}")
-    return found
+    return setting
 
 
 @cache
@@ -100,11 +100,11 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 def _kinds(key: str) -> frozenset[type]:
     """The types of a setting: list[str] | None is list and NoneType; an enumeration is text."""
     hint = _hints()[key]
-    found = set()
+    kinds = set()
     for part in get_args(hint) if _is_union(hint) else [hint]:
         kind = get_origin(part) or part
-        found.add(str if isinstance(kind, type) and issubclass(kind, Enum) else kind)
-    return frozenset({*found, *([_ALSO[key]] if key in _ALSO else [])})
+        kinds.add(str if isinstance(kind, type) and issubclass(kind, Enum) else kind)
+    return frozenset({*kinds, *([_ALSO[key]] if key in _ALSO else [])})
 
 
 def _is_union(hint: Any) -> bool:

@@ -91,8 +91,8 @@ def documents(
     for distribution, root, path in _python_files() if domains & {"prose", "python"} else []:
         if on_file is not None:
             on_file()
-        found = _of_python_file(distribution, root, path, wanted, domains)
-        yield from (document for document in found if document.domain in domains)
+        of_file = _of_python_file(distribution, root, path, wanted, domains)
+        yield from (document for document in of_file if document.domain in domains)
     for root, path in _header_files() if "cpp" in domains else []:
         if on_file is not None:
             on_file()
@@ -144,8 +144,8 @@ class _WordHashes(dict[str, int]):
     """Hashes of words, each made once: a text has few different ones."""
 
     def __missing__(self, word: str) -> int:
-        found = self[word] = zlib.crc32(word.encode())
-        return found
+        crc = self[word] = zlib.crc32(word.encode())
+        return crc
 
 
 def _shingles(text: str, hash_of: _WordHashes) -> np.ndarray:
