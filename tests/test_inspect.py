@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from fusellm.cli.inspect_grid import SEPARATOR, Strip, grid, visible
-from fusellm.cli.inspect_lists import outcome_label
+from fusellm.cli.inspect import outcome_label
 from fusellm.cli.main import main
+from fusellm.explain.grid import SEPARATOR, Strip, grid, visible
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
-from fusellm.errors import CorpusError, IdentityError, ModelError, TokenizerError
+from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError, TokenizerError
 from fusellm.models.headers import weight_problems
 from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
@@ -202,3 +202,30 @@ def projected_store_bytes(recipe: Recipe) -> int | None:
     sampled = settings.scheme == "sampled"
     kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
     return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None
+
+
+def require_disk(found: Mapping[str, Any]) -> None:
+    """Check that a run's distributions fit the disk that its folder is on.
+
+    Args:
+        found: by `Pipeline.check`.
+
+    Raises:
+        StoreError: they do not.
+    """
+    projected, free = found["projected_store_bytes"], found["free_bytes"]
+    if projected is not None and projected > free:
+        raise StoreError(
+            f"the run needs about {gigabytes(projected)} and {found['run']} has "
+            f"{gigabytes(free)} free; give another --out, or lower corpus.train_bytes or "
+            "externalize.draws"
+        )
+
+
+def gigabytes(size: float) -> str:
+    """A size in bytes, for people.
+
+    >>> gigabytes(1_234_567_890)
+    '1.23 GB'
+    """
+    return f"{size / 1e9:.2f} GB"

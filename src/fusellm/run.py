@@ -12,10 +12,11 @@ from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
 from fusellm.evaluation.intervals import Record
 from fusellm.evaluation.suite_results import SuiteResults, read_suites
-from fusellm.inspection import Inspection, inspect_block
+from fusellm.explain.block import BlockView, inspect_block
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.pipeline import Pipeline
+from fusellm.preflight import require_disk
 from fusellm.progress import Progress, Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.stages.evaluate import read_records
@@ -139,9 +140,11 @@ class Run:
             What was found: models, tokenizers, and the disk that the run will take.
 
         Raises:
-            FusellmError: something cannot be as the recipe has it.
+            FusellmError: something cannot be as the recipe has it, or the disk is too small for it.
         """
-        return self._pipeline.check()
+        found = self._pipeline.check()
+        require_disk(found)
+        return found
 
     def execute(self, *stages: str, redo: bool = False) -> "Run":
         """Run stages, or go on with them; all if none is named.
@@ -212,7 +215,7 @@ class Run:
             raise StoreError(f"{place} has no finished model yet; first: run.train()")
         return load_pretrained(str(place), device=device, trust_remote_code=self.trusted)
 
-    def block(self, number: int, position: int | None = None) -> Inspection:
+    def block(self, number: int, position: int | None = None) -> BlockView:
         """One block as all models read it, and what became of one position's distribution.
 
         Args:
@@ -222,13 +225,5 @@ class Run:
         Raises:
             StoreError: nothing is fused yet, or there is no such block or position.
         """
-        readers = self._pipeline.readers.items()
-        return inspect_block(
-            self.recipe,
-            self.folder,
-            {name: reader.encoder for name, reader in readers},
-            {name: reader.tokenizer_fingerprint for name, reader in readers},
-            number,
-            position,
-            self._progress,
-        )
+        readers = self._pipeline.readers
+        return inspect_block(self.recipe, self.folder, readers, number, position, self._progress)

@@ -15,9 +15,9 @@ from fusellm.cli.evaluate_screen import (
     save,
     show,
 )
-from fusellm.cli.execute import open_pipeline, open_recipe
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
+from fusellm.cli.run import open_pipeline, open_recipe
 from fusellm.errors import EvaluationError, RecipeError
 from fusellm.recipe_file import model_settings
 

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
-
-import typer
 
 from fusellm.cli.console import STDERR
 from fusellm.errors import RecipeError
@@ -21,18 +18,6 @@ _GRACE_SECONDS = 3.0
 _PROCESSES_WITHOUT_GPU = 2  # may be tried on any machine
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _BY_US = "FUSELLM_MEETING"  # for the processes that --nproc starts: the file in which they meet
-
-Nproc = Annotated[
-    int,
-    typer.Option(
-        "--nproc",
-        metavar="N",
-        min=1,
-        help="Train on N processes of this machine, one a GPU; each takes "
-        "per_device_train_batch_size rows at a time. `accelerate launch -m fusellm train` does it "
-        "on several machines. With `training: {fsdp: true}` the model is spread over them (FSDP2).",
-    ),
-]
 
 
 def launched() -> int:
