@@ -1,4 +1,4 @@
-"""Where text meets the terminal: the two consoles, and what all screens are drawn with.
+"""Where text meets the terminal: the two consoles, and bars and messages on them.
 
 Names in recipes, tokens and fields of documents are other people's text. Here, and only here, what
 a terminal would obey becomes what it shows.
@@ -6,27 +6,22 @@ a terminal would obey becomes what it shows.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.segment import Segment
-from rich.table import Column, Table
 from rich.text import Text
 
 from fusellm.progress import Bar
@@ -84,87 +79,6 @@ class SafeConsole(Console):
 
 STDOUT, STDERR = SafeConsole(), SafeConsole(stderr=True)
 
-right = partial(Column, justify="right", no_wrap=True)
-
-
-def table(*columns: str | Column, **settings: Any) -> Table:
-    """A table in the style that all have; a column whose name begins with `>` stands right."""
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "title_justify": "left"}
-    style |= {"title_style": "bold italic"}
-    made = [
-        Column(one.removeprefix(">"), justify="right" if one.startswith(">") else "left")
-        if isinstance(one, str)
-        else one
-        for one in columns
-    ]
-    return Table(*made, **(style | settings))
-
-
-def facts(rows: Iterable[tuple[str | Text, str | Text]]) -> Table:
-    """Names in grey, each with what is to be said of it."""
-    drawn = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
-
-
-class Fitted:
-    """What is drawn to the room that a cell has."""
-
-    def __init__(self, draw: Callable[[int], Text], least: int) -> None:
-        """`draw` makes it, so many columns wide; it needs `least` of them."""
-        self._draw, self._least = draw, least
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield self._draw(options.max_width)
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(self._least, options.max_width)
-
-
-class Look(NamedTuple):
-    """How a situation is shown: its sign in a line, its colour, its filling of a bar."""
-
-    sign: str
-    style: str
-    filling: str
-    meaning: str
-
-
-SITUATIONS = {
-    "same": Look("=", "green", "█", "both cut the next token alike"),
-    "several": Look("+", "cyan", "▓", "the source spells it in several tokens"),
-    "beyond": Look(">", "yellow", "▒", "the source's next token ends after it"),
-    "crossed": Look(
-        "×", "magenta", "░", "the source's tokens end before and after it, not at its end"
-    ),
-    "unaligned": Look("≠", "bright_black", "·", "the source has not read the same text"),
-}
-"""So that they read without colours as well."""
-
-_EIGHTHS = " ▏▎▍▌▋▊▉"
-
-
-def share_bar(share: float, width: int) -> str:
-    """A share as a bar; never empty where there is any.
-
-    >>> share_bar(0.5, 4), share_bar(1.0, 4), share_bar(0.001, 4), share_bar(0.0, 4)
-    ('██', '████', '▏', '')
-    """
-    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
-    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
-
-
-def number(probability: float) -> str:
-    """A probability in three decimals.
-
-    >>> number(0.0314), number(1.0), number(0.0001), number(0.0)
-    ('.031', '1.00', '<.001', '.000')
-    """
-    if probability > 0.9995:
-        return f"{probability:.2f}"
-    return "<.001" if 0 < probability < 0.0005 else f"{probability:.3f}".removeprefix("0")
-
 
 def counted(amount: str, units: str) -> str:
     """An amount with its unit.
@@ -196,50 +110,43 @@ def _short(amount: float) -> str:
     return f"{amount:.0f}" if amount >= 10 or amount == int(amount) else f"{amount:.1f}"
 
 
-class _RichBar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+class _Bar:
+    """A bar of rich, or lines now and then where that is disabled as there is no terminal."""
+
+    def __init__(
+        self, console: SafeConsole, progress: Progress, what: str, total: float, unit: str
+    ) -> None:
+        self._console, self._progress = console, progress
+        self._id = progress.add_task(what, total=total or None, unit=unit, note="")
+        self._task, self._said = progress.tasks[0], time.monotonic()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        self._progress.advance(self._task, amount)
-        if note:
-            self._progress.update(self._task, note=note)
-
-    def resize(self, total: float) -> None:
-        self._progress.update(self._task, total=total)
-
-
-class _PlainBar:
-    def __init__(self, console: SafeConsole, what: str, total: float, unit: str) -> None:
-        self._console, self._what, self._total, self._unit = console, what, total, unit
-        self._done, self._note = 0.0, ""
-        self._began = self._said = time.monotonic()
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        self._done += amount
-        self._note = note or self._note
-        if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
+        task = self._task
+        self._progress.update(self._id, advance=amount, note=note or task.fields["note"])
+        if self._progress.disable and time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
             self._said = time.monotonic()
-            self.say(f"{_done(self._done, self._total, self._unit)}{self._left()}")
+            self._say(_done(task.completed, task.total, task.fields["unit"]) + self._left())
 
     def resize(self, total: float) -> None:
-        self._total = total
-
-    def say(self, text: str) -> None:
-        note = f", {self._note}" if self._note else ""
-        self._console.say(f"{self._what}: {text}{note}")
+        self._progress.update(self._id, total=total)
 
     def finish(self) -> None:
-        seconds = time.monotonic() - self._began
-        self.say(f"{counted(_short(self._done), self._unit)} in {seconds:.1f} s")
+        done, unit = self._task.completed, self._task.fields["unit"]
+        if self._progress.disable:
+            self._say(f"{counted(_short(done), unit)} in {self._task.elapsed:.1f} s")
+        self._progress.update(self._id, total=done or 1, completed=done or 1)
+
+    def _say(self, text: str) -> None:
+        note = self._task.fields["note"]
+        self._console.say(f"{self._task.description}: {text}{f', {note}' if note else ''}")
 
     def _left(self) -> str:
-        seconds = time.monotonic() - self._began
-        if not self._done or not self._total:
+        task = self._task
+        if not task.completed or not task.total:
             return ""
-        rate = self._done / seconds
-        left = max(self._total - self._done, 0) / rate
-        return f", {_short(rate)} {self._unit}/s, {left:.0f} s left"
+        rate = task.completed / (task.elapsed or 1)
+        left = max(task.total - task.completed, 0) / rate
+        return f", {_short(rate)} {task.fields['unit']}/s, {left:.0f} s left"
 
 
 class Terminal:
@@ -251,11 +158,6 @@ class Terminal:
     @contextmanager
     def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; 0 where that is not known."""
-        if not self._console.is_terminal:
-            plain = _PlainBar(self._console, what, total, unit)
-            yield plain
-            plain.finish()
-            return
         with Progress(
             SpinnerColumn(finished_text=Text("✓", style="green")),
             TextColumn("{task.description:<26}", markup=False),
@@ -267,11 +169,11 @@ class Terminal:
             TextColumn("{task.fields[note]}", style="cyan", markup=False),
             console=self._console,
             refresh_per_second=4,
+            disable=not self._console.is_terminal,
         ) as progress:
-            task = progress.add_task(what, total=total or None, unit=unit, note="")
-            yield _RichBar(progress, task)
-            done = progress.tasks[0].completed
-            progress.update(task, total=done or 1, completed=done or 1)
+            bar = _Bar(self._console, progress, what, total, unit)
+            yield bar
+            bar.finish()
 
     def say(self, message: str) -> None:
         """One line."""

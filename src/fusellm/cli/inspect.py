@@ -17,20 +17,8 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from fusellm.cli.console import (
-    SITUATIONS,
-    STDERR,
-    STDOUT,
-    Fitted,
-    Terminal,
-    counted,
-    facts,
-    json_text,
-    number,
-    right,
-    share_bar,
-    table,
-)
+from fusellm.cli import draw
+from fusellm.cli.console import STDERR, STDOUT, Terminal, counted, json_text
 from fusellm.cli.options import NO_CHANGES, Json, RunFolder
 from fusellm.cli.run import open_recipe
 from fusellm.errors import StoreError
@@ -38,14 +26,7 @@ from fusellm.explain.grid import GOES_ON, SEPARATOR, Grid, GridRow, Strip, grid,
 
 if TYPE_CHECKING:
     from fusellm.config import Recipe
-    from fusellm.explain.block import (
-        Before,
-        BlockView,
-        Entry,
-        ModelTokens,
-        OutcomeView,
-        PositionView,
-    )
+    from fusellm.explain import block as of
 
 _NOBODY, _CHOSEN, _TRUE = "–", "▼", "✓"
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -106,7 +87,7 @@ def inspect(
     STDOUT.print(Text(f"{elsewhere}, --block 0 to {view.blocks - 1}", "dim"))
 
 
-def _head(run: str, recipe: "Recipe", view: "BlockView") -> Table:
+def _head(run: str, recipe: "Recipe", view: "of.BlockView") -> Table:
     fusion, kept = recipe.fusion, recipe.externalize
     over = f"a window of {fusion.window_bytes} bytes to each side"
     over = over if fusion.granularity == "window" else "the whole block"
@@ -121,18 +102,20 @@ def _head(run: str, recipe: "Recipe", view: "BlockView") -> Table:
         "function": Text(f"{fusion.function}, sources compared over {over}"),
         "kept": Text(f"{scheme} at each position"),
     }
-    return facts(said.items())
+    return draw.facts(said.items())
 
 
-def _sources(view: "BlockView") -> Table:
-    looks = [right(f"{name}\n{s.sign}", header_style=s.style) for name, s in SITUATIONS.items()]
-    measures = (right("wins"), right("bits\na byte"))
-    shown = table("source", right("tokens\n"), *looks, *measures, padding=(0, 1, 0, 0))
+def _sources(view: "of.BlockView") -> Table:
+    looks = [
+        draw.right(f"{name}\n{s.sign}", header_style=s.style) for name, s in draw.SITUATIONS.items()
+    ]
+    measures = (draw.right("wins"), draw.right("bits\na byte"))
+    shown = draw.table("source", draw.right("tokens\n"), *looks, *measures, padding=(0, 1, 0, 0))
     for s, source in enumerate(view.sources):
-        row = [str(source.situations.count(name)) for name in SITUATIONS]
+        row = [str(source.situations.count(name)) for name in draw.SITUATIONS]
         row = [str(len(source.tokens.ids)), *row]
         if not source.tokens.read:
-            row = ["left out", *["–"] * len(SITUATIONS)]
+            row = ["left out", *["–"] * len(draw.SITUATIONS)]
         bits = "–" if source.bits_per_byte is None else f"{source.bits_per_byte:.3f}"
         shown.add_row(_label(s, source.name), *row, f"{sum(source.weights):.4g}", bits)
     shown.add_row(Text("target", "bold"), str(len(view.target.ids)))
@@ -162,7 +145,7 @@ def _fit(text: str, room: int) -> str:
     return shown.plain
 
 
-def _left_out(view: "BlockView") -> Iterator[Text]:
+def _left_out(view: "of.BlockView") -> Iterator[Text]:
     readings = {"the target": view.target}
     readings |= {_name(s, source.name): source.tokens for s, source in enumerate(view.sources)}
     for name, tokens in readings.items():
@@ -174,7 +157,7 @@ def _left_out(view: "BlockView") -> Iterator[Text]:
             )
 
 
-def _bands(view: "BlockView", width: int) -> Iterator[Text]:
+def _bands(view: "of.BlockView", width: int) -> Iterator[Text]:
     """The grid of boundaries, in bands as wide as there is room."""
     rows = [(Text("target", "bold"), _strip(view.target))]
     if not view.target.read:
@@ -206,12 +189,12 @@ def _bands(view: "BlockView", width: int) -> Iterator[Text]:
         yield Text()
 
 
-def _strip(tokens: "ModelTokens") -> Strip:
+def _strip(tokens: "of.ModelTokens") -> Strip:
     strip = Strip(tokens.ends)
     return Strip(tokens.ends, {n: tokens.spelled[n] for n, a, b in strip.tokens() if a == b})
 
 
-def _ruler(view: "BlockView", inside: dict[int, int], width: int) -> Text:
+def _ruler(view: "of.BlockView", inside: dict[int, int], width: int) -> Text:
     """Numbers of as many positions as find room, the chosen one before all others."""
     chosen = None if view.at is None else view.at.position
     taken, shown = [False] * (width + 1), {}
@@ -226,7 +209,7 @@ def _ruler(view: "BlockView", inside: dict[int, int], width: int) -> Text:
     return _placed(shown)
 
 
-def _marks(view: "BlockView", inside: dict[int, int]) -> Iterator[tuple[str, Text]]:
+def _marks(view: "of.BlockView", inside: dict[int, int]) -> Iterator[tuple[str, Text]]:
     """Who wins, how that source cuts the text, and the shares where there are several."""
     names = [source.name for source in view.sources]
     wins, cuts = {}, {}
@@ -235,7 +218,7 @@ def _marks(view: "BlockView", inside: dict[int, int]) -> Iterator[tuple[str, Tex
         if winner is not None:
             s = names.index(winner)
             wins[column] = (_letter(s), _style(s))
-            cuts[column] = SITUATIONS[view.sources[s].situations[n]][:2]
+            cuts[column] = draw.SITUATIONS[view.sources[s].situations[n]][:2]
     yield "wins", _placed(wins)
     yield "cut", _placed(cuts)
     if _is_split(view):
@@ -248,7 +231,7 @@ def _marks(view: "BlockView", inside: dict[int, int]) -> Iterator[tuple[str, Tex
             yield f"share {_letter(s)}", _placed(levels)
 
 
-def _is_split(view: "BlockView") -> bool:
+def _is_split(view: "of.BlockView") -> bool:
     """Whether several sources have a share in one distribution."""
     shares = zip(*(source.weights for source in view.sources), strict=True)
     return any(sum(weight > 0 for weight in weights) > 1 for weights in shares)
@@ -276,21 +259,21 @@ def _cells(drawn: Grid, row: GridRow, first: int, after: int, style: str) -> Tex
     return text
 
 
-def _legend(view: "BlockView") -> Table:
+def _legend(view: "of.BlockView") -> Table:
     who = [(f"{_name(s, source.name)}   ", _style(s)) for s, source in enumerate(view.sources)]
     nobody = f"{_NOBODY} no source: the target learns from the text alone"
     numbers = f"a number stands over the token that comes next; {_CHOSEN} is looked at below"
     signs = f"· space   ⏎ line end   → tab   \\x1b bytes and controls   {GOES_ON} goes on"
     cuts = [
         ("", Text.assemble((f"{look.sign} {name}", look.style), f"  {look.meaning}"))
-        for name, look in SITUATIONS.items()
+        for name, look in draw.SITUATIONS.items()
     ]
     share = [("share", Text("the taller, the larger its weight"))] if _is_split(view) else []
     rows = [("position", Text(numbers)), ("wins", Text.assemble(*who, nobody)), *share]
-    return facts([*rows, ("cut", cuts[0][1]), *cuts[1:], ("text", Text(signs))])
+    return draw.facts([*rows, ("cut", cuts[0][1]), *cuts[1:], ("text", Text(signs))])
 
 
-def _read_so_far(view: "BlockView", at: "PositionView") -> Text:
+def _read_so_far(view: "of.BlockView", at: "of.PositionView") -> Text:
     data = view.text.encode()[: at.read_bytes]
     tail = data[-_TAIL_BYTES:].decode("utf-8", "ignore")
     before = "…" if len(data) > _TAIL_BYTES else ""
@@ -306,7 +289,7 @@ def _read_so_far(view: "BlockView", at: "PositionView") -> Text:
     )
 
 
-def _panels(view: "BlockView", at: "PositionView", width: int) -> Table:
+def _panels(view: "of.BlockView", at: "of.PositionView", width: int) -> Table:
     """Every source's distribution and the fused one, side by side as far as there is room."""
     panels = [*(_panel(view, at, s) for s in range(len(view.sources))), _fused(view, at)]
     rows = -(-len(panels) // max(width // _PANEL_WIDTH, 1))
@@ -318,7 +301,7 @@ def _panels(view: "BlockView", at: "PositionView", width: int) -> Table:
     return side_by_side
 
 
-def _panel(view: "BlockView", at: "PositionView", s: int) -> Panel:
+def _panel(view: "of.BlockView", at: "of.PositionView", s: int) -> Panel:
     source = view.sources[s]
     weight, won = source.weights[at.position], view.winners[at.position] == source.name
     title = Text(f" {_name(s, source.name)} ", _style(s))
@@ -328,7 +311,7 @@ def _panel(view: "BlockView", at: "PositionView", s: int) -> Panel:
     return Panel(_said(view, at, s), title=title, title_align="left", box=frame, border_style=style)
 
 
-def _said(view: "BlockView", at: "PositionView", s: int) -> RenderableType:
+def _said(view: "of.BlockView", at: "of.PositionView", s: int) -> RenderableType:
     """What a source says at the chosen position, or why it says nothing."""
     source, before = view.sources[s], at.before[s]
     if not source.tokens.read:
@@ -344,13 +327,13 @@ def _said(view: "BlockView", at: "PositionView", s: int) -> RenderableType:
     return Text("not aligned, though it has read this text")
 
 
-def _why(view: "BlockView", at: "PositionView", before: "Before", s: int) -> Text:
+def _why(view: "of.BlockView", at: "of.PositionView", before: "of.Before", s: int) -> Text:
     situation = view.sources[s].situations[at.position]
     unit = "nats a token" if view.recipe["cross_entropy"] == "nats_per_token" else "bits a byte"
     where = "around" if view.recipe["granularity"] == "window" else "in the block"
     following = SEPARATOR.join(visible(token) for token in before.next_spelled)
     return Text.assemble(
-        (f"{SITUATIONS[situation].sign} {situation}", SITUATIONS[situation].style),
+        (f"{draw.SITUATIONS[situation].sign} {situation}", draw.SITUATIONS[situation].style),
         ": next it reads ",
         (f"{SEPARATOR}{following}{SEPARATOR}\n", "bold"),
         f"{view.sources[s].cross_entropy[at.position]:.3f} {unit} {where}\n",
@@ -368,9 +351,9 @@ class _List:
         """Begin a distribution, with bars of this style."""
         self._style = style
         self._table = Table.grid(
-            right(width=3),
+            draw.right(width=3),
             Column(ratio=1, no_wrap=True, overflow="ellipsis"),
-            right(width=5),
+            draw.right(width=5),
             Column(width=_BAR_WIDTH, no_wrap=True),
             padding=(0, 1, 0, 0),
             expand=True,
@@ -382,15 +365,15 @@ class _List:
         self._table.add_row(
             Text(mark, "bold" if true else "dim"),
             label,
-            Text(number(share), "bold" if true else style),
-            Text(share_bar(share, _BAR_WIDTH), style or self._style),
+            Text(draw.number(share), "bold" if true else style),
+            Text(draw.share_bar(share, _BAR_WIDTH), style or self._style),
         )
 
     def aside(self, said: str, share: float) -> None:
         """Mass that belongs to no single row."""
         self.entry("", Text(said, "dim italic"), share, "dim")
 
-    def more(self, left: Sequence["OutcomeView | Entry"]) -> None:
+    def more(self, left: Sequence["of.OutcomeView | of.Entry"]) -> None:
         """The rows for which there is no room."""
         if left:
             self.aside(f"{len(left):,} more", sum(one.probability for one in left))
@@ -400,7 +383,7 @@ class _List:
         said = Text(f"{visible(self._next)}: {why}", "italic")
         self._table.add_row(Text(_TRUE, "bold"), said, "", "")
 
-    def outcomes(self, outcomes: Sequence["OutcomeView"], most: int) -> None:
+    def outcomes(self, outcomes: Sequence["of.OutcomeView"], most: int) -> None:
         """The first of them, and the true next token's wherever it stands."""
         for n, outcome in enumerate(outcomes, start=1):
             if n <= most or outcome.true:
@@ -409,14 +392,14 @@ class _List:
         self.more([outcome for outcome in outcomes[most:] if not outcome.true])
 
 
-def _outcome(outcome: "OutcomeView", next_spelled: str) -> Text | Fitted:
+def _outcome(outcome: "of.OutcomeView", next_spelled: str) -> Text | draw.Fitted:
     if outcome.leftover:
         return Text("tokens that have no class", "italic")
     true = next_spelled if outcome.true else None
-    return Fitted(lambda room: Text(outcome_label(outcome.spelled, room, true)), 6)
+    return draw.Fitted(lambda room: Text(outcome_label(outcome.spelled, room, true)), 6)
 
 
-def _kept_list(view: "BlockView", at: "PositionView", before: "Before", s: int) -> _List:
+def _kept_list(view: "of.BlockView", at: "of.PositionView", before: "of.Before", s: int) -> _List:
     """A source's distribution: what it kept, and what that becomes, told by numbers."""
     rows, sampled = _List(at.next_spelled), view.recipe["scheme"] == "sampled"
     rank = {outcome.number: n for n, outcome in enumerate(before.becomes, start=1)}
@@ -442,7 +425,7 @@ def _kept_list(view: "BlockView", at: "PositionView", before: "Before", s: int) 
     return rows
 
 
-def _fused(view: "BlockView", at: "PositionView") -> Panel:
+def _fused(view: "of.BlockView", at: "of.PositionView") -> Panel:
     """The fused distribution, a source's part after another's."""
     names = [source.name for source in view.sources]
     rows = _List(at.next_spelled)

@@ -66,25 +66,9 @@ def schema() -> None:
     print(json_text(schema_of_recipes(), indent=1))
 
 
-# In the order of `fusellm --help`.
-for _command in (
-    tokenizers,
-    demo,
-    run,
-    corpus,
-    externalize,
-    fuse,
-    train,
-    evaluate,
-    report,
-    check,
-    inspect,
-    init,
-    status,
-    clean,
-    schema,
-):
-    app.command()(_command)
+_STAGES = (demo, run, corpus, externalize, fuse, train, evaluate, report)
+for _command in (tokenizers, *_STAGES, check, inspect, init, status, clean, schema):
+    app.command()(_command)  # in the order of `fusellm --help`
 
 
 @app.command("help", hidden=True)

@@ -7,32 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text, table
+from fusellm.cli import launch
+from fusellm.cli import options as of
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
+from fusellm.cli.draw import table
 from fusellm.cli.evaluate_screen import as_object, results_of, show
-from fusellm.cli.launch import (
-    join,
-    require_devices,
-    require_joined,
-    require_one_process,
-    speaks,
-    train_on,
-)
-from fusellm.cli.options import (
-    NO_CHANGES,
-    Engine,
-    Json,
-    Nproc,
-    Out,
-    PushToHub,
-    RayAddress,
-    RecipeOrRun,
-    Redo,
-    Set,
-    TrustRemoteCode,
-    WorkerCpus,
-    WorkerGpus,
-    Workers,
-)
+from fusellm.cli.options import NO_CHANGES
 from fusellm.cli.status import show_status
 from fusellm.errors import StoreError
 from fusellm.recipe_file import changed_evaluation, load_recipe, resolve_paths
@@ -50,10 +30,10 @@ def demo(
         bool,
         typer.Option("--full", help="More text, two epochs: the run whose figures are published."),
     ] = False,
-    out: Out = None,
-    changes: Set = NO_CHANGES,
-    redo: Redo = False,
-    as_json: Json = False,
+    out: of.Out = None,
+    changes: of.Set = NO_CHANGES,
+    redo: of.Redo = False,
+    as_json: of.Json = False,
 ) -> None:
     """Fuse the three small models that come with fusellm; no download, a few minutes.
 
@@ -64,7 +44,7 @@ def demo(
     _execute(None, recipe, out, changes, redo, as_json)
 
 
-def report(recipe: RecipeOrRun, out: Out = None, as_json: Json = False) -> None:
+def report(recipe: of.RecipeOrRun, out: of.Out = None, as_json: of.Json = False) -> None:
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
     from fusellm.stages.report import write_report
 
@@ -74,11 +54,11 @@ def report(recipe: RecipeOrRun, out: Out = None, as_json: Json = False) -> None:
 
 
 def check(
-    recipe: RecipeOrRun,
-    out: Out = None,
-    changes: Set = NO_CHANGES,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    recipe: of.RecipeOrRun,
+    out: of.Out = None,
+    changes: of.Set = NO_CHANGES,
+    trust_remote_code: of.TrustRemoteCode = False,
+    as_json: of.Json = False,
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
     from fusellm.preflight import gigabytes, require_disk
@@ -144,7 +124,7 @@ def open_pipeline(
     from fusellm.stages.externalize.task import LOCAL
 
     recipe = open_recipe(place, changes)
-    progress = Terminal(STDERR) if speaks() else Silent()
+    progress = Terminal(STDERR) if launch.speaks() else Silent()
     for model in (recipe.target, *recipe.sources):
         told = trusted_code(model, trusted)
         if told is not None:
@@ -156,19 +136,19 @@ def open_pipeline(
 
 def _execute(
     stages: tuple[str, ...] | None,
-    recipe: RecipeOrRun,
-    out: Out = None,
-    changes: Set = NO_CHANGES,
-    redo: Redo = False,
-    as_json: Json = False,
-    push_to_hub: PushToHub = None,
-    nproc: Nproc = 1,
-    trust_remote_code: TrustRemoteCode = False,
-    engine: Engine = "local",
-    ray_address: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = None,
-    worker_gpus: WorkerGpus = None,
+    recipe: of.RecipeOrRun,
+    out: of.Out = None,
+    changes: of.Set = NO_CHANGES,
+    redo: of.Redo = False,
+    as_json: of.Json = False,
+    push_to_hub: of.PushToHub = None,
+    nproc: of.Nproc = 1,
+    trust_remote_code: of.TrustRemoteCode = False,
+    engine: of.Engine = "local",
+    ray_address: of.RayAddress = None,
+    workers: of.Workers = None,
+    worker_cpus: of.WorkerCpus = None,
+    worker_gpus: of.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
     from fusellm.stages.externalize.task import EngineSettings
@@ -177,23 +157,23 @@ def _execute(
     stages = stages or STAGES
     settings = EngineSettings(engine, ray_address, workers, worker_cpus, worker_gpus)
     if stages != ("train",):
-        require_one_process(stages[0] if len(stages) == 1 else "run")
-    require_devices(nproc)
+        launch.require_one_process(stages[0] if len(stages) == 1 else "run")
+    launch.require_devices(nproc)
     if push_to_hub is not None:
         from fusellm.models.hub import require_access
 
         require_access(push_to_hub)
-    join()
+    launch.join()
     pipeline = open_pipeline(recipe, out, changes, settings, nproc, trusted=trust_remote_code)
-    require_joined()
+    launch.require_joined()
     if nproc > 1:
         if "evaluate" in stages:
             pipeline.prepare_suites()
         pipeline.execute(stages[: stages.index("train")], redo)
         if pipeline.unfinished("train"):
-            train_on(nproc, pipeline.run, trust_remote_code)
+            launch.train_on(nproc, pipeline.run, trust_remote_code)
     pipeline.execute(stages, redo)
-    if not speaks():
+    if not launch.speaks():
         return
     if "report" in stages:
         _show_results(pipeline.run, as_json)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from fusellm.cli.console import STDERR, STDOUT, json_text, table
+from fusellm.cli.console import STDERR, STDOUT, json_text
+from fusellm.cli.draw import table
 from fusellm.cli.options import Json, RunFolder
 from fusellm.recipe_file import load_recipe
 

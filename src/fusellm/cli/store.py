@@ -17,18 +17,8 @@ from rich.cells import cell_len
 from rich.table import Column, Table
 from rich.text import Text
 
-from fusellm.cli.console import (
-    STDERR,
-    STDOUT,
-    Fitted,
-    Terminal,
-    counted,
-    facts,
-    number,
-    right,
-    share_bar,
-    table,
-)
+from fusellm.cli import draw
+from fusellm.cli.console import STDERR, STDOUT, Terminal, counted
 from fusellm.cli.options import Json
 from fusellm.errors import FusellmError, StoreError
 from fusellm.explain.grid import visible
@@ -107,12 +97,12 @@ def info(path: Source, as_json: Json = False) -> None:
         print(json.dumps(found))
         return
     STDOUT.say(Text(plain(str(store.path)), "bold"))
-    STDOUT.print(facts((name, Text(plain(value))) for name, value in _facts(store).items()))
+    STDOUT.print(draw.facts((name, Text(plain(value))) for name, value in _facts(store).items()))
     if fault is not None:
         STDOUT.say(Text(plain(fault), "bold yellow"))
     if per_token:
         columns = (Column("columns", style="dim"), ">")
-        sizes = table("bytes a token, measured on some record batches", *columns)
+        sizes = draw.table("bytes a token, measured on some record batches", *columns)
         for group, names in _GROUPS.items():
             there = [name for name in names if name in per_token]
             sizes.add_row(group, " ".join(there), f"{sum(per_token[n] for n in there):.2f}")
@@ -242,7 +232,7 @@ def _show_verified(
     path: Path, stages: Sequence["Verified"], taken_out: Mapping[Path, Sequence[str]] | None
 ) -> None:
     """Print what was found in each stage, and what to do; `taken_out` if it was repaired."""
-    shown = table("stage", ">files", ">size", "found")
+    shown = draw.table("stage", ">files", ">size", "found")
     for stage in stages:
         said = Text(f"{len(stage.faults):,} not as written", "bold red")
         if not stage.faults:
@@ -408,31 +398,34 @@ def _word(id_: int, encoder: "Encoder | None") -> str:
 
 
 def _positions(block: "StoredBlock", most: int, encoder: "Encoder | None") -> Table:
-    shown = table(
-        right("", style="dim"),
-        right("bytes", style="dim"),
-        right("read", max_width=16, overflow="ellipsis"),
+    shown = draw.table(
+        draw.right("", style="dim"),
+        draw.right("bytes", style="dim"),
+        draw.right("read", max_width=16, overflow="ellipsis"),
         Column("next", no_wrap=True, max_width=16, overflow="ellipsis"),
-        right("p"),
+        draw.right("p"),
         Column("kept, from the most probable on", no_wrap=True, ratio=1, min_width=16),
-        right("tail"),
+        draw.right("tail"),
         expand=True,
     )
     for at in map(block.at, range(min(block.positions, most))):
         read, follows = Text(_word(at.token, encoder)), Text(_word(at.true_id, encoder), "bold")
-        place, likely = (str(at.position), str(at.read_bytes)), number(math.exp(at.true_log_prob))
-        tail = "–" if len(at.counts) else number(at.tail)
+        place, likely = (
+            (str(at.position), str(at.read_bytes)),
+            draw.number(math.exp(at.true_log_prob)),
+        )
+        tail = "–" if len(at.counts) else draw.number(at.tail)
         shown.add_row(*place, read, follows, likely, _kept(at, encoder), tail)
     return shown
 
 
-def _kept(at: "Distribution", encoder: "Encoder | None") -> Fitted:
+def _kept(at: "Distribution", encoder: "Encoder | None") -> draw.Fitted:
     """As many kept tokens with their probabilities as fit one line."""
 
-    def draw(width: int) -> Text:
+    def fill(width: int) -> Text:
         text, order = Text(no_wrap=True), _by_mass(at)
         for place, n in enumerate(order):
-            token, mass = _word(at.ids[n], encoder), number(float(at.masses[n]))
+            token, mass = _word(at.ids[n], encoder), draw.number(float(at.masses[n]))
             more = len(order) - place
             room = width - (len(f"+{more}") if more > 1 else 0)
             if text.cell_len + cell_len(token) + len(mass) + 3 > room and place:
@@ -441,7 +434,7 @@ def _kept(at: "Distribution", encoder: "Encoder | None") -> Fitted:
             text.append(f" {mass}  ", "dim")
         return text
 
-    return Fitted(draw, 16)
+    return draw.Fitted(fill, 16)
 
 
 def _show_position(
@@ -451,24 +444,29 @@ def _show_position(
     until = until if cell_len(until) <= _READ_CELLS else "…" + until[-_READ_CELLS + 1 :]
     place = (str(at.position), "bold")
     STDOUT.print(Text.assemble(("position ", "dim"), place, read, (until, "italic")))
-    given = f"  p {number(math.exp(at.true_log_prob))}, {-at.true_log_prob:.3f} nats"
+    given = f"  p {draw.number(math.exp(at.true_log_prob))}, {-at.true_log_prob:.3f} nats"
     STDOUT.print(Text.assemble(("next ", "dim"), (_word(at.true_id, encoder), "bold"), given))
     names = ("p", "nats", "draws", "")
-    shown = table(
+    shown = draw.table(
         "",
-        right("id"),
+        draw.right("id"),
         Column("token" if encoder is not None else "", no_wrap=True),
-        *map(right, names),
+        *map(draw.right, names),
     )
     shown.columns[-1].justify = "left"
     for n in _by_mass(at):
         mark, mass = _TRUE if at.ids[n] == at.true_id else "", float(at.masses[n])
         draws = str(at.counts[n]) if len(at.counts) else "–"
-        told = (number(mass), f"{-float(at.log_probs[n]):.3f}", draws, share_bar(mass, 24))
+        told = (
+            draw.number(mass),
+            f"{-float(at.log_probs[n]):.3f}",
+            draws,
+            draw.share_bar(mass, 24),
+        )
         token = "" if encoder is None else _word(at.ids[n], encoder)
         shown.add_row(mark, str(at.ids[n]), Text(token), *told)
     if not len(at.counts):
-        told = (number(at.tail), "", "–", share_bar(at.tail, 24))
+        told = (draw.number(at.tail), "", "–", draw.share_bar(at.tail, 24))
         shown.add_row("", "", Text("not kept", "italic"), *told)
     STDOUT.print(shown)
 

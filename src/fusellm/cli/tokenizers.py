@@ -12,16 +12,8 @@ from rich.cells import cell_len
 from rich.table import Column, Table
 from rich.text import Text
 
-from fusellm.cli.console import (
-    SITUATIONS,
-    STDERR,
-    STDOUT,
-    Fitted,
-    Terminal,
-    json_text,
-    right,
-    table,
-)
+from fusellm.cli import draw
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.options import Json
 from fusellm.errors import CorpusError
 
@@ -137,7 +129,7 @@ def _show(source: str, target: str, found: "Comparison") -> None:
 def _sides(source: str, target: str, found: "Comparison") -> Table:
     a, b = f"A, source\n{source}", f"B, target\n{target}"
     sides = [Column(head, justify="right", overflow="fold") for head in (a, b)]
-    shown, both = table("", *sides, title="Two tokenizers"), (found.source, found.target)
+    shown, both = draw.table("", *sides, title="Two tokenizers"), (found.source, found.target)
     shared = (f"{s.shared_tokens:,} ({_percent(s.shared_tokens, s.text_tokens)})" for s in both)
     fallback = (f"{s.fallback_tokens} tokens" if s.fallback_tokens else "none" for s in both)
     becomes = "EOS of B" if found.eos_becomes_eos else "nothing"
@@ -170,33 +162,33 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _situations(domains: Sequence["Domain"]) -> Table:
-    cases = [right(case, header_style=look.style) for case, look in SITUATIONS.items()]
+    cases = [draw.right(case, header_style=look.style) for case, look in draw.SITUATIONS.items()]
     columns = (Column(no_wrap=True), Column(ratio=1, min_width=8), *cases)
     title = "The target's positions, by how the source cuts what follows"
-    shown = table(*columns, title=title, expand=True)
+    shown = draw.table(*columns, title=title, expand=True)
     for domain in domains:
-        cells = [_percent(domain.situations[case], domain.positions) for case in SITUATIONS]
+        cells = [_percent(domain.situations[case], domain.positions) for case in draw.SITUATIONS]
         shown.add_row(domain.name, _bar(domain), *cells)
     return shown
 
 
-def _bar(domain: "Domain") -> Fitted:
+def _bar(domain: "Domain") -> draw.Fitted:
     """Shares as one line of colours, as wide as there is room."""
 
-    def draw(width: int) -> Text:
+    def fill(width: int) -> Text:
         text, done = Text(), 0
-        for case, look in SITUATIONS.items():
+        for case, look in draw.SITUATIONS.items():
             done += domain.situations[case]
             until = round(width * done / domain.positions) if domain.positions else 0
             text.append(look.filling * (until - len(text)), look.style)
         return text
 
-    return Fitted(draw, 8)
+    return draw.Fitted(fill, 8)
 
 
 def _legend() -> Table:
     shown = Table.grid(padding=(0, 2))
-    for case, look in SITUATIONS.items():
+    for case, look in draw.SITUATIONS.items():
         shown.add_row(Text(f"{look.filling} {case}", look.style), Text(look.meaning, "dim"))
     return shown
 
@@ -212,7 +204,7 @@ def _class_counts(found: "Comparison") -> Text:
 
 def _class_shares(found: "Comparison") -> Table:
     names = (f">{domain.name}" for domain in found.domains)
-    shown = table("positions whose next token is in a class", *names)
+    shown = draw.table("positions whose next token is in a class", *names)
     of_own = (_percent(d.in_single_classes, d.positions) for d in found.domains)
     shown.add_row("of its own", *of_own)
     small = (_percent(d.in_small_classes, d.positions) for d in found.domains)
@@ -223,15 +215,15 @@ def _class_shares(found: "Comparison") -> Table:
 def _largest(found: "Comparison") -> Table:
     columns = (Column("all begin with", no_wrap=True), ">tokens of A", ">tokens of B")
     title = "The largest classes: where A leaves B to the text"
-    shown = table(*columns, Column("among them", ratio=1), title=title, expand=True)
+    shown = draw.table(*columns, Column("among them", ratio=1), title=title, expand=True)
     for large in found.classes.largest:
         counts = (f"{large.source_tokens:,}", f"{large.target_tokens:,}")
         shown.add_row(Text(large.root), *counts, _as_many_as_fit(large.members))
     return shown
 
 
-def _as_many_as_fit(words: Sequence[str]) -> Fitted:
-    def draw(width: int) -> Text:
+def _as_many_as_fit(words: Sequence[str]) -> draw.Fitted:
+    def fill(width: int) -> Text:
         shown, room = [], width - 2
         for word in words:
             room -= cell_len(word) + 2
@@ -241,7 +233,7 @@ def _as_many_as_fit(words: Sequence[str]) -> Fitted:
             shown.append(word)
         return Text("  ".join(shown), "dim")
 
-    return Fitted(draw, 10)
+    return draw.Fitted(fill, 10)
 
 
 def _left_out(domain: "Domain") -> Text:

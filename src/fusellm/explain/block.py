@@ -25,18 +25,10 @@ from fusellm.fusion.fuse import Fused, Reading, Rules, compare, rules_of
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.fuse import pairings_of
+from fusellm.store import blocks as corpus_store
+from fusellm.store import externalized as source_store
 from fusellm.store import fused as fused_store
-from fusellm.store.blocks import BLOCKS, Block, open_corpus, read_shard, text_bytes
-from fusellm.store.externalized import (
-    TARGET,
-    kept_of,
-    layout_of,
-    open_externalized,
-    require_same_blocks,
-    require_text,
-    tokens_of,
-)
-from fusellm.store.fused import fused_folder, open_fused
+from fusellm.store.externalized import TARGET
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Ragged, Shard, shard_names
 from fusellm.tokens.encode import Encoder
@@ -223,19 +215,22 @@ def inspect_block(
         StoreError: a stage is not finished, a tokenizer is not the one it was, or there is no
             such block or position.
     """
-    if not (fused_folder(run) / MANIFEST).exists():
+    if not (fused_store.fused_folder(run) / MANIFEST).exists():
         raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
-    fused, corpus = open_fused(run), open_corpus(run)
+    fused, corpus = fused_store.open_fused(run), corpus_store.open_corpus(run)
     encoders: dict[str, Encoder] = {name: reader.encoder for name, reader in readers.items()}
     fingerprints = {name: reader.tokenizer_fingerprint for name, reader in readers.items()}
     folders = _folders(recipe, run, fingerprints)
     shard, row, blocks = _place(corpus, number)
-    block = read_shard(corpus, shard)[row]
+    block = corpus_store.read_shard(corpus, shard)[row]
     columns = {
         name: _columns(folder, corpus, shard, row, len(encoders[name].vocabulary))
         for name, folder in folders.items()
     }
-    read = {name: tokens_of(columns[name], encoders[name].prefix_tokens) for name in folders}
+    read = {
+        name: source_store.tokens_of(columns[name], encoders[name].prefix_tokens)
+        for name in folders
+    }
     positions = len(read[TARGET].predicting)
     if position is not None and not 0 <= position < positions:
         numbers = f", from 0 to {positions - 1}" if positions else ""
@@ -243,7 +238,7 @@ def inspect_block(
             f"there is no position {position}: block {number} has {positions:,}{numbers}"
         )
     readings = {
-        name: pairing.reading(read[TARGET], read[name], kept_of(columns[name]))
+        name: pairing.reading(read[TARGET], read[name], source_store.kept_of(columns[name]))
         for name, pairing in pairings_of(recipe, encoders, fingerprints, progress).items()
     }
     stored = _fused(fused, shard, row, columns[TARGET]["ids"].values, positions)
@@ -254,7 +249,7 @@ def inspect_block(
 
 def _folders(recipe: Recipe, run: Path, fingerprints: Mapping[str, str]) -> dict[str, StageFolder]:
     names = (TARGET, *(source.name for source in recipe.sources))
-    folders = {name: open_externalized(run, name) for name in names}
+    folders = {name: source_store.open_externalized(run, name) for name in names}
     for name, folder in folders.items():
         if folder.identity.inputs.get("tokenizer") != fingerprints[name]:
             raise StoreError(
@@ -294,7 +289,7 @@ def _view(
     recipe: Recipe,
     number: int,
     blocks: int,
-    block: Block,
+    block: corpus_store.Block,
     position: int | None,
     gathered: _Gathered,
 ) -> BlockView:
@@ -322,31 +317,30 @@ def _view(
 
 def _place(corpus: StageFolder, number: int) -> tuple[str, int, int]:
     """(shard, row, blocks of the part) of a block."""
-    sizes = {n: int(corpus.shards[n]["counts"]["blocks"]) for n in shard_names(corpus, f"{PART}-")}
-    blocks = sum(sizes.values())
+    names = shard_names(corpus, f"{PART}-")
+    starts = offsets_of(np.array([corpus.shards[n]["counts"]["blocks"] for n in names]))
+    blocks = int(starts[-1])
     if not 0 <= number < blocks:
         raise StoreError(
             f"there is no block {number}: the run's part {PART} has {blocks:,}, from 0 to "
             f"{blocks - 1}"
         )
-    row = number
-    for shard, size in sizes.items():
-        if row < size:
-            return shard, row, blocks
-        row -= size
-    raise AssertionError("a block within the part is in one of its shards")
+    shard = int(np.searchsorted(starts, number, side="right")) - 1
+    return names[shard], number - int(starts[shard]), blocks
 
 
 def _columns(
     folder: StageFolder, corpus: StageFolder, name: str, row: int, vocabulary: int
 ) -> dict[str, Any]:
     """One block's columns as a record batch has them."""
-    shard = Shard(folder, name, layout_of(folder, vocabulary))
-    of_corpus = Shard(corpus, name, BLOCKS)
-    require_same_blocks(shard, of_corpus)
+    shard = Shard(folder, name, source_store.layout_of(folder, vocabulary))
+    of_corpus = Shard(corpus, name, corpus_store.BLOCKS)
+    source_store.require_same_blocks(shard, of_corpus)
     n, _ = shard.place(row)
     blocks = of_corpus.columns(n)
-    require_text(shard, n, shard.columns(n), blocks["block"], text_bytes(blocks))
+    source_store.require_text(
+        shard, n, shard.columns(n), blocks["block"], corpus_store.text_bytes(blocks)
+    )
     return {
         name: Ragged(np.array([0, len(value)]), value)
         if isinstance(value, np.ndarray)
