@@ -18,13 +18,13 @@ from fusellm.models.tokenizer import Tokenizer
 from fusellm.pipeline import Pipeline
 from fusellm.preflight import require_disk
 from fusellm.progress import Progress, Silent
-from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.recipe_file import folder_of_run, open_recipe, resolve_paths
 from fusellm.stages.evaluate import read_records
 from fusellm.stages.externalize.task import LOCAL, EngineSettings
 from fusellm.stages.report import results_table, verdict
 from fusellm.stages.train import FUSED, folder_of
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.run_folder import RECIPE, STAGES, SUITES
+from fusellm.store.run_folder import STAGES, SUITES
 from fusellm.text_table import text_table
 
 
@@ -107,13 +107,8 @@ class Run:
         if isinstance(recipe, Recipe):
             self.recipe = resolve_paths(recipe, Path())
         else:
-            place = Path(recipe)
-            if place.is_dir():
-                folder = folder or place
-                if not (place / RECIPE).exists():
-                    raise StoreError(f"{place} is not a run: it has no {RECIPE}; give a recipe")
-                place = place / RECIPE
-            self.recipe = resolve_paths(load_recipe(place), place.parent)
+            self.recipe = open_recipe(Path(recipe))
+            folder = folder or folder_of_run(Path(recipe), self.recipe)
         self.folder = Path(folder) if folder is not None else Path("runs") / self.recipe.name
         self._progress, self._engine = progress or Silent(), engine
         self.trusted = trust_remote_code

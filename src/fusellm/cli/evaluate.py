@@ -17,9 +17,9 @@ from fusellm.cli.evaluate_screen import (
 )
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
-from fusellm.cli.run import open_pipeline, open_recipe
+from fusellm.cli.run import open_pipeline
 from fusellm.errors import EvaluationError, RecipeError
-from fusellm.recipe_file import model_settings
+from fusellm.recipe_file import model_settings, open_recipe
 
 LM = "lm"
 _OUT = Path("runs") / "evaluation"

@@ -19,10 +19,10 @@ from rich.text import Text
 
 from fusellm.cli import draw
 from fusellm.cli.console import STDERR, STDOUT, Terminal, counted, json_text
-from fusellm.cli.options import NO_CHANGES, Json, RunFolder
-from fusellm.cli.run import open_recipe
+from fusellm.cli.options import Json, RunFolder
 from fusellm.errors import StoreError
 from fusellm.explain.grid import GOES_ON, SEPARATOR, Grid, GridRow, Strip, grid, visible
+from fusellm.recipe_file import open_recipe
 
 if TYPE_CHECKING:
     from fusellm.config import Recipe
@@ -72,7 +72,7 @@ def inspect(
             f"--part {part} has no distributions: sources read the part {PART} only; leave --part "
             "away"
         )
-    recipe = open_recipe(run, NO_CHANGES)
+    recipe = open_recipe(run)
     view = inspect_block(recipe, run, readers_of(recipe), block, position, Terminal(STDERR))
     if as_json:
         print(json_text({"run": str(run)} | asdict(view)))

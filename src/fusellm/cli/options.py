@@ -1,5 +1,6 @@
 """Options and arguments that several commands have."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,56 +65,48 @@ Nproc = Annotated[
         "on several machines. With `training: {fsdp: true}` the model is spread over them (FSDP2).",
     ),
 ]
-_PANEL = "Where sources are read"
+_engine_option = partial(typer.Option, rich_help_panel="Where sources are read")
 Engine = Annotated[
     Literal["local", "ray"],
-    typer.Option(
+    _engine_option(
         "--engine",
         help="In this process, or by the workers of a Ray cluster; the result is the same. A "
         "cluster that runs is used only if it asks for a token (RAY_AUTH_MODE=token).",
-        rich_help_panel=_PANEL,
     ),
 ]
 RayAddress = Annotated[
     str | None,
-    typer.Option(
+    _engine_option(
         "--ray-address",
         metavar="HOST:PORT|auto",
         help="A Ray cluster that runs; `auto` is the one that this machine belongs to. If not "
         "given: what RAY_ADDRESS says, else one is started on this machine and stopped in the end.",
-        rich_help_panel=_PANEL,
     ),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
+    _engine_option(
         "--workers",
         metavar="N",
         min=1,
         help="How many, each with the model loaded; if not given, one a GPU, or one for each 8 "
         "CPUs where there is no GPU.",
-        rich_help_panel=_PANEL,
     ),
 ]
 WorkerCpus = Annotated[
     int | None,
-    typer.Option(
-        "--worker-cpus",
-        metavar="N",
-        min=1,
-        help="CPUs of a worker, which are its threads.",
-        rich_help_panel=_PANEL,
+    _engine_option(
+        "--worker-cpus", metavar="N", min=1, help="CPUs of a worker, which are its threads."
     ),
 ]
 WorkerGpus = Annotated[
     float | None,
-    typer.Option(
+    _engine_option(
         "--worker-gpus",
         metavar="N",
         min=0,
         help="GPUs of a worker: several for a model with a device_map (if not given, all of a "
         "machine), 0.5 for two workers on one GPU, 0 for none.",
-        rich_help_panel=_PANEL,
     ),
 ]
 NO_CHANGES: list[str] = []

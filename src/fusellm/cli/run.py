@@ -14,11 +14,9 @@ from fusellm.cli.draw import table
 from fusellm.cli.evaluate_screen import as_object, results_of, show
 from fusellm.cli.options import NO_CHANGES
 from fusellm.cli.status import show_status
-from fusellm.errors import StoreError
-from fusellm.recipe_file import changed_evaluation, load_recipe, resolve_paths
+from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
 
 if TYPE_CHECKING:
-    from fusellm.config import Recipe
     from fusellm.pipeline import Pipeline
     from fusellm.stages.externalize.task import EngineSettings
 
@@ -48,7 +46,7 @@ def report(recipe: of.RecipeOrRun, out: of.Out = None, as_json: of.Json = False)
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
     from fusellm.stages.report import write_report
 
-    folder = _run_of(recipe, out, open_recipe(recipe, NO_CHANGES))
+    folder = out or folder_of_run(recipe, open_recipe(recipe))
     write_report(folder)
     _show_results(folder, as_json)
 
@@ -90,19 +88,6 @@ def _tried(name: str, model: dict[str, Any]) -> str:
     return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
 
 
-def open_recipe(place: Path, changes: Sequence[str]) -> "Recipe":
-    """The recipe of a file or of a run, with its paths made absolute."""
-    recipe_path = place / "recipe.yaml" if place.is_dir() else place
-    if place.is_dir() and not recipe_path.exists():
-        raise StoreError(f"{place} is not a run: it has no recipe.yaml; give a recipe instead")
-    return resolve_paths(load_recipe(recipe_path, changes), recipe_path.parent)
-
-
-def _run_of(place: Path, out: Path | None, recipe: "Recipe") -> Path:
-    """The folder of the run that a command is about."""
-    return out or (place if place.is_dir() else Path("runs") / recipe.name)
-
-
 def open_pipeline(
     place: Path,
     out: Path | None,
@@ -130,7 +115,7 @@ def open_pipeline(
         if told is not None:
             progress.say(told)
     evaluation = changed_evaluation(recipe.evaluation, given) if given else None
-    run, count = _run_of(place, out, recipe), nproc if nproc > 1 else None
+    run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
     return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
 
 

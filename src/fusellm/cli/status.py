@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -10,7 +10,6 @@ from rich.text import Text
 from fusellm.cli.console import STDERR, STDOUT, json_text
 from fusellm.cli.draw import table
 from fusellm.cli.options import Json, RunFolder
-from fusellm.recipe_file import load_recipe
 
 
 def status(run: RunFolder, as_json: Json = False) -> None:
@@ -20,27 +19,9 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 def show_status(run: Path, as_json: bool) -> None:
     """Print the stages of a run: how far each is, its size and its time."""
-    from fusellm.store.externalized import TARGET
-    from fusellm.store.run_folder import RECIPE, SUITES, stage_folders, suites_of
-    from fusellm.store.tables import folder_bytes
+    from fusellm.store.run_status import status_of
 
-    folders = list(stage_folders(run))
-    sources = {source.name for source in load_recipe(run / RECIPE).sources} | {TARGET}
-    rows: list[dict[str, Any]] = [
-        {
-            "stage": name,
-            "complete": folder.complete,
-            "in_recipe": not name.startswith("externalize/") or name.split("/")[1] in sources,
-            "shards": len(folder.shards),
-            "bytes": folder_bytes(folder.path),
-            "seconds": round(folder.seconds, 1),
-        }
-        for name, folder in folders
-    ]
-    if (suites := suites_of(run)) is not None:
-        of_suites = {"stage": SUITES, "complete": suites[0], "shards": suites[1]}
-        size = {"bytes": folder_bytes(run / SUITES)}
-        rows.append(of_suites | size | {"in_recipe": True, "seconds": None})
+    rows = status_of(run)
     if as_json:
         print(json_text(rows))
         return

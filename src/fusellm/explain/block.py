@@ -294,10 +294,14 @@ def _view(
     gathered: _Gathered,
 ) -> BlockView:
     fusion, size = recipe.fusion, len(block.text.encode())
-    rules = rules_of(fusion)
+    rules, target = rules_of(fusion), gathered.model_tokens(TARGET)
     sources = _sources(gathered, rules, size)
     winners = _winners(sources, len(gathered.fused.parts))
-    chosen = _instructive(gathered, sources, winners) if position is None else position
+    at, chosen = None, _instructive(gathered, sources, winners) if position is None else position
+    if chosen is not None:
+        before = tuple(_before(gathered, rules, name, chosen) for name in gathered.readings)
+        after = (target.ends[chosen], target.spelled[chosen + 1])
+        at = PositionView(chosen, *after, before, _shares(gathered, sources, chosen))
     settings = {key: getattr(fusion, key) for key in _SETTINGS} | {"token_healing": fusion.heals}
     return BlockView(
         number,
@@ -308,10 +312,10 @@ def _view(
         block.text,
         settings | {"scheme": recipe.externalize.scheme},
         len(winners),
-        gathered.model_tokens(TARGET),
+        target,
         sources,
         winners,
-        None if chosen is None else _closely(gathered, rules, sources, chosen),
+        at,
     )
 
 
@@ -429,19 +433,6 @@ def _has_true(gathered: _Gathered) -> np.ndarray:
     has_true = np.zeros(len(fused.parts), dtype=bool)
     has_true[position[fused.outcomes == true[source, position]]] = True
     return has_true
-
-
-def _closely(
-    gathered: _Gathered, rules: Rules, sources: Sequence[SourceView], position: int
-) -> PositionView:
-    target = gathered.model_tokens(TARGET)
-    return PositionView(
-        position,
-        target.ends[position],
-        target.spelled[position + 1],
-        tuple(_before(gathered, rules, name, position) for name in gathered.readings),
-        _shares(gathered, sources, position),
-    )
 
 
 def _before(gathered: _Gathered, rules: Rules, name: str, position: int) -> Before | None:

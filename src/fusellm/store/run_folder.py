@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusellm.errors import StoreError
+from fusellm.recipe_file import RECIPE as RECIPE
 from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
-RECIPE = "recipe.yaml"
 ASIDE = "aside"
 SUITES = "evaluate-suites"
 """What models answered to the documents of suites: a record a task, and no manifest."""
