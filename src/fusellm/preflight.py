@@ -204,19 +204,19 @@ def projected_store_bytes(recipe: Recipe) -> int | None:
     return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None
 
 
-def require_disk(found: Mapping[str, Any]) -> None:
+def require_disk(checked: Mapping[str, Any]) -> None:
     """Check that a run's distributions fit the disk that its folder is on.
 
     Args:
-        found: by `Pipeline.check`.
+        checked: what `Pipeline.check` says.
 
     Raises:
         StoreError: they do not.
     """
-    projected, free = found["projected_store_bytes"], found["free_bytes"]
+    projected, free = checked["projected_store_bytes"], checked["free_bytes"]
     if projected is not None and projected > free:
         raise StoreError(
-            f"the run needs about {gigabytes(projected)} and {found['run']} has "
+            f"the run needs about {gigabytes(projected)} and {checked['run']} has "
             f"{gigabytes(free)} free; give another --out, or lower corpus.train_bytes or "
             "externalize.draws"
         )

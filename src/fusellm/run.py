@@ -137,9 +137,9 @@ class Run:
         Raises:
             FusellmError: something cannot be as the recipe has it, or the disk is too small for it.
         """
-        found = self._pipeline.check()
-        require_disk(found)
-        return found
+        checked = self._pipeline.check()
+        require_disk(checked)
+        return checked
 
     def execute(self, *stages: str, redo: bool = False) -> "Run":
         """Run stages, or go on with them; all if none is named.

@@ -45,9 +45,9 @@ def shown(text: str) -> str:
     return text.translate(_SIGNS)
 
 
-def json_text(found: Any, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None) -> str:
     """JSON that a terminal may be shown as well; in one line, or indented."""
-    return json.dumps(found, ensure_ascii=False, indent=indent).translate(_ESCAPES)
+    return json.dumps(value, ensure_ascii=False, indent=indent).translate(_ESCAPES)
 
 
 class SafeConsole(Console):

@@ -119,12 +119,12 @@ def train_on(count: int, run: Path, trusted: bool) -> None:
 def _environment(rank: int, count: int, private: Path) -> dict[str, str]:
     """What a process of a training is told, besides what this one was."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    found = {name: str(value) for name, value in own.items()} | {_BY_US: str(private / "meeting")}
+    told = {name: str(value) for name, value in own.items()} | {_BY_US: str(private / "meeting")}
     threads = str(max(1, (os.cpu_count() or 1) // count))
     loopback = "lo" if sys.platform == "linux" else "lo0"
     chosen = {"OMP_NUM_THREADS": threads}
     chosen |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
-    return found | {name: os.environ.get(name, value) for name, value in chosen.items()}
+    return told | {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 
 def join() -> None:

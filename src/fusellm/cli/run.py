@@ -61,24 +61,24 @@ def check(
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
     from fusellm.preflight import gigabytes, require_disk
 
-    found = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
+    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
     if as_json:
-        print(json_text(found))
+        print(json_text(checked))
         return
     columns = ("name", "model", "architecture", "tokens", "context", "every block fits")
     models = table(*columns, title=f"{recipe}: all found")
-    for name, model in found["models"].items():
+    for name, model in checked["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
         place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
         models.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
     STDOUT.print(models)
-    for name, model in found["models"].items():
+    for name, model in checked["models"].items():
         STDOUT.say(_tried(name, model))
-    size = found["projected_store_bytes"]
+    size = checked["projected_store_bytes"]
     shown = "unknown (the corpus has no budget)" if size is None else gigabytes(size)
-    STDOUT.print(f"Distributions on disk: about {shown}; free: {gigabytes(found['free_bytes'])}")
-    require_disk(found)
+    STDOUT.print(f"Distributions on disk: about {shown}; free: {gigabytes(checked['free_bytes'])}")
+    require_disk(checked)
 
 
 def _tried(name: str, model: dict[str, Any]) -> str:
@@ -231,10 +231,10 @@ def _push(pipeline: "Pipeline", repo: str) -> None:
 
 def _show_results(run: Path, as_json: bool) -> None:
     """Print a run's results, and where its report and its model are."""
-    found = results_of(run)
+    results = results_of(run)
     if as_json:
-        print(json_text(as_object(found)))
+        print(json_text(as_object(results)))
         return
-    show(found, STDOUT)
+    show(results, STDOUT)
     STDOUT.say(f"Report: {run / 'report' / 'index.html'}")
     STDOUT.say(f"The fused model: {run / 'train' / 'fused'}")

@@ -93,8 +93,9 @@ def info(path: Source, as_json: Json = False) -> None:
     if as_json:
         numbers = [[run.start, run.stop] for run in store.numbers]
         own = {"path": str(store.path), "numbers": numbers}
-        found = asdict(store.facts) | own | {"bytes_per_token": per_token, "fault": fault}
-        print(json.dumps(found))
+        print(
+            json.dumps(asdict(store.facts) | own | {"bytes_per_token": per_token, "fault": fault})
+        )
         return
     STDOUT.say(Text(plain(str(store.path)), "bold"))
     STDOUT.print(draw.facts((name, Text(plain(value))) for name, value in _facts(store).items()))

@@ -117,22 +117,27 @@ def _short_names(source: str, target: str) -> tuple[str, str]:
     return (short[0], short[1]) if short[0] != short[1] else (source, target)
 
 
-def _show(source: str, target: str, found: "Comparison") -> None:
-    STDOUT.show("", _sides(source, target, found), _situations(found.domains), _legend(), "")
-    STDOUT.show(_class_counts(found), _class_shares(found))
-    if found.classes.largest:
-        STDOUT.print(_largest(found))
-    STDOUT.show(*(_left_out(domain) for domain in found.domains if sum(domain.left_out)))
-    STDOUT.print(Text(found.verdict(source, target), style="bold"))
+def _show(source: str, target: str, comparison: "Comparison") -> None:
+    STDOUT.show(
+        "", _sides(source, target, comparison), _situations(comparison.domains), _legend(), ""
+    )
+    STDOUT.show(_class_counts(comparison), _class_shares(comparison))
+    if comparison.classes.largest:
+        STDOUT.print(_largest(comparison))
+    STDOUT.show(*(_left_out(domain) for domain in comparison.domains if sum(domain.left_out)))
+    STDOUT.print(Text(comparison.verdict(source, target), style="bold"))
 
 
-def _sides(source: str, target: str, found: "Comparison") -> Table:
+def _sides(source: str, target: str, comparison: "Comparison") -> Table:
     a, b = f"A, source\n{source}", f"B, target\n{target}"
     sides = [Column(head, justify="right", overflow="fold") for head in (a, b)]
-    shown, both = draw.table("", *sides, title="Two tokenizers"), (found.source, found.target)
+    shown, both = (
+        draw.table("", *sides, title="Two tokenizers"),
+        (comparison.source, comparison.target),
+    )
     shared = (f"{s.shared_tokens:,} ({_percent(s.shared_tokens, s.text_tokens)})" for s in both)
     fallback = (f"{s.fallback_tokens} tokens" if s.fallback_tokens else "none" for s in both)
-    becomes = "EOS of B" if found.eos_becomes_eos else "nothing"
+    becomes = "EOS of B" if comparison.eos_becomes_eos else "nothing"
     rows: dict[str, Iterable[str]] = {
         "tokens": (f"{side.tokens:,}" for side in both),
         "  the other has too": shared,
@@ -141,10 +146,10 @@ def _sides(source: str, target: str, found: "Comparison") -> Table:
         "dummy prefix": (side.dummy_prefix for side in both),
         "put before each block": (" ".join(side.prefix) or "none" for side in both),
         "EOS after a document": (side.eos or "none" for side in both),
-        "  becomes": (becomes if found.source.eos else "", ""),
+        "  becomes": (becomes if comparison.source.eos else "", ""),
         "special tokens": (_special(side.special) for side in both),
     }
-    for domain in found.domains:
+    for domain in comparison.domains:
         per_token = (f"{size:.2f}" if size else "–" for size in domain.bytes_per_token)
         rows[f"bytes a token, {domain.name}"] = per_token
     for name, cells in rows.items():
@@ -193,8 +198,8 @@ def _legend() -> Table:
     return shown
 
 
-def _class_counts(found: "Comparison") -> Text:
-    classes = found.classes
+def _class_counts(comparison: "Comparison") -> Text:
+    classes = comparison.classes
     return Text.assemble(
         (f"{classes.classes:,} classes that both can tell apart", "bold italic"),
         f"\n{classes.single:,} of them are single tokens of B; {classes.target_tokens:,} tokens "
@@ -202,21 +207,21 @@ def _class_counts(found: "Comparison") -> Text:
     )
 
 
-def _class_shares(found: "Comparison") -> Table:
-    names = (f">{domain.name}" for domain in found.domains)
+def _class_shares(comparison: "Comparison") -> Table:
+    names = (f">{domain.name}" for domain in comparison.domains)
     shown = draw.table("positions whose next token is in a class", *names)
-    of_own = (_percent(d.in_single_classes, d.positions) for d in found.domains)
+    of_own = (_percent(d.in_single_classes, d.positions) for d in comparison.domains)
     shown.add_row("of its own", *of_own)
-    small = (_percent(d.in_small_classes, d.positions) for d in found.domains)
+    small = (_percent(d.in_small_classes, d.positions) for d in comparison.domains)
     shown.add_row("of at most 3 tokens", *small)
     return shown
 
 
-def _largest(found: "Comparison") -> Table:
+def _largest(comparison: "Comparison") -> Table:
     columns = (Column("all begin with", no_wrap=True), ">tokens of A", ">tokens of B")
     title = "The largest classes: where A leaves B to the text"
     shown = draw.table(*columns, Column("among them", ratio=1), title=title, expand=True)
-    for large in found.classes.largest:
+    for large in comparison.classes.largest:
         counts = (f"{large.source_tokens:,}", f"{large.target_tokens:,}")
         shown.add_row(Text(large.root), *counts, _as_many_as_fit(large.members))
     return shown

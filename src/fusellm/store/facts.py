@@ -129,10 +129,10 @@ def vocabulary_of(folder: StageFolder) -> int | None:
     Raises:
         StoreError: the manifest says something else there.
     """
-    found: int | None = _told(
+    vocabulary: int | None = _told(
         folder, "about.vocabulary", PositiveInt | None, folder.about.get("vocabulary")
     )
-    return found
+    return vocabulary
 
 
 def _told(folder: StageFolder, key: str, kind: Any, value: Any) -> Any:
