@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import Aligner, boundary_aligner
 from fusellm.alignment.translation import VocabularyMap, class_translation, same_tokenizer
-from fusellm.arrays.ragged import offsets_of
-from fusellm.arrays.tokens import Tokens
+from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.progress import Progress, Silent
 from fusellm.tokens.blocks import cut
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder, require_texts
+from fusellm.tokens.encode import Encoder, as_encoder, require_texts
 from fusellm.tokens.spelling import shown
 from fusellm.zoo.text import DOMAINS, documents
 
@@ -303,9 +302,11 @@ def _domain(
     encoded = source.encode(blocks, last), target.encode(blocks, last)
     changed = [[block.ends is None for block in side] for side in encoded]
     read = [not any(either) for either in zip(*changed, strict=True)]
-    of_source, of_target = (_tokens(list(compress(side, read))) for side in encoded)
-    situations = np.bincount(align(of_target, of_source).situations, minlength=len(Situation))
-    next_size = size_of_token[of_target.ids[of_target.predicting + 1]]
+    of_source, of_target = (tokens_of_texts(list(compress(side, read))) for side in encoded)
+    asked = of_target.asked
+    aligned = align(of_target, of_source)
+    situations = np.bincount(aligned.situations[asked], minlength=len(Situation))
+    next_size = size_of_token[of_target.ids[of_target.predicting[asked] + 1]]
     return Domain(
         name,
         sum(read),
@@ -318,18 +319,6 @@ def _domain(
         {case.name.lower(): int(situations[case]) for case in Situation},
         int((next_size == 1).sum()),
         int(((next_size > 0) & (next_size <= _FEW_TOKENS)).sum()),
-    )
-
-
-def _tokens(encoded: Sequence[Encoded]) -> Tokens:
-    """Blocks that were read, one after another, of a prefix its last token alone."""
-    nothing = np.zeros(0, dtype=np.int64)
-    given = max([0, *(block.prefix_tokens - 1 for block in encoded)])
-    rows = [block.ids[given:] for block in encoded]
-    return Tokens(
-        offsets_of(np.array([len(row) for row in rows], dtype=np.int64)),
-        np.concatenate([nothing, *rows]),
-        np.concatenate([nothing, *(b.ends[given:] for b in encoded if b.ends is not None)]),
     )
 
 
