@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import worlds
-from fusellm.alignment.comparison import Comparison, compare_tokenizers
 from fusellm.alignment.translation import class_translation
+from fusellm.explain.tokenizers import Comparison, compare_tokenizers
 from fusellm.progress import Silent
 from fusellm.tokens.encode import Encoder
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from fusellm.cli.inspect_grid import SEPARATOR, Strip, grid, visible
-from fusellm.cli.inspect_lists import outcome_label
+from fusellm.cli.inspect import outcome_label
 from fusellm.cli.main import main
+from fusellm.explain.grid import SEPARATOR, Strip, grid, visible
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.run import Run
 
 ODD = [*"ab .│", " ", "\n", "\t", "\r", "\x1b", "é", "e\u0301", "数", "字", "한", "\u1112\u1161"]
 ODD += ["👩", "👩\u200d👧", "🏻", "🇩🇪", "❤\ufe0f", "\u0915\u093f", "ב", "\x00", "\ufffd", "\u2028"]
@@ -191,6 +193,8 @@ def test_json_is_what_the_stores_say(
     assert found["winners"] == winners
     assert place == len(stored["outcomes"])
     _same_before(found["at"], rows, target)
+    view = json.loads(json.dumps(asdict(Run(fused).block(number))))
+    assert {"run": str(fused), **view} == found
 
 
 def _situation(mine: list[int], predicting: list[int], ends: list[int]) -> str:

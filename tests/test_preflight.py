@@ -20,6 +20,7 @@ from fusellm.models import load
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.run import Run
 from fusellm.store.externalized import open_externalized
 from fusellm.tokens.sample import sample
 from worlds import normalizing
@@ -232,6 +233,20 @@ def test_a_run_that_cannot_be_written_is_told_before_anything_is_read(
             act(Pipeline(recipe, run, Silent()))
     assert (tmp_path / "file").read_text() == "text"
     assert not list((tmp_path / "locked").iterdir())
+
+
+def test_a_disk_that_is_too_small_is_told(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, much = world / "recipe.yaml", "corpus.train_bytes=99_000_000_000_000"
+    out = ("--out", tmp_path / "run")
+    assert command(monkeypatch, "check", recipe, *out, "--set", much) == 1
+    captured = capsys.readouterr()
+    assert "Distributions on disk: about" in captured.out
+    assert "the run needs about" in captured.err
+    run = Run(resolve_paths(load_recipe(recipe, [much]), world), tmp_path / "run")
+    with pytest.raises(StoreError, match=r"the run needs about .* GB free; give another --out"):
+        run.check()
 
 
 def test_results_that_could_not_be_saved_are_told_before_any_are_made(tmp_path: Path) -> None:

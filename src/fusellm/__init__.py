@@ -12,7 +12,7 @@ _FROM = {
     "align": "fusellm.alignment.text_alignment",
     "Alignment": "fusellm.alignment.text_alignment",
     "bits_per_byte": "fusellm.evaluation.text.bits_per_byte",
-    "compare_tokenizers": "fusellm.alignment.comparison",
+    "compare_tokenizers": "fusellm.explain.tokenizers",
     "Distribution": "fusellm.arrays.read_block",
     "DistributionStore": "fusellm.store.opened",
     "Divergence": "fusellm.objective.divergence",

@@ -1,5 +1,4 @@
 # What type checkers and editors see of `fusellm`, whose names are imported when first asked for.
-from fusellm.alignment.comparison import compare_tokenizers as compare_tokenizers
 from fusellm.alignment.strategies import vocabulary_map as vocabulary_map
 from fusellm.alignment.text_alignment import Alignment as Alignment
 from fusellm.alignment.text_alignment import align as align
@@ -11,6 +10,7 @@ from fusellm.config import Recipe as Recipe
 from fusellm.errors import FusellmError as FusellmError
 from fusellm.evaluation.models import evaluate as evaluate
 from fusellm.evaluation.text.bits_per_byte import bits_per_byte as bits_per_byte
+from fusellm.explain.tokenizers import compare_tokenizers as compare_tokenizers
 from fusellm.fusion.texts import FusedDistributions as FusedDistributions
 from fusellm.fusion.texts import fuse as fuse
 from fusellm.models.pretrained import load_pretrained as load_pretrained

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
 from fusellm.corpus.sample import first_blocks
-from fusellm.errors import CorpusError, IdentityError, ModelError, TokenizerError
+from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError, TokenizerError
 from fusellm.models.headers import weight_problems
 from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
@@ -225,3 +225,30 @@ def projected_store_bytes(recipe: Recipe) -> int | None:
     sampled = settings.scheme == "sampled"
     kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
     return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None
+
+
+def require_disk(checked: Mapping[str, Any]) -> None:
+    """Check that a run's distributions fit the disk that its folder is on.
+
+    Args:
+        checked: what `Pipeline.check` says.
+
+    Raises:
+        StoreError: they do not.
+    """
+    projected, free = checked["projected_store_bytes"], checked["free_bytes"]
+    if projected is not None and projected > free:
+        raise StoreError(
+            f"the run needs about {gigabytes(projected)} and {checked['run']} has "
+            f"{gigabytes(free)} free; give another --out, or lower corpus.train_bytes or "
+            "externalize.draws"
+        )
+
+
+def gigabytes(size: float) -> str:
+    """A size in bytes, for people.
+
+    >>> gigabytes(1_234_567_890)
+    '1.23 GB'
+    """
+    return f"{size / 1e9:.2f} GB"

@@ -20,7 +20,10 @@ from fusellm.config import (
     source_block,
 )
 from fusellm.config.yaml_text import read_yaml
-from fusellm.errors import ArgumentError, RecipeError
+from fusellm.errors import ArgumentError, RecipeError, StoreError
+
+RECIPE = "recipe.yaml"
+"""The recipe's name in the folder of a run."""
 
 _SHOWN_CHARACTERS = 80
 _YAML_KINDS: dict[Any, str] = {list: "list", str: "text"}
@@ -65,6 +68,24 @@ def load_recipe(path: str | PathLike[str], changes: Sequence[str] = ()) -> Recip
     for change in changes:
         _apply(_spelled_out(raw), change)
     return check_recipe(raw, str(path))
+
+
+def open_recipe(place: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file or of a run's folder, with its local paths made absolute.
+
+    Raises:
+        RecipeError: as `load_recipe` does.
+        StoreError: the folder is no run.
+    """
+    path = place / RECIPE if place.is_dir() else place
+    if place.is_dir() and not path.exists():
+        raise StoreError(f"{place} is not a run: it has no {RECIPE}; give a recipe instead")
+    return resolve_paths(load_recipe(path, changes), path.parent)
+
+
+def folder_of_run(place: Path, recipe: Recipe) -> Path:
+    """The folder of the run of a recipe that was opened at a place, if no other is named."""
+    return place if place.is_dir() else Path("runs") / recipe.name
 
 
 def check_recipe(raw: dict[str, Any], where: str) -> Recipe:

@@ -10,16 +10,17 @@ from transformers import PreTrainedModel
 from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
 from fusellm.evaluation.results import EvaluationResults
-from fusellm.inspection import Inspection, inspect_block
+from fusellm.explain.block import BlockView, inspect_block
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.pipeline import Pipeline
+from fusellm.preflight import require_disk
 from fusellm.progress import Progress, Silent
 from fusellm.reading.engine import LOCAL, EngineSettings
-from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.recipe_file import folder_of_run, open_recipe, resolve_paths
 from fusellm.stages.evaluate import read_results
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.run_folder import FUSED, RECIPE, STAGES, SUITES, trained_folder
+from fusellm.store.run_folder import FUSED, STAGES, SUITES, trained_folder
 
 
 class Run:
@@ -66,13 +67,8 @@ class Run:
         if isinstance(recipe, Recipe):
             self.recipe = resolve_paths(recipe, Path())
         else:
-            place = Path(recipe)
-            if place.is_dir():
-                folder = folder or place
-                if not (place / RECIPE).exists():
-                    raise StoreError(f"{place} is not a run: it has no {RECIPE}; give a recipe")
-                place = place / RECIPE
-            self.recipe = resolve_paths(load_recipe(place), place.parent)
+            self.recipe = open_recipe(Path(recipe))
+            folder = folder or folder_of_run(Path(recipe), self.recipe)
         self.folder = Path(folder) if folder is not None else Path("runs") / self.recipe.name
         self._progress, self._engine = progress or Silent(), engine
         self.trusted = trust_remote_code
@@ -99,9 +95,11 @@ class Run:
             What was found: models, tokenizers, and the disk that the run will take.
 
         Raises:
-            FusellmError: something cannot be as the recipe has it.
+            FusellmError: something cannot be as the recipe has it, or the disk is too small for it.
         """
-        return self._pipeline.check()
+        checked = self._pipeline.check()
+        require_disk(checked)
+        return checked
 
     def execute(self, *stages: str, redo: bool = False) -> "Run":
         """Run stages, or go on with them; all if none is named.
@@ -170,7 +168,7 @@ class Run:
             raise StoreError(f"{place} has no finished model yet; first: run.train()")
         return load_pretrained(str(place), device=device, trust_remote_code=self.trusted)
 
-    def block(self, number: int, position: int | None = None) -> Inspection:
+    def block(self, number: int, position: int | None = None) -> BlockView:
         """One block as all models read it, and what became of one position's distribution.
 
         Args:
@@ -180,6 +178,5 @@ class Run:
         Raises:
             StoreError: nothing is fused yet, or there is no such block or position.
         """
-        return inspect_block(
-            self.recipe, self.folder, self._pipeline.readers, number, position, self._progress
-        )
+        readers = self._pipeline.readers
+        return inspect_block(self.recipe, self.folder, readers, number, position, self._progress)

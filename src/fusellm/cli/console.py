@@ -1,4 +1,4 @@
-"""Where text meets the terminal: the consoles, and bars and messages on them.
+"""Where text meets the terminal: the two consoles, and bars and messages on them.
 
 Names in recipes, tokens and fields of documents are other people's text. Here, and only here, what
 a terminal would obey becomes what it shows.
@@ -17,7 +17,6 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -46,9 +45,9 @@ def shown(text: str) -> str:
     return text.translate(_SIGNS)
 
 
-def json_text(found: Any, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None) -> str:
     """JSON that a terminal may be shown as well; in one line, or indented."""
-    return json.dumps(found, ensure_ascii=False, indent=indent).translate(_ESCAPES)
+    return json.dumps(value, ensure_ascii=False, indent=indent).translate(_ESCAPES)
 
 
 class SafeConsole(Console):
@@ -67,6 +66,11 @@ class SafeConsole(Console):
         """What is written, piece by piece; movements of the cursor that rich makes are marked."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print one after another."""
+        for part in parts:
+            self.print(part)
 
     def say(self, text: str | Text) -> None:
         """One line, not wrapped: a path stays a path, and a log has a line for each message."""
@@ -106,50 +110,43 @@ def _short(amount: float) -> str:
     return f"{amount:.0f}" if amount >= 10 or amount == int(amount) else f"{amount:.1f}"
 
 
-class _RichBar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+class _Bar:
+    """A bar of rich, or lines now and then where that is disabled as there is no terminal."""
+
+    def __init__(
+        self, console: SafeConsole, progress: Progress, what: str, total: float, unit: str
+    ) -> None:
+        self._console, self._progress = console, progress
+        self._id = progress.add_task(what, total=total or None, unit=unit, note="")
+        self._task, self._said = progress.tasks[0], time.monotonic()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        self._progress.advance(self._task, amount)
-        if note:
-            self._progress.update(self._task, note=note)
-
-    def resize(self, total: float) -> None:
-        self._progress.update(self._task, total=total)
-
-
-class _PlainBar:
-    def __init__(self, console: SafeConsole, what: str, total: float, unit: str) -> None:
-        self._console, self._what, self._total, self._unit = console, what, total, unit
-        self._done, self._note = 0.0, ""
-        self._began = self._said = time.monotonic()
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        self._done += amount
-        self._note = note or self._note
-        if time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
+        task = self._task
+        self._progress.update(self._id, advance=amount, note=note or task.fields["note"])
+        if self._progress.disable and time.monotonic() - self._said > _PLAIN_EVERY_SECONDS:
             self._said = time.monotonic()
-            self.say(f"{_done(self._done, self._total, self._unit)}{self._left()}")
+            self._say(_done(task.completed, task.total, task.fields["unit"]) + self._left())
 
     def resize(self, total: float) -> None:
-        self._total = total
-
-    def say(self, text: str) -> None:
-        note = f", {self._note}" if self._note else ""
-        self._console.say(f"{self._what}: {text}{note}")
+        self._progress.update(self._id, total=total)
 
     def finish(self) -> None:
-        seconds = time.monotonic() - self._began
-        self.say(f"{counted(_short(self._done), self._unit)} in {seconds:.1f} s")
+        done, unit = self._task.completed, self._task.fields["unit"]
+        if self._progress.disable:
+            self._say(f"{counted(_short(done), unit)} in {self._task.elapsed:.1f} s")
+        self._progress.update(self._id, total=done or 1, completed=done or 1)
+
+    def _say(self, text: str) -> None:
+        note = self._task.fields["note"]
+        self._console.say(f"{self._task.description}: {text}{f', {note}' if note else ''}")
 
     def _left(self) -> str:
-        seconds = time.monotonic() - self._began
-        if not self._done or not self._total:
+        task = self._task
+        if not task.completed or not task.total:
             return ""
-        rate = self._done / seconds
-        left = max(self._total - self._done, 0) / rate
-        return f", {_short(rate)} {self._unit}/s, {left:.0f} s left"
+        rate = task.completed / (task.elapsed or 1)
+        left = max(task.total - task.completed, 0) / rate
+        return f", {_short(rate)} {task.fields['unit']}/s, {left:.0f} s left"
 
 
 class Terminal:
@@ -161,11 +158,6 @@ class Terminal:
     @contextmanager
     def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; 0 where that is not known."""
-        if not self._console.is_terminal:
-            plain = _PlainBar(self._console, what, total, unit)
-            yield plain
-            plain.finish()
-            return
         with Progress(
             SpinnerColumn(finished_text=Text("✓", style="green")),
             TextColumn("{task.description:<26}", markup=False),
@@ -177,11 +169,11 @@ class Terminal:
             TextColumn("{task.fields[note]}", style="cyan", markup=False),
             console=self._console,
             refresh_per_second=4,
+            disable=not self._console.is_terminal,
         ) as progress:
-            task = progress.add_task(what, total=total or None, unit=unit, note="")
-            yield _RichBar(progress, task)
-            done = progress.tasks[0].completed
-            progress.update(task, total=done or 1, completed=done or 1)
+            bar = _Bar(self._console, progress, what, total, unit)
+            yield bar
+            bar.finish()
 
     def say(self, message: str) -> None:
         """One line."""

@@ -105,7 +105,7 @@ def _ending_on_signals(came: list[int]) -> Iterator[None]:
         signal.SIGHUP: signal.SIG_DFL,
         signal.SIGINT: signal.default_int_handler,
     }
-    mine = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    here = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
     unraisable = sys.unraisablehook
 
     def say(what: "sys.UnraisableHookArgs") -> None:
@@ -113,12 +113,12 @@ def _ending_on_signals(came: list[int]) -> Iterator[None]:
             unraisable(what)
 
     sys.unraisablehook = say
-    for number in mine:
+    for number in here:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in mine:
+        for number in here:
             signal.signal(number, usual[number])
         if not came:
             sys.unraisablehook = unraisable

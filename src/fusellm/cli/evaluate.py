@@ -14,11 +14,11 @@ from fusellm.cli.evaluate_screen import (
     save,
     show,
 )
-from fusellm.cli.execute import open_pipeline, open_recipe
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
+from fusellm.cli.run import open_pipeline
 from fusellm.errors import EvaluationError, RecipeError
-from fusellm.recipe_file import model_settings
+from fusellm.recipe_file import model_settings, open_recipe
 
 if TYPE_CHECKING:
     from fusellm.evaluation.results import EvaluationResults

@@ -9,9 +9,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fusellm.cli.console import json_text
-from fusellm.cli.execute import open_recipe
 from fusellm.errors import EvaluationError
-from fusellm.recipe_file import changed_evaluation
+from fusellm.recipe_file import changed_evaluation, open_recipe
 
 if TYPE_CHECKING:
     from fusellm.config import EvaluationSettings

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
-
-import typer
 
 from fusellm.cli.console import STDERR
 from fusellm.errors import RecipeError
@@ -21,18 +18,6 @@ _GRACE_SECONDS = 3.0
 _PROCESSES_WITHOUT_GPU = 2  # may be tried on any machine
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _BY_US = "FUSELLM_MEETING"  # for the processes that --nproc starts: the file in which they meet
-
-Nproc = Annotated[
-    int,
-    typer.Option(
-        "--nproc",
-        metavar="N",
-        min=1,
-        help="Train on N processes of this machine, one a GPU; each takes "
-        "per_device_train_batch_size rows at a time. `accelerate launch -m fusellm train` does it "
-        "on several machines. With `training: {fsdp: true}` the model is spread over them (FSDP2).",
-    ),
-]
 
 
 def launched() -> int:
@@ -134,12 +119,12 @@ def train_on(count: int, run: Path, trusted: bool) -> None:
 def _environment(rank: int, count: int, private: Path) -> dict[str, str]:
     """What a process of a training is told, besides what this one was."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    found = {name: str(value) for name, value in own.items()} | {_BY_US: str(private / "meeting")}
+    told = {name: str(value) for name, value in own.items()} | {_BY_US: str(private / "meeting")}
     threads = str(max(1, (os.cpu_count() or 1) // count))
     loopback = "lo" if sys.platform == "linux" else "lo0"
     chosen = {"OMP_NUM_THREADS": threads}
     chosen |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
-    return found | {name: os.environ.get(name, value) for name, value in chosen.items()}
+    return told | {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 
 def join() -> None:

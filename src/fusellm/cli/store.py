@@ -1,23 +1,31 @@
 """`fusellm store`: what is in a run's folders, whether it is whole, and what a source said where.
 
-Heavy imports are made inside the functions, so that `--help` answers at once.
+Nothing that a store holds reaches the terminal unescaped. Heavy imports are made inside the
+functions, so that `--help` answers at once.
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len
+from rich.table import Column, Table
 from rich.text import Text
 
-from fusellm.cli.console import STDERR, SafeConsole, Terminal
+from fusellm.cli import draw
+from fusellm.cli.console import STDERR, STDOUT, Terminal, counted
 from fusellm.cli.options import Json
 from fusellm.errors import FusellmError, StoreError
+from fusellm.explain.grid import visible
 
 if TYPE_CHECKING:
-    from fusellm.store.opened import DistributionStore, StoredBlock
+    from fusellm.store.facts import StoreFacts
+    from fusellm.store.opened import Distribution, DistributionStore, StoredBlock
     from fusellm.store.verify import Verified
     from fusellm.tokens.encode import Encoder
 
@@ -39,22 +47,6 @@ Source = Annotated[
     ),
 ]
 _LISTED_POSITIONS = 20
-BlockNumber = Annotated[
-    int | None,
-    typer.Option(
-        "--block",
-        metavar="N",
-        help="Which block, by its number; if not given the first, and with --json all.",
-    ),
-]
-PositionNumber = Annotated[
-    int | None,
-    typer.Option(
-        "--position",
-        metavar="P",
-        help="Only what is said after the block's token P, from 0, in full.",
-    ),
-]
 Limit = Annotated[
     int | None,
     typer.Option(
@@ -69,11 +61,19 @@ TokenizerName = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="NAME",
-        help="Folder, hub name or zoo/NAME of the source's tokenizer, to show tokens in place of "
-        "ids, where the store's model is not at hand.",
+        help="Folder, hub name or zoo/NAME of the source's tokenizer, to show tokens in place "
+        "of ids, where the store's model is not at hand.",
     ),
 ]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout, one a block.")]
+_GROUPS = {
+    "tokens": ("block", "read", "ids", "bytes"),
+    "kept ids": ("kept", "kept_ids"),
+    "probabilities": ("drops", "counts", "tail"),
+    "true next token": ("true_log_prob",),
+}
+_MOST_ASIDE, _MOST_FAULTS = 8, 30
+_READ_CELLS = 60
+_TRUE = "✓"
 
 
 @store_app.command()
@@ -86,17 +86,99 @@ def info(path: Source, as_json: Json = False) -> None:
 
     Example: `fusellm store info runs/demo/externalize/python`
     """
-    from fusellm.cli.store_screen import info_screen
     from fusellm.store.opened import open_store
 
     store = open_store(path)
     per_token, fault = _sizes(store)
     if as_json:
-        print(json.dumps(_facts_object(store, per_token, fault)))
+        numbers = [[run.start, run.stop] for run in store.numbers]
+        own = {"path": str(store.path), "numbers": numbers}
+        print(
+            json.dumps(asdict(store.facts) | own | {"bytes_per_token": per_token, "fault": fault})
+        )
         return
-    console = SafeConsole()
-    for part in info_screen(store, per_token, fault):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
+    STDOUT.say(Text(plain(str(store.path)), "bold"))
+    STDOUT.print(draw.facts((name, Text(plain(value))) for name, value in _facts(store).items()))
+    if fault is not None:
+        STDOUT.say(Text(plain(fault), "bold yellow"))
+    if per_token:
+        columns = (Column("columns", style="dim"), ">")
+        sizes = draw.table("bytes a token, measured on some record batches", *columns)
+        for group, names in _GROUPS.items():
+            there = [name for name in names if name in per_token]
+            sizes.add_row(group, " ".join(there), f"{sum(per_token[n] for n in there):.2f}")
+        STDOUT.print(sizes)
+    _show_aside(store.facts)
+
+
+def _sizes(store: "DistributionStore") -> tuple[dict[str, float], str | None]:
+    """(bytes per token of each column, what hinders reading the store)."""
+    missing = store.missing()
+    if missing:
+        few = f"{len(missing)} of {store.facts.shards} shards are missing or not of their size"
+        return {}, f"{few}; `fusellm store verify {store.path}` names them"
+    try:
+        return store.bytes_per_token(), None
+    except StoreError as error:
+        return {}, str(error)
+
+
+def plain(text: str) -> str:
+    """A text with its spaces, and no character that moves the cursor.
+
+    >>> plain("a b\\x1b[2J")
+    'a b\\\\x1b[2J'
+    """
+    return " ".join(visible(part) for part in text.split(" "))
+
+
+def _facts(store: "DistributionStore") -> dict[str, str]:
+    told, inputs = store.facts, store.facts.identity.inputs
+    runs = [f", {run.start:,} to {run.stop - 1:,}" for run in store.numbers]
+    numbers = "".join(runs[:3]) + (", …" if len(runs) > 3 else "")
+    size = f"{told.bytes / 1e6:,.2f} MB in {counted(f'{told.shards:,}', 'shards')}"
+    versions = (f"{name} {told.software.get(name, '?')}" for name in ("fusellm", "transformers"))
+    unfinished = "unfinished; `fusellm externalize` goes on with it"
+    per_position = f"{told.kept / max(told.positions, 1):.2f} tokens"
+    rows = {
+        "source": told.identity.stage.removeprefix("externalize/"),
+        "model": told.model + (f" at {told.revision}" if told.revision else ""),
+        "architecture": told.architecture,
+        "commit": told.commit and told.commit[:12],
+        "weights": f"sha256 {told.weights_sha256[:12]}…",
+        "tokenizer": f"{told.vocabulary:,} tokens, {inputs['tokenizer'][:12]}…",
+        "corpus": f"{inputs['corpus'][:12]}…",
+        "read in": f"{told.dtype}, on {told.device}",
+        "kept": _scheme(told),
+        "state": "finished" if told.complete else unfinished,
+        "blocks": f"{told.blocks:,}{numbers}",
+        "put aside": told.aside and f"{len(told.aside):,} of them, which have no distributions",
+        "tokens": f"{told.tokens:,}",
+        "positions": f"{told.positions:,}",
+        "kept a position": per_position if told.positions else None,
+        "size": f"{size}, {told.bytes / max(told.tokens, 1):.2f} bytes a token",
+        "written by": f"{', '.join(versions)}, in {told.seconds:,.0f} s",
+    }
+    return {name: str(value) for name, value in rows.items() if value}
+
+
+def _scheme(told: "StoreFacts") -> str:
+    if told.scheme == "sampled":
+        return f"{told.draws} draws at each position, with their counts"
+    until = "" if told.mass is None else f", no more than reach {told.mass:g}"
+    step = f"log-probabilities to {told.error_nats:.4f} nat"
+    return f"the {told.k} most probable tokens{until}, and the mass of the rest; {step}"
+
+
+def _show_aside(told: "StoreFacts") -> None:
+    for reason, count in Counter(entry.reason for entry in told.aside).most_common():
+        STDOUT.say(Text(f"put aside, {count:,}: {plain(reason)}", "yellow"))
+        shown = Table.grid(padding=(0, 2))
+        for entry in [entry for entry in told.aside if entry.reason == reason][:_MOST_ASIDE]:
+            shown.add_row("", f"block {entry.block}", Text(plain(entry.document)))
+        STDOUT.print(shown)
+        if count > _MOST_ASIDE:
+            STDOUT.say(Text(f"  and {count - _MOST_ASIDE:,} more (--json has all)", "dim"))
 
 
 @store_app.command()
@@ -125,43 +207,111 @@ def verify(
     Example: `fusellm store verify runs/demo`, and where it names files of externalize:
     `fusellm store verify runs/demo --repair`, then `fusellm externalize runs/demo`.
     """
-    from fusellm.cli.store_screen import verify_screen
-
-    console = SafeConsole()
-    found, out = _verified(path, repair, Terminal(STDERR))
-    if as_json:
-        print(json.dumps(_verified_object(path, found, out)))
-    else:
-        for part in verify_screen(path, found, out):
-            console.print(part, highlight=False, soft_wrap=True)
-    if any(stage.faults for stage in found):
-        raise typer.Exit(1)
-
-
-def _verified(
-    path: Path, repair: bool, terminal: Terminal
-) -> tuple[list["Verified"], dict[Path, list[str]] | None]:
-    """(what was found, files taken out by folder; None where no repair was asked for)."""
     from fusellm.store.verify import bytes_to_verify, stage_paths, verify_stage
     from fusellm.store.verify import repair as repair_stage
 
     folders = stage_paths(path)
     total = sum(bytes_to_verify(folder) for folder in folders)
-    with terminal.start("verifying", total / 1e6, "MB") as bar:
-        found = [verify_stage(folder, lambda size: bar.advance(size / 1e6)) for folder in folders]
-    if not repair:
-        return found, None
-    return found, {stage.path: repair_stage(stage) for stage in found if stage.faults}
+    with Terminal(STDERR).start("verifying", total / 1e6, "MB") as bar:
+        stages = [verify_stage(folder, lambda size: bar.advance(size / 1e6)) for folder in folders]
+    bad = [stage for stage in stages if stage.faults]
+    taken_out = {stage.path: repair_stage(stage) for stage in bad} if repair else {}
+    if as_json:
+        rows = [
+            asdict(stage) | {"path": str(stage.path), "taken_out": taken_out.get(stage.path, [])}
+            for stage in stages
+        ]
+        faults = sum(len(stage.faults) for stage in stages)
+        print(json.dumps({"path": str(path), "whole": not bad, "faults": faults, "stages": rows}))
+    else:
+        _show_verified(path, stages, taken_out if repair else None)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _show_verified(
+    path: Path, stages: Sequence["Verified"], taken_out: Mapping[Path, Sequence[str]] | None
+) -> None:
+    """Print what was found in each stage, and what to do; `taken_out` if it was repaired."""
+    shown = draw.table("stage", ">files", ">size", "found")
+    for stage in stages:
+        said = Text(f"{len(stage.faults):,} not as written", "bold red")
+        if not stage.faults:
+            said = Text("whole" if stage.complete else "whole so far, unfinished", "green")
+        size = f"{stage.bytes / 1e6:,.1f} MB"
+        shown.add_row(Text(plain(stage.stage)), f"{stage.files:,}", size, said)
+    STDOUT.print(shown, soft_wrap=True)
+    bad = [stage for stage in stages if stage.faults]
+    if not bad:
+        files = sum(stage.files for stage in stages)
+        STDOUT.say(Text(f"All {files:,} files are what was written.", "green"))
+    for stage in bad:
+        _show_faults(stage)
+    if taken_out is None and any(stage.repairable for stage in bad):
+        STDOUT.say(
+            f"To take them out of the manifest: fusellm store verify {plain(str(path))} "
+            "--repair\nThe command of the stage then makes these anew, and no others."
+        )
+    for stage in bad:
+        if taken_out and taken_out[stage.path]:
+            STDOUT.say(_repaired(stage, len(taken_out[stage.path])))
+    if any(not fault.repairable for stage in bad for fault in stage.faults):
+        STDOUT.say(
+            "A manifest cannot be repaired: move its folder away, and the stage makes all of it "
+            "anew."
+        )
+
+
+def _show_faults(stage: "Verified") -> None:
+    for fault in stage.faults[:_MOST_FAULTS]:
+        place = plain(str(stage.path / fault.file))
+        STDOUT.say(Text.assemble((place, "bold"), f"  {plain(fault.what)}"))
+    if len(stage.faults) > _MOST_FAULTS:
+        more = len(stage.faults) - _MOST_FAULTS
+        STDOUT.say(Text(f"and {more:,} more (--json has all)", "dim"))
+    gone = all(fault.what == "missing" for fault in stage.faults)
+    if gone and len(stage.faults) > 1 and stage.complete and not any(stage.path.glob("*.arrow")):
+        said = f"All shards of {plain(stage.stage)} are gone, as after `fusellm clean --stores`."
+        STDOUT.say(Text(said, "yellow"))
+
+
+def _repaired(stage: "Verified", count: int) -> str:
+    command, _, inner = stage.stage.partition("/")
+    run = stage.path.parents[1] if inner else stage.path.parent
+    place = str(run) if (run / "recipe.yaml").exists() else "RECIPE"
+    anew = f"makes {'it' if count == 1 else 'them'} anew, and no others"
+    if command == "train":
+        anew = "trains this model again from the beginning"
+    return (
+        f"{plain(stage.stage)}: {counted(str(count), 'files')} taken out. This {anew}:\n"
+        f"    fusellm {plain(command)} {plain(place)}"
+    )
 
 
 @store_app.command()
 def cat(
     path: Source,
-    block: BlockNumber = None,
-    position: PositionNumber = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            "--block",
+            metavar="N",
+            help="Which block, by its number; if not given the first, and with --json all.",
+        ),
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            "--position",
+            metavar="P",
+            help="Only what is said after the block's token P, from 0, in full.",
+        ),
+    ] = None,
     limit: Limit = None,
     tokenizer: TokenizerName = None,
-    as_json: JsonLines = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines on stdout, one a block.")
+    ] = False,
 ) -> None:
     """List what a source said of a block's tokens, position by position.
 
@@ -175,135 +325,152 @@ def cat(
     Example: `fusellm store cat runs/demo/externalize/python --block 40`, then with
     `--position 12` for one position in full.
     """
-    from fusellm.cli.store_screen import cat_screen
-    from fusellm.store.opened import open_store
+    from fusellm.store.opened import block_as_dict, open_store
 
     store = open_store(path)
     encoder = _encoder(store, tokenizer, Terminal(STDERR))
     if as_json:
-        blocks: Iterator[StoredBlock] = iter(store) if block is None else iter([store[block]])
-        for found in blocks:
-            print(json.dumps(_block_object(found, position, limit, encoder)))
+        for one in store if block is None else [store[block]]:
+            print(json.dumps(block_as_dict(one, position, limit, encoder)))
         return
     if len(store) == 0:
         raise StoreError(f"{path} has no blocks yet; `fusellm externalize` goes on with it")
     chosen = store[store.numbers[0].start if block is None else block]
-    console = SafeConsole()
-    for part in cat_screen(store, chosen, position, limit or _LISTED_POSITIONS, encoder):
-        console.print(part, highlight=False)
+    _show_block(store, chosen, position, limit or _LISTED_POSITIONS, encoder)
 
 
 def _encoder(store: "DistributionStore", given: str | None, terminal: Terminal) -> "Encoder | None":
-    """The tokenizer that the store was made with, if it is at hand.
+    """The tokenizer that the store was made with, if it is at hand; no code of a model is run.
 
     Raises:
         FusellmError: the one that was given is not it, or cannot be loaded.
     """
+    from fusellm.cli.tokenizers import load_encoder
+    from fusellm.models.readers import tokenizer_of_store
     from fusellm.store.identity import tokenizer_fingerprint
 
-    expected = store.facts.identity.inputs.get("tokenizer")
-    if given is not None:
-        from fusellm.cli.tokenizers import load_encoder
-
-        encoder = load_encoder(given, False, terminal, store.facts.vocabulary)
-        if tokenizer_fingerprint(encoder) != expected:
-            raise StoreError(
-                f"--tokenizer {given} is not the one that {store.path} was made with, so its ids "
-                "would be shown as other tokens; give that of its model, "
-                f"{store.facts.model!r}"
-            )
+    if given is None:
+        try:
+            return tokenizer_of_store(store.facts)
+        except FusellmError as error:
+            terminal.say(f"ids are shown, and with --tokenizer NAME tokens: {error}")
+            return None
+    encoder = load_encoder(given, False, terminal, store.facts.vocabulary)
+    if tokenizer_fingerprint(encoder) == store.facts.identity.inputs.get("tokenizer"):
         return encoder
-    try:
-        own = _own_encoder(store)
-    except FusellmError as error:
-        terminal.say(f"ids are shown, and with --tokenizer NAME tokens: {error}")
-        return None
-    if tokenizer_fingerprint(own) != expected:
-        terminal.say(
-            f"ids are shown: the tokenizer of {store.facts.model} is not the one that the store "
-            "was made with; --tokenizer NAME gives another"
+    raise StoreError(
+        f"--tokenizer {given} is not the one that {store.path} was made with, so its ids would be "
+        f"shown as other tokens; give that of its model, {store.facts.model!r}"
+    )
+
+
+def _show_block(
+    store: "DistributionStore",
+    block: "StoredBlock",
+    position: int | None,
+    most: int,
+    encoder: "Encoder | None",
+) -> None:
+    """Print a block's positions, or one of them in full; ids where no tokenizer is at hand."""
+    ends = int(block.ends[-1]) if len(block.ends) else 0
+    sizes = {"tokens": len(block.ids), "positions": block.positions, "bytes": ends}
+    counts = ", ".join(counted(f"{count:,}", unit) for unit, count in sizes.items())
+    of = f"  {counts}  of {plain(store.facts.model)}, {store.facts.scheme}"
+    STDOUT.print(Text.assemble(("block ", "dim"), (str(block.number), "bold"), of))
+
+    words = [_word(id_, encoder) for id_ in block.ids]
+    if not block.usable:
+        why = f"not usable: {plain(block.reason or '')}; it has no distributions"
+        STDOUT.print(Text(why, "yellow"))
+        STDOUT.print(Text(" ".join(words[:most]), "dim"))
+    elif position is not None:
+        until = ("" if encoder is not None else " ").join(words[: position + 1])
+        _show_position(block, block.at(position), encoder, until)
+    else:
+        STDOUT.print(_positions(block, most, encoder))
+        if block.positions > most:
+            more = f"{block.positions - most:,} more positions: --limit {block.positions}"
+            STDOUT.print(Text(f"{more}, or one in full: --position P", "dim"))
+
+
+def _word(id_: int, encoder: "Encoder | None") -> str:
+    """An id as it is shown: as a token, where the tokenizer is at hand."""
+    return str(id_) if encoder is None else visible(encoder.spelled(int(id_)))
+
+
+def _positions(block: "StoredBlock", most: int, encoder: "Encoder | None") -> Table:
+    shown = draw.table(
+        draw.right("", style="dim"),
+        draw.right("bytes", style="dim"),
+        draw.right("read", max_width=16, overflow="ellipsis"),
+        Column("next", no_wrap=True, max_width=16, overflow="ellipsis"),
+        draw.right("p"),
+        Column("kept, from the most probable on", no_wrap=True, ratio=1, min_width=16),
+        draw.right("tail"),
+        expand=True,
+    )
+    for at in map(block.at, range(min(block.positions, most))):
+        read, follows = Text(_word(at.token, encoder)), Text(_word(at.true_id, encoder), "bold")
+        place, likely = (
+            (str(at.position), str(at.read_bytes)),
+            draw.number(math.exp(at.true_log_prob)),
         )
-        return None
-    return own
+        tail = "–" if len(at.counts) else draw.number(at.tail)
+        shown.add_row(*place, read, follows, likely, _kept(at, encoder), tail)
+    return shown
 
 
-def _own_encoder(store: "DistributionStore") -> "Encoder":
-    """The tokenizer of the model that the store names; none of its code is run.
+def _kept(at: "Distribution", encoder: "Encoder | None") -> draw.Fitted:
+    """As many kept tokens with their probabilities as fit one line."""
 
-    Raises:
-        FusellmError: it cannot be loaded.
-    """
-    from fusellm.config import ModelSettings
-    from fusellm.models.readers import reader_of
+    def fill(width: int) -> Text:
+        text, order = Text(no_wrap=True), _by_mass(at)
+        for place, n in enumerate(order):
+            token, mass = _word(at.ids[n], encoder), draw.number(float(at.masses[n]))
+            more = len(order) - place
+            room = width - (len(f"+{more}") if more > 1 else 0)
+            if text.cell_len + cell_len(token) + len(mass) + 3 > room and place:
+                return text.append(f"+{more}", "dim")
+            text.append(token, "bold" if at.ids[n] == at.true_id else "")
+            text.append(f" {mass}  ", "dim")
+        return text
 
-    facts = store.facts
-    return reader_of(ModelSettings(model=facts.model, revision=facts.commit)).encoder
-
-
-def _sizes(store: "DistributionStore") -> tuple[dict[str, float], str | None]:
-    """(bytes per token of each column, what hinders reading the store)."""
-    missing = store.missing()
-    if missing:
-        few = f"{len(missing)} of {store.facts.shards} shards are missing or not of their size"
-        return {}, f"{few}; `fusellm store verify {store.path}` names them"
-    try:
-        return store.bytes_per_token(), None
-    except StoreError as error:
-        return {}, str(error)
+    return draw.Fitted(fill, 16)
 
 
-def _facts_object(
-    store: "DistributionStore", per_token: dict[str, float], fault: str | None
-) -> dict[str, Any]:
-    """What `info --json` prints."""
-    return asdict(store.facts) | {
-        "path": str(store.path),
-        "numbers": [[run.start, run.stop] for run in store.numbers],
-        "bytes_per_token": per_token,
-        "fault": fault,
-    }
+def _show_position(
+    block: "StoredBlock", at: "Distribution", encoder: "Encoder | None", until: str
+) -> None:
+    read = f" of {block.positions:,}, after {at.read_bytes:,} bytes: "
+    until = until if cell_len(until) <= _READ_CELLS else "…" + until[-_READ_CELLS + 1 :]
+    place = (str(at.position), "bold")
+    STDOUT.print(Text.assemble(("position ", "dim"), place, read, (until, "italic")))
+    given = f"  p {draw.number(math.exp(at.true_log_prob))}, {-at.true_log_prob:.3f} nats"
+    STDOUT.print(Text.assemble(("next ", "dim"), (_word(at.true_id, encoder), "bold"), given))
+    names = ("p", "nats", "draws", "")
+    shown = draw.table(
+        "",
+        draw.right("id"),
+        Column("token" if encoder is not None else "", no_wrap=True),
+        *map(draw.right, names),
+    )
+    shown.columns[-1].justify = "left"
+    for n in _by_mass(at):
+        mark, mass = _TRUE if at.ids[n] == at.true_id else "", float(at.masses[n])
+        draws = str(at.counts[n]) if len(at.counts) else "–"
+        told = (
+            draw.number(mass),
+            f"{-float(at.log_probs[n]):.3f}",
+            draws,
+            draw.share_bar(mass, 24),
+        )
+        token = "" if encoder is None else _word(at.ids[n], encoder)
+        shown.add_row(mark, str(at.ids[n]), Text(token), *told)
+    if not len(at.counts):
+        told = (draw.number(at.tail), "", "–", draw.share_bar(at.tail, 24))
+        shown.add_row("", "", Text("not kept", "italic"), *told)
+    STDOUT.print(shown)
 
 
-def _verified_object(
-    path: Path, found: list["Verified"], out: dict[Path, list[str]] | None
-) -> dict[str, Any]:
-    """What `verify --json` prints."""
-    rows = []
-    for stage in found:
-        row = asdict(stage) | {"path": str(stage.path)}
-        rows.append(row | {"taken_out": (out or {}).get(stage.path, [])})
-    return {
-        "path": str(path),
-        "whole": not any(stage.faults for stage in found),
-        "faults": sum(len(stage.faults) for stage in found),
-        "stages": rows,
-    }
-
-
-def _block_object(
-    block: "StoredBlock", position: int | None, limit: int | None, encoder: "Encoder | None"
-) -> dict[str, Any]:
-    """A line of `cat --json`."""
-    numbers = range(block.positions)[:limit] if position is None else [position]
-    positions = []
-    for number in numbers:
-        at = block.at(number)
-        row: dict[str, Any] = {
-            "position": number,
-            "true_id": at.true_id,
-            "true_log_prob": round(at.true_log_prob, 7),
-            "ids": at.ids.tolist(),
-            "log_probs": at.log_probs.astype(float).round(7).tolist(),
-        }
-        own = {"counts": at.counts.tolist()} if len(at.counts) else {}
-        positions.append(row | own | {"tail": float(f"{at.tail:.7g}")})
-    spelled = {} if encoder is None else {"tokens": [encoder.spelled(int(i)) for i in block.ids]}
-    return {
-        "block": block.number,
-        "usable": block.usable,
-        "reason": block.reason,
-        "ids": block.ids.tolist(),
-        "ends": block.ends.tolist(),
-        **spelled,
-        "positions": positions,
-    }
+def _by_mass(at: "Distribution") -> list[int]:
+    return sorted(range(len(at.ids)), key=lambda n: (-at.masses[n], at.ids[n]))

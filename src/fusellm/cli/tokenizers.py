@@ -1,54 +1,49 @@
 """`fusellm tokenizers A B`: how far two tokenizers agree, before any model is loaded.
 
-Heavy imports are made inside the functions, so that `--help` answers at once.
+Tables that fit 80 columns, and one sentence.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len
+from rich.table import Column, Table
+from rich.text import Text
 
-from fusellm.cli.console import STDERR, SafeConsole, Terminal, json_text
-from fusellm.cli.tokenizers_screen import screen, verdict
+from fusellm.cli import draw
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
+from fusellm.cli.options import Json
 from fusellm.errors import CorpusError
 
 if TYPE_CHECKING:
-    from fusellm.alignment.comparison import Comparison
+    from fusellm.explain.tokenizers import Comparison, Domain
     from fusellm.models.tokenizer import Tokenizer
 
-_DOMAIN_BYTES = 100_000
-_DOCUMENT_BYTES = 4_000  # the beginnings of many documents say more than a few whole ones
-
-Source = Annotated[str, typer.Argument(metavar="A", help="The source's.", show_default=False)]
-Target = Annotated[str, typer.Argument(metavar="B", help="The target's.", show_default=False)]
-TextFiles = Annotated[
-    list[Path],
-    typer.Option(
-        "--text",
-        metavar="FILE",
-        help="UTF-8 text to compare on, a domain a file; may be repeated. If not given: prose, "
-        "Python and C++ of the installed packages.",
-    ),
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that the two bring along; its files are named first. Only if you have read "
-        "it: it can do whatever you can.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]
 _NO_FILES: list[Path] = []
 
 
 def tokenizers(
-    source: Source,
-    target: Target,
-    text: TextFiles = _NO_FILES,
-    trust_remote_code: Trust = False,
+    source: Annotated[str, typer.Argument(metavar="A", help="The source's.", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="B", help="The target's.", show_default=False)],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text to compare on, a domain a file; may be repeated. If not given: prose, "
+            "Python and C++ of the installed packages.",
+        ),
+    ] = _NO_FILES,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run code that the two bring along; its files are named first. Only if you have "
+            "read it: it can do whatever you can.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare two tokenizers: what a target could learn from a source, before any model is loaded.
@@ -58,24 +53,22 @@ def tokenizers(
     source has read the same text and how it cuts what follows, and the classes of tokens that the
     two can tell apart.
     """
-    from fusellm.alignment.comparison import compare_tokenizers
+    from fusellm.explain.tokenizers import builtin_texts, compare_tokenizers
 
     terminal = Terminal(STDERR)
-    mine, theirs = (load_encoder(name, trust_remote_code, terminal) for name in (source, target))
-    texts = _texts_of(text) if text else _builtin_texts(terminal)
-    found = compare_tokenizers(mine, theirs, texts, progress=terminal)
+    pair = [load_encoder(name, trust_remote_code, terminal) for name in (source, target)]
+    texts = _texts_of(text) if text else builtin_texts(terminal)
+    comparison = compare_tokenizers(pair[0], pair[1], texts, progress=terminal)
     if as_json:
-        print(json_text(as_object(source, target, found)))
+        print(json_text(comparison.as_dict(source, target)))
         return
-    console = SafeConsole()
-    for part in screen(*_short_names(source, target), found):
-        console.print(part)
+    _show(*_short_names(source, target), comparison)
 
 
 def load_encoder(
     name: str, trust_remote_code: bool, terminal: Terminal, rows: int | None = None
 ) -> "Tokenizer":
-    """A tokenizer by its folder, GGUF file, hub name or zoo/NAME.
+    """A tokenizer by its folder, GGUF file, hub name or zoo/NAME; what is to be said of it is said.
 
     Args:
         rows: of the head of its model; if not given, what stands beside the tokenizer says.
@@ -91,12 +84,12 @@ def load_encoder(
     told = trusted_code(ModelSettings(model=name, trust_remote_code=trust_remote_code), True)
     if told is not None:
         terminal.say(told)
-    found = Tokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, rows=rows)
-    if found.assumed_eos is not None:
+    tokenizer = Tokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, rows=rows)
+    if tokenizer.assumed_eos is not None:
         terminal.say(
-            f"{name} does not say which token ends a text; taken to be {found.assumed_eos}"
+            f"{name} does not say which token ends a text; taken to be {tokenizer.assumed_eos}"
         )
-    return found
+    return tokenizer
 
 
 def _texts_of(paths: Sequence[Path]) -> dict[str, list[str]]:
@@ -114,52 +107,144 @@ def _texts_of(paths: Sequence[Path]) -> dict[str, list[str]]:
             ) from error
         if not text:
             raise CorpusError(f"--text {path} is empty; give a file with text in it")
-        name = path.stem if path.stem not in texts else str(path)
-        texts[name] = [text]
+        texts[path.stem if path.stem not in texts else str(path)] = [text]
     return texts
-
-
-def _builtin_texts(terminal: Terminal) -> dict[str, list[str]]:
-    """The beginnings of documents of the built-in corpus, some 100 kB a domain."""
-    from fusellm.tokens.blocks import cut
-    from fusellm.zoo.text import DOMAINS, documents
-
-    texts: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
-    with terminal.start("reading text", len(DOMAINS) * _DOMAIN_BYTES / 1e3, "kB") as bar:
-        for domain in DOMAINS:
-            room = _DOMAIN_BYTES
-            for document in documents(["validation", "train"], [domain]):
-                if room <= 0:
-                    break
-                begins = next(cut(document.text, _DOCUMENT_BYTES))
-                texts[domain].append(begins)
-                room -= len(begins.encode())
-                bar.advance(len(begins.encode()) / 1e3)
-    return texts
-
-
-def as_object(source: str, target: str, found: "Comparison") -> dict[str, Any]:
-    """What `--json` prints: everything on the screen, counts beside shares."""
-    result = asdict(found)
-    for key, name, side in (("source", source, found.source), ("target", target, found.target)):
-        result[key] |= {"name": name, "shared_share": side.shared_share}
-    for row, domain in zip(result["domains"], found.domains, strict=True):
-        row["left_out"] = dict(zip(("source", "target"), domain.left_out, strict=True))
-        row["source_bytes_per_token"] = domain.bytes_read / max(domain.source_tokens, 1)
-        row["target_bytes_per_token"] = domain.bytes_read / max(domain.target_tokens, 1)
-        row["shares"] = {
-            case: count / max(domain.positions, 1) for case, count in domain.situations.items()
-        }
-        row["shares"] |= {
-            "aligned": domain.aligned / max(domain.positions, 1),
-            "in_single_classes": domain.in_single_classes / max(domain.positions, 1),
-            "in_small_classes": domain.in_small_classes / max(domain.positions, 1),
-        }
-    result["verdict"] = verdict(source, target, found)
-    return result
 
 
 def _short_names(source: str, target: str) -> tuple[str, str]:
     """Folders by their last part, where that tells them apart."""
     short = [Path(name).name if Path(name).is_dir() else name for name in (source, target)]
     return (short[0], short[1]) if short[0] != short[1] else (source, target)
+
+
+def _show(source: str, target: str, comparison: "Comparison") -> None:
+    STDOUT.show(
+        "", _sides(source, target, comparison), _situations(comparison.domains), _legend(), ""
+    )
+    STDOUT.show(_class_counts(comparison), _class_shares(comparison))
+    if comparison.classes.largest:
+        STDOUT.print(_largest(comparison))
+    STDOUT.show(*(_left_out(domain) for domain in comparison.domains if sum(domain.left_out)))
+    STDOUT.print(Text(comparison.verdict(source, target), style="bold"))
+
+
+def _sides(source: str, target: str, comparison: "Comparison") -> Table:
+    a, b = f"A, source\n{source}", f"B, target\n{target}"
+    sides = [Column(head, justify="right", overflow="fold") for head in (a, b)]
+    shown, both = (
+        draw.table("", *sides, title="Two tokenizers"),
+        (comparison.source, comparison.target),
+    )
+    shared = (f"{s.shared_tokens:,} ({_percent(s.shared_tokens, s.text_tokens)})" for s in both)
+    fallback = (f"{s.fallback_tokens} tokens" if s.fallback_tokens else "none" for s in both)
+    becomes = "EOS of B" if comparison.eos_becomes_eos else "nothing"
+    rows: dict[str, Iterable[str]] = {
+        "tokens": (f"{side.tokens:,}" for side in both),
+        "  the other has too": shared,
+        "kind": (side.kind for side in both),
+        "byte fallback": fallback,
+        "dummy prefix": (side.dummy_prefix for side in both),
+        "put before each block": (" ".join(side.prefix) or "none" for side in both),
+        "EOS after a document": (side.eos or "none" for side in both),
+        "  becomes": (becomes if comparison.source.eos else "", ""),
+        "special tokens": (_special(side.special) for side in both),
+    }
+    for domain in comparison.domains:
+        per_token = (f"{size:.2f}" if size else "–" for size in domain.bytes_per_token)
+        rows[f"bytes a token, {domain.name}"] = per_token
+    for name, cells in rows.items():
+        shown.add_row(name, *(Text(cell) for cell in cells))
+    return shown
+
+
+def _special(tokens: Sequence[str]) -> str:
+    more = f" and {len(tokens) - 3:,} more" if len(tokens) > 3 else ""
+    return (" ".join(tokens[:3]) + more) or "none"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def _situations(domains: Sequence["Domain"]) -> Table:
+    cases = [draw.right(case, header_style=look.style) for case, look in draw.SITUATIONS.items()]
+    columns = (Column(no_wrap=True), Column(ratio=1, min_width=8), *cases)
+    title = "The target's positions, by how the source cuts what follows"
+    shown = draw.table(*columns, title=title, expand=True)
+    for domain in domains:
+        cells = [_percent(domain.situations[case], domain.positions) for case in draw.SITUATIONS]
+        shown.add_row(domain.name, _bar(domain), *cells)
+    return shown
+
+
+def _bar(domain: "Domain") -> draw.Fitted:
+    """Shares as one line of colours, as wide as there is room."""
+
+    def fill(width: int) -> Text:
+        text, done = Text(), 0
+        for case, look in draw.SITUATIONS.items():
+            done += domain.situations[case]
+            until = round(width * done / domain.positions) if domain.positions else 0
+            text.append(look.filling * (until - len(text)), look.style)
+        return text
+
+    return draw.Fitted(fill, 8)
+
+
+def _legend() -> Table:
+    shown = Table.grid(padding=(0, 2))
+    for case, look in draw.SITUATIONS.items():
+        shown.add_row(Text(f"{look.filling} {case}", look.style), Text(look.meaning, "dim"))
+    return shown
+
+
+def _class_counts(comparison: "Comparison") -> Text:
+    classes = comparison.classes
+    return Text.assemble(
+        (f"{classes.classes:,} classes that both can tell apart", "bold italic"),
+        f"\n{classes.single:,} of them are single tokens of B; {classes.target_tokens:,} tokens "
+        f"of B are in a class, {classes.unclassed_tokens:,} in none",
+    )
+
+
+def _class_shares(comparison: "Comparison") -> Table:
+    names = (f">{domain.name}" for domain in comparison.domains)
+    shown = draw.table("positions whose next token is in a class", *names)
+    of_own = (_percent(d.in_single_classes, d.positions) for d in comparison.domains)
+    shown.add_row("of its own", *of_own)
+    small = (_percent(d.in_small_classes, d.positions) for d in comparison.domains)
+    shown.add_row("of at most 3 tokens", *small)
+    return shown
+
+
+def _largest(comparison: "Comparison") -> Table:
+    columns = (Column("all begin with", no_wrap=True), ">tokens of A", ">tokens of B")
+    title = "The largest classes: where A leaves B to the text"
+    shown = draw.table(*columns, Column("among them", ratio=1), title=title, expand=True)
+    for large in comparison.classes.largest:
+        counts = (f"{large.source_tokens:,}", f"{large.target_tokens:,}")
+        shown.add_row(Text(large.root), *counts, _as_many_as_fit(large.members))
+    return shown
+
+
+def _as_many_as_fit(words: Sequence[str]) -> draw.Fitted:
+    def fill(width: int) -> Text:
+        shown, room = [], width - 2
+        for word in words:
+            room -= cell_len(word) + 2
+            if room < 0:
+                shown.append("…")
+                break
+            shown.append(word)
+        return Text("  ".join(shown), "dim")
+
+    return draw.Fitted(fill, 10)
+
+
+def _left_out(domain: "Domain") -> Text:
+    counts = [f"{n:,} by {side}" for side, n in zip("AB", domain.left_out, strict=True) if n]
+    return Text(
+        f"{domain.name}: blocks left out because a tokenizer changes them: {', '.join(counts)}; "
+        f"the first begins {domain.left_out_example!r}",
+        style="yellow",
+    )

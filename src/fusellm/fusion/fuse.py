@@ -119,7 +119,7 @@ def fuse_blocks(
     block = np.repeat(np.arange(read.shape[1]), np.diff(target.position_offsets))
     if rules.as_authors:
         aligned = read[:, block]
-    compared = _compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
+    compared = compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
     weights = rules.function(compared)
     fused = _gather(target, sources, rules, weights, block)
     each = [
@@ -129,7 +129,7 @@ def fuse_blocks(
     return fused, _counts_of_all(target, compared, block), each
 
 
-def _compare(
+def compare(
     target: Tokens,
     byte_offsets: np.ndarray,
     sources: Sequence[Reading],
@@ -139,6 +139,14 @@ def _compare(
     block: np.ndarray,
     aligned: np.ndarray,
 ) -> Compared:
+    """What sources are compared by at each position.
+
+    Args:
+        by_byte: [S, L] each source's `nats_by_byte`.
+        read: [S, B] bool, whether a source and the target have read a block.
+        block: [N] the block of each position.
+        aligned: [S, N] bool, whether a source has a distribution at a position.
+    """
     where = (by_byte, read, target.ends, target.offsets, byte_offsets)
     per_token = np.array([source.nats_per_token()[block] for source in sources])
     if rules.per_token:

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusellm.config import ModelSettings, Recipe
+from fusellm.errors import StoreError
 from fusellm.models.gguf import read_header
 from fusellm.models.gguf_tokenizer import CHAT_TEMPLATE
 from fusellm.models.load import Located, load_tokenizer, locate
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.store.externalized import TARGET
+from fusellm.store.facts import StoreFacts
 from fusellm.store.identity import tokenizer_fingerprint
 
 
@@ -62,6 +64,24 @@ def encoder_of(located: Located) -> Tokenizer:
         TokenizerError: its tokens cannot be told as bytes.
     """
     return Tokenizer(load_tokenizer(located), located.config.get_text_config().vocab_size)
+
+
+def tokenizer_of_store(facts: StoreFacts) -> Tokenizer:
+    """The tokenizer that a source's distributions were made with; none of its code is run.
+
+    Args:
+        facts: what the store says; its model has to be at hand.
+
+    Raises:
+        ModelError, TokenizerError: as `reader_of` does.
+        StoreError: it is another one now.
+    """
+    reader = reader_of(ModelSettings(model=facts.model, revision=facts.commit))
+    if reader.tokenizer_fingerprint != facts.identity.inputs.get("tokenizer"):
+        raise StoreError(
+            f"the tokenizer of {facts.model} is not the one that the store was made with"
+        )
+    return reader.encoder
 
 
 def plain_text_note(readers: Mapping[str, Reader]) -> str | None:

@@ -128,7 +128,7 @@ def _diverge(
     base: torch.Tensor,
     divergence: Divergence,
 ) -> torch.Tensor:
-    """[C] divergence at each position; `p` becomes its weighted gradient plus `base` times itself."""
+    """[C] divergence at each position; `p` becomes its weighted gradient, and `base` · `p` more."""
     row = outcomes.position[outcomes.part]
     member_row, ids = row[outcomes.member_outcome], outcomes.member_id
     place = member_row * p.shape[1] + ids

@@ -129,10 +129,10 @@ def vocabulary_of(folder: StageFolder) -> int | None:
     Raises:
         StoreError: the manifest says something else there.
     """
-    found: int | None = _told(
+    vocabulary: int | None = _told(
         folder, "about.vocabulary", PositiveInt | None, folder.about.get("vocabulary")
     )
-    return found
+    return vocabulary
 
 
 def _told(folder: StageFolder, key: str, kind: Any, value: Any) -> Any:
@@ -152,27 +152,19 @@ def facts_of(folder: StageFolder) -> StoreFacts:
     Raises:
         StoreError: it is not what the stage writes.
     """
-    about = about_of(folder)
-    kept = about["externalize"]
+    told: dict[str, Any] = {**about_of(folder)}
+    kept: _Kept = told.pop("externalize")
     rows = [folder.shards[name] for name in shard_names(folder)]
     counts: list[_Counts] = _told(folder, "shards", list[_Counts], [row["counts"] for row in rows])
     sampled = kept["scheme"] == "sampled"
     return StoreFacts(
+        **told,
         identity=folder.identity,
         complete=folder.complete,
-        model=about["model"],
-        revision=about["revision"],
-        architecture=about["architecture"],
-        commit=about["commit"],
-        weights_sha256=about["weights_sha256"],
-        dtype=about["dtype"],
-        vocabulary=about["vocabulary"],
         scheme=kept["scheme"],
         k=None if sampled else kept["k"],
         mass=None if sampled else kept["mass"],
         draws=kept["draws"] if sampled else None,
-        step_nats=about["step_nats"],
-        error_nats=about["error_nats"],
         blocks=sum(row["blocks"] for row in counts),
         tokens=sum(row["tokens"] for row in counts),
         positions=sum(row["positions"] for row in counts),
@@ -180,7 +172,6 @@ def facts_of(folder: StageFolder) -> StoreFacts:
         aside=tuple(Aside(*entry) for row in counts for entry in row["aside"]),
         shards=len(rows),
         bytes=sum(row["bytes"] for row in rows),
-        device=about["device"],
         software=folder.software,
         seconds=folder.seconds,
     )

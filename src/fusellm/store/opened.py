@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
+
+if TYPE_CHECKING:
+    from fusellm.tokens.encode import Encoder
 
 KIND = "distributions"
 _OPEN_SHARDS = 8
@@ -200,6 +203,39 @@ def open_store(path: str | os.PathLike[str]) -> DistributionStore:
     if opened.about.get("kind") != KIND:
         raise StoreError(_another_kind(opened))
     return DistributionStore(opened)
+
+
+def block_as_dict(
+    block: StoredBlock,
+    position: int | None = None,
+    limit: int | None = None,
+    encoder: "Encoder | None" = None,
+) -> dict[str, Any]:
+    """A block as JSON has it: a line of `fusellm store cat --json`.
+
+    Args:
+        position: only this one.
+        limit: only so many positions.
+        encoder: the source's tokenizer, to give tokens beside their ids.
+
+    Raises:
+        StoreError: there is no such position.
+    """
+    positions = []
+    for at in map(block.at, range(block.positions)[:limit] if position is None else [position]):
+        row: dict[str, Any] = {
+            "position": at.position,
+            "true_id": at.true_id,
+            "true_log_prob": round(at.true_log_prob, 7),
+            "ids": at.ids.tolist(),
+            "log_probs": at.log_probs.astype(float).round(7).tolist(),
+        }
+        own = {"counts": at.counts.tolist()} if len(at.counts) else {}
+        positions.append(row | own | {"tail": float(f"{at.tail:.7g}")})
+    spelled = {} if encoder is None else {"tokens": [encoder.spelled(int(i)) for i in block.ids]}
+    known = {"block": block.number, "usable": block.usable, "reason": block.reason}
+    tokens = {"ids": block.ids.tolist(), "ends": block.ends.tolist()}
+    return known | tokens | spelled | {"positions": positions}
 
 
 def stores_of(run: Path) -> list[Path]:

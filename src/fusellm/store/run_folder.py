@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusellm.errors import StoreError
+from fusellm.recipe_file import RECIPE as RECIPE
 from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
 STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
 FUSED, CLM = "fused", "clm"
 """What is trained: the fused model, and the baseline on the same text without fusion."""
-RECIPE = "recipe.yaml"
 ASIDE = "aside"
 SUITES = "evaluate-suites"
 """What models answered to the documents of suites: a record a task, and no manifest."""

@@ -2,15 +2,14 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from fusellm.cli.console import STDERR, STDOUT, json_text
+from fusellm.cli.draw import table
 from fusellm.cli.options import Json, RunFolder
-from fusellm.recipe_file import load_recipe
 
 
 def status(run: RunFolder, as_json: Json = False) -> None:
@@ -20,43 +19,21 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 def show_status(run: Path, as_json: bool) -> None:
     """Print the stages of a run: how far each is, its size and its time."""
-    from fusellm.store.externalized import TARGET
-    from fusellm.store.run_folder import RECIPE, SUITES, stage_folders, suites_of
-    from fusellm.store.tables import folder_bytes
+    from fusellm.store.run_status import status_of
 
-    folders = list(stage_folders(run))
-    sources = {source.name for source in load_recipe(run / RECIPE).sources} | {TARGET}
-    rows: list[dict[str, Any]] = [
-        {
-            "stage": name,
-            "complete": folder.complete,
-            "in_recipe": not name.startswith("externalize/") or name.split("/")[1] in sources,
-            "shards": len(folder.shards),
-            "bytes": folder_bytes(folder.path),
-            "seconds": round(folder.seconds, 1),
-        }
-        for name, folder in folders
-    ]
-    suites = suites_of(run)
-    if suites is not None:
-        complete, records = suites
-        size = folder_bytes(run / SUITES)
-        of_suites = {"stage": SUITES, "complete": complete, "shards": records, "bytes": size}
-        rows.append(of_suites | {"in_recipe": True, "seconds": None})
+    rows = status_of(run)
     if as_json:
         print(json_text(rows))
         return
-    table = RichTable(title=str(run))
-    for column in ("stage", "state", "shards", "size", "seconds"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    shown = table("stage", "state", ">shards", ">size", ">seconds", title=str(run))
     for row in rows:
         state = Text("done", "green") if row["complete"] else Text("unfinished", "yellow")
         if not row["in_recipe"]:
             state = Text("not in the recipe", "dim")
         megabytes = f"{row['bytes'] / 1e6:.1f} MB"
         seconds = "–" if row["seconds"] is None else str(row["seconds"])
-        table.add_row(str(row["stage"]), state, str(row["shards"]), megabytes, seconds)
-    STDOUT.print(table)
+        shown.add_row(str(row["stage"]), state, str(row["shards"]), megabytes, seconds)
+    STDOUT.print(shown)
 
 
 def clean(
@@ -71,14 +48,14 @@ def clean(
     from fusellm.store.run_folder import removable
     from fusellm.store.tables import folder_bytes
 
-    found = removable(run, stores, everything)
-    if not found:
+    paths = removable(run, stores, everything)
+    if not paths:
         STDERR.print("nothing to remove")
         return
-    for path in found:
+    for path in paths:
         STDERR.say(f"{path}  {folder_bytes(path) / 1e6:.1f} MB")
     if yes or typer.confirm("Remove these?"):
-        for path in found:
+        for path in paths:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if everything and not any(run.iterdir()):
             run.rmdir()

@@ -1,12 +1,15 @@
 """How far two tokenizers agree: what could be carried from a source to a target, before any model.
 
+This is what `fusellm tokenizers A B` shows.
+
 T target positions that predict; Vs, Vt source and target vocabulary sizes. Shares are of counts
 kept beside them, so that a reader can add domains up.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import compress
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,15 +17,17 @@ from transformers import PreTrainedTokenizerBase
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import Aligner, boundary_aligner
 from fusellm.alignment.translation import VocabularyMap, class_translation, same_tokenizer
-from fusellm.arrays.ragged import offsets_of
-from fusellm.arrays.tokens import Tokens
+from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.progress import Progress, Silent
 from fusellm.tokens.blocks import cut
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder, require_texts
+from fusellm.tokens.encode import Encoder, as_encoder, require_texts
 from fusellm.tokens.spelling import shown
+from fusellm.zoo.text import DOMAINS, documents
 
 _FEW_TOKENS = 3  # a class of at most so many tells the target's tokens nearly apart
 _MEMBERS_SHOWN = 12
+_DOMAIN_BYTES = 100_000
+_DOCUMENT_BYTES = 4_000  # the beginnings of many documents say more than a few whole ones
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ class Domain:
         """Positions at which both have read the same text."""
         return self.positions - self.situations["unaligned"]
 
+    @property
+    def bytes_per_token(self) -> tuple[float, float]:
+        """Of the source's and of the target's tokens; 0 without any text."""
+        tokens = (self.source_tokens, self.target_tokens)
+        return self.bytes_read / max(tokens[0], 1), self.bytes_read / max(tokens[1], 1)
+
 
 @dataclass(frozen=True)
 class LargeClass:
@@ -132,6 +143,40 @@ class Comparison:
     domains: tuple[Domain, ...]
     classes: Classes
 
+    def verdict(self, source: str, target: str) -> str:
+        """What this means, in one sentence about a source and a target of these names."""
+        read = [domain for domain in self.domains if domain.positions]
+        if not read:
+            return f"One of the two changes every block of this text: {target} cannot use {source}."
+        if self.same:
+            return (
+                f"{source} and {target} cut every text alike: every position of {target} can be "
+                "used, token by token."
+            )
+        shares = sorted(domain.aligned / domain.positions for domain in read)
+        low, high = (f"{100 * share:.0f}" for share in (shares[0], shares[-1]))
+        span = low if low == high else f"{low} to {high}"
+        left_out = any(sum(domain.left_out) for domain in self.domains)
+        return (
+            f"At {span} % of {target}'s positions {source} has read the same text, so what it "
+            "knows can be used there; at the others the target learns from the text alone"
+            + (", as in the blocks left out." if left_out else ".")
+        )
+
+    def as_dict(self, source: str, target: str) -> dict[str, Any]:
+        """Everything as JSON has it: shares beside the counts, tokenizers by these names."""
+        result = asdict(self)
+        for key, name, side in (("source", source, self.source), ("target", target, self.target)):
+            result[key] |= {"name": name, "shared_share": side.shared_share}
+        for row, domain in zip(result["domains"], self.domains, strict=True):
+            counts = domain.situations | {"aligned": domain.aligned}
+            counts |= {key: row[key] for key in ("in_single_classes", "in_small_classes")}
+            row["left_out"] = dict(zip(("source", "target"), domain.left_out, strict=True))
+            row["source_bytes_per_token"], row["target_bytes_per_token"] = domain.bytes_per_token
+            row["shares"] = {key: n / max(domain.positions, 1) for key, n in counts.items()}
+        result["verdict"] = self.verdict(source, target)
+        return result
+
 
 def compare_tokenizers(
     source: Encoder | PreTrainedTokenizerBase,
@@ -164,8 +209,8 @@ def compare_tokenizers(
     source, target = as_encoder(source), as_encoder(target)
     if not isinstance(texts, Mapping):
         texts = {"text": texts}
-    for documents in texts.values():
-        require_texts(documents)
+    for of_domain in texts.values():
+        require_texts(of_domain)
     with (progress or Silent()).start("comparing", 1 + len(texts), "parts") as bar:
         translation = class_translation(source, target)
         bar.advance()
@@ -173,20 +218,37 @@ def compare_tokenizers(
         size_of_token = np.where(of_target >= 0, sizes[of_target], 0)
         align = boundary_aligner(source, target, translation)
         domains = []
-        for name, documents in texts.items():
-            found = _domain(name, documents, block_bytes, source, target, align, size_of_token)
-            domains.append(found)
+        for name, of_domain in texts.items():
+            domains.append(
+                _domain(name, of_domain, block_bytes, source, target, align, size_of_token)
+            )
             bar.advance()
-    mine, theirs = _distinct(source), _distinct(target)
+    source_bytes, target_bytes = _distinct(source), _distinct(target)
     return Comparison(
-        _side(source, theirs),
-        _side(target, mine),
+        _side(source, target_bytes),
+        _side(target, source_bytes),
         same_tokenizer(source, target),
-        len(mine & theirs),
+        len(source_bytes & target_bytes),
         source.vocabulary.eos_id is not None and target.vocabulary.eos_id is not None,
         tuple(domains),
         _classes(source, target, translation, sizes, largest),
     )
+
+
+def builtin_texts(progress: Progress) -> dict[str, list[str]]:
+    """The beginnings of documents of the built-in corpus, some 100 kB a domain."""
+    texts: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
+    with progress.start("reading text", len(DOMAINS) * _DOMAIN_BYTES / 1e3, "kB") as bar:
+        for domain in DOMAINS:
+            room = _DOMAIN_BYTES
+            for document in documents(["validation", "train"], [domain]):
+                if room <= 0:
+                    break
+                begins = next(cut(document.text, _DOCUMENT_BYTES))
+                texts[domain].append(begins)
+                room -= len(begins.encode())
+                bar.advance(len(begins.encode()) / 1e3)
+    return texts
 
 
 def _distinct(encoder: Encoder) -> set[bytes]:
@@ -224,7 +286,7 @@ def _class_sizes(translation: VocabularyMap) -> np.ndarray:
 
 def _domain(
     name: str,
-    documents: Sequence[str],
+    texts: Sequence[str],
     block_bytes: int,
     source: Encoder,
     target: Encoder,
@@ -233,40 +295,30 @@ def _domain(
 ) -> Domain:
     blocks: list[str] = []
     last: list[bool] = []
-    for document in documents:
-        pieces = list(cut(document, block_bytes))
+    for text in texts:
+        pieces = list(cut(text, block_bytes))
         blocks += pieces
         last += [n + 1 == len(pieces) for n in range(len(pieces))]
     encoded = source.encode(blocks, last), target.encode(blocks, last)
     changed = [[block.ends is None for block in side] for side in encoded]
     read = [not any(either) for either in zip(*changed, strict=True)]
-    mine, theirs = (_tokens(list(compress(side, read))) for side in encoded)
-    situations = np.bincount(align(theirs, mine).situations, minlength=len(Situation))
-    next_size = size_of_token[theirs.ids[theirs.predicting + 1]]
+    of_source, of_target = (tokens_of_texts(list(compress(side, read))) for side in encoded)
+    asked = of_target.asked
+    aligned = align(of_target, of_source)
+    situations = np.bincount(aligned.situations[asked], minlength=len(Situation))
+    next_size = size_of_token[of_target.ids[of_target.predicting[asked] + 1]]
     return Domain(
         name,
         sum(read),
-        sum(len(text.encode()) for text in compress(blocks, read)),
+        sum(len(block.encode()) for block in compress(blocks, read)),
         (sum(changed[0]), sum(changed[1])),
-        next((text[:60] for text, both in zip(blocks, read, strict=True) if not both), ""),
-        _text_tokens(source, mine.ids),
-        _text_tokens(target, theirs.ids),
+        next((block[:60] for block, both in zip(blocks, read, strict=True) if not both), ""),
+        _text_tokens(source, of_source.ids),
+        _text_tokens(target, of_target.ids),
         len(next_size),
         {case.name.lower(): int(situations[case]) for case in Situation},
         int((next_size == 1).sum()),
         int(((next_size > 0) & (next_size <= _FEW_TOKENS)).sum()),
-    )
-
-
-def _tokens(encoded: Sequence[Encoded]) -> Tokens:
-    """Blocks that were read, one after another, of a prefix its last token alone."""
-    nothing = np.zeros(0, dtype=np.int64)
-    given = max([0, *(block.prefix_tokens - 1 for block in encoded)])
-    rows = [block.ids[given:] for block in encoded]
-    return Tokens(
-        offsets_of(np.array([len(row) for row in rows], dtype=np.int64)),
-        np.concatenate([nothing, *rows]),
-        np.concatenate([nothing, *(b.ends[given:] for b in encoded if b.ends is not None)]),
     )
 
 

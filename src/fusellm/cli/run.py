@@ -1,0 +1,240 @@
+"""`fusellm run` and the commands of single stages: running them, and showing what comes of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusellm.cli import launch
+from fusellm.cli import options as of
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
+from fusellm.cli.draw import table
+from fusellm.cli.evaluate_screen import as_object, results_of, show
+from fusellm.cli.options import NO_CHANGES
+from fusellm.cli.status import show_status
+from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
+
+if TYPE_CHECKING:
+    from fusellm.pipeline import Pipeline
+    from fusellm.reading.engine import EngineSettings
+
+_RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def demo(
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="More text, two epochs: the run whose figures are published."),
+    ] = False,
+    out: of.Out = None,
+    changes: of.Set = NO_CHANGES,
+    redo: of.Redo = False,
+    as_json: of.Json = False,
+) -> None:
+    """Fuse the three small models that come with fusellm; no download, a few minutes.
+
+    Runs the recipe recipes/demo.yaml on text of the installed Python packages, and ends in a table
+    and a report page. --full runs recipes/demo-full.yaml: more text, a quarter of an hour.
+    """
+    recipe = _RECIPES / ("demo-full.yaml" if full else "demo.yaml")
+    _execute(None, recipe, out, changes, redo, as_json)
+
+
+def report(recipe: of.RecipeOrRun, out: of.Out = None, as_json: of.Json = False) -> None:
+    """Write results.json, results.csv and the report page of a run, from its folder alone."""
+    from fusellm.stages.report.write import write_report
+
+    folder = out or folder_of_run(recipe, open_recipe(recipe))
+    write_report(folder)
+    _show_results(folder, as_json)
+
+
+def check(
+    recipe: of.RecipeOrRun,
+    out: of.Out = None,
+    changes: of.Set = NO_CHANGES,
+    trust_remote_code: of.TrustRemoteCode = False,
+    as_json: of.Json = False,
+) -> None:
+    """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
+    from fusellm.preflight import gigabytes, require_disk
+
+    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
+    if as_json:
+        print(json_text(checked))
+        return
+    columns = ("name", "model", "architecture", "tokens", "context", "every block fits")
+    models = table(*columns, title=f"{recipe}: all found")
+    for name, model in checked["models"].items():
+        context = str(model["context_tokens"] or "any")
+        fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
+        place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
+        models.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
+    STDOUT.print(models)
+    for name, model in checked["models"].items():
+        STDOUT.say(_tried(name, model))
+    size = checked["projected_store_bytes"]
+    shown = "unknown (the corpus has no budget)" if size is None else gigabytes(size)
+    STDOUT.print(f"Distributions on disk: about {shown}; free: {gigabytes(checked['free_bytes'])}")
+    require_disk(checked)
+
+
+def _tried(name: str, model: dict[str, Any]) -> str:
+    """What a model's tokenizer made of some blocks of the corpus."""
+    blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
+    read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
+    return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
+
+
+def open_pipeline(
+    place: Path,
+    out: Path | None,
+    changes: Sequence[str],
+    engine: "EngineSettings | None" = None,
+    nproc: int = 1,
+    given: Mapping[str, Any] | None = None,
+    trusted: bool = False,
+) -> "Pipeline":
+    """The pipeline of a recipe or a run.
+
+    Args:
+        trusted: whether --trust-remote-code is given.
+        given: keys of `evaluation:` that the command line has other values for.
+    """
+    from fusellm.models.remote_code import trusted_code
+    from fusellm.pipeline import Pipeline
+    from fusellm.progress import Silent
+    from fusellm.reading.engine import LOCAL
+
+    recipe = open_recipe(place, changes)
+    progress = Terminal(STDERR) if launch.speaks() else Silent()
+    for model in (recipe.target, *recipe.sources):
+        told = trusted_code(model, trusted)
+        if told is not None:
+            progress.say(told)
+    evaluation = changed_evaluation(recipe.evaluation, given) if given else None
+    run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
+    return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
+
+
+def _execute(
+    stages: tuple[str, ...] | None,
+    recipe: of.RecipeOrRun,
+    out: of.Out = None,
+    changes: of.Set = NO_CHANGES,
+    redo: of.Redo = False,
+    as_json: of.Json = False,
+    push_to_hub: of.PushToHub = None,
+    nproc: of.Nproc = 1,
+    trust_remote_code: of.TrustRemoteCode = False,
+    engine: of.Engine = "local",
+    ray_address: of.RayAddress = None,
+    workers: of.Workers = None,
+    worker_cpus: of.WorkerCpus = None,
+    worker_gpus: of.WorkerGpus = None,
+) -> None:
+    """Run stages, all if None, or go on with them, and show what comes of them."""
+    from fusellm.reading.engine import EngineSettings
+    from fusellm.store.run_folder import STAGES
+
+    stages = stages or STAGES
+    settings = EngineSettings(engine, ray_address, workers, worker_cpus, worker_gpus)
+    if stages != ("train",):
+        launch.require_one_process(stages[0] if len(stages) == 1 else "run")
+    launch.require_devices(nproc)
+    if push_to_hub is not None:
+        from fusellm.models.hub import require_access
+
+        require_access(push_to_hub)
+    launch.join()
+    pipeline = open_pipeline(recipe, out, changes, settings, nproc, trusted=trust_remote_code)
+    launch.require_joined()
+    if nproc > 1:
+        if "evaluate" in stages:
+            pipeline.prepare_suites()
+        pipeline.execute(stages[: stages.index("train")], redo)
+        if pipeline.unfinished("train"):
+            launch.train_on(nproc, pipeline.run, trust_remote_code)
+    pipeline.execute(stages, redo)
+    if not launch.speaks():
+        return
+    if "report" in stages:
+        _show_results(pipeline.run, as_json)
+    elif as_json:
+        show_status(pipeline.run, as_json=True)
+    if push_to_hub is not None:
+        _push(pipeline, push_to_hub)
+
+
+def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command those options of `_execute` that belong to it, in the order of its help."""
+    of_all = signature(_execute).parameters
+    own = [of_all[name] for name in ("recipe", "out", "changes", "redo", *names)]
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        made: Any = command  # typer reads a command's options from these two
+        made.__signature__ = Signature(own)
+        made.__annotations__ = {option.name: option.annotation for option in own}
+        return command
+
+    return give
+
+
+_ENGINE = ("engine", "ray_address", "workers", "worker_cpus", "worker_gpus")
+
+
+@_options("as_json", "push_to_hub", "nproc", "trust_remote_code", *_ENGINE)
+def run(**given: Any) -> None:
+    """Run all stages of a recipe, or go on where it was interrupted.
+
+    corpus → externalize → fuse → train → evaluate → report. Finished work is kept: after an
+    interruption, give the same command again.
+    """
+    _execute(None, **given)
+
+
+@_options("trust_remote_code", "as_json")
+def corpus(**given: Any) -> None:
+    """Cut the corpus into blocks that every model reads."""
+    _execute(("corpus",), **given)
+
+
+@_options("trust_remote_code", "as_json", *_ENGINE)
+def externalize(**given: Any) -> None:
+    """Read each source's next-token distributions over the corpus."""
+    _execute(("externalize",), **given)
+
+
+@_options("trust_remote_code", "as_json")
+def fuse(**given: Any) -> None:
+    """Align, translate and fuse the distributions; no model, no GPU."""
+    _execute(("fuse",), **given)
+
+
+@_options("as_json", "push_to_hub", "nproc", "trust_remote_code")
+def train(**given: Any) -> None:
+    """Continue training the target on the fused distributions, and the CLM baseline."""
+    _execute(("train",), **given)
+
+
+def _push(pipeline: "Pipeline", repo: str) -> None:
+    from fusellm.models.hub import push_model
+    from fusellm.store.run_folder import FUSED, trained_folder
+
+    folder = trained_folder(pipeline.run, FUSED)
+    with Terminal(STDERR).start(f"uploading {folder}", 0, "files"):
+        address = push_model(folder, repo, f"{pipeline.recipe.name}: fused by fusellm")
+    STDERR.say(f"The fused model is at {address}")
+
+
+def _show_results(run: Path, as_json: bool) -> None:
+    """Print a run's results, and where its report and its model are."""
+    results = results_of(run)
+    if as_json:
+        print(json_text(as_object(results)))
+        return
+    show(results, STDOUT)
+    STDOUT.say(f"Report: {run / 'report' / 'index.html'}")
+    STDOUT.say(f"The fused model: {run / 'train' / 'fused'}")
