@@ -10,7 +10,7 @@ import pytest
 
 import worlds
 from fusellm.alignment.translation import class_translation
-from fusellm.explain.tokenizers import Comparison, compare_tokenizers
+from fusellm.explain.tokenizers import TokenizerComparison, compare_tokenizers
 from fusellm.progress import Silent
 from fusellm.tokens.encode import Encoder
 
@@ -156,7 +156,7 @@ def test_vocabularies_and_classes_are_counted(source_name: str, target_name: str
 
 
 def test_what_is_said_of_each_side() -> None:
-    def sides(source: str, target: str) -> Comparison:
+    def sides(source: str, target: str) -> TokenizerComparison:
         return compare_tokenizers(worlds.encoder_of(source), worlds.encoder_of(target), {})
 
     found = sides("byte-bpe", "always-prefixed")

@@ -30,7 +30,7 @@ from fusellm.corpus import digests, formats
 from fusellm.corpus.cutting import write_corpus
 from fusellm.corpus.documents import file_records
 from fusellm.corpus.fields import Fields
-from fusellm.corpus.formats import Kind, Record, kind_of
+from fusellm.corpus.formats import FileKind, FileRecord, kind_of
 from fusellm.corpus.look import look_at
 from fusellm.corpus.parts import PARTS
 from fusellm.corpus.paths import files_of
@@ -125,7 +125,7 @@ def put(folder: Path, name: str, data: bytes) -> Path:
     return path
 
 
-def read(path: Path, **changes: Any) -> list[Record]:
+def read(path: Path, **changes: Any) -> list[FileRecord]:
     entry = FileDocuments(files=str(path), **changes)
     return [record for _, record in file_records(entry)]
 
@@ -168,7 +168,7 @@ def test_records_are_the_same_whatever_they_are_in(tmp_path: Path, name: str, pa
 @pytest.mark.parametrize("name", ["a.txt", "README.md", "b.PY", "c.h", "page.html"])
 def test_text_is_one_document_a_file(tmp_path: Path, name: str, packed: str) -> None:
     path = put(tmp_path, name + packed, PACK[packed]("Straße\r\n\r\nx".encode()))
-    assert read(path) == [Record("Straße\r\n\r\nx")]
+    assert read(path) == [FileRecord("Straße\r\n\r\nx")]
 
 
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
@@ -573,10 +573,10 @@ def test_a_look_says_what_there_is(tmp_path: Path) -> None:
 
 
 def test_kinds_by_ending() -> None:
-    assert kind_of(Path("a/b.c/x.Parquet")) == Kind("parquet")
-    assert kind_of(Path("x.v1.2.JSON.Zst")) == Kind("json", "zstd")
-    assert kind_of(Path("x"), "csv") == Kind("csv")
-    assert kind_of(Path("x.gz"), "text") == Kind("text", "gzip")
+    assert kind_of(Path("a/b.c/x.Parquet")) == FileKind("parquet")
+    assert kind_of(Path("x.v1.2.JSON.Zst")) == FileKind("json", "zstd")
+    assert kind_of(Path("x"), "csv") == FileKind("csv")
+    assert kind_of(Path("x.gz"), "text") == FileKind("text", "gzip")
 
 
 def test_files_that_were_always_read_so_keep_their_digest(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fusellm.evaluation.suites.task import Plan
 from fusellm.fusion import functions
 from fusellm.fusion.functions import FUNCTIONS, Compared
 from fusellm.models import heads
-from fusellm.reading.engine import EngineSettings, Events, Task
+from fusellm.reading.engine import EngineSettings, Events, ReadingTask
 from fusellm.recipe_file import resolve_paths
 from fusellm.stages import externalize
 from fusellm.tokens.encode import Encoder
@@ -130,7 +130,7 @@ def test_an_engine(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked: list[str] = []
     local = externalize.ENGINES["local"]
 
-    def backwards(task: Task, settings: EngineSettings) -> Events:
+    def backwards(task: ReadingTask, settings: EngineSettings) -> Events:
         asked.extend(task.names)
         yield from local(replace(task, names=list(reversed(task.names))), settings)
 

@@ -19,7 +19,7 @@ from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.cross_entropy import nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared, avgce, avgce_paper, mince
-from fusellm.fusion.fuse import Counts, Reading, Rules, fuse_blocks
+from fusellm.fusion.fuse import Counts, FusionRules, Reading, fuse_blocks
 from fusellm.tokens.encode import Encoder
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
@@ -123,7 +123,7 @@ class World:
     target: Blocks
     lengths: list[int]
     sources: list[Reading]
-    rules: Rules
+    rules: FusionRules
 
     def fuse(self) -> tuple[Fused, Counts, list[Counts]]:
         byte_offsets = offsets_of(np.array(self.lengths))
@@ -161,7 +161,7 @@ def fused_worlds(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS))
         translation = random_translation(chance, 9, complete)
         readings.append(reading_of(target, source, kept, translation, bool(chance.integers(2))))
     reach = draw(st.sampled_from([None, 1, 3, 64]))
-    rules = Rules(FUNCTIONS[draw(st.sampled_from(functions))], reach, beta=2.0)
+    rules = FusionRules(FUNCTIONS[draw(st.sampled_from(functions))], reach, beta=2.0)
     return World(target, lengths, readings, rules)
 
 
@@ -246,7 +246,9 @@ def one_position(
     kept: Kept, translation: VocabularyMap, **rules: bool
 ) -> tuple[dict[int, float], float]:
     block = Blocks([np.array([0, 1])])
-    world = World(block, [1], [reading_of(block, block, kept, translation)], Rules(mince, **rules))
+    world = World(
+        block, [1], [reading_of(block, block, kept, translation)], FusionRules(mince, **rules)
+    )
     ((part,),) = parts_of(world.fuse()[0])
     return part[1], part[2]
 
@@ -274,8 +276,8 @@ def test_the_authors_put_all_mass_on_the_token_just_read_where_nothing_is_aligne
     target, source = Blocks([np.array([0, 1, 3])]), Blocks([np.array([0, 2, 3])])
     kept = top([{0: 1.0}, {0: 1.0}], [0.0, 0.0])
     reading = reading_of(target, source, kept, MEETING)
-    ours = World(target, [3], [reading], Rules(mince)).fuse()[0]
-    theirs = World(target, [3], [reading], Rules(mince, as_authors=True)).fuse()[0]
+    ours = World(target, [3], [reading], FusionRules(mince)).fuse()[0]
+    theirs = World(target, [3], [reading], FusionRules(mince, as_authors=True)).fuse()[0]
     assert parts_of(ours) == [[(0, {0: 1.0}, 0.0)], []]
     just_read = int(target.tokens.ids[1])
     assert parts_of(theirs) == [[(0, {0: 1.0}, 0.0)], [(0, {just_read: 1.0}, 0.0)]]
@@ -627,7 +629,7 @@ def test_ties_are_counted() -> None:
     kept = top([{0: 1.0}] * 2, [0.0] * 2, [-1.0, -2.0])
     better = replace(kept, true_log_prob=np.array([-1.0, -1.5], dtype=np.float32))
     sources = [reading_of(block, block, k, MEETING) for k in (kept, better)]
-    _, together, _ = World(block, [2], sources, Rules(mince, 0)).fuse()
+    _, together, _ = World(block, [2], sources, FusionRules(mince, 0)).fuse()
     assert together["ties"].tolist() == [1]
 
 
@@ -635,7 +637,7 @@ def test_ties_are_counted() -> None:
 def test_without_a_source_that_reads_the_block_nothing_is_fused(count: int) -> None:
     target, unread = Blocks([np.array([0, 2, 3])]), Blocks([NONE])
     sources = [reading_of(target, unread, random_kept_none(), MEETING)] * count
-    fused, together, each = World(target, [3], sources, Rules(mince)).fuse()
+    fused, together, each = World(target, [3], sources, FusionRules(mince)).fuse()
     assert parts_of(fused) == [[], []]
     assert together["without_source"].tolist() == [2]
     assert [counts["read"].tolist() for counts in each] == [[0.0]] * count
@@ -649,7 +651,7 @@ def random_kept_none() -> Kept:
 def test_a_target_that_predicts_nothing(ends: list[int]) -> None:
     target, source = Blocks([np.array(ends, dtype=np.int64)]), Blocks([np.array([0, 3])])
     reading = reading_of(target, source, top([{0: 1.0}], [0.0]), MEETING)
-    assert parts_of(World(target, [3], [reading], Rules(mince, 64)).fuse()[0]) == []
+    assert parts_of(World(target, [3], [reading], FusionRules(mince, 64)).fuse()[0]) == []
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -670,7 +672,9 @@ def test_the_true_next_token_of_real_readings_is_in_the_outcome_it_belongs_to(
         translation = STRATEGIES[strategy].translate(source, target, None)
         aligned = STRATEGIES[strategy].aligner(source, target, translation)(mine, theirs)
         reading = Reading(theirs, sure.distributions(), sure.true_log_prob, translation, aligned)
-        fused, _, _ = fuse_blocks(mine, np.array([0, len(text.encode())]), [reading], Rules(mince))
+        fused, _, _ = fuse_blocks(
+            mine, np.array([0, len(text.encode())]), [reading], FusionRules(mince)
+        )
         right = [
             parts[0][1] == {int(translation.outcome_of_target[mine.ids[n + 1]]): 1.0}
             for n, parts in enumerate(parts_of(fused))

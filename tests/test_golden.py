@@ -30,7 +30,7 @@ from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.fusion.functions import mince
-from fusellm.fusion.fuse import Reading, Rules, fuse_blocks
+from fusellm.fusion.fuse import FusionRules, Reading, fuse_blocks
 from fusellm.tokens.encode import Encoder
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -131,7 +131,7 @@ def as_authors(
         theirs,
         np.array([0, 0]),
         [Reading(mine, kept.distributions(), kept.true_log_prob, table, aligned)],
-        Rules(mince, as_authors=True),
+        FusionRules(mince, as_authors=True),
     )
     assert fused.parts.tolist() == [1] * len(target_ids)
     return [

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusellm.evaluation.harness.model import Loaded, RowsEnd, harness_model
+from fusellm.evaluation.harness.model import LoadedModel, RowsEnd, harness_model
 from fusellm.objective.chunked import Head
 
 CONTEXT = 64
@@ -30,17 +30,17 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module", params=["llama", "neox", "mpt"])
-def loaded(world: Path, request: pytest.FixtureRequest) -> Loaded:
+def loaded(world: Path, request: pytest.FixtureRequest) -> LoadedModel:
     model = AutoModelForCausalLM.from_pretrained(world / request.param, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(world / request.param)
-    return Loaded(model.eval(), tokenizer, CONTEXT)
+    return LoadedModel(model.eval(), tokenizer, CONTEXT)
 
 
-def ours(loaded: Loaded, batch_size: int) -> Any:
+def ours(loaded: LoadedModel, batch_size: int) -> Any:
     return harness_model(loaded, deepcopy(loaded.tokenizer), batch_size)
 
 
-def theirs(loaded: Loaded, batch_size: int) -> Any:
+def theirs(loaded: LoadedModel, batch_size: int) -> Any:
     return HFLM(
         pretrained=loaded.model,
         tokenizer=deepcopy(loaded.tokenizer),
@@ -66,7 +66,7 @@ def writing(prompts: Sequence[str], until: Sequence[str], most: int) -> list[Ins
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_nats_are_those_of_lm_eval(loaded: Loaded, batch_size: int) -> None:
+def test_nats_are_those_of_lm_eval(loaded: LoadedModel, batch_size: int) -> None:
     """Also of choices that share a prompt, without any prompt, and of texts that are too long."""
     mine = ours(loaded, batch_size).loglikelihood(scoring(PAIRS))
     wanted = theirs(loaded, batch_size).loglikelihood(scoring(PAIRS))
@@ -74,7 +74,7 @@ def test_nats_are_those_of_lm_eval(loaded: Loaded, batch_size: int) -> None:
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in wanted]
 
 
-def test_of_a_continuation_that_is_too_long_the_end_is_scored(loaded: Loaded) -> None:
+def test_of_a_continuation_that_is_too_long_the_end_is_scored(loaded: LoadedModel) -> None:
     """HFLM has an assertion there."""
     lm = ours(loaded, 1)
     context, continuation = lm._encode_pair("the", " reader text" * 50)
@@ -86,14 +86,14 @@ def test_of_a_continuation_that_is_too_long_the_end_is_scored(loaded: Loaded) ->
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
 
 
-def test_a_continuation_that_is_the_likeliest_is_known(loaded: Loaded) -> None:
+def test_a_continuation_that_is_the_likeliest_is_known(loaded: LoadedModel) -> None:
     (written,) = theirs(loaded, 1).generate_until(writing(["the model"], [], 1))
     pairs = [("the model", written), ("the model", written + "x")]
     found = ours(loaded, 2).loglikelihood(scoring(pairs))
     assert found[0][1] == theirs(loaded, 2).loglikelihood(scoring(pairs))[0][1]
 
 
-def test_windows_of_long_texts_are_those_of_lm_eval(loaded: Loaded) -> None:
+def test_windows_of_long_texts_are_those_of_lm_eval(loaded: LoadedModel) -> None:
     request = Instance(
         "loglikelihood_rolling", {}, ("model text " * 60,), 0, metadata=("own", 0, 1)
     )
@@ -103,7 +103,7 @@ def test_windows_of_long_texts_are_those_of_lm_eval(loaded: Loaded) -> None:
 
 
 def test_logits_are_made_only_where_continuations_are(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = []
     logits = Head.logits
@@ -126,7 +126,7 @@ def counting(model: Any) -> tuple[list[int], Callable[[], None]]:
     return steps, hook.remove
 
 
-def test_a_batch_ends_when_each_row_has_met_a_stop_string(loaded: Loaded) -> None:
+def test_a_batch_ends_when_each_row_has_met_a_stop_string(loaded: LoadedModel) -> None:
     """HFLM goes on until one string has been met by all; the texts are the same."""
     prompts = ["return value", "class model def import print", "text"]
     lm, most = ours(loaded, 3), 40
@@ -144,7 +144,7 @@ def test_a_batch_ends_when_each_row_has_met_a_stop_string(loaded: Loaded) -> Non
     assert alone == wanted
 
 
-def test_rows_end_one_by_one(loaded: Loaded) -> None:
+def test_rows_end_one_by_one(loaded: LoadedModel) -> None:
     tokenizer = deepcopy(loaded.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     rows = tokenizer(["model text", "model class"], padding=True, return_tensors="pt").input_ids
@@ -154,7 +154,7 @@ def test_rows_end_one_by_one(loaded: Loaded) -> None:
     assert RowsEnd(tokenizer, [], 0)(rows, None).tolist() == [False, False]
 
 
-def test_sampling_takes_the_settings_that_it_is_given(loaded: Loaded) -> None:
+def test_sampling_takes_the_settings_that_it_is_given(loaded: LoadedModel) -> None:
     arguments = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 5.0, "top_k": 0}
     request = Instance("generate_until", {}, ("the model", arguments), 0, metadata=("own", 0, 1))
     found = []

@@ -21,7 +21,7 @@ from fusellm.arrays.distributions import Distributions, Kept
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.fusion.functions import mince
-from fusellm.fusion.fuse import Rules, fuse_blocks
+from fusellm.fusion.fuse import FusionRules, fuse_blocks
 from fusellm.fusion.healing import heal, where_cut
 from fusellm.fusion.pairing import Healing, Pairing, healing_of
 from fusellm.models.tokenizers import tokenizer_at
@@ -133,7 +133,7 @@ def differences(
     pairing = Pairing(translation, aligner, healing_of(source, target) if heals else None)
     reading = pairing.reading(mine, theirs, said(theirs, learnt(source, world), draws, seed))
     sizes = offsets_of(np.array([len(text.encode()) for text in texts]))
-    fused, _, _ = fuse_blocks(mine, sizes, [reading], Rules(mince))
+    fused, _, _ = fuse_blocks(mine, sizes, [reading], FusionRules(mince))
     right = learnt(target, world)
     found = {}
     part, outcome = 0, 0

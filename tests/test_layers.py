@@ -177,6 +177,15 @@ def test_variables_say_what_they_hold() -> None:
     assert {module: names for module, names in faults.items() if names} == {}
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    where: dict[str, list[str]] = {}
+    for module, tree in sources().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in where.items() if len(modules) > 1} == {}
+
+
 @pytest.mark.parametrize(
     ("statement", "names"),
     [

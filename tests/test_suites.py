@@ -31,7 +31,7 @@ from fusellm.evaluation.code.completions import complete
 from fusellm.evaluation.harness import lm_eval as around
 from fusellm.evaluation.harness import run as harness_run
 from fusellm.evaluation.harness.lm_eval import SEED
-from fusellm.evaluation.harness.model import Loaded
+from fusellm.evaluation.harness.model import LoadedModel
 from fusellm.evaluation.harness.run import HarnessTask
 from fusellm.evaluation.measure import (
     Candidate,
@@ -513,7 +513,7 @@ def mean(metric: str) -> dict[str, Any]:
     return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
-def test_a_task_of_lm_eval_is_run_by_its_name(theirs: Path, tiny: Loaded) -> None:
+def test_a_task_of_lm_eval_is_run_by_its_name(theirs: Path, tiny: LoadedModel) -> None:
     filters = [
         {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, TAKE_FIRST]}
         for name, pattern in (("strict", "^never$"), ("loose", "(.*)"))
@@ -560,12 +560,12 @@ def test_tasks_of_lm_eval_that_are_refused(
 
 
 @pytest.fixture(scope="module")
-def tiny(world: Path) -> Loaded:
+def tiny(world: Path) -> LoadedModel:
     model = AutoModelForCausalLM.from_pretrained(world / "llama", dtype=torch.float32)
-    return Loaded(model.train(), AutoTokenizer.from_pretrained(world / "llama"), 512)
+    return LoadedModel(model.train(), AutoTokenizer.from_pretrained(world / "llama"), 512)
 
 
-def stock_results(folder: Path, loaded: Loaded, file: str, rows: Any, changes: Any) -> Any:
+def stock_results(folder: Path, loaded: LoadedModel, file: str, rows: Any, changes: Any) -> Any:
     """lm_eval's own results on rows, with nothing of ours between."""
     folder.mkdir()
     write_lines(folder / "rows.jsonl", rows)
@@ -619,7 +619,7 @@ def test_scores_are_lm_evals_own(
     file: str,
     key: str,
     data: Path,
-    tiny: Loaded,
+    tiny: LoadedModel,
     tmp_path: Path,
 ) -> None:
     settings = EvaluationSettings(data_dir=str(data), batch_size=4, tasks=[name], max_new_tokens=24)
@@ -659,7 +659,7 @@ def _choosing(count: int) -> Definition:
     return Definition(rows, config)
 
 
-def test_nats_of_choices_are_lm_evals_own(tiny: Loaded, tmp_path: Path) -> None:
+def test_nats_of_choices_are_lm_evals_own(tiny: LoadedModel, tmp_path: Path) -> None:
     """Not only which choice wins: the log-likelihoods themselves, through the same interface.
 
     To float32's rounding: products of other shapes sum in another order on some processors.
@@ -702,7 +702,7 @@ def test_nats_of_choices_are_lm_evals_own(tiny: Loaded, tmp_path: Path) -> None:
     assert len({a.document for a in record.answers}) == 30
 
 
-def test_the_choice_told_is_the_one_scored(tiny: Loaded) -> None:
+def test_the_choice_told_is_the_one_scored(tiny: LoadedModel) -> None:
     definition = _choosing(24)
     plan = Plan("own", "acc_norm", "binary", 24, lambda _: definition)
     settings = EvaluationSettings()
@@ -711,7 +711,7 @@ def test_the_choice_told_is_the_one_scored(tiny: Loaded) -> None:
         assert (row["c"][row["g"]] == answer.response) == (answer.score == 1)
 
 
-def test_a_model_and_its_tokenizer_are_left_as_they_were(tiny: Loaded, data: Path) -> None:
+def test_a_model_and_its_tokenizer_are_left_as_they_were(tiny: LoadedModel, data: Path) -> None:
     settings = EvaluationSettings(data_dir=str(data), tasks=["lambada_openai"])
     (task,) = tasks_of("textgen", settings)
     before = torch.random.get_rng_state()
@@ -723,7 +723,7 @@ def test_a_model_and_its_tokenizer_are_left_as_they_were(tiny: Loaded, data: Pat
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_tokenizers_that_spoil_prompts_are_refused(tiny: Loaded, data: Path) -> None:
+def test_tokenizers_that_spoil_prompts_are_refused(tiny: LoadedModel, data: Path) -> None:
     """One that ends every text would have a model go on after its end."""
     settings = EvaluationSettings(data_dir=str(data), tasks=["lambada_openai"])
     (task,) = tasks_of("textgen", settings)
@@ -745,7 +745,7 @@ def _long(tokens: int) -> Definition:
     return Definition(rows, _choosing(1).config | {"doc_to_choice": ["a", "b"], "doc_to_target": 0})
 
 
-def test_long_prompts_stop_the_task_before_it_begins(tiny: Loaded) -> None:
+def test_long_prompts_stop_the_task_before_it_begins(tiny: LoadedModel) -> None:
     definition = _long(600)
     plan = Plan("own", "acc", "binary", 4, lambda _: definition)
     settings = EvaluationSettings()
@@ -761,7 +761,7 @@ def test_long_prompts_stop_the_task_before_it_begins(tiny: Loaded) -> None:
 
 
 @pytest.mark.parametrize(("new_tokens", "fits"), [(8, True), (500, False), (509, False)])
-def test_room_for_what_is_written_is_kept(tiny: Loaded, new_tokens: int, fits: bool) -> None:
+def test_room_for_what_is_written_is_kept(tiny: LoadedModel, new_tokens: int, fits: bool) -> None:
     plan = SUITES["smoke"].plans[2]
     definition = plan.define(Inputs({}, {}))
     definition.config["generation_kwargs"]["max_gen_toks"] = new_tokens
@@ -774,7 +774,9 @@ def test_room_for_what_is_written_is_kept(tiny: Loaded, new_tokens: int, fits: b
             task.run(tiny, FACTS)
 
 
-def test_the_limit_of_what_is_written_is_part_of_the_protocol(tiny: Loaded, data: Path) -> None:
+def test_the_limit_of_what_is_written_is_part_of_the_protocol(
+    tiny: LoadedModel, data: Path
+) -> None:
     only = ["word_sorting"]
     settings = EvaluationSettings(data_dir=str(data), tasks=only)
     (task,) = tasks_of("bbh", settings)
@@ -789,12 +791,12 @@ def test_the_limit_of_what_is_written_is_part_of_the_protocol(tiny: Loaded, data
 
 
 def test_a_suite_is_run_once_and_its_model_loaded_only_if_needed(
-    tiny: Loaded, tmp_path: Path
+    tiny: LoadedModel, tmp_path: Path
 ) -> None:
     loads = []
     shown = Shown()
 
-    def load() -> Loaded:
+    def load() -> LoadedModel:
         loads.append(1)
         return tiny
 
@@ -853,7 +855,7 @@ class Shown(Silent):
 
 
 def test_lm_eval_is_named_where_it_is_missing(
-    data: Path, monkeypatch: pytest.MonkeyPatch, tiny: Loaded
+    data: Path, monkeypatch: pytest.MonkeyPatch, tiny: LoadedModel
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for suite in ("smoke", "piqa"):
@@ -889,7 +891,9 @@ def test_names_of_models_stay_in_their_folder() -> None:
         assert path.parts[2] not in (".", "..")
 
 
-def test_programs_are_completed_in_order(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_completed_in_order(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = ["return value", "class model def import print", "text"]
     greedy = EvaluationSettings(max_new_tokens=12)
     whole = complete(tiny, prompts, [], greedy.model_copy(update={"batch_size": 1}))

@@ -19,7 +19,7 @@ from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
 from fusellm.tokens.spelling import Spelling
 from fusellm.tokens.text_ids import rules_of
-from fusellm.tokens.vocabulary import Kind, byte_alphabet, read_vocabulary
+from fusellm.tokens.vocabulary import TokenKind, byte_alphabet, read_vocabulary
 from fusellm.tokens.walk import boundaries
 from fusellm.zoo import text as zoo_text
 from fusellm.zoo.text import PARTS, Document, documents, drop_near_duplicates, part_of
@@ -373,7 +373,7 @@ def test_a_normalizing_tokenizer_is_refused_whenever_it_changes_the_text(
 )
 def test_models_of_the_sentencepiece_library(settings_: dict[str, object]) -> None:
     encoder = Encoder(worlds.slow_sentencepiece_tokenizer(**settings_))
-    assert encoder.vocabulary.kind is Kind.SPACE_MARKS
+    assert encoder.vocabulary.kind is TokenKind.SPACE_MARKS
     is_prefixed = settings_.get("add_dummy_prefix", True)
     assert encoder.vocabulary.space_mark == is_prefixed
     strips = "remove_extra_whitespaces" in settings_ or "normalization_rule_name" in settings_
@@ -522,9 +522,9 @@ def test_a_token_that_looks_like_a_byte_is_text() -> None:
 
 
 def test_halves_of_a_surrogate_pair_have_no_bytes() -> None:
-    assert Spelling(Kind.SPACE_MARKS).bytes_of("\ud800") is None
-    assert Spelling(Kind.RAW).bytes_of("\ud800") is None
-    assert Spelling(Kind.BYTE_LEVEL).bytes_of("\ud800") is None
+    assert Spelling(TokenKind.SPACE_MARKS).bytes_of("\ud800") is None
+    assert Spelling(TokenKind.RAW).bytes_of("\ud800") is None
+    assert Spelling(TokenKind.BYTE_LEVEL).bytes_of("\ud800") is None
 
 
 def test_ids_between_tokens_and_rows_of_a_padded_head_have_no_bytes() -> None:
@@ -565,7 +565,7 @@ def test_the_byte_alphabet_may_be_the_normalizers() -> None:
     layout = worlds.layout_of("byte-bpe")
     layout |= {"normalizer": {"type": "ByteLevel"}, "pre_tokenizer": None}
     encoder = worlds.fast_of(layout)
-    assert encoder.vocabulary.kind is Kind.BYTE_LEVEL
+    assert encoder.vocabulary.kind is TokenKind.BYTE_LEVEL
     assert check_boundaries(encoder, "the  naïve\n 日本語")
 
 

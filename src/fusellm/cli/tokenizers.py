@@ -18,7 +18,7 @@ from fusellm.cli.options import Json
 from fusellm.errors import CorpusError
 
 if TYPE_CHECKING:
-    from fusellm.explain.tokenizers import Comparison, Domain
+    from fusellm.explain.tokenizers import Domain, TokenizerComparison
     from fusellm.models.tokenizer import Tokenizer
 
 _NO_FILES: list[Path] = []
@@ -117,7 +117,7 @@ def _short_names(source: str, target: str) -> tuple[str, str]:
     return (short[0], short[1]) if short[0] != short[1] else (source, target)
 
 
-def _show(source: str, target: str, comparison: "Comparison") -> None:
+def _show(source: str, target: str, comparison: "TokenizerComparison") -> None:
     STDOUT.show(
         "", _sides(source, target, comparison), _situations(comparison.domains), _legend(), ""
     )
@@ -128,7 +128,7 @@ def _show(source: str, target: str, comparison: "Comparison") -> None:
     STDOUT.print(Text(comparison.verdict(source, target), style="bold"))
 
 
-def _sides(source: str, target: str, comparison: "Comparison") -> Table:
+def _sides(source: str, target: str, comparison: "TokenizerComparison") -> Table:
     a, b = f"A, source\n{source}", f"B, target\n{target}"
     sides = [Column(head, justify="right", overflow="fold") for head in (a, b)]
     shown, both = (
@@ -198,7 +198,7 @@ def _legend() -> Table:
     return shown
 
 
-def _class_counts(comparison: "Comparison") -> Text:
+def _class_counts(comparison: "TokenizerComparison") -> Text:
     classes = comparison.classes
     return Text.assemble(
         (f"{classes.classes:,} classes that both can tell apart", "bold italic"),
@@ -207,7 +207,7 @@ def _class_counts(comparison: "Comparison") -> Text:
     )
 
 
-def _class_shares(comparison: "Comparison") -> Table:
+def _class_shares(comparison: "TokenizerComparison") -> Table:
     names = (f">{domain.name}" for domain in comparison.domains)
     shown = draw.table("positions whose next token is in a class", *names)
     of_own = (_percent(d.in_single_classes, d.positions) for d in comparison.domains)
@@ -217,7 +217,7 @@ def _class_shares(comparison: "Comparison") -> Table:
     return shown
 
 
-def _largest(comparison: "Comparison") -> Table:
+def _largest(comparison: "TokenizerComparison") -> Table:
     columns = (Column("all begin with", no_wrap=True), ">tokens of A", ">tokens of B")
     title = "The largest classes: where A leaves B to the text"
     shown = draw.table(*columns, Column("among them", ratio=1), title=title, expand=True)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fusellm.config import FileDocuments
-from fusellm.corpus.formats import Kind, kind_of
+from fusellm.corpus.formats import FileKind, kind_of
 from fusellm.corpus.paths import files_of, relative_names
 from fusellm.errors import CorpusError, StoreError
 from fusellm.progress import Bar, Progress, Silent
@@ -57,7 +57,7 @@ def digest_of_files(entry: FileDocuments, progress: Progress) -> str:
         ) from error
 
 
-def _digest(paths: Sequence[Path], kinds: Sequence[Kind], size: int, progress: Progress) -> str:
+def _digest(paths: Sequence[Path], kinds: Sequence[FileKind], size: int, progress: Progress) -> str:
     names = relative_names(paths)
     with progress.start("reading what files hold", size, "bytes") as bar:
         return digest(
@@ -68,7 +68,7 @@ def _digest(paths: Sequence[Path], kinds: Sequence[Kind], size: int, progress: P
         )
 
 
-def _as_once(path: Path, kind: Kind) -> list[str]:
+def _as_once(path: Path, kind: FileKind) -> list[str]:
     """A file's kind, but nothing for those that were always read so: their digests stay."""
     once = path.suffix.removeprefix(".") if path.suffix in (".parquet", ".jsonl") else "text"
     return [] if str(kind) == once else [str(kind)]

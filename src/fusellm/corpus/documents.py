@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 
 from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, FileDocuments, HubDocuments
 from fusellm.corpus.fields import Fields
-from fusellm.corpus.formats import Record, kind_of, read_records
+from fusellm.corpus.formats import FileRecord, kind_of, read_records
 from fusellm.corpus.parts import Named, Text, in_parts
 from fusellm.corpus.paths import files_of, relative_names
 from fusellm.errors import CorpusError
@@ -92,7 +92,7 @@ def hub_records(entry: HubDocuments, split: str) -> Iterator[Named]:
             entry.hub, entry.config, split=split, revision=entry.revision, streaming=entry.streaming
         )
         for number, row in enumerate(rows):
-            record = Record(*fields.text(row, f"{entry.hub}:{split}:{number}"))
+            record = FileRecord(*fields.text(row, f"{entry.hub}:{split}:{number}"))
             yield f"{entry.hub}/{entry.config or ''}/{split}:{number}", record
     except _HUB_FAULTS as error:
         reason = " ".join(str(error).split())[:300]

@@ -61,7 +61,7 @@ _LONGEST_WORD = len(r"\ud83d\ude00")  # that JSON may be cut inside of
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     """What a file is: its format, and what it is packed with."""
 
     format: str
@@ -71,7 +71,7 @@ class Kind(NamedTuple):
         return self.format + (f" ({self.packed})" if self.packed else "")
 
 
-class Record(NamedTuple):
+class FileRecord(NamedTuple):
     """One record, or what is read as one of a file of text.
 
     Attributes:
@@ -87,7 +87,7 @@ class Record(NamedTuple):
     ends: bool = True
 
 
-def kind_of(path: Path, given: str | None = None) -> Kind:
+def kind_of(path: Path, given: str | None = None) -> FileKind:
     """What a file is, by its ending in any case.
 
     Args:
@@ -110,10 +110,10 @@ def kind_of(path: Path, given: str | None = None) -> Kind:
             f"source code), each also with .{', .'.join(_PACKED)}. Leave it out of files, or give "
             "the entry a format: text, say"
         )
-    return Kind(format_, packed)
+    return FileKind(format_, packed)
 
 
-def read_records(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
+def read_records(path: Path, kind: FileKind, fields: Fields) -> Iterator[FileRecord]:
     """The records of a file, in order.
 
     Raises:
@@ -187,7 +187,7 @@ class _Utf8:
 # Text
 
 
-def _text(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
+def _text(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
     if fields.are_named:
         key = "context_fields" if fields.context else "text_field"
         raise CorpusError(
@@ -199,7 +199,7 @@ def _text(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
         data = rest + stream.read(_TEXT_BYTES + 1 - len(rest))
         at = len(data) if len(data) <= _TEXT_BYTES else cut_point(data[:-1], data[-1])
         rest = data[at:]
-        yield Record(utf8.decode(data[:at]), (), utf8.was_good(), not rest)
+        yield FileRecord(utf8.decode(data[:at]), (), utf8.was_good(), not rest)
         if not rest:
             return
 
@@ -220,7 +220,7 @@ def _too_long(place: str) -> CorpusError:
     )
 
 
-def _jsonl(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
+def _jsonl(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
     utf8 = _Utf8()
     for number, line in enumerate(_lines(stream, path), start=1):
         if line.strip():
@@ -229,10 +229,10 @@ def _jsonl(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
                 row = json.loads(utf8.decode(line))
             except (ValueError, RecursionError) as error:
                 raise CorpusError(f"{place} is not JSON: {error}; mend or drop the line") from None
-            yield Record(*fields.text(row, place), utf8.was_good())
+            yield FileRecord(*fields.text(row, place), utf8.was_good())
 
 
-def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
+def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
     """Objects in a list, one after another, or one alone."""
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     scan = json.JSONDecoder().raw_decode
@@ -262,7 +262,7 @@ def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
             is_utf8 = _NO_UTF8.search(text, at, end) is None
             if not is_utf8:
                 row = json.loads(_with_marks(text[at:end]))
-            yield Record(*fields.text(row, place), is_utf8)
+            yield FileRecord(*fields.text(row, place), is_utf8)
             at, number = end, number + 1
     if lists:
         raise CorpusError(f"{path} ends inside a list: it is cut off; fetch or make it anew")
@@ -280,7 +280,7 @@ def _with_marks(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _csv(stream: BinaryIO, path: Path, fields: Fields, delimiter: str) -> Iterator[Record]:
+def _csv(stream: BinaryIO, path: Path, fields: Fields, delimiter: str) -> Iterator[FileRecord]:
     csv.field_size_limit(_RECORD_BYTES)
     utf8 = _Utf8()
     rows = csv.reader(map(utf8.decode, _lines(stream, path)), delimiter=delimiter, strict=True)
@@ -293,13 +293,13 @@ def _csv(stream: BinaryIO, path: Path, fields: Fields, delimiter: str) -> Iterat
             )
         if row:
             values = dict(zip(names, row, strict=True))
-            yield Record(*fields.text(values, place), utf8.was_good())
+            yield FileRecord(*fields.text(values, place), utf8.was_good())
 
 
 # Columns
 
 
-def _unpacked(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
+def _unpacked(path: Path, kind: FileKind, fields: Fields) -> Iterator[FileRecord]:
     """The records of a file of columns, which is not read from its beginning to its end."""
     read = _OF_COLUMNS[kind.format]
     if kind.packed is None:
@@ -311,14 +311,14 @@ def _unpacked(path: Path, kind: Kind, fields: Fields) -> Iterator[Record]:
         yield from read(Path(whole.name), path, fields)
 
 
-def _parquet(place: Path, path: Path, fields: Fields) -> Iterator[Record]:
+def _parquet(place: Path, path: Path, fields: Fields) -> Iterator[FileRecord]:
     with pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES) as file:
         _require_columns(file.schema_arrow, path, fields)
         for batch in file.iter_batches(batch_size=_ROWS, columns=list(fields.names)):
             yield from _rows(batch, path, fields)
 
 
-def _arrow(place: Path, path: Path, fields: Fields) -> Iterator[Record]:
+def _arrow(place: Path, path: Path, fields: Fields) -> Iterator[FileRecord]:
     with pa.memory_map(str(place)) as file:
         is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
@@ -359,7 +359,7 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[Record]:
+def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRecord]:
     utf8 = _Utf8()
     for values in zip(*(_as_bytes(batch.column(name)) for name in fields.names), strict=True):
         texts = [value.as_py() for value in values]
@@ -369,7 +369,7 @@ def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[Record]
             name: None if text is None else utf8.decode(text)
             for name, text in zip(fields.names, texts, strict=True)
         }
-        yield Record(*fields.text(row, str(path)), utf8.was_good())
+        yield FileRecord(*fields.text(row, str(path)), utf8.was_good())
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
@@ -381,7 +381,7 @@ def _as_bytes(column: pa.Array) -> pa.Array:
     return column.cast(pa.large_binary())
 
 
-_Reader = Callable[[BinaryIO, Path, Fields], Iterator[Record]]
+_Reader = Callable[[BinaryIO, Path, Fields], Iterator[FileRecord]]
 _OF_LINES: dict[str, _Reader] = {
     "text": _text,
     "jsonl": _jsonl,
@@ -389,7 +389,7 @@ _OF_LINES: dict[str, _Reader] = {
     "csv": partial(_csv, delimiter=","),
     "tsv": partial(_csv, delimiter="\t"),
 }
-_OF_COLUMNS: dict[str, Callable[[Path, Path, Fields], Iterator[Record]]] = {
+_OF_COLUMNS: dict[str, Callable[[Path, Path, Fields], Iterator[FileRecord]]] = {
     "parquet": _parquet,
     "arrow": _arrow,
 }

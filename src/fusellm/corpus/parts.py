@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fusellm.config import CorpusSettings
 from fusellm.corpus.fields import Spans
-from fusellm.corpus.formats import Record
+from fusellm.corpus.formats import FileRecord
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.context import spans_within
 
@@ -17,7 +17,7 @@ PARTS = ("train", "validation", "held_out")
 # Of a document in the parts validation and held_out no more than this is taken.
 MEASURED_BYTES = 8192
 
-Named = tuple[str, Record]
+Named = tuple[str, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Text:
     ends: bool = True
 
     @classmethod
-    def of(cls, name: str, part: str, record: Record) -> "Text":
+    def of(cls, name: str, part: str, record: FileRecord) -> "Text":
         """A whole record; halves of surrogate pairs, which JSON can have, become `?`."""
         text = _whole(record.text)
         is_utf8 = record.is_utf8 and text == record.text
@@ -140,7 +140,7 @@ def _by_place(
         before += len(blocks)
 
 
-def _blocks(record: Record, corpus: CorpusSettings) -> Iterator[str]:
+def _blocks(record: FileRecord, corpus: CorpusSettings) -> Iterator[str]:
     if record.text.strip():
         yield from cut(_whole(record.text), corpus.block_bytes)
 

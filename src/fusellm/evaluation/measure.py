@@ -20,7 +20,7 @@ from fusellm.errors import EvaluationError, IdentityError, StoreError
 from fusellm.evaluation.code.tasks import CODE_SUITES, prepare_languages
 from fusellm.evaluation.compare.comparison import Comparison, NotRun, Rules, compare
 from fusellm.evaluation.compare.records import Header, TaskRecord, read_record, write_record
-from fusellm.evaluation.harness.model import Loaded, MeasuredModel, Ruler, require_readable
+from fusellm.evaluation.harness.model import LoadedModel, MeasuredModel, Ruler, require_readable
 from fusellm.evaluation.harness.run import Task
 from fusellm.evaluation.suites.catalogue import named
 from fusellm.evaluation.suites.load import tasks_of
@@ -65,7 +65,7 @@ class Candidate:
     """
 
     facts: Mapping[str, str]
-    load: Callable[[], Loaded]
+    load: Callable[[], LoadedModel]
     ruler: Ruler | None = None
 
     @property
@@ -75,7 +75,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSuite:
     """A suite whose data, packages and sandbox have been found."""
 
     suite: str
@@ -103,9 +103,9 @@ def candidate(name: str, located: Located) -> Candidate:
         "precision": located.settings.precision,
     }
 
-    def load() -> Loaded:
+    def load() -> LoadedModel:
         model = load_model(located, default_device())
-        return Loaded(model, load_tokenizer(located), located.context_tokens)
+        return LoadedModel(model, load_tokenizer(located), located.context_tokens)
 
     context = located.context_tokens
     return Candidate(facts, load, None if context is None else Ruler(tokenizer, context))
@@ -113,7 +113,7 @@ def candidate(name: str, located: Located) -> Candidate:
 
 def prepare(
     suites: Sequence[str], settings: EvaluationSettings, progress: Progress
-) -> list[Prepared]:
+) -> list[PreparedSuite]:
     """Find the data, packages and sandbox of suites, before any model is loaded.
 
     `settings.tasks` are tasks of any of them; each suite runs those that it has.
@@ -125,9 +125,11 @@ def prepare(
     for name in dict.fromkeys(suites):
         own = settings.model_copy(update={"tasks": _tasks_for(name, suites, settings.tasks)})
         if name in CODE_SUITES:
-            prepared.append(Prepared(name, *prepare_languages(CODE_SUITES[name], own, progress)))
+            prepared.append(
+                PreparedSuite(name, *prepare_languages(CODE_SUITES[name], own, progress))
+            )
         else:
-            prepared.append(Prepared(name, tuple(tasks_of(name, own))))
+            prepared.append(PreparedSuite(name, tuple(tasks_of(name, own))))
     return prepared
 
 
@@ -157,7 +159,7 @@ def record_path(folder: Path, suite: str, model: str, task: str) -> Path:
 def measure_into(
     folder: Path,
     models: Sequence[Candidate],
-    prepared: Sequence[Prepared],
+    prepared: Sequence[PreparedSuite],
     rules: Rules,
     published: bool,
     progress: Progress,
@@ -200,7 +202,7 @@ def measure_into(
 
 def measure(
     models: Sequence[Candidate],
-    prepared: Sequence[Prepared],
+    prepared: Sequence[PreparedSuite],
     folder: Path,
     progress: Progress,
     known: dict[str, TaskRecord],
@@ -223,7 +225,7 @@ def measure(
     tasks = [task for one in prepared for task in one.tasks]
     for model in models:
         left = [task for task in tasks if task.of_model(model.facts).identity not in known]
-        loaded: Loaded | None = None
+        loaded: LoadedModel | None = None
         for number, task in enumerate(left):
             header = task.of_model(model.facts)
             record = _of_twin(header, known)
@@ -249,7 +251,7 @@ def measure(
 
 
 def find_records(
-    models: Sequence[Candidate], prepared: Sequence[Prepared], folder: Path, redo: bool = False
+    models: Sequence[Candidate], prepared: Sequence[PreparedSuite], folder: Path, redo: bool = False
 ) -> tuple[dict[str, TaskRecord], list[Path]]:
     """The records of models and tasks that are there.
 
@@ -286,7 +288,7 @@ def find_records(
 
 def require_room(
     models: Sequence[Candidate],
-    prepared: Sequence[Prepared],
+    prepared: Sequence[PreparedSuite],
     progress: Progress,
     known: Mapping[str, TaskRecord],
 ) -> None:

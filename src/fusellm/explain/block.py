@@ -22,7 +22,7 @@ from fusellm.config import Recipe
 from fusellm.errors import StoreError
 from fusellm.fusion.carry import carry
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
-from fusellm.fusion.fuse import Reading, Rules, compare, rules_of
+from fusellm.fusion.fuse import FusionRules, Reading, compare, rules_of
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.fuse import pairings_of
@@ -369,7 +369,7 @@ def _fused(folder: StageFolder, name: str, row: int, ids: np.ndarray, positions:
     )
 
 
-def _sources(gathered: _Gathered, rules: Rules, size: int) -> tuple[SourceView, ...]:
+def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[SourceView, ...]:
     """Each source's part in a block of `size` bytes."""
     target, readings = gathered.read[TARGET], list(gathered.readings.values())
     positions, whole = len(target.predicting), np.array([0, size])
@@ -435,7 +435,7 @@ def _has_true(gathered: _Gathered) -> np.ndarray:
     return has_true
 
 
-def _before(gathered: _Gathered, rules: Rules, name: str, position: int) -> Before | None:
+def _before(gathered: _Gathered, rules: FusionRules, name: str, position: int) -> Before | None:
     reading, target = gathered.readings[name], gathered.read[TARGET]
     place = int(reading.aligned.source[position])
     if place < 0:

@@ -132,7 +132,7 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TokenizerComparison:
     """What `compare_tokenizers` found. `same` says whether the two cut every text alike."""
 
     source: Side
@@ -186,7 +186,7 @@ def compare_tokenizers(
     block_bytes: int = 1024,
     largest: int = 5,
     progress: Progress | None = None,
-) -> Comparison:
+) -> TokenizerComparison:
     """How far two tokenizers agree: what a target could learn from a source, before any model.
 
     Args:
@@ -224,7 +224,7 @@ def compare_tokenizers(
             )
             bar.advance()
     source_bytes, target_bytes = _distinct(source), _distinct(target)
-    return Comparison(
+    return TokenizerComparison(
         _side(source, target_bytes),
         _side(target, source_bytes),
         same_tokenizer(source, target),

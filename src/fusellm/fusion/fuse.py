@@ -58,7 +58,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Rules:
+class FusionRules:
     """How distributions become one.
 
     Attributes:
@@ -77,9 +77,9 @@ class Rules:
     as_authors: bool = False
 
 
-def rules_of(settings: FusionSettings) -> Rules:
+def rules_of(settings: FusionSettings) -> FusionRules:
     """How distributions become one, by a recipe's settings."""
-    return Rules(
+    return FusionRules(
         FUNCTIONS[settings.function],
         settings.window_bytes if settings.granularity == "window" else None,
         settings.cross_entropy == "nats_per_token",
@@ -100,7 +100,7 @@ and `wins`, its weights. Of all sources together: `blocks`, `positions`, `withou
 
 
 def fuse_blocks(
-    target: Tokens, byte_offsets: np.ndarray, sources: Sequence[Reading], rules: Rules
+    target: Tokens, byte_offsets: np.ndarray, sources: Sequence[Reading], rules: FusionRules
 ) -> tuple[Fused, Counts, list[Counts]]:
     """Translate and fuse blocks.
 
@@ -133,7 +133,7 @@ def compare(
     target: Tokens,
     byte_offsets: np.ndarray,
     sources: Sequence[Reading],
-    rules: Rules,
+    rules: FusionRules,
     by_byte: np.ndarray,
     read: np.ndarray,
     block: np.ndarray,
@@ -160,7 +160,7 @@ def compare(
 def _gather(
     target: Tokens,
     sources: Sequence[Reading],
-    rules: Rules,
+    rules: FusionRules,
     weights: np.ndarray,
     block: np.ndarray,
 ) -> Fused:
@@ -185,7 +185,7 @@ def _gather(
 
 
 def _carry_or_fall_back(
-    target: Tokens, reading: Reading, rules: Rules, block: np.ndarray, positions: np.ndarray
+    target: Tokens, reading: Reading, rules: FusionRules, block: np.ndarray, positions: np.ndarray
 ) -> Carried:
     """What a source says at some target positions, over the outcomes of its vocabulary map.
 

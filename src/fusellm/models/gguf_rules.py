@@ -15,7 +15,7 @@ Step = Callable[[], pre_tokenizers.PreTokenizer]
 
 
 @dataclass(frozen=True)
-class Rules:
+class GgufRules:
     """What a tokenizer.json says besides vocabulary and merges.
 
     Attributes:
@@ -110,12 +110,12 @@ _CASED = (
 )
 _ASCII_AND_WIDE_SIGNS = r"!-/:-~" + "\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 
-_GPT2 = Rules((_gpt2,))
-_NEOX = Rules((_gpt2,), composes=True)
-_SINGLE_DIGITS = Rules((_digits, _gpt2))
-_QWEN2 = Rules((_split(_cl100k(r"\p{N}")), _bytes), composes=True)
-_GPT4 = Rules((_split(_cl100k(r"\p{N}{1,3}")), _bytes))
-_LLAMA3 = Rules(_GPT4.steps, whole_first=True, bos=True)
+_GPT2 = GgufRules((_gpt2,))
+_NEOX = GgufRules((_gpt2,), composes=True)
+_SINGLE_DIGITS = GgufRules((_digits, _gpt2))
+_QWEN2 = GgufRules((_split(_cl100k(r"\p{N}")), _bytes), composes=True)
+_GPT4 = GgufRules((_split(_cl100k(r"\p{N}{1,3}")), _bytes))
+_LLAMA3 = GgufRules(_GPT4.steps, whole_first=True, bos=True)
 _DEEPSEEK_CODER = (
     _split(r"[\r\n]"),
     _split(r"\s?\p{L}+"),
@@ -140,7 +140,7 @@ _FALCON = (
     _split("[0-9][0-9][0-9]"),
 )
 
-RULES: dict[str, Rules] = {
+RULES: dict[str, GgufRules] = {
     "gpt-2": _GPT2,
     "phi-2": _GPT2,
     "mpt": _NEOX,
@@ -148,21 +148,21 @@ RULES: dict[str, Rules] = {
     "smollm": _SINGLE_DIGITS,
     "starcoder": _SINGLE_DIGITS,
     "refact": _SINGLE_DIGITS,
-    "command-r": Rules(_SINGLE_DIGITS.steps, composes=True),
+    "command-r": GgufRules(_SINGLE_DIGITS.steps, composes=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "stablelm2": _QWEN2,
-    "qwen35": Rules((_split(_QWEN35), _bytes), composes=True),
+    "qwen35": GgufRules((_split(_QWEN35), _bytes), composes=True),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "dbrx": _GPT4,
-    "gpt-4o": Rules((_split(_by_case(r"\p{N}{1,3}", f"{_CONTRACTION}?")), _bytes)),
-    "tekken": Rules((_split(_by_case(r"\p{N}", "")), _bytes), whole_first=True, bos=True),
-    "bloom": Rules((_split(_BLOOM), _bytes)),
-    "falcon": Rules(_FALCON),
-    "deepseek-coder": Rules(_DEEPSEEK_CODER),
-    "deepseek-llm": Rules(_DEEPSEEK_LLM),
+    "gpt-4o": GgufRules((_split(_by_case(r"\p{N}{1,3}", f"{_CONTRACTION}?")), _bytes)),
+    "tekken": GgufRules((_split(_by_case(r"\p{N}", "")), _bytes), whole_first=True, bos=True),
+    "bloom": GgufRules((_split(_BLOOM), _bytes)),
+    "falcon": GgufRules(_FALCON),
+    "deepseek-coder": GgufRules(_DEEPSEEK_CODER),
+    "deepseek-llm": GgufRules(_DEEPSEEK_LLM),
 }
 """By the words of `tokenizer.ggml.pre`. Their originals: openai-community/gpt2, microsoft/phi-2,
 mosaicml/mpt-7b, allenai/OLMo-1.7-7B-hf (both GPT-NeoX's), HuggingFaceTB/SmolLM-135M,

@@ -58,7 +58,7 @@ LOCAL = EngineSettings()
 
 
 @dataclass(frozen=True)
-class Task:
+class ReadingTask:
     """Shards of a corpus that a source is to read.
 
     Attributes:
@@ -78,7 +78,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ModelLoaded:
     """The model is loaded: comes before anything is read, and again where a device joins.
 
     Attributes:
@@ -109,8 +109,8 @@ class ReadShard:
     encode: Callable[[], Done]
 
 
-Event = Loaded | int | Told | ReadShard
+Event = ModelLoaded | int | Told | ReadShard
 """What an engine tells; a number says that so many blocks more have been read."""
 Events = Generator[Event, None, None]
-Engine = Callable[[Task, EngineSettings], Events]
+Engine = Callable[[ReadingTask, EngineSettings], Events]
 """Reads a task's shards somewhere, and tells what happens. Closed, it stops at once."""

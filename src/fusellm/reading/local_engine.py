@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from fusellm.models.load import default_device, weights_digest
-from fusellm.reading.engine import EngineSettings, Events, Loaded, ReadShard, Task
-from fusellm.reading.worker import Prepared, Worker, device_name
+from fusellm.reading.engine import EngineSettings, Events, ModelLoaded, ReadingTask, ReadShard
+from fusellm.reading.worker import TokenizedShard, Worker, device_name
 from fusellm.store.blocks import Block
 
 
-def read_locally(task: Task, settings: EngineSettings) -> Events:
+def read_locally(task: ReadingTask, settings: EngineSettings) -> Events:
     """Read a task's shards here.
 
     Raises:
@@ -18,7 +18,7 @@ def read_locally(task: Task, settings: EngineSettings) -> Events:
     """
     device = default_device()
     worker = Worker(task.recipe, task.located, task.encoder, device)
-    yield Loaded(device_name(device), weights_digest(task.located))
+    yield ModelLoaded(device_name(device), weights_digest(task.located))
     yield from read_shards(worker, task.names, task.blocks)
 
 
@@ -32,8 +32,8 @@ def read_shards(
 
 
 def _ahead(
-    prepare: Callable[[str], Prepared], names: Sequence[str]
-) -> Iterator[tuple[str, Prepared]]:
+    prepare: Callable[[str], TokenizedShard], names: Sequence[str]
+) -> Iterator[tuple[str, TokenizedShard]]:
     """(name, prepared) of each shard, the next one being prepared meanwhile."""
     with ThreadPoolExecutor(1, "fusellm-tokenize") as pool:
         following = pool.submit(prepare, names[0])

@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusellm.errors import ClusterError, FusellmError
-from fusellm.reading.engine import EngineSettings, Event, Events, Loaded, ReadShard, Task, Told
+from fusellm.reading.engine import (
+    EngineSettings,
+    Event,
+    Events,
+    ModelLoaded,
+    ReadingTask,
+    ReadShard,
+    Told,
+)
 from fusellm.reading.ray_cluster import (
     WorkerSize,
     amount,
@@ -37,7 +45,7 @@ _CURE = (
 )
 
 
-def read_on_ray(task: Task, settings: EngineSettings) -> Events:
+def read_on_ray(task: ReadingTask, settings: EngineSettings) -> Events:
     """The engine `ray`: shards are read on a cluster, and written by who asks for them.
 
     A cluster that was started for it is shut down in the end, whatever happens; of any other one
@@ -96,7 +104,7 @@ class _Place:
 class _Crew:
     """The workers of a task."""
 
-    def __init__(self, ray: Any, task: Task, size: WorkerSize) -> None:
+    def __init__(self, ray: Any, task: ReadingTask, size: WorkerSize) -> None:
         self._ray, self._task, self._size = ray, task, size
         self._actors = ray.remote(RemoteWorker).options(
             num_cpus=size.cpus,
@@ -178,7 +186,7 @@ class _Crew:
         place.ready = answer
         if answer.device not in self._devices:
             self._devices.add(answer.device)
-            yield Loaded(", ".join(sorted(self._devices)), answer.weights_sha256)
+            yield ModelLoaded(", ".join(sorted(self._devices)), answer.weights_sha256)
 
     def _failed(self, place: _Place, error: Any) -> Told:
         """Raise a worker's error as it was raised there, or have its work done by another one."""

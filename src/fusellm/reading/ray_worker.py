@@ -13,7 +13,7 @@ from fusellm.config import ModelSettings, Recipe
 from fusellm.errors import ClusterError, ModelError
 from fusellm.models.load import default_device, locate, weights_digest
 from fusellm.models.readers import encoder_of
-from fusellm.reading.engine import Task
+from fusellm.reading.engine import ReadingTask
 from fusellm.reading.worker import Done, Worker, device_name
 from fusellm.store.blocks import Block
 from fusellm.store.identity import tokenizer_fingerprint
@@ -45,7 +45,7 @@ class Ready(NamedTuple):
     weights_sha256: str
 
 
-def orders_of(task: Task, cpus: int, gpus: float) -> Orders:
+def orders_of(task: ReadingTask, cpus: int, gpus: float) -> Orders:
     """What each worker of a task is told."""
     located = task.located
     settings = located.settings

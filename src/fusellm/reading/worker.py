@@ -25,7 +25,7 @@ WALK_FAILED = "its tokenizer changes the text"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenizedShard:
     """A shard's blocks as the source's tokenizer cuts them."""
 
     blocks: list[Block]
@@ -63,19 +63,19 @@ class Worker:
         most = settings.draws if self._sampled else settings.k
         self._schema = source_schema(vocabulary, settings.scheme, most)
 
-    def prepare(self, blocks: list[Block]) -> Prepared:
+    def prepare(self, blocks: list[Block]) -> TokenizedShard:
         """Tokenize a shard's blocks."""
-        return Prepared(blocks, encode_blocks(self._encoder, blocks))
+        return TokenizedShard(blocks, encode_blocks(self._encoder, blocks))
 
-    def steps(self, prepared: Prepared) -> Generator[int, None, Read]:
+    def steps(self, prepared: TokenizedShard) -> Generator[int, None, Read]:
         """Run the model; yields how many blocks more have been read."""
         return self._reader.steps([block.text for block in prepared.blocks], prepared.encoded)
 
-    def read(self, prepared: Prepared) -> Read:
+    def read(self, prepared: TokenizedShard) -> Read:
         """Run the model."""
         return self._reader.read([block.text for block in prepared.blocks], prepared.encoded)
 
-    def finish(self, prepared: Prepared, read: Read) -> Done:
+    def finish(self, prepared: TokenizedShard, read: Read) -> Done:
         """Encode the shard."""
         columns = columns_of_tokens(prepared.blocks, prepared.encoded, read.usable)
         kept = kept_columns(read.kept, read.position_offsets, self._sampled)

@@ -11,7 +11,7 @@ import numpy as np
 from fusellm.errors import CorpusError
 from fusellm.evaluation.compare.comparison import PAIRS, Rules
 from fusellm.evaluation.compare.tables import compared_on
-from fusellm.evaluation.measure import Prepared, candidate, measure_into, prepare, read_suites
+from fusellm.evaluation.measure import PreparedSuite, candidate, measure_into, prepare, read_suites
 from fusellm.evaluation.results import EvaluationResults
 from fusellm.evaluation.text.intervals import Record, Scores, records
 from fusellm.evaluation.text.nats import blocks_nats, without_context
@@ -127,7 +127,7 @@ class SuitesStage(Stage):
 
     command = "evaluate"
 
-    def find(self) -> list[Prepared]:
+    def find(self) -> list[PreparedSuite]:
         """Find the data, packages and sandbox of the suites, once.
 
         Raises:
@@ -136,7 +136,7 @@ class SuitesStage(Stage):
         return self._prepared
 
     @cached_property
-    def _prepared(self) -> list[Prepared]:
+    def _prepared(self) -> list[PreparedSuite]:
         wanted = [suite for suite in self.context.evaluation.suites if suite != "lm"]
         context = self.context
         return prepare(wanted, context.evaluation, context.progress) if wanted else []

@@ -16,7 +16,7 @@ from fusellm.preflight import require_fits
 from fusellm.progress import Bar, Progress
 from fusellm.reading.allocator import give_back
 from fusellm.reading.background import Background
-from fusellm.reading.engine import Engine, Loaded, ReadShard, Task, Told
+from fusellm.reading.engine import Engine, ModelLoaded, ReadingTask, ReadShard, Told
 from fusellm.reading.local_engine import read_locally
 from fusellm.reading.ray_engine import read_on_ray
 from fusellm.reading.worker import (
@@ -149,7 +149,7 @@ class SourceStage(_ExternalizeStage):
         An error of the thread that writes stops the model at the latest after one batch more.
         """
         context, engine = self.context, self.context.engine
-        task = Task(context.recipe, self.reader.located, self.reader.encoder, corpus, left)
+        task = ReadingTask(context.recipe, self.reader.located, self.reader.encoder, corpus, left)
 
         def write(shard: ReadShard) -> None:
             done = shard.encode()
@@ -168,13 +168,13 @@ class SourceStage(_ExternalizeStage):
                         bar.advance(event)
                     case ReadShard():
                         writing.submit(partial(write, event))
-                    case Loaded():
+                    case ModelLoaded():
                         folder.describe(_about(context.recipe, self.reader, event))
                     case Told():
                         context.progress.say(event.line)
 
 
-def _about(recipe: Recipe, reader: Reader, loaded: Loaded) -> dict[str, Any]:
+def _about(recipe: Recipe, reader: Reader, loaded: ModelLoaded) -> dict[str, Any]:
     """What whoever opens the folder without the recipe needs to know."""
     located = reader.located
     model = describe(located)

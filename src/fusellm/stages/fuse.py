@@ -18,7 +18,7 @@ from fusellm.alignment.strategies import STRATEGIES
 from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.config import Recipe
-from fusellm.fusion.fuse import Counts, Rules, fuse_blocks, rules_of
+from fusellm.fusion.fuse import Counts, FusionRules, fuse_blocks, rules_of
 from fusellm.fusion.pairing import Pairing, pair
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
@@ -133,7 +133,7 @@ def _fuse_shard(
     sources: Mapping[str, Shard],
     pairings: Mapping[str, Pairing],
     prefixes: Mapping[str, int],
-    rules: Rules,
+    rules: FusionRules,
     schema: pa.Schema,
 ) -> None:
     numbers, ids, read, fused = (

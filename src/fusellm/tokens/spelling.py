@@ -28,7 +28,7 @@ _TRIALS = ("the cat sat on the mat", "Café 中文\n\n  x1")
 TextIds = Callable[[Sequence[str]], list[list[int]]]
 
 
-class Kind(StrEnum):
+class TokenKind(StrEnum):
     """How the tokens of a tokenizer stand for bytes."""
 
     BYTE_LEVEL = "byte-level"
@@ -59,11 +59,13 @@ class Spelling:
         has_byte_tokens: whether `<0xNN>` is one byte, and not text.
         without_bytes: tokens that stand for no text, among them the unknown token.
 
-    >>> Spelling(Kind.SPACE_MARKS).bytes_of("▁a"), Spelling(Kind.BYTE_LEVEL).bytes_of("ĠÃ©")
-    (b' a', b' \\xc3\\xa9')
+    >>> Spelling(TokenKind.SPACE_MARKS).bytes_of("▁a")
+    b' a'
+    >>> Spelling(TokenKind.BYTE_LEVEL).bytes_of("ĠÃ©")
+    b' \\xc3\\xa9'
     """
 
-    kind: Kind
+    kind: TokenKind
     mark: str = SPACE_MARK
     has_byte_tokens: bool = False
     without_bytes: frozenset[str] = frozenset()
@@ -74,11 +76,11 @@ class Spelling:
             return token
         if token in self.without_bytes:
             return None
-        if self.kind is Kind.BYTE_LEVEL:
+        if self.kind is TokenKind.BYTE_LEVEL:
             alphabet = byte_alphabet()
             known = all(character in alphabet for character in token)
             return bytes(alphabet[character] for character in token) if known else None
-        if self.kind is Kind.RAW:
+        if self.kind is TokenKind.RAW:
             return token.encode("latin-1") if all(c < "\u0100" for c in token) else None
         if self.is_byte_token(token):
             return bytes([int(token[3:5], 16)])
@@ -89,7 +91,7 @@ class Spelling:
     def is_byte_token(self, token: str | bytes) -> bool:
         """Whether a token is a `<0xNN>` that stands for one byte.
 
-        >>> Spelling(Kind.SPACE_MARKS, has_byte_tokens=True).is_byte_token("<0xGG>")
+        >>> Spelling(TokenKind.SPACE_MARKS, has_byte_tokens=True).is_byte_token("<0xGG>")
         False
         """
         return (
@@ -142,13 +144,16 @@ def _of_layout(tokenizer: PreTrainedTokenizerBase, layout: dict[str, Any]) -> Sp
         unknown = model["vocab"][model["unk_id"]][0]
     without_bytes = frozenset([unknown] if unknown else [])
     if any(part["type"] == "ByteLevel" for part in reading):
-        return Spelling(Kind.BYTE_LEVEL, without_bytes=without_bytes)
+        return Spelling(TokenKind.BYTE_LEVEL, without_bytes=without_bytes)
     mark = _mark_of(reading)
     if mark is None and "ByteLevel" in types:
-        return Spelling(Kind.BYTE_LEVEL, without_bytes=without_bytes)
+        return Spelling(TokenKind.BYTE_LEVEL, without_bytes=without_bytes)
     if mark is not None or {"Metaspace", "ByteFallback"} & types:
         return Spelling(
-            Kind.SPACE_MARKS, mark or SPACE_MARK, bool(model.get("byte_fallback")), without_bytes
+            TokenKind.SPACE_MARKS,
+            mark or SPACE_MARK,
+            bool(model.get("byte_fallback")),
+            without_bytes,
         )
     raise _refused(tokenizer, _parts(types))
 
@@ -181,15 +186,15 @@ def _of_sentencepiece(model: Any) -> Spelling:
     pieces = [model.IdToPiece(id_) for id_ in range(model.GetPieceSize())]
     without = (p for n, p in enumerate(pieces) if model.IsUnknown(n) or model.IsControl(n))
     has_byte_tokens = any(model.IsByte(n) for n in range(len(pieces)))
-    return Spelling(Kind.SPACE_MARKS, SPACE_MARK, has_byte_tokens, frozenset(without))
+    return Spelling(TokenKind.SPACE_MARKS, SPACE_MARK, has_byte_tokens, frozenset(without))
 
 
 def _by_trial(tokenizer: PreTrainedTokenizerBase, text_ids: TextIds) -> Spelling:
     """The kind by which the tokens of most trial texts join to the text."""
     candidates = (
-        Spelling(Kind.BYTE_LEVEL),
-        Spelling(Kind.SPACE_MARKS, has_byte_tokens=True),
-        Spelling(Kind.RAW),
+        Spelling(TokenKind.BYTE_LEVEL),
+        Spelling(TokenKind.SPACE_MARKS, has_byte_tokens=True),
+        Spelling(TokenKind.RAW),
     )
     best, most = candidates[0], 0
     rows = text_ids(_TRIALS)

@@ -15,16 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from fusellm.errors import TokenizerError
 from fusellm.tokens.spelling import (
     SPACE_MARK,
-    Kind,
     Spelling,
     TextIds,
+    TokenKind,
     byte_alphabet,
     layout_of,
     read_spelling,
 )
 from fusellm.tokens.text_ids import text_ids_of
 
-__all__ = ["SPACE_MARK", "Kind", "Vocabulary", "byte_alphabet", "read_vocabulary"]
+__all__ = ["SPACE_MARK", "TokenKind", "Vocabulary", "byte_alphabet", "read_vocabulary"]
 
 # One that the tokenizer knows shows where it puts a dummy prefix.
 _PROBES = ("a", "e", "A", "1", ".", "\u4e2d")
@@ -58,7 +58,7 @@ class Vocabulary:
     eos_id: int | None
     prefix_ids: tuple[int, ...]
     is_fallback: np.ndarray
-    kind: Kind = Kind.SPACE_MARKS
+    kind: TokenKind = TokenKind.SPACE_MARKS
     doubles: bool = False
     restarts: np.ndarray = field(default_factory=_nowhere)
     is_added: np.ndarray = field(default_factory=_nowhere)
@@ -177,7 +177,7 @@ def _is_marked(spelling: Spelling, content: str) -> bool:
 
     Gemma lists "▁▁" as added, though its model emits it for two spaces.
     """
-    return spelling.kind is Kind.SPACE_MARKS and spelling.bytes_of(content) != content.encode()
+    return spelling.kind is TokenKind.SPACE_MARKS and spelling.bytes_of(content) != content.encode()
 
 
 def _takes_mark(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, content: str) -> bool:
@@ -187,7 +187,7 @@ def _takes_mark(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, content:
     for " <b>", or at the beginning of a text for "<b>".
     """
     normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is None or spelling.kind is not Kind.SPACE_MARKS:
+    if normalizer is None or spelling.kind is not TokenKind.SPACE_MARKS:
         return False
     marked: str = normalizer.normalize_str(content)
     return marked == spelling.mark + content
@@ -212,7 +212,7 @@ def _dummy_prefix(
             is_doubled = spelled(" " + probe) == b"  " + data
             is_once = spelled(f"{probe} {probe}") == b" " + data + b" " + data
             return alone == b" " + data, is_doubled and is_once
-    return spelling.kind is Kind.SPACE_MARKS, False
+    return spelling.kind is TokenKind.SPACE_MARKS, False
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase, text_ids: TextIds) -> tuple[int, ...]:

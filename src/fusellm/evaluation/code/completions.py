@@ -6,7 +6,7 @@ from typing import Any
 
 from fusellm.config import EvaluationSettings
 from fusellm.evaluation.harness.lm_eval import extra, quiet, seeded
-from fusellm.evaluation.harness.model import Loaded, measured_model
+from fusellm.evaluation.harness.model import LoadedModel, measured_model
 from fusellm.progress import Progress, Silent
 
 MOST_NEW_TOKENS = 512
@@ -26,7 +26,7 @@ def new_tokens(settings: EvaluationSettings) -> int:
 
 
 def complete(
-    loaded: Loaded,
+    loaded: LoadedModel,
     prompts: Sequence[str],
     stop: Sequence[str],
     settings: EvaluationSettings,

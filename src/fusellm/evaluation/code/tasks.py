@@ -26,7 +26,7 @@ from fusellm.evaluation.code.sandbox import (
 from fusellm.evaluation.compare.comparison import NotRun
 from fusellm.evaluation.compare.records import Header, TaskRecord
 from fusellm.evaluation.harness.lm_eval import SEED, extra
-from fusellm.evaluation.harness.model import Loaded
+from fusellm.evaluation.harness.model import LoadedModel
 from fusellm.evaluation.harness.run import Task
 from fusellm.evaluation.suites.catalogue import SUITES
 from fusellm.evaluation.suites.data import DATA_DIR
@@ -71,7 +71,7 @@ class CodeTask(Task):
         return requests_for(prompts, [], once, self.header.task)
 
     def run(
-        self, loaded: Loaded, facts: Mapping[str, str], progress: Progress | None = None
+        self, loaded: LoadedModel, facts: Mapping[str, str], progress: Progress | None = None
     ) -> TaskRecord:
         """Let a model write programs in a language, and judge them.
 

@@ -39,7 +39,7 @@ Nats = tuple[float, bool]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model in memory, its tokenizer, and its longest input where it has one."""
 
     model: PreTrainedModel
@@ -174,7 +174,7 @@ class _Hook:
 
 @contextmanager
 def measured_model(
-    loaded: Loaded, settings: EvaluationSettings, progress: Progress, what: str
+    loaded: LoadedModel, settings: EvaluationSettings, progress: Progress, what: str
 ) -> Iterator[MeasuredModel]:
     """A model as lm_eval's, for use in a `with` statement; left in the mode that it was in.
 
@@ -210,7 +210,7 @@ def require_readable(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def harness_model(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+def harness_model(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
     """A model as lm_eval's.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 from fusellm.config import EvaluationSettings
 from fusellm.evaluation.compare.records import Answer, Header, Kind, TaskRecord
 from fusellm.evaluation.harness.lm_eval import SEED, quiet, seeded, silently_building
-from fusellm.evaluation.harness.model import Loaded, measured_model
+from fusellm.evaluation.harness.model import LoadedModel, measured_model
 from fusellm.progress import Progress, Silent
 from fusellm.store.identity import digest
 
@@ -62,7 +62,7 @@ class Task(ABC):
 
     @abstractmethod
     def run(
-        self, loaded: Loaded, facts: Mapping[str, str], progress: Progress | None = None
+        self, loaded: LoadedModel, facts: Mapping[str, str], progress: Progress | None = None
     ) -> TaskRecord:
         """Run the task on a model, which is left in the mode that it was in.
 
@@ -87,7 +87,7 @@ class HarnessTask(Task):
     unread: Callable[[str], str] = lambda _: ""
 
     def run(
-        self, loaded: Loaded, facts: Mapping[str, str], progress: Progress | None = None
+        self, loaded: LoadedModel, facts: Mapping[str, str], progress: Progress | None = None
     ) -> TaskRecord:
         with measured_model(loaded, self.settings, progress or Silent(), self.place) as lm:
             answers = self.answers(lm)

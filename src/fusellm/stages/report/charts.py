@@ -47,7 +47,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Bar:
+class StackedBar:
     """One stacked bar: its segments' amounts by name, and a note at its right end."""
 
     name: str
@@ -120,7 +120,7 @@ def line_chart(label: str, unit: str, traces: Sequence[Trace]) -> str:
     return _svg(f"{label}: {told}", _LINES_HEIGHT, drawn)
 
 
-def bar_chart(label: str, bars: Sequence[Bar], colours: Mapping[str, str]) -> str:
+def bar_chart(label: str, bars: Sequence[StackedBar], colours: Mapping[str, str]) -> str:
     """Stacked horizontal bars of full width, each segment with its share where there is room.
 
     Args:

@@ -25,7 +25,7 @@ from fusellm.evaluation.suites.catalogue import named
 from fusellm.evaluation.text.results import Results
 from fusellm.stages.report.charts import (
     SITUATIONS,
-    Bar,
+    StackedBar,
     Trace,
     amount,
     bar_chart,
@@ -191,7 +191,7 @@ def _panel(
 
 def _wins_chart(domains: Mapping[str, DomainCounts], colours: Mapping[str, str]) -> str:
     bars = [
-        Bar(
+        StackedBar(
             name,
             f"{amount(domain.positions)} positions",
             {**domain.wins, _NO_SOURCE: domain.without_source},
@@ -212,7 +212,7 @@ def _situation_panels(domains: Mapping[str, DomainCounts], sources: Iterable[str
                 counts = domain.sources[source].situations
                 total = sum(counts.values())
                 aligned = 1 - counts.get("unaligned", 0) / total if total else 0.0
-                bars.append(Bar(name, f"{percent(aligned)} aligned", counts))
+                bars.append(StackedBar(name, f"{percent(aligned)} aligned", counts))
         if bars:
             label = f"Situations of token alignment of {source}"
             panels.append(Panel(source, bar_chart(label, bars, colours)))
