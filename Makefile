@@ -52,4 +52,4 @@ lock:
 		--custom-compile-command 'make lock' $(UPGRADE) $(addprefix --no-emit-package=,torch $(CUDA))
 
 clean:
-	rm -rf $(VENV) $(LOCKER) runs
+	rm -rf $(VENV) $(LOCKER)

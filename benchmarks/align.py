@@ -1,7 +1,7 @@
 """Token alignment: how fast, how much of the text, and whether it is right.
 
     python benchmarks/align.py            one target and one source
-    python benchmarks/align.py --pairs    all pairs of the tokenizers beside the project
+    python benchmarks/align.py --pairs    all pairs of the tokenizers in --tokenizers
 
 Speeds are in target tokens per second on one core, over blocks of 2,048 target tokens of the
 built-in corpus, everything after tokenization, compiled beforehand: of the boundaries (both walks,
@@ -23,10 +23,9 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from figures import command_line, show
+from figures import add_tokenizers, command_line, load_encoder, show
 from fusellm.alignment.dynamic import least_path
 from fusellm.alignment.positions import Situation, align_shard
 from fusellm.alignment.vocabulary_maps import mined_map, spellings
@@ -41,20 +40,11 @@ except ImportError:
     from rapidfuzz.distance.Levenshtein import distance as distance_of
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TOKENIZERS = _ROOT.parent / "shared" / "tokenizers"
 _ZOO = _ROOT / "src" / "fusellm" / "zoo" / "weights"
 _BLOCK_TOKENS = 2048
 _CHARACTERS_READ = 40_000  # more than a block ever needs
 _ROUNDS = 5
 _DECODED_POSITIONS = 8
-
-
-def load(folder: Path) -> Encoder:
-    """A tokenizer with or without a configuration beside it."""
-    if (folder / "tokenizer_config.json").exists():
-        return Encoder(AutoTokenizer.from_pretrained(folder))
-    file = str(folder / "tokenizer.json")
-    return Encoder(PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>"))
 
 
 def texts_of(domain: str, count: int, target: Encoder) -> list[str]:
@@ -308,21 +298,22 @@ def truth(
 def arguments_of() -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
-    shared = (_TOKENIZERS / "llama-2").is_dir() and (_TOKENIZERS / "gpt-neox-20b").is_dir()
-    parser.add_argument(
-        "--target", type=Path, default=_TOKENIZERS / "llama-2" if shared else _ZOO / "prose"
-    )
-    parser.add_argument(
-        "--source", type=Path, default=_TOKENIZERS / "gpt-neox-20b" if shared else _ZOO / "python"
-    )
+    add_tokenizers(parser)
+    parser.add_argument("--target", type=Path, help="llama-2, or zoo/prose")
+    parser.add_argument("--source", type=Path, help="gpt-neox-20b, or zoo/python")
     parser.add_argument(
         "--pairs",
         type=Path,
         nargs="*",
         metavar="PATH",
-        help="check all pairs of these tokenizers; of all beside the project where none is named",
+        help="check all pairs of these tokenizers; of all of --tokenizers where none is named",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    real = arguments.tokenizers
+    there = (real / "llama-2").is_dir() and (real / "gpt-neox-20b").is_dir()
+    arguments.target = arguments.target or (real / "llama-2" if there else _ZOO / "prose")
+    arguments.source = arguments.source or (real / "gpt-neox-20b" if there else _ZOO / "python")
+    return arguments
 
 
 def coverage(
@@ -330,7 +321,7 @@ def coverage(
 ) -> dict[str, float]:
     """Shares aligned of the pair `first` and of all pairs of `folders`, and what was wrong."""
     figures = {"coverage": 1.0, "wrong": 0.0, "missed": 0.0, "decoded": 0.0, "left_out": 0.0}
-    readers = {folder: Reader(load(folder)) for folder in (*first, *folders)}
+    readers = {folder: Reader(load_encoder(folder)) for folder in (*first, *folders)}
     for two in (first, *(pair for pair in permutations(folders, 2) if pair != first)):
         names = two[0].name, two[1].name
         for domain, seen in truth(texts, names, (readers[two[0]], readers[two[1]])):
@@ -349,7 +340,7 @@ def main() -> None:
     library = distance_of.__module__.split(".")[0]
     print(f"edit distance of the textbook: {library}", file=sys.stderr)
 
-    pair = load(arguments.source), load(arguments.target)
+    pair = load_encoder(arguments.source), load_encoder(arguments.target)
     texts = {d: texts_of(d, 6 if arguments.quick else 60, pair[1]) for d in DOMAINS}
     blocks = {domain: tokenized(some, *pair) for domain, some in texts.items()}
     count = 1 if arguments.quick else 3
@@ -365,7 +356,7 @@ def main() -> None:
     print("situations: " + ", ".join(s.name.lower() for s in Situation), file=sys.stderr)
     folders: list[Path] = []
     if arguments.pairs is not None:
-        folders = arguments.pairs or sorted(f for f in _TOKENIZERS.iterdir() if f.is_dir())
+        folders = arguments.pairs or sorted(f for f in arguments.tokenizers.iterdir() if f.is_dir())
     figures |= coverage(texts, folders, (arguments.source, arguments.target))
     show(figures, arguments.json)
 

@@ -10,10 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fusellm.cli.main import set_up_libraries
+from fusellm.tokens.encode import Encoder
 
 set_up_libraries()
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
@@ -24,6 +28,26 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     return parser
+
+
+def add_tokenizers(parser: argparse.ArgumentParser) -> None:
+    """`--tokenizers DIR`: real tokenizers, which are measured besides those of the zoo."""
+    parser.add_argument(
+        "--tokenizers",
+        type=Path,
+        metavar="DIR",
+        default=_BESIDE,
+        help="a folder of tokenizers, each a folder with its tokenizer.json: llama-2, gpt-neox-20b "
+        "and others; the zoo's own are taken where they are not there (default: %(default)s)",
+    )
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """A tokenizer with or without a configuration beside it."""
+    if (folder / "tokenizer_config.json").exists():
+        return Encoder(AutoTokenizer.from_pretrained(folder))
+    file = str(folder / "tokenizer.json")
+    return Encoder(PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>"))
 
 
 def show(figures: Mapping[str, float], as_json: bool, form: str = ",.3f") -> None:

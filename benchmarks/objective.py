@@ -32,9 +32,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, linear_cross_entropy
 
-from align import _TOKENIZERS as TOKENIZERS
-from align import load as load_encoder
-from figures import command_line, peak_above, show
+from figures import add_tokenizers, command_line, load_encoder, peak_above, show
 from fusellm.alignment.strategies import STRATEGIES
 from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.config import ModelSettings
@@ -53,8 +51,9 @@ _STDLIB = Path(statistics.__file__).parent
 class Batch:
     """One batch's inputs. N positions, V vocabulary, d hidden size."""
 
-    def __init__(self, positions: int, vocabulary: int, size: int) -> None:
-        """Random numbers of a trained head's scale."""
+    def __init__(self, positions: int, vocabulary: int, size: int, tokenizers: Path) -> None:
+        """Random numbers of a trained head's scale; `tokenizers`: folder of real ones."""
+        self.tokenizers = tokenizers
         self.chance = np.random.default_rng(0)
         generator = torch.Generator().manual_seed(0)
         self.hidden = torch.randn(positions, size, generator=generator)
@@ -90,7 +89,7 @@ class Batch:
 
         For another vocabulary than the tokenizers': a random partition into half as many classes.
         """
-        source, target, names = _pair()
+        source, target, names = _pair(self.tokenizers)
         if len(target.vocabulary) == self.vocabulary:
             sizes = len(source.vocabulary), len(target.vocabulary)
             make = partial(STRATEGIES["partition"].translate, source, target, None)
@@ -121,12 +120,12 @@ class Batch:
         )
 
 
-def _pair() -> tuple[Encoder, Encoder, tuple[str, str]]:
+def _pair(tokenizers: Path) -> tuple[Encoder, Encoder, tuple[str, str]]:
     """Source and target of the classes, and names for their cached map."""
-    if (TOKENIZERS / "llama-2").exists():
+    if (tokenizers / "llama-2").exists():
         return (
-            load_encoder(TOKENIZERS / "gpt-neox-20b"),
-            load_encoder(TOKENIZERS / "llama-2"),
+            load_encoder(tokenizers / "gpt-neox-20b"),
+            load_encoder(tokenizers / "llama-2"),
             ("benchmark-gpt-neox-20b", "benchmark-llama-2"),
         )
     source, target = (
@@ -222,7 +221,7 @@ def times(batch: Batch, rounds: int) -> dict[str, float]:
 def peak_bytes(batch: Batch, name: str) -> float:
     """Peak above inputs, weights and their gradients, of this process."""
     work = works(batch)[name]
-    small = Batch(8, 64, batch.hidden.shape[1])
+    small = Batch(8, 64, batch.hidden.shape[1], batch.tokenizers)
     clm(small)
     ours(small, None)
     hidden, weight = batch.leaves()
@@ -235,6 +234,7 @@ def memory(arguments: argparse.Namespace, vocabulary: int) -> dict[str, float]:
     for name in ("clm", "ours", "classes", "torch", "dense"):
         command = [sys.executable, __file__, "--json", f"--peak={name}", f"--size={arguments.size}"]
         command += [f"--positions={arguments.positions}", f"--vocabulary={vocabulary}"]
+        command += [f"--tokenizers={arguments.tokenizers}"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[name] = float(json.loads(done.stdout)["peak"])
     return {
@@ -267,12 +267,13 @@ def error(batch: Batch, outcomes: Outcomes) -> float:
 
 def _batch(arguments: argparse.Namespace, vocabulary: int) -> Batch:
     torch.manual_seed(0)
-    return Batch(arguments.positions, vocabulary, arguments.size)
+    return Batch(arguments.positions, vocabulary, arguments.size, arguments.tokenizers)
 
 
 def main() -> None:
     """Measure, and print."""
     parser = command_line(__doc__)
+    add_tokenizers(parser)
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--positions", type=int, default=0)
     parser.add_argument("--size", type=int, default=0, help="of hidden states")
@@ -292,7 +293,7 @@ def main() -> None:
         found = times(_batch(arguments, size), arguments.rounds or rounds)
         found |= memory(arguments, size)
         figures |= {f"large_{key}" if figures else key: value for key, value in found.items()}
-    small = Batch(24, 3000, 64)
+    small = Batch(24, 3000, 64, arguments.tokenizers)
     figures["error"] = max(error(small, small.single()), error(small, small.classes()))
     show(figures, arguments.json, ",.7g")
 

@@ -33,7 +33,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,9 +46,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from align import _TOKENIZERS as TOKENIZERS
-from align import load as load_encoder
-from figures import command_line, show
+from figures import add_tokenizers, command_line, load_encoder, show
 from fusellm.arrays.distributions import Kept
 from fusellm.config import ExternalizeSettings, ModelSettings
 from fusellm.evaluation.text.nats import blocks_nats, by_domain
@@ -126,6 +124,7 @@ class Reading:
     @classmethod
     def of(cls, model: PreTrainedModel, encoder: Encoder, blocks: list[Block]) -> "Reading":
         """Tokenize the blocks."""
+        blocks = [replace(block, number=n) for n, block in enumerate(blocks)]
         encoded = encoder.encode([b.text for b in blocks], [b.last for b in blocks])
         return cls(model, len(encoder.vocabulary), blocks, encoded)
 
@@ -301,9 +300,11 @@ def sizes_of(name: str, reading: Reading) -> dict[str, float]:
     return found
 
 
-def trained(name: str, folder: Path, train_bytes: int) -> tuple[PreTrainedModel, Encoder]:
-    """A small model with one of the tokenizers beside the project, trained here once."""
-    encoder = load_encoder(TOKENIZERS / name)
+def trained(
+    name: str, tokenizer: Path, folder: Path, train_bytes: int
+) -> tuple[PreTrainedModel, Encoder]:
+    """A small model with a real tokenizer, trained here once."""
+    encoder = load_encoder(tokenizer)
     place = folder / name
     if not (place / "config.json").exists():
         specialist = Specialist(
@@ -334,7 +335,7 @@ def zoo(name: str) -> tuple[PreTrainedModel, Encoder]:
     return load_model(located, _CPU), Encoder(load_tokenizer(located))
 
 
-def sizes(quick: bool, models: Path) -> dict[str, float]:
+def sizes(quick: bool, models: Path, tokenizers: Path) -> dict[str, float]:
     """Figures of all models."""
     if quick:
         found = sizes_of("python", Reading.of(*zoo("python"), little_text(48)))
@@ -344,9 +345,11 @@ def sizes(quick: bool, models: Path) -> dict[str, float]:
         found = {}
         for name in ("prose", "python", "cpp"):
             found |= sizes_of(name, Reading.of(*zoo(name), blocks))
-        large = [name for name in _TRAINED if (TOKENIZERS / name).exists()]
+        large = [name for name in _TRAINED if (tokenizers / name).exists()]
         for name in large:
-            found |= sizes_of(name, Reading.of(*trained(name, models, 4_000_000), blocks))
+            found |= sizes_of(
+                name, Reading.of(*trained(name, tokenizers / name, models, 4_000_000), blocks)
+            )
     return {
         "bytes_over_authors": max(found[f"{name}_over_authors"] for name in large),
         "error_nats": max(v for key, v in found.items() if key.endswith("_error_nats")),
@@ -529,6 +532,7 @@ def _arms(
 def main() -> None:
     """Measure, and print."""
     parser = command_line(__doc__)
+    add_tokenizers(parser)
     parser.add_argument("what", choices=("sizes", "frontier"), nargs="?", default="sizes")
     parser.add_argument("--models", type=Path, help="folder to keep trained models in")
     parser.add_argument("--seeds", type=int, default=2, help="of the frontier")
@@ -537,7 +541,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         models = arguments.models or Path(place)
         if arguments.what == "sizes":
-            figures = sizes(arguments.quick, models)
+            figures = sizes(arguments.quick, models, arguments.tokenizers)
         else:
             figures = frontier(arguments.quick, models, 1 if arguments.quick else arguments.seeds)
     show(figures, arguments.json, ",.4f")

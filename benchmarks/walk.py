@@ -2,7 +2,7 @@
 
     python benchmarks/walk.py --texts 200000 --seed 0
 
-Each text is thrown at each tokenizer of ../shared/tokenizers and of the zoo. The check knows
+Each text is thrown at each tokenizer of --tokenizers and of the zoo. The check knows
 nothing of tokens as bytes: every prefix of the ids is decoded by the tokenizers library, and where
 that gives whole characters, the boundary must be there.
 
@@ -23,11 +23,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from figures import command_line
+from figures import add_tokenizers, command_line
 from fusellm.models.places import ZOO, zoo_folder
 from fusellm.tokens.encode import Encoder
 
-_REAL = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 _OUTCOMES = ("covered", "refused", "wrong", "needless")
 _BATCH = 500
 _WORDS = (
@@ -96,10 +95,10 @@ def outcome(encoder: Encoder, text: str, ids: list[int], ends: list[int] | None)
     return "covered"
 
 
-def tokenizers() -> dict[str, Encoder]:
-    """The real ones, where they are beside the project, and the zoo's."""
+def tokenizers(real: Path) -> dict[str, Encoder]:
+    """The real ones, where they are there, and the zoo's."""
     found = {}
-    for folder in sorted(_REAL.iterdir()) if _REAL.is_dir() else []:
+    for folder in sorted(real.iterdir()) if real.is_dir() else []:
         if (folder / "tokenizer_config.json").exists():
             found[folder.name] = Encoder(AutoTokenizer.from_pretrained(folder))
         raw = PreTrainedTokenizerFast(
@@ -122,6 +121,7 @@ def _special(folder: Path) -> dict[str, str]:
 def main() -> None:
     """Throw the texts and print the counts."""
     parser = command_line(__doc__)
+    add_tokenizers(parser)
     parser.add_argument("--texts", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -129,7 +129,7 @@ def main() -> None:
     texts = list(random_texts(count, arguments.seed))
     figures: dict[str, float] = {"texts": count, "seed": arguments.seed}
     totals: Counter[str] = Counter()
-    for name, encoder in tokenizers().items():
+    for name, encoder in tokenizers(arguments.tokenizers).items():
         began = time.perf_counter()
         counts: Counter[str] = Counter()
         before = len(encoder.vocabulary.prefix_ids)

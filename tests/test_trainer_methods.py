@@ -90,7 +90,7 @@ def test_what_is_given_to_trainer_is_taken() -> None:
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_events_are_as_they_were_read(event: str) -> None:
-    look = LOOK_AT.format(file="watch.py").replace("trainer.py,", "trainer_callback.py,")
+    look = LOOK_AT.format(file="callbacks.py").replace("trainer.py,", "trainer_callback.py,")
     assert hasattr(TrainerCallback, event), f"{event} is gone: {look}"
     assert parameters(getattr(TrainerCallback, event)) == "args state control kwargs", look
 

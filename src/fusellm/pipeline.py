@@ -32,7 +32,7 @@ from fusellm.stages.evaluate import EvaluateStage, SuitesStage
 from fusellm.stages.externalize import SourceStage, TargetTokensStage
 from fusellm.stages.fuse import FuseStage
 from fusellm.stages.report.write import ReportStage
-from fusellm.stages.stage import Context, FolderStage, Stage
+from fusellm.stages.stage import Context, ManifestStage, Stage
 from fusellm.stages.train import TrainStage
 from fusellm.store.files import alone_in, make_folder, require_writable, write_text
 from fusellm.store.manifest import check_identity
@@ -128,7 +128,7 @@ class Pipeline:
         context, commands = self.context, {stage.command for stage in unfinished}
         if "train" in commands:
             train.check_processes(self.recipe, self.run, context.training_processes)
-        folders = [stage for stage in unfinished if isinstance(stage, FolderStage)]
+        folders = [stage for stage in unfinished if isinstance(stage, ManifestStage)]
         if folders and any(s.command == "train" and not s.complete for s in self.stages):
             train.rehearse(self.recipe)
         if any(isinstance(stage, SuitesStage) for stage in unfinished):
@@ -154,7 +154,7 @@ class Pipeline:
 
     def _require_place(self) -> None:
         """Check that the run can be written; a finished one may be read-only."""
-        if not all(one.complete for one in self.stages if isinstance(one, FolderStage)):
+        if not all(one.complete for one in self.stages if isinstance(one, ManifestStage)):
             require_writable(self.run)
 
     def _ready(self, stage: Stage, redo: bool) -> None:
@@ -201,7 +201,7 @@ class Pipeline:
             stale = {stage.name}
             for later in self.stages:
                 # Suites keep what the sources answered: `records_of` has what is of trained models.
-                if stale.intersection(later.after) and isinstance(later, FolderStage):
+                if stale.intersection(later.after) and isinstance(later, ManifestStage):
                     stale.add(later.name)
             self._set_aside(sorted(stale))
 

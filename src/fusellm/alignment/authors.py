@@ -25,7 +25,7 @@ class AuthorsAligner(DynamicAligner):
     def __init__(
         self, source: Encoder, target: Encoder, vocabulary_map: np.ndarray | None = None
     ) -> None:
-        """`vocabulary_map` [Vs] is the nearest spelling's target id, for MinED; None for EM."""
+        """`vocabulary_map`: [Vs] the nearest spelling's target id, for MinED; EM needs none."""
         super().__init__(source, target, vocabulary_map)
         self._source_spellings, self._target_spellings = spellings(source), spellings(target)
         self._source_ids = {spelling: id_ for id_, spelling in enumerate(self._source_spellings)}

@@ -1,4 +1,4 @@
-"""The paper's token alignment: a dynamic programme over spellings (FuseLLM, section 3.2).
+"""The paper's token alignment: a dynamic programme over spellings (FuseLLM, token alignment).
 
 Dynamic time warping: a path from the first tokens of both tokenizers to the last that moves on in
 one or in both, of least sum of the Levenshtein distances between the spellings it meets, their
@@ -192,7 +192,7 @@ class DynamicAligner:
     def __init__(
         self, source: Encoder, target: Encoder, vocabulary_map: np.ndarray | None = None
     ) -> None:
-        """`vocabulary_map` is `mined_map(source, target)` for `mined`, None for `em`."""
+        """`vocabulary_map`: [Vs] target ids of the strategy; None maps equal spellings only."""
         self._source, self._target = source, target
         self._bare = spellings(source, space=""), spellings(target, space="")
         self._same_token = same_spellings(spellings(source), spellings(target))

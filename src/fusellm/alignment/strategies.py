@@ -124,7 +124,7 @@ def _mined(source: Encoder, target: Encoder, advance: Advance | None) -> Vocabul
 STRATEGIES: dict[str, Strategy] = {
     "partition": Strategy(_classes, boundary_aligner),
     "bytes": Strategy(_first, boundary_aligner),
-    # FuseLLM, section 3.3: minimum edit distance and exact match
+    # FuseLLM, token alignment: minimum edit distance and exact match
     "mined": Strategy(_mined, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
     "em": Strategy(_string, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
 }

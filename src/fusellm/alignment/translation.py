@@ -167,7 +167,7 @@ def identity_translation(source: Encoder, target: Encoder) -> VocabularyMap:
 
 
 def first_translation(source: Encoder, target: Encoder) -> VocabularyMap:
-    """The map `first` (docs/method.md, Translation).
+    """The map of the strategy `bytes`: a token's first bytes (docs/method.md, Translation).
 
     EOS becomes EOS; no other special token receives mass.
     """

@@ -1,7 +1,7 @@
-"""Maps from token to token: `string`, `mined` (docs/method.md, Translation).
+"""Maps from token to token, of the strategies `em` and `mined` (docs/method.md, Translation).
 
-    string    the target token of the same spelling (the paper's EM)
-    mined     `string`, else the target token of least Levenshtein distance (the paper's MinED)
+    em        the target token of the same spelling (the paper's EM)
+    mined     that, else the target token of least Levenshtein distance (the paper's MinED)
 
 A spelling is how a tokenizer's file writes a token: byte-level ones spell a space Ġ and é as Ã©,
 SentencePiece spells a space ▁ and a byte without a token <0xNN>.

@@ -66,8 +66,8 @@ def schema() -> None:
     print(json_text(schema_of_recipes(), indent=1))
 
 
-_STAGES = (demo, run, corpus, externalize, fuse, train, evaluate, report)
-for _command in (tokenizers, *_STAGES, check, inspect, init, status, clean, schema):
+_RUNS = (demo, run, corpus, externalize, fuse, train, evaluate, report)
+for _command in (tokenizers, *_RUNS, check, inspect, init, status, clean, schema):
     app.command()(_command)  # in the order of `fusellm --help`
 
 

@@ -2,7 +2,7 @@
 
 A fusion function takes what the sources have in common to be compared by, and gives weights [S, N]:
 at each position they sum to 1 over the sources aligned there, and are 0 where none is. Another one
-is another function here and a row in `FUNCTIONS`.
+is another function here, a row in `FUNCTIONS`, and its name in `config/fusion.py` (docs/extend.md).
 
 S sources, in the recipe's order; N target positions that predict.
 """
@@ -48,7 +48,7 @@ def _softmax(score: np.ndarray, aligned: np.ndarray) -> np.ndarray:
 
 
 def mince(compared: Compared) -> np.ndarray:
-    """MinCE: the source with the least cross-entropy against the text (FuseLLM, section 3.2).
+    """MinCE: the source with the least cross-entropy against the text (FuseLLM, fusion strategies).
 
     Of equals, the source named first.
     """
@@ -86,7 +86,7 @@ def best(compared: Compared) -> np.ndarray:
 
 
 FUNCTIONS: dict[str, Callable[[Compared], np.ndarray]] = {
-    "mince": mince,  # FuseLLM, ICLR 2024, section 3.2
+    "mince": mince,  # FuseLLM, ICLR 2024
     "avgce": avgce,  # the same section, with a sharpness
     "avgce_paper": avgce_paper,  # the same, as the authors' code has it
     "uniform": uniform,

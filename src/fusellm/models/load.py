@@ -65,7 +65,6 @@ class Located:
         config: its configuration.
         fingerprint: digest of its weights and configuration; for a hub model of its commit.
         context_tokens: longest input, or None where the architecture has no limit.
-        weight_bytes: size of its weights' files, where they are local.
         adapters: folder of the adapters that are merged into it, where `settings` names one.
         gguf: the GGUF file that it is loaded from, if it is; `place` is then its folder.
         runs_code: whether code that comes with it may run.
@@ -77,7 +76,6 @@ class Located:
     config: PretrainedConfig
     fingerprint: str
     context_tokens: int | None
-    weight_bytes: int | None
     adapters: Path | None = None
     gguf: Path | None = None
     runs_code: bool = False
@@ -112,9 +110,7 @@ def locate(settings: ModelSettings, trusted: bool = False) -> Located:
         context = context_tokens(config)
         commit = _hub_commit(settings)
         fingerprint = digest({"hub": settings.model, "commit": commit})
-        return Located(
-            settings, place, commit, config, fingerprint, context, None, runs_code=runs_code
-        )
+        return Located(settings, place, commit, config, fingerprint, context, runs_code=runs_code)
     model = _locate_folder(settings, folder, config, runs_code)
     return _with_adapters(model, settings, folder) if adapters_beside(folder) else model
 
@@ -137,7 +133,6 @@ def _locate_folder(
         config,
         digest({name: cached_digest(path) for name, path in files.items()}),
         context_tokens(config),
-        sum(path.stat().st_size for path in loaded.values()),
         runs_code=runs_code,
     )
 
@@ -151,10 +146,8 @@ def _locate_gguf(settings: ModelSettings, path: Path, commit: str | None) -> Loc
         )
     config = config_of(model_header(path))
     fingerprint = digest({"gguf": cached_digest(path)})
-    context, size = context_tokens(config), path.stat().st_size
-    return Located(
-        settings, str(path.parent), commit, config, fingerprint, context, size, gguf=path
-    )
+    context = context_tokens(config)
+    return Located(settings, str(path.parent), commit, config, fingerprint, context, gguf=path)
 
 
 def _locate_adapters(settings: ModelSettings, folder: Path, trusted: bool) -> Located:

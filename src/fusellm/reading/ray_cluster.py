@@ -88,7 +88,7 @@ def connected(ray: Any, settings: EngineSettings) -> Iterator[bool]:
                 here = {"_node_ip_address": "127.0.0.1"} if address == "local" else {}
                 ray.init(address=address, **here, **quiet)
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                raise ClusterError(_why_notconnected(address, error)) from error
+                raise ClusterError(_why_not_connected(address, error)) from error
             end()
             yield address == "local"
     finally:
@@ -117,7 +117,7 @@ def _require_listening(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
 
 
-def _why_notconnected(address: str, error: Exception) -> str:
+def _why_not_connected(address: str, error: Exception) -> str:
     if address == "local":
         return f"a Ray cluster could not be started on this machine: {one_line(error)}"
     return (

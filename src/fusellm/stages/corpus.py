@@ -6,13 +6,13 @@ from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
 from fusellm.corpus.cutting import write_corpus
 from fusellm.corpus.digests import digest_of_files
 from fusellm.progress import Progress
-from fusellm.stages.stage import FolderStage
+from fusellm.stages.stage import FilledStage
 from fusellm.store.identity import Identity, digest
 from fusellm.store.writer import StageWriter, software_versions
 from fusellm.zoo.text import RULES
 
 
-class CorpusStage(FolderStage):
+class CorpusStage(FilledStage):
     """The folder `corpus`. One that was not finished is begun anew."""
 
     command = "corpus"

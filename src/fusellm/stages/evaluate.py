@@ -18,7 +18,7 @@ from fusellm.evaluation.text.nats import blocks_nats, without_context
 from fusellm.models.load import Located, default_device, load_model, locate
 from fusellm.models.readers import Reader
 from fusellm.preflight import require_comparable
-from fusellm.stages.stage import Context, FolderStage, Stage
+from fusellm.stages.stage import Context, FilledStage, Stage
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import from_json, require_inside
@@ -47,7 +47,7 @@ def evaluated_models(context: Context) -> dict[str, Reader]:
     return models
 
 
-class EvaluateStage(FolderStage):
+class EvaluateStage(FilledStage):
     """Bits per byte of every model, one in memory at a time, over the same bytes."""
 
     command = "evaluate"

@@ -26,7 +26,7 @@ from fusellm.reading.worker import (
     encode_blocks,
     token_counts,
 )
-from fusellm.stages.stage import Context, FolderStage
+from fusellm.stages.stage import Context, FilledStage
 from fusellm.store.blocks import digest_of_blocks, open_corpus, read_shard
 from fusellm.store.externalized import TARGET, tokens_schema
 from fusellm.store.identity import Identity
@@ -38,7 +38,7 @@ from fusellm.store.writer import StageWriter
 ENGINES: dict[str, Engine] = {"local": read_locally, "ray": read_on_ray}
 
 
-class _ExternalizeStage(FolderStage):
+class _ExternalizeStage(FilledStage):
     """A folder below `externalize`."""
 
     command = "externalize"

@@ -22,7 +22,7 @@ from fusellm.fusion.fuse import Counts, FusionRules, fuse_blocks, rules_of
 from fusellm.fusion.pairing import Pairing, pair
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
-from fusellm.stages.stage import FolderStage
+from fusellm.stages.stage import FilledStage
 from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
 from fusellm.store.externalized import (
     TARGET,
@@ -43,7 +43,7 @@ from fusellm.store.writer import StageWriter
 COUNTS = "counts.json"
 
 
-class FuseStage(FolderStage):
+class FuseStage(FilledStage):
     """The folder `fuse`: fused distributions, and of each source its outcomes as sets of ids."""
 
     command = "fuse"

@@ -123,12 +123,16 @@ class Stage(ABC):
                 )
 
 
-class FolderStage(Stage):
-    """A stage whose folder has a manifest: another identity's is never mixed in."""
+class ManifestStage(Stage):
+    """A stage whose folder has a manifest: what another identity made is never mixed in."""
 
     @abstractmethod
     def identity(self) -> Identity:
         """What its folder is made from, once what it reads is complete."""
+
+
+class FilledStage(ManifestStage):
+    """A stage whose folder one process fills."""
 
     def execute(self, redo: bool) -> None:
         """Fill the folder, unless it is complete."""

@@ -18,7 +18,7 @@ from fusellm.models.adapters import require_peft, without_warnings
 from fusellm.models.cards import training_card
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
-from fusellm.stages.stage import Context, FolderStage
+from fusellm.stages.stage import Context, ManifestStage
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.identity import Identity
@@ -27,7 +27,7 @@ from fusellm.store.run_folder import CLM, FUSED, checkpoints_folder
 from fusellm.store.writer import StageWriter
 from fusellm.training import processes, rehearsal
 from fusellm.training.arguments import (
-    ASIDE,
+    CHANGE_NO_WEIGHT,
     is_sharded,
     require_processes,
     training_arguments,
@@ -43,7 +43,7 @@ from fusellm.training.stop import Stop
 from fusellm.training.validation import Validation
 
 
-class TrainStage(FolderStage):
+class TrainStage(ManifestStage):
     """The folder of the fused model or of the CLM baseline.
 
     All processes of a training execute it; the first one writes. A checkpoint that was damaged
@@ -90,10 +90,6 @@ class TrainStage(FolderStage):
         with self._open() as (folder, complete):
             if not complete:
                 self._train(folder)
-
-    def fill(self, folder: StageWriter) -> None:
-        """Train alone."""
-        self._train(folder)
 
     def _train(self, folder: StageWriter | None) -> None:
         context, which = self.context, self.which
@@ -224,7 +220,7 @@ def processes_of(folder: Path, context: Context) -> int:
 
 def _training_settings(training: TrainingSettings) -> dict[str, Any]:
     """The settings that both trainings have in common, without those that change no weight."""
-    left_out = {"clm_baseline", "clm"} | ASIDE
+    left_out = {"clm_baseline", "clm"} | CHANGE_NO_WEIGHT
     if training.keep == "last" and training.early_stop_validations is None:
         left_out.add("validations")  # which then only say how it goes
     return training.model_dump(exclude=left_out)

@@ -9,10 +9,8 @@ import numpy as np
 STEP_NATS = 1 / 64
 ERROR_NATS = 1 / 64
 """Bound of |read − written|: half a step of rounding, and as much again because masses read are
-scaled to sum to 1. It holds down to LEAST_LOG_PROB."""
-_MOST_STEPS = 65_535
-LEAST_LOG_PROB = -_MOST_STEPS * STEP_NATS
-"""What is less probable is kept as this; its probability is 0 in float64."""
+scaled to sum to 1."""
+_MOST_STEPS = 65_535  # −1,024 nats; what is less probable is kept as this, and is 0 in float64
 _PROBABILITIES = np.exp(-STEP_NATS * np.arange(_MOST_STEPS + 1))
 
 

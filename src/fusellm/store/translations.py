@@ -22,7 +22,7 @@ _VERSION = 1  # of how maps are made: another one makes all anew
 
 
 def cache_folder() -> Path:
-    """Where maps are kept."""
+    """Where maps are kept, and digests of large files."""
     chosen = os.environ.get("FUSELLM_CACHE")
     if chosen:
         return Path(chosen)

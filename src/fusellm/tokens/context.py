@@ -33,7 +33,7 @@ def context_bytes(spans: Spans, length: int) -> np.ndarray:
     return is_context
 
 
-def context_tokens(ends: np.ndarray, spans: Spans, length: int) -> np.ndarray:
+def is_context_token(ends: np.ndarray, spans: Spans, length: int) -> np.ndarray:
     """[T] bool, whether all bytes of each token are context.
 
     A token without bytes is what the byte after it is, and EOS what the byte before it is.
@@ -42,7 +42,7 @@ def context_tokens(ends: np.ndarray, spans: Spans, length: int) -> np.ndarray:
         ends: [T] boundaries, in bytes.
         length: of the block, in bytes.
 
-    >>> context_tokens(np.array([0, 3, 5, 8, 8]), [(0, 4)], 8).tolist()
+    >>> is_context_token(np.array([0, 3, 5, 8, 8]), [(0, 4)], 8).tolist()
     [True, True, False, False, False]
     """
     of_byte = context_bytes(spans, length)

@@ -97,7 +97,7 @@ _NEW_NAMES = {
 }
 
 # Names that change what is logged and kept, and no weight.
-ASIDE = frozenset(
+CHANGE_NO_WEIGHT = frozenset(
     {
         "logging_steps",
         "logging_first_step",

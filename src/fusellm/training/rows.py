@@ -36,7 +36,7 @@ from fusellm.store.fused import open_fused
 from fusellm.store.layout import Layout
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, folder_bytes, shard_names
-from fusellm.tokens.context import context_tokens
+from fusellm.tokens.context import is_context_token
 
 FILLER = sys.maxsize
 """Number of a row that is read and predicts nothing, where processes have rows left over."""
@@ -66,7 +66,7 @@ class TokenContext:
         if not tokens["read"]:
             return np.full(len(tokens["ids"]), bool(spans))
         ends = np.cumsum(tokens["bytes"], dtype=np.int64)
-        return context_tokens(ends, spans, len(block["text"].encode()))
+        return is_context_token(ends, spans, len(block["text"].encode()))
 
     def forget(self, shard: int, batch: int) -> None:
         """Keep a record batch no longer."""

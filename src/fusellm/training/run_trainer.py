@@ -78,6 +78,8 @@ class ObjectiveTrainer(FusionTrainer):
         self._step_blocks += counts.blocks
         return loss
 
+    # Trainer would count padding, and would gather with one wait more; ours has the counts of the
+    # batch, and tells all processes of faults and of a stop in the same exchange.
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         tokens: int = inputs["counts"].tokens
         if processes.count() > 1:
@@ -108,6 +110,8 @@ class ObjectiveTrainer(FusionTrainer):
             self._told(0)
         self.require_finite_gradient()
 
+    # The norm is looked at after the next step has been given to the device: reading it here, as
+    # `logging_nan_inf_filter` would, makes the host wait in every step.
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         get: Any = super()._get_grad_norm
         norm = get(model, grad_norm)
@@ -132,6 +136,8 @@ class ObjectiveTrainer(FusionTrainer):
             what = f"the gradient of step {step} has the norm {norm.item()}"
             raise self._blame.error(what, processes.gathered(blocks))  # the norm is that of all
 
+    # Trainer removes the last checkpoint before the new one is known to be whole: a kill between
+    # would leave none. So it removes nothing, and we do after the new one is sealed.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.require_finite_gradient()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -150,11 +156,13 @@ class ObjectiveTrainer(FusionTrainer):
         if processes.is_first():  # now, and not before
             rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint)
 
+    # Trainer would load what a disk has damaged since, and go on with it in silence.
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         processes.first(lambda: require_intact(best))
         super()._load_best_model()
 
+    # Trainer saves by its own schedule only, so that the best one would be forgotten between two.
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if not self.args.load_best_model_at_end:
             return False

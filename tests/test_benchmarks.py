@@ -1,0 +1,46 @@
+"""The benchmarks run: `--quick --json` prints one flat object of numbers. How fast is not asked."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+NO_SCRIPTS = {"figures"}
+ELSEWHERE = {
+    "real": "trains real language models: tests/test_real.py",
+    "boundaries": "needs a run of real models",
+    "recent_text": "fetches packages",
+    "fusion_gain": "trains for many minutes",
+    "sandbox": "needs toolchains: tests/test_sandbox.py",
+}
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_SCRIPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ELSEWHERE])
+def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
+    """In a process of its own, without the hub."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    more = [str(FOLDER.parent)] if name == "same_results" else []
+    done = subprocess.run(
+        [sys.executable, FOLDER / f"{name}.py", "--quick", "--json", *more],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures
+    assert all(isinstance(value, int | float) for value in figures.values()), figures
+    assert not any(math.isnan(value) for value in figures.values()), figures
+
+
+def test_what_is_run_elsewhere_is_there() -> None:
+    assert set(ELSEWHERE) <= set(SCRIPTS)
