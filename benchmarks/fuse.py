@@ -58,7 +58,7 @@ _PARTS = {
     "align": ("alignment.strategies.boundary_aligner.<locals>.align",),
     "heal": ("fusion.healing.heal", "fusion.healing.where_cut"),
     "carry": ("fusion.fuse._gather", "fusion.fuse._counts_of"),
-    "compare": ("fusion.fuse._compare",),
+    "compare": ("fusion.fuse.compare",),
     "write": ("store.tables.write_table", "stages.fuse._columns"),
 }
 

@@ -27,7 +27,7 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in N
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     """In a process of its own, without the hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    more = [str(FOLDER.parent)] if name == "same_results" else []
+    more = {"same_results": [str(FOLDER.parent)], "translation": ["truth"]}.get(name, [])
     done = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", "--quick", "--json", *more],
         env=environment,
