@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.writer import StageWriter
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What all stages of a run work with.
 
@@ -40,6 +39,7 @@ class Context:
     training_processes: int
     evaluation: EvaluationSettings
     trusted: bool
+    _tried: bool = field(default=False, init=False)
 
     def try_text(self) -> None:
         """Check, once, what the tokenizers make of the text, before a model is loaded for it.
@@ -47,11 +47,9 @@ class Context:
         Raises:
             TokenizerError, CorpusError: as `preflight.try_text` does.
         """
-        self._tried  # noqa: B018
-
-    @cached_property
-    def _tried(self) -> bool:
-        return bool(try_text(self.recipe, self.run, self.readers, cut=True))
+        if not self._tried:
+            try_text(self.recipe, self.run, self.readers, cut=True)
+            self._tried = True
 
     @property
     def target(self) -> Reader:
@@ -104,7 +102,8 @@ class Stage(ABC):
         """Make it, or go on with it; nothing is done that is done.
 
         Args:
-            redo: whether what was made from something else is moved aside by who asks for it.
+            redo: whether records of its own that were made from something else are moved aside;
+                for folders with a manifest `Pipeline` has done so before.
         """
 
     def require_readable(self) -> None:
