@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fusellm.cli.main import main
+from fusellm.cli.main import app, main
 from fusellm.recipe_file import load_recipe
 
 
@@ -221,3 +225,22 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         "import sys, fusellm.cli.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_options_are_of_types_that_the_lowest_typer_takes() -> None:
+    """A Literal is one from 0.19 on; before, no command at all would begin."""
+
+    def callbacks(group: typer.Typer) -> Iterator[Callable[..., Any]]:
+        yield from (one.callback for one in group.registered_commands if one.callback)
+        for under in group.registered_groups:
+            assert under.typer_instance is not None
+            yield from callbacks(under.typer_instance)
+
+    def literals(kind: Any) -> bool:
+        return get_origin(kind) is Literal or any(literals(part) for part in get_args(kind))
+
+    every = list(callbacks(app))
+    assert len(every) > 15
+    for callback in every:
+        for name, parameter in signature(callback, eval_str=True).parameters.items():
+            assert not literals(parameter.annotation), (callback, name)

@@ -247,3 +247,14 @@ def test_help_teaches(
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) > 8
     assert "Example" in shown or not command
+
+
+def test_what_has_been_read_is_cut_at_tokens_and_by_columns() -> None:
+    from rich.cells import cell_len
+
+    from fusellm.cli.store import _until
+
+    wide = _until(["漢字"] * 100, "")
+    assert cell_len(wide) <= 61
+    assert wide == "…" + "漢字" * 15
+    assert _until(["a", "b"], " ") == "a b"

@@ -7,7 +7,7 @@ a terminal would obey becomes what it shows.
 import json
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -158,7 +158,7 @@ class Terminal:
     @contextmanager
     def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; 0 where that is not known."""
-        with Progress(
+        progress = Progress(
             SpinnerColumn(finished_text=Text("✓", style="green")),
             TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=28),
@@ -170,7 +170,9 @@ class Terminal:
             console=self._console,
             refresh_per_second=4,
             disable=not self._console.is_terminal,
-        ) as progress:
+        )
+        # One that is disabled is not begun: rich before 15 ends it with an empty line.
+        with nullcontext() if progress.disable else progress:
             bar = _Bar(self._console, progress, what, total, unit)
             yield bar
             bar.finish()

@@ -1,8 +1,9 @@
 """Options and arguments that several commands have."""
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -66,8 +67,17 @@ Nproc = Annotated[
     ),
 ]
 _engine_option = partial(typer.Option, rich_help_panel="Where sources are read")
+
+
+class EngineName(StrEnum):  # typer takes Literal from 0.19 on
+    """What `--engine` takes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 Engine = Annotated[
-    Literal["local", "ray"],
+    EngineName,
     _engine_option(
         "--engine",
         help="In this process, or by the workers of a Ray cluster; the result is the same. A "

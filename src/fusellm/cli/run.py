@@ -129,7 +129,7 @@ def _execute(
     push_to_hub: of.PushToHub = None,
     nproc: of.Nproc = 1,
     trust_remote_code: of.TrustRemoteCode = False,
-    engine: of.Engine = "local",
+    engine: of.Engine = of.EngineName.LOCAL,
     ray_address: of.RayAddress = None,
     workers: of.Workers = None,
     worker_cpus: of.WorkerCpus = None,
@@ -140,7 +140,7 @@ def _execute(
     from fusellm.store.run_folder import STAGES
 
     stages = stages or STAGES
-    settings = EngineSettings(engine, ray_address, workers, worker_cpus, worker_gpus)
+    settings = EngineSettings(engine.value, ray_address, workers, worker_cpus, worker_gpus)
     if stages != ("train",):
         launch.require_one_process(stages[0] if len(stages) == 1 else "run")
     launch.require_devices(nproc)

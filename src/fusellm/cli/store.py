@@ -384,7 +384,7 @@ def _show_block(
         STDOUT.print(Text(why, "yellow"))
         STDOUT.print(Text(" ".join(words[:most]), "dim"))
     elif position is not None:
-        until = ("" if encoder is not None else " ").join(words[: position + 1])
+        until = _until(words[: position + 1], "" if encoder is not None else " ")
         _show_position(block, block.at(position), encoder, until)
     else:
         STDOUT.print(_positions(block, most, encoder))
@@ -438,11 +438,21 @@ def _kept(at: "Distribution", encoder: "Encoder | None") -> draw.Fitted:
     return draw.Fitted(fill, 16)
 
 
+def _until(words: Sequence[str], glue: str) -> str:
+    """The end of what has been read, in whole tokens that fit beside the rest of the line."""
+    shown = ""
+    for word in reversed(words):
+        longer = word + (glue + shown if shown else "")
+        if cell_len(longer) > _READ_CELLS:
+            return "…" + shown
+        shown = longer
+    return shown
+
+
 def _show_position(
     block: "StoredBlock", at: "Distribution", encoder: "Encoder | None", until: str
 ) -> None:
     read = f" of {block.positions:,}, after {at.read_bytes:,} bytes: "
-    until = until if cell_len(until) <= _READ_CELLS else "…" + until[-_READ_CELLS + 1 :]
     place = (str(at.position), "bold")
     STDOUT.print(Text.assemble(("position ", "dim"), place, read, (until, "italic")))
     given = f"  p {draw.number(math.exp(at.true_log_prob))}, {-at.true_log_prob:.3f} nats"

@@ -28,7 +28,10 @@ def read_shards(
     """Read shards one after another. While the model reads one, the next is tokenized."""
     for name, prepared in _ahead(lambda name: worker.prepare(blocks_of(name)), names):
         read = yield from worker.steps(prepared)
-        yield ReadShard(name, partial(worker.finish, prepared, read))
+        shard = ReadShard(name, partial(worker.finish, prepared, read))
+        del read
+        yield shard
+        del shard  # or a whole shard would be held while the next one is read
 
 
 def _ahead(

@@ -39,6 +39,7 @@ from fusellm.reading.ray_worker import IN_FLIGHT, Ready, RemoteWorker, orders_of
 
 _MOST_LOSSES = 3
 _SAY_AFTER_SECONDS = 60.0
+_LISTEN_EVERY_SECONDS = 1.0
 _CURE = (
     "Finished shards are kept. Where memory ran out: fewer --workers, or a smaller "
     "externalize.batch_tokens; the same command goes on from here, also with --engine local"
@@ -130,7 +131,8 @@ class _Crew:
         while last:
             self._hand_out()
             refs = {ref: place for place in self._places for ref in place.asked}
-            ready, _ = self._ray.wait(list(refs), num_returns=1, timeout=_SAY_AFTER_SECONDS)
+            ready, _ = self._ray.wait(list(refs), num_returns=1, timeout=_LISTEN_EVERY_SECONDS)
+            yield 0  # whoever asks may stop: what was read could not be written
             if not ready and not self._devices and time.monotonic() - began >= _SAY_AFTER_SECONDS:
                 began = float("inf")
                 yield Told(

@@ -141,6 +141,11 @@ class SuitesStage(Stage):
         context = self.context
         return prepare(wanted, context.evaluation, context.progress) if wanted else []
 
+    def require_readable(self) -> None:
+        """Check that what it reads is finished, if there are suites."""
+        if self.find():
+            super().require_readable()
+
     def execute(self, redo: bool) -> None:
         """Measure the models, in the order of the table, and put the suites into the index.
 

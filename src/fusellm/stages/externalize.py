@@ -146,7 +146,8 @@ class SourceStage(_ExternalizeStage):
     ) -> None:
         """Read shards by the engine; one is encoded and written while the next is read.
 
-        An error of the thread that writes stops the model at the latest after one batch more.
+        An error of the thread that writes stops a model here at the latest after one batch more,
+        and a cluster within a second.
         """
         context, engine = self.context, self.context.engine
         task = ReadingTask(context.recipe, self.reader.located, self.reader.encoder, corpus, left)
@@ -169,9 +170,13 @@ class SourceStage(_ExternalizeStage):
                     case ReadShard():
                         writing.submit(partial(write, event))
                     case ModelLoaded():
-                        folder.describe(_about(context.recipe, self.reader, event))
+                        # Where a device joins later, shards are being written: one thread alone
+                        # writes the manifest.
+                        about = _about(context.recipe, self.reader, event)
+                        writing.submit(partial(folder.describe, about))
                     case Told():
                         context.progress.say(event.line)
+                del event  # which may hold a whole shard while the next one is read
 
 
 def _about(recipe: Recipe, reader: Reader, loaded: ModelLoaded) -> dict[str, Any]:
