@@ -28,7 +28,7 @@ from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.blocks import BLOCKS, BLOCKS_SCHEMA, open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
-from fusellm.tokens.context import context_bytes, context_tokens, spans_within
+from fusellm.tokens.context import context_bytes, is_context_token, spans_within
 from fusellm.training.collator import Collator
 from fusellm.training.forward import (
     IGNORED,
@@ -86,7 +86,7 @@ def test_a_token_is_context_if_all_its_bytes_are(lengths: list[int], edges: set[
     flat = sorted(edges)
     spans = spans_within(list(zip(flat[::2], flat[1::2], strict=False)), 0, size)
     of_byte = context_bytes(spans, size)
-    for token, (end, found) in enumerate(zip(ends, context_tokens(ends, spans, size), strict=True)):
+    for token, (end, found) in enumerate(zip(ends, is_context_token(ends, spans, size), strict=True)):
         own = of_byte[end - lengths[token] : end]
         if len(own):
             assert found == own.all()
@@ -215,7 +215,7 @@ def test_neither_loss_predicts_context(world: Path, fused: Path) -> None:
         told = texts[block["block"]]
         (encoded,) = encoder.encode([told.text], [told.last])
         size = len(told.text.encode())
-        expected = context_tokens(encoded.ends, told.context, size)
+        expected = is_context_token(encoded.ends, told.context, size)
         labels = batch["labels"][r, 1 : len(expected)].numpy()
         assert ((labels == IGNORED) == expected[1:]).all()
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
