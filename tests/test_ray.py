@@ -481,9 +481,10 @@ def test_errors_are_those_of_one_process(
 
 @pytest.mark.ray
 def test_a_model_that_a_worker_does_not_have(
-    world: Path, run: Path, tmp_path: Path, cluster: Any
+    world: Path, run: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has gone, or become another one, since this process has found it."""
+    """It has gone, or become another one, on the worker's machine."""
+    monkeypatch.setattr("fusellm.pipeline.require_models", lambda readers: None)  # of this one
     model = tmp_path / "model"
     shutil.copytree(world / "neox", model)
     one = pipeline(world, run, on(cluster), f"sources.1.model={model}")
