@@ -86,7 +86,9 @@ def test_a_token_is_context_if_all_its_bytes_are(lengths: list[int], edges: set[
     flat = sorted(edges)
     spans = spans_within(list(zip(flat[::2], flat[1::2], strict=False)), 0, size)
     of_byte = context_bytes(spans, size)
-    for token, (end, found) in enumerate(zip(ends, is_context_token(ends, spans, size), strict=True)):
+    for token, (end, found) in enumerate(
+        zip(ends, is_context_token(ends, spans, size), strict=True)
+    ):
         own = of_byte[end - lengths[token] : end]
         if len(own):
             assert found == own.all()
