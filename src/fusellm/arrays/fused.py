@@ -40,6 +40,8 @@ class Fused:
     >>> twice = Fused.concat([both, both])
     >>> twice.take(np.array([1])).outcomes.tolist(), twice.part_offsets.tolist()
     ([512, 77, 12], [0, 2, 4])
+    >>> twice.position_of_part.tolist(), both.part_of_outcome.tolist()
+    ([0, 0, 1, 1], [0, 0, 1])
     """
 
     parts: np.ndarray
@@ -73,6 +75,16 @@ class Fused:
     def outcome_offsets(self) -> np.ndarray:
         """[R+1] where each part's outcomes are."""
         return offsets_of(self.lengths)
+
+    @cached_property
+    def position_of_part(self) -> np.ndarray:
+        """[R] int64, ascending."""
+        return np.repeat(np.arange(len(self.parts)), self.parts)
+
+    @cached_property
+    def part_of_outcome(self) -> np.ndarray:
+        """[M] int64, ascending."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def take(self, positions: np.ndarray) -> "Fused":
         """The distributions at these positions, in their order."""

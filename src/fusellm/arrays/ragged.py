@@ -36,6 +36,20 @@ def take_rows(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nda
     return first + np.arange(len(row)), row
 
 
+def places_by_group(group: np.ndarray) -> np.ndarray:
+    """[R] int64: where each row stands once rows are put together group by group, in their order.
+
+    Taking these places undoes it: `concat(rows of group 0, of group 1, …)[places]` is the rows as
+    they were.
+
+    >>> places_by_group(np.array([1, 0, 1])).tolist()
+    [1, 0, 2]
+    """
+    places = np.empty(len(group), dtype=np.int64)
+    places[np.argsort(group, kind="stable")] = np.arange(len(group))
+    return places
+
+
 class Ragged(NamedTuple):
     """Rows of different lengths.
 

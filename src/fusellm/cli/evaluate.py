@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusellm.cli import evaluate_options as of
+from fusellm.cli import evaluate_options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.evaluate_list import show_list
 from fusellm.cli.evaluate_screen import (
@@ -27,18 +27,18 @@ LM = "lm"
 _OUT = Path("runs") / "evaluation"
 
 
-@of.with_settings
+@evaluate_options.with_settings
 def evaluate(
     *,
-    places: of.Places = None,
-    suites: of.Suites = None,
-    list_suites: of.ListSuites = False,
+    places: evaluate_options.Places = None,
+    suites: evaluate_options.Suites = None,
+    list_suites: evaluate_options.ListSuites = False,
     given: dict[str, Any],
-    save_as: of.Save = None,
-    out: of.OutOfEvaluation = None,
-    changes: of.SetOfEvaluation = NO_CHANGES,
-    redo: of.RedoOfEvaluation = False,
-    trust_remote_code: of.TrustOfEvaluation = False,
+    save_as: evaluate_options.Save = None,
+    out: evaluate_options.OutOfEvaluation = None,
+    changes: evaluate_options.SetOfEvaluation = NO_CHANGES,
+    redo: evaluate_options.RedoOfEvaluation = False,
+    trust_remote_code: evaluate_options.TrustOfEvaluation = False,
     as_json: Json = False,
 ) -> None:
     """Measure models by suites, side by side: each source, the target, the CLM baseline, fused.

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusellm.cli import launch
-from fusellm.cli import options as of
+from fusellm.cli import launch, options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import table
 from fusellm.cli.evaluate_screen import as_object, results_of, show
@@ -28,10 +27,10 @@ def demo(
         bool,
         typer.Option("--full", help="More text, two epochs: the run whose figures are published."),
     ] = False,
-    out: of.Out = None,
-    changes: of.Set = NO_CHANGES,
-    redo: of.Redo = False,
-    as_json: of.Json = False,
+    out: options.Out = None,
+    changes: options.Set = NO_CHANGES,
+    redo: options.Redo = False,
+    as_json: options.Json = False,
 ) -> None:
     """Fuse the three small models that come with fusellm; no download, a few minutes.
 
@@ -42,7 +41,9 @@ def demo(
     _execute(None, recipe, out, changes, redo, as_json)
 
 
-def report(recipe: of.RecipeOrRun, out: of.Out = None, as_json: of.Json = False) -> None:
+def report(
+    recipe: options.RecipeOrRun, out: options.Out = None, as_json: options.Json = False
+) -> None:
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
     from fusellm.stages.report.write import write_report
 
@@ -52,11 +53,11 @@ def report(recipe: of.RecipeOrRun, out: of.Out = None, as_json: of.Json = False)
 
 
 def check(
-    recipe: of.RecipeOrRun,
-    out: of.Out = None,
-    changes: of.Set = NO_CHANGES,
-    trust_remote_code: of.TrustRemoteCode = False,
-    as_json: of.Json = False,
+    recipe: options.RecipeOrRun,
+    out: options.Out = None,
+    changes: options.Set = NO_CHANGES,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
     from fusellm.preflight import gigabytes, require_disk
@@ -121,19 +122,19 @@ def open_pipeline(
 
 def _execute(
     stages: tuple[str, ...] | None,
-    recipe: of.RecipeOrRun,
-    out: of.Out = None,
-    changes: of.Set = NO_CHANGES,
-    redo: of.Redo = False,
-    as_json: of.Json = False,
-    push_to_hub: of.PushToHub = None,
-    nproc: of.Nproc = 1,
-    trust_remote_code: of.TrustRemoteCode = False,
-    engine: of.Engine = of.EngineName.LOCAL,
-    ray_address: of.RayAddress = None,
-    workers: of.Workers = None,
-    worker_cpus: of.WorkerCpus = None,
-    worker_gpus: of.WorkerGpus = None,
+    recipe: options.RecipeOrRun,
+    out: options.Out = None,
+    changes: options.Set = NO_CHANGES,
+    redo: options.Redo = False,
+    as_json: options.Json = False,
+    push_to_hub: options.PushToHub = None,
+    nproc: options.Nproc = 1,
+    trust_remote_code: options.TrustRemoteCode = False,
+    engine: options.Engine = options.EngineName.LOCAL,
+    ray_address: options.RayAddress = None,
+    workers: options.Workers = None,
+    worker_cpus: options.WorkerCpus = None,
+    worker_gpus: options.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
     from fusellm.reading.engine import EngineSettings

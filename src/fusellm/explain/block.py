@@ -359,14 +359,8 @@ def _fused(folder: StageFolder, name: str, row: int, ids: np.ndarray, positions:
     columns = shard.block(row)
     if not np.array_equal(columns["ids"], ids):
         raise shard.damaged(f"block {columns['block']} has other tokens than the target's")
-    return Fused(
-        columns["parts"][:positions],  # a block that the target could not read has zeros
-        columns["source"],
-        columns["lengths"].astype(np.int64),
-        columns["outcomes"].astype(np.int64),
-        columns["masses"],
-        columns["rest"],
-    )
+    # A block that the target could not read has positions all the same, without parts.
+    return Fused.of(columns | {"parts": columns["parts"][:positions]})
 
 
 def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[SourceView, ...]:
@@ -397,9 +391,11 @@ def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[Source
 def _weights(fused: Fused, sources: int) -> np.ndarray:
     """[S, N] each source's share of the stored fused distributions."""
     weights = np.zeros((sources, len(fused.parts)))
-    part = np.repeat(np.arange(len(fused.lengths)), fused.lengths)
-    mass = np.bincount(part, weights=fused.masses, minlength=len(fused.lengths)) + fused.rest
-    weights[fused.source, np.repeat(np.arange(len(fused.parts)), fused.parts)] = mass
+    mass = (
+        np.bincount(fused.part_of_outcome, weights=fused.masses, minlength=len(fused.lengths))
+        + fused.rest
+    )
+    weights[fused.source, fused.position_of_part] = mass
     return weights
 
 
@@ -428,8 +424,8 @@ def _has_true(gathered: _Gathered) -> np.ndarray:
     fused, target = gathered.fused, gathered.read[TARGET]
     true_ids = target.ids[target.predicting + 1]
     true = np.array([_outcome_of(r.translation, true_ids) for r in gathered.readings.values()])
-    source = np.repeat(fused.source, fused.lengths)
-    position = np.repeat(np.repeat(np.arange(len(fused.parts)), fused.parts), fused.lengths)
+    source = fused.source[fused.part_of_outcome]
+    position = fused.position_of_part[fused.part_of_outcome]
     has_true = np.zeros(len(fused.parts), dtype=bool)
     has_true[position[fused.outcomes == true[source, position]]] = True
     return has_true
@@ -466,7 +462,7 @@ def _before(gathered: _Gathered, rules: FusionRules, name: str, position: int) -
 
 def _shares(gathered: _Gathered, sources: Sequence[SourceView], position: int) -> tuple[Share, ...]:
     fused, names = gathered.fused, list(gathered.readings)
-    parts, starts = offsets_of(fused.parts.astype(np.int64)), offsets_of(fused.lengths)
+    parts, starts = fused.part_offsets, fused.outcome_offsets
     true_id, shares = gathered.true_id(position), []
     for part in range(parts[position], parts[position + 1]):
         rows, s = slice(starts[part], starts[part + 1]), int(fused.source[part])

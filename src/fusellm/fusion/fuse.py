@@ -15,6 +15,7 @@ from fusellm.alignment.strategies import Aligned
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.distributions import Distributions
 from fusellm.arrays.fused import Fused
+from fusellm.arrays.ragged import places_by_group
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.carry import Carried, carry, map_counts
@@ -169,10 +170,7 @@ def _gather(
         _carry_or_fall_back(target, reading, rules, block, position[source == s])
         for s, reading in enumerate(sources)
     ]
-    # They come source by source, and are wanted position by position.
-    order = np.empty(len(source), dtype=np.int64)
-    order[np.argsort(source, kind="stable")] = np.arange(len(source))
-    whole = Carried.concat(carried).take(order)
+    whole = Carried.concat(carried).take(places_by_group(source))
     weight = weights[source, position]
     return Fused(
         np.bincount(position, minlength=weights.shape[1]).astype(np.uint8),
@@ -198,9 +196,7 @@ def _carry_or_fall_back(
     if there.all():
         return carried
     token = target.ids[target.predicting[positions[~there]]]
-    order = np.empty(len(there), dtype=np.int64)
-    order[np.argsort(~there, kind="stable")] = np.arange(len(there))
-    return Carried.concat([carried, Carried.certain(token)]).take(order)
+    return Carried.concat([carried, Carried.certain(token)]).take(places_by_group(~there))
 
 
 def _counts_of(

@@ -119,7 +119,7 @@ class FusedDistributions:
             raise ArgumentError(f"there is no position {position}: text {text} has {end - first}")
         there = self.fused.between(first + position, first + position + 1)
         outcomes = []
-        of_outcome = np.repeat(there.source, there.lengths).tolist()
+        of_outcome = there.source[there.part_of_outcome].tolist()
         for source, outcome, mass in zip(of_outcome, there.outcomes, there.masses, strict=True):
             offsets, members = self.members[source]
             ids = members[offsets[outcome] : offsets[outcome + 1]]

@@ -94,8 +94,9 @@ class Stage(ABC):
         """What its folder is made from, once what it reads is complete; None of one without."""
         return None
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:
         """Raise what can be known before its own expensive work, once what it reads is there."""
+        return  # most know nothing before
 
     @abstractmethod
     def execute(self, redo: bool) -> None:

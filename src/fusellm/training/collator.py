@@ -62,8 +62,7 @@ class OutcomeTable:
         if not wanted.all():
             fused = fused.take(np.flatnonzero(wanted))
         mass, rest = fused.masses.astype(np.float64), fused.rest.astype(np.float64)
-        part = np.repeat(np.arange(len(fused.lengths)), fused.lengths)
-        position = np.repeat(np.arange(len(fused.parts)), fused.parts)
+        part, position = fused.part_of_outcome, fused.position_of_part
         part_mass = np.bincount(part, weights=mass, minlength=len(fused.lengths))
         kept = np.bincount(position, weights=part_mass, minlength=len(fused.parts))
         if self._renormalize:

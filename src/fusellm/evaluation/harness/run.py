@@ -22,13 +22,6 @@ from fusellm.store.identity import digest
 _SOFTWARE = ("lm_eval", "transformers", "torch", "datasets")
 _NOT_PROTOCOL = ("task", "dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
 
-# A protocol names our functions by the modules that they first stood in: where code is moved to
-# must not make finished records those of another protocol.
-_FIRST_STOOD_IN = {
-    "fusellm.evaluation.suites.paper_tasks": "fusellm.evaluation.own_tasks",
-    "fusellm.evaluation.suites.smoke": "fusellm.evaluation.smoke",
-}
-
 
 @dataclass(frozen=True)
 class Task(ABC):
@@ -242,7 +235,7 @@ def _plain(value: Any) -> Any:
     module = getattr(value, "__module__", "")
     name = getattr(value, "__qualname__", type(value).__name__)
     if module.split(".")[0] == "fusellm":
-        return f"{_FIRST_STOOD_IN.get(module, module)}.{name}"
+        return f"fusellm.{name}"  # not by its module: code that moves makes no other protocol
     try:
         source = inspect.getsource(value)
     except (OSError, TypeError):
