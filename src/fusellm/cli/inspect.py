@@ -26,7 +26,7 @@ from fusellm.recipe_file import open_recipe
 
 if TYPE_CHECKING:
     from fusellm.config import Recipe
-    from fusellm.explain import block as of
+    from fusellm.explain import block as views
 
 _NOBODY, _CHOSEN, _TRUE = "–", "▼", "✓"
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -87,7 +87,7 @@ def inspect(
     STDOUT.print(Text(f"{elsewhere}, --block 0 to {view.blocks - 1}", "dim"))
 
 
-def _head(run: str, recipe: "Recipe", view: "of.BlockView") -> Table:
+def _head(run: str, recipe: "Recipe", view: "views.BlockView") -> Table:
     fusion, kept = recipe.fusion, recipe.externalize
     over = f"a window of {fusion.window_bytes} bytes to each side"
     over = over if fusion.granularity == "window" else "the whole block"
@@ -105,7 +105,7 @@ def _head(run: str, recipe: "Recipe", view: "of.BlockView") -> Table:
     return draw.facts(said.items())
 
 
-def _sources(view: "of.BlockView") -> Table:
+def _sources(view: "views.BlockView") -> Table:
     looks = [
         draw.right(f"{name}\n{s.sign}", header_style=s.style) for name, s in draw.SITUATIONS.items()
     ]
@@ -145,7 +145,7 @@ def _fit(text: str, room: int) -> str:
     return shown.plain
 
 
-def _left_out(view: "of.BlockView") -> Iterator[Text]:
+def _left_out(view: "views.BlockView") -> Iterator[Text]:
     readings = {"the target": view.target}
     readings |= {_name(s, source.name): source.tokens for s, source in enumerate(view.sources)}
     for name, tokens in readings.items():
@@ -157,7 +157,7 @@ def _left_out(view: "of.BlockView") -> Iterator[Text]:
             )
 
 
-def _bands(view: "of.BlockView", width: int) -> Iterator[Text]:
+def _bands(view: "views.BlockView", width: int) -> Iterator[Text]:
     """The grid of boundaries, in bands as wide as there is room."""
     rows = [(Text("target", "bold"), _strip(view.target))]
     if not view.target.read:
@@ -189,12 +189,12 @@ def _bands(view: "of.BlockView", width: int) -> Iterator[Text]:
         yield Text()
 
 
-def _strip(tokens: "of.ModelTokens") -> Strip:
+def _strip(tokens: "views.ModelTokens") -> Strip:
     strip = Strip(tokens.ends)
     return Strip(tokens.ends, {n: tokens.spelled[n] for n, a, b in strip.tokens() if a == b})
 
 
-def _ruler(view: "of.BlockView", inside: dict[int, int], width: int) -> Text:
+def _ruler(view: "views.BlockView", inside: dict[int, int], width: int) -> Text:
     """Numbers of as many positions as find room, the chosen one before all others."""
     chosen = None if view.at is None else view.at.position
     taken, shown = [False] * (width + 1), {}
@@ -209,7 +209,7 @@ def _ruler(view: "of.BlockView", inside: dict[int, int], width: int) -> Text:
     return _placed(shown)
 
 
-def _marks(view: "of.BlockView", inside: dict[int, int]) -> Iterator[tuple[str, Text]]:
+def _marks(view: "views.BlockView", inside: dict[int, int]) -> Iterator[tuple[str, Text]]:
     """Who wins, how that source cuts the text, and the shares where there are several."""
     names = [source.name for source in view.sources]
     wins, cuts = {}, {}
@@ -231,7 +231,7 @@ def _marks(view: "of.BlockView", inside: dict[int, int]) -> Iterator[tuple[str, 
             yield f"share {_letter(s)}", _placed(levels)
 
 
-def _is_split(view: "of.BlockView") -> bool:
+def _is_split(view: "views.BlockView") -> bool:
     """Whether several sources have a share in one distribution."""
     shares = zip(*(source.weights for source in view.sources), strict=True)
     return any(sum(weight > 0 for weight in weights) > 1 for weights in shares)
@@ -259,7 +259,7 @@ def _cells(drawn: Grid, row: GridRow, first: int, after: int, style: str) -> Tex
     return text
 
 
-def _legend(view: "of.BlockView") -> Table:
+def _legend(view: "views.BlockView") -> Table:
     who = [(f"{_name(s, source.name)}   ", _style(s)) for s, source in enumerate(view.sources)]
     nobody = f"{_NOBODY} no source: the target learns from the text alone"
     numbers = f"a number stands over the token that comes next; {_CHOSEN} is looked at below"
@@ -273,7 +273,7 @@ def _legend(view: "of.BlockView") -> Table:
     return draw.facts([*rows, ("cut", cuts[0][1]), *cuts[1:], ("text", Text(signs))])
 
 
-def _read_so_far(view: "of.BlockView", at: "of.PositionView") -> Text:
+def _read_so_far(view: "views.BlockView", at: "views.PositionView") -> Text:
     data = view.text.encode()[: at.read_bytes]
     tail = data[-_TAIL_BYTES:].decode("utf-8", "ignore")
     before = "…" if len(data) > _TAIL_BYTES else ""
@@ -289,7 +289,7 @@ def _read_so_far(view: "of.BlockView", at: "of.PositionView") -> Text:
     )
 
 
-def _panels(view: "of.BlockView", at: "of.PositionView", width: int) -> Table:
+def _panels(view: "views.BlockView", at: "views.PositionView", width: int) -> Table:
     """Every source's distribution and the fused one, side by side as far as there is room."""
     panels = [*(_panel(view, at, s) for s in range(len(view.sources))), _fused(view, at)]
     rows = -(-len(panels) // max(width // _PANEL_WIDTH, 1))
@@ -301,7 +301,7 @@ def _panels(view: "of.BlockView", at: "of.PositionView", width: int) -> Table:
     return side_by_side
 
 
-def _panel(view: "of.BlockView", at: "of.PositionView", s: int) -> Panel:
+def _panel(view: "views.BlockView", at: "views.PositionView", s: int) -> Panel:
     source = view.sources[s]
     weight, won = source.weights[at.position], view.winners[at.position] == source.name
     title = Text(f" {_name(s, source.name)} ", _style(s))
@@ -311,7 +311,7 @@ def _panel(view: "of.BlockView", at: "of.PositionView", s: int) -> Panel:
     return Panel(_said(view, at, s), title=title, title_align="left", box=frame, border_style=style)
 
 
-def _said(view: "of.BlockView", at: "of.PositionView", s: int) -> RenderableType:
+def _said(view: "views.BlockView", at: "views.PositionView", s: int) -> RenderableType:
     """What a source says at the chosen position, or why it says nothing."""
     source, before = view.sources[s], at.before[s]
     if not source.tokens.read:
@@ -327,7 +327,7 @@ def _said(view: "of.BlockView", at: "of.PositionView", s: int) -> RenderableType
     return Text("not aligned, though it has read this text")
 
 
-def _why(view: "of.BlockView", at: "of.PositionView", before: "of.Before", s: int) -> Text:
+def _why(view: "views.BlockView", at: "views.PositionView", before: "views.Before", s: int) -> Text:
     situation = view.sources[s].situations[at.position]
     unit = "nats a token" if view.recipe["cross_entropy"] == "nats_per_token" else "bits a byte"
     where = "around" if view.recipe["granularity"] == "window" else "in the block"
@@ -373,7 +373,7 @@ class _List:
         """Mass that belongs to no single row."""
         self.entry("", Text(said, "dim italic"), share, "dim")
 
-    def more(self, left: Sequence["of.OutcomeView | of.Entry"]) -> None:
+    def more(self, left: Sequence["views.OutcomeView | views.Entry"]) -> None:
         """The rows for which there is no room."""
         if left:
             self.aside(f"{len(left):,} more", sum(one.probability for one in left))
@@ -383,7 +383,7 @@ class _List:
         said = Text(f"{visible(self._next)}: {why}", "italic")
         self._table.add_row(Text(_TRUE, "bold"), said, "", "")
 
-    def outcomes(self, outcomes: Sequence["of.OutcomeView"], most: int) -> None:
+    def outcomes(self, outcomes: Sequence["views.OutcomeView"], most: int) -> None:
         """The first of them, and the true next token's wherever it stands."""
         for n, outcome in enumerate(outcomes, start=1):
             if n <= most or outcome.true:
@@ -392,14 +392,16 @@ class _List:
         self.more([outcome for outcome in outcomes[most:] if not outcome.true])
 
 
-def _outcome(outcome: "of.OutcomeView", next_spelled: str) -> Text | draw.Fitted:
+def _outcome(outcome: "views.OutcomeView", next_spelled: str) -> Text | draw.Fitted:
     if outcome.leftover:
         return Text("tokens that have no class", "italic")
     true = next_spelled if outcome.true else None
     return draw.Fitted(lambda room: Text(outcome_label(outcome.spelled, room, true)), 6)
 
 
-def _kept_list(view: "of.BlockView", at: "of.PositionView", before: "of.Before", s: int) -> _List:
+def _kept_list(
+    view: "views.BlockView", at: "views.PositionView", before: "views.Before", s: int
+) -> _List:
     """A source's distribution: what it kept, and what that becomes, told by numbers."""
     rows, sampled = _List(at.next_spelled), view.recipe["scheme"] == "sampled"
     rank = {outcome.number: n for n, outcome in enumerate(before.becomes, start=1)}
@@ -425,7 +427,7 @@ def _kept_list(view: "of.BlockView", at: "of.PositionView", before: "of.Before",
     return rows
 
 
-def _fused(view: "of.BlockView", at: "of.PositionView") -> Panel:
+def _fused(view: "views.BlockView", at: "views.PositionView") -> Panel:
     """The fused distribution, a source's part after another's."""
     names = [source.name for source in view.sources]
     rows = _List(at.next_spelled)
