@@ -4,6 +4,7 @@ tokenizers, and a corpus of two domains. No network, no GPU."""
 import json
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,15 @@ from transformers import (
 from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
 
 pytest_plugins = ["hubs", "toolchains"]  # fixtures
+
+# What a shell starts in the background ignores these two, and commands leave them ignored; tests
+# of stopping would wait for ever under `nohup make test &`.
+for _signal, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 _TEXT = """the model reads a text and every token of it is a piece that ends at some byte so two
 readers agree where both have read the same return value def class import self print
