@@ -22,6 +22,7 @@ import pyarrow.ipc
 from safetensors.numpy import save
 
 from fusellm.alignment.translation import VocabularyMap, map_translation
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.errors import StoreError
 from fusellm.fusion.carry import carry, map_counts
@@ -43,7 +44,7 @@ from stores import Columns, columns_of, replace, rewrite, some, write_store
 
 VOCABULARY, K, DRAWS = 60_000, 10, 8
 SHARD = "train-00000.arrow"
-KINDS = ("sampled", "top", "target", "corpus", "fuse", "members", "nats")
+KINDS = ("sampled", "top", "target", "corpus", "fuse", "outcomes", "nats")
 
 
 def make(root: Path, run: Path) -> None:
@@ -51,7 +52,7 @@ def make(root: Path, run: Path) -> None:
     for kind in ("sampled", "top"):
         write_store(root / kind, [some(70, kind == "sampled", 1)], kind == "sampled", k=K)
     shutil.copytree(run / "externalize" / "target", root / "target")
-    for kind in ("fuse", "members"):
+    for kind in ("fuse", "outcomes"):
         shutil.copytree(run / "fuse", root / kind)
     blocks = [
         Block(n, f"d{n}", "prose", n % 3 == 2, "naïve text " * (n + 1), ((0, 3), (3, n + 4)))
@@ -69,15 +70,15 @@ def make(root: Path, run: Path) -> None:
 
 def name_of(kind: str) -> str:
     """The shard that is changed."""
-    return fused.members_shard("first") if kind == "members" else SHARD
+    return fused.sets_shard("first") if kind == "outcomes" else SHARD
 
 
 def layout_of(kind: str, folder: StageFolder) -> Layout:
     """What its shards must be."""
     if kind in ("sampled", "top", "target"):
         return externalized.layout_of(folder)
-    if kind == "members":
-        return fused.members_layout()
+    if kind == "outcomes":
+        return fused.sets_layout()
     return {"corpus": BLOCKS, "nats": NATS}.get(kind) or fused.layout_of(folder)
 
 
@@ -103,12 +104,11 @@ def legal(kind: str, columns: Columns, folder: StageFolder) -> bool:
     rows = rows_of(columns)
     if "block" in columns and [row["block"] for row in rows] != list(range(len(rows))):
         return False
-    if kind == "members":
-        return len(rows) == 1 and _members(rows[0])
+    if kind == "outcomes":
+        return len(rows) == 1 and _sets(rows[0])
     if kind == "fuse":
-        sizes = [len(fused.read_members(folder, name)[0]) - 1 for name in ("first", "second")]
-        vocabulary = len(fused.read_members(folder, "first")[1])
-        return all(_fused(row, vocabulary, sizes) for row in rows)
+        sets = [fused.read_sets(folder, name) for name in ("first", "second")]
+        return all(_fused(row, len(sets[0].ids), sets) for row in rows)
     rule = {"sampled": _sampled, "top": _top, "corpus": _corpus, "nats": _nats}
     size = folder.about.get("vocabulary", 0)
     return all(rule[kind](row) if kind in rule else _tokens(row, size) for row in rows)
@@ -159,7 +159,7 @@ def _top(row: dict[str, Any]) -> bool:
     return True
 
 
-def _fused(row: dict[str, Any], vocabulary: int, sizes: list[int]) -> bool:
+def _fused(row: dict[str, Any], vocabulary: int, sets: list[OutcomeSets]) -> bool:
     parts = _pieces(row["source"], row["parts"])
     rests, lengths = _pieces(row["rest"], row["parts"]), _pieces(row["lengths"], row["parts"])
     outcomes = _pieces(row["outcomes"], row["lengths"])
@@ -167,7 +167,7 @@ def _fused(row: dict[str, Any], vocabulary: int, sizes: list[int]) -> bool:
     fits = (
         len(row["parts"]) == max(len(row["ids"]) - 1, 0)
         and all(0 <= i < vocabulary for i in row["ids"])
-        and all(0 <= s < len(sizes) for s in row["source"])
+        and all(0 <= s < len(sets) for s in row["source"])
     )
     if not fits or parts is None or rests is None or lengths is None:
         return False
@@ -177,20 +177,25 @@ def _fused(row: dict[str, Any], vocabulary: int, sizes: list[int]) -> bool:
     wholes = _pieces(of_part, row["parts"])
     return wholes is not None and (
         all(a < b for piece in parts for a, b in pairwise(piece))
-        and all(o < sizes[s] for s, p in zip(row["source"], outcomes, strict=True) for o in p)
+        and all(o < len(sets[s]) for s, p in zip(row["source"], outcomes, strict=True) for o in p)
+        and all(_apart(p, sets[s]) for s, p in zip(row["source"], outcomes, strict=True))
         and all(m >= 0 and math.isfinite(m) for m in (*row["masses"], *row["rest"]))
         and all(abs(sum(piece) - 1) <= 1e-4 for piece in wholes if piece)
     )
 
 
-def _members(row: dict[str, Any]) -> bool:
-    offsets, members = row["offsets"], row["members"]
+def _sets(row: dict[str, Any]) -> bool:
+    starts, stops, ids = row["starts"], row["stops"], row["ids"]
     return (
-        len(offsets) > 1
-        and (offsets[0], offsets[-1]) == (0, len(members))
-        and sorted(offsets) == offsets
-        and sorted(members) == list(range(len(members)))
+        len(starts) == len(stops)
+        and all(0 <= a <= b <= len(ids) for a, b in zip(starts, stops, strict=True))
+        and sorted(ids) == list(range(len(ids)))
     )
+
+
+def _apart(numbers: list[int], sets: OutcomeSets) -> bool:
+    ids = [id_ for number in numbers for id_ in sets[number].tolist()]
+    return len(set(ids)) == len(ids)
 
 
 def _corpus(row: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import pyarrow.ipc
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.store.externalized import kept_columns, source_schema, token_columns
-from fusellm.store.fused import read_members
+from fusellm.store.fused import read_sets
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import MANIFEST, StageFolder, read_manifest, segments_of
 from fusellm.store.quantized import ERROR_NATS, STEP_NATS
@@ -225,5 +225,5 @@ def outcome_table(
     folder: StageFolder, sources: Sequence[str], renormalize: bool = False, temperature: float = 1.0
 ) -> OutcomeTable:
     """The outcomes of some sources of a fused store."""
-    members = [read_members(folder, source) for source in sources]
-    return OutcomeTable(members, renormalize, temperature)
+    sets = [read_sets(folder, source) for source in sources]
+    return OutcomeTable(sets, renormalize, temperature)

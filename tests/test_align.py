@@ -207,13 +207,12 @@ def encoders(source: str, target: str) -> tuple[Encoder, Encoder]:
 
 def classes_of(translation: VocabularyMap) -> list[tuple[frozenset[int], frozenset[int]]]:
     """(source ids, target ids) of each outcome, in order."""
-    offsets, ids = translation.members()
     by_source: list[set[int]] = [set() for _ in range(translation.outcomes)]
     for id_, outcome in enumerate(translation.outcome_of_source.tolist()):
         if outcome >= 0:
             by_source[outcome].add(id_)
     return [
-        (frozenset(by_source[u]), frozenset(ids[offsets[u] : offsets[u + 1]].tolist()))
+        (frozenset(by_source[u]), frozenset(translation.sets[u].tolist()))
         for u in range(translation.outcomes)
     ]
 
@@ -394,10 +393,10 @@ def test_equal_tokenizers_give_the_identity(name: str, make: Make) -> None:
     assert translation.complete
     assert translation.outcome_of_source.tolist() == everything
     assert translation.outcome_of_target.tolist() == everything
-    offsets, ids = translation.members()
-    sizes = np.diff(offsets)
+    sets = translation.sets
+    sizes = sets.stops - sets.starts
     assert sizes[:-1].tolist() == meant.astype(int).tolist()  # one token an outcome
-    assert ids[: offsets[-2]].tolist() == [id_ for id_ in everything if id_ >= 0]
+    assert sets.ids[: sets.starts[-1]].tolist() == [id_ for id_ in everything if id_ >= 0]
     assert sizes[-1] == (~meant).sum()
 
 
@@ -424,16 +423,15 @@ def test_eos_is_eos_and_no_other_special_token_receives_mass(
 
 
 @pytest.mark.parametrize(("source_name", "target_name"), PAIRS)
-def test_members_list_each_target_id_once(source_name: str, target_name: str) -> None:
+def test_sets_have_each_target_id_once(source_name: str, target_name: str) -> None:
     source, target = encoders(source_name, target_name)
     translation = class_translation(source, target)
-    offsets, ids = translation.members()
-    assert len(offsets) == translation.outcomes + 2
-    assert sorted(ids.tolist()) == list(range(len(target.vocabulary)))
+    sets = translation.sets
+    assert len(sets) == translation.outcomes + 1
+    assert sorted(sets.ids.tolist()) == list(range(len(target.vocabulary)))
     for u in range(translation.outcomes + 1):
         outcome = u if u < translation.outcomes else -1
-        members = ids[offsets[u] : offsets[u + 1]]
-        assert (translation.outcome_of_target[members] == outcome).all()
+        assert (translation.outcome_of_target[sets[u]] == outcome).all()
 
 
 @pytest.mark.parametrize(("source_name", "target_name"), [*PAIRS, *REAL_PAIRS])

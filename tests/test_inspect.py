@@ -214,13 +214,13 @@ def _situation(mine: list[int], predicting: list[int], ends: list[int]) -> str:
 def _same_share(
     share: dict[str, Any], stored: dict[str, Any], place: int, length: int, run_: Path
 ) -> None:
-    path = run_ / "fuse" / f"members-{share['source']}.arrow"
-    members = pyarrow.ipc.open_file(str(path)).read_all().to_pylist()[0]
+    path = run_ / "fuse" / f"outcomes-{share['source']}.arrow"
+    sets = pyarrow.ipc.open_file(str(path)).read_all().to_pylist()[0]
     rows = slice(place, place + length)
     expected = dict(zip(stored["outcomes"][rows], stored["masses"][rows], strict=True))
     assert {o["number"]: o["probability"] for o in share["outcomes"]} == expected
     for outcome in share["outcomes"]:
-        first, after = members["offsets"][outcome["number"] : outcome["number"] + 2]
+        first, after = (sets[end][outcome["number"]] for end in ("starts", "stops"))
         assert len(outcome["spelled"]) == after - first
 
 
@@ -245,8 +245,9 @@ def _same_before(at: dict[str, Any], rows: dict[str, Any], target: dict[str, Any
                     by_outcome.get(entry["outcome"], 0) + shares[entry["id"]]
                 )
         becomes = {outcome["number"]: outcome["probability"] for outcome in before["becomes"]}
-        for outcome, mass in by_outcome.items():
-            assert becomes[outcome] == pytest.approx(mass)
+        split = {n for n in by_outcome if n not in becomes} | {before["true_outcome"]}
+        for outcome in by_outcome.keys() - split:  # the class of the text is split
+            assert becomes[outcome] >= by_outcome[outcome] - 1e-9
         assert sum(becomes.values()) + before["nowhere"] + before["tail"] == pytest.approx(1)
         for outcome in before["becomes"]:
             if not outcome["leftover"]:

@@ -247,10 +247,9 @@ def test_a_vocabulary_map_says_what_each_token_becomes(world: Path, strategy: st
     )
     found = fusellm.vocabulary_map(source, target, strategy)
     assert fusellm.vocabulary_map(source, target, strategy) is found  # it is made once
-    offsets, members = found.members()
     for id_ in range(0, len(source.vocabulary), 7):
         outcome = found.outcome_of_source[id_]
-        expected = members[offsets[outcome] : offsets[outcome + 1]] if outcome >= 0 else []
+        expected = found.sets[outcome] if outcome >= 0 else []
         assert found.target_ids(id_).tolist() == sorted(expected)
     with pytest.raises(ArgumentError, match="there is no strategy 'partitions'; known: partition"):
         fusellm.vocabulary_map(source, target, "partitions")
@@ -260,10 +259,10 @@ def test_a_vocabulary_map_says_what_each_token_becomes(world: Path, strategy: st
 
 
 def test_in_memory_is_what_a_run_does(world: Path, tmp_path: Path) -> None:
-    """The same blocks, read and fused by functions and by stages: the same to the last bit.
+    """The same blocks, read and fused by functions and by stages.
 
     Uniform weights: what sources are compared by is stored in steps of 1/64 nat, by which a window
-    in a thousand has another winner.
+    in a thousand has another winner. By as much differ the masses of a class that is split.
     """
     recipe = fusellm.load_recipe(world / "recipe.yaml", ["fusion.function=uniform"])
     run = fusellm.Run(resolve_paths(recipe, world), tmp_path / "run")
@@ -286,11 +285,14 @@ def test_in_memory_is_what_a_run_does(world: Path, tmp_path: Path) -> None:
     assert len(mine) == len(stored) > 10
     for row, expected in zip(mine, stored, strict=True):
         for name, column in expected[0].items():
-            assert np.array_equal(row[0][name], column), name
+            if name == "masses":
+                assert row[0][name] == pytest.approx(column, rel=1 / 32)
+            else:
+                assert np.array_equal(row[0][name], column), name
     batches = [
         fusellm.FusionCollator(dataset)([dataset[0], dataset[3]]) for dataset in (mine, stored)
     ]
-    torch.testing.assert_close(batches[0]["outcomes"], batches[1]["outcomes"])
+    torch.testing.assert_close(batches[0]["outcomes"], batches[1]["outcomes"], rtol=1 / 32, atol=0)
 
 
 def test_a_fusion_function_of_ones_own(

@@ -17,6 +17,7 @@ from fusellm.alignment.translation import (
     VocabularyMap,
     class_translation,
     first_translation,
+    longest_translation,
     map_translation,
     same_tokenizer,
 )
@@ -113,6 +114,10 @@ def _first(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap
     return first_translation(source, target)
 
 
+def _longest(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap:
+    return longest_translation(source, target)
+
+
 def _string(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap:
     return map_translation(string_map(source, target), target)
 
@@ -124,6 +129,7 @@ def _mined(source: Encoder, target: Encoder, advance: Advance | None) -> Vocabul
 STRATEGIES: dict[str, Strategy] = {
     "partition": Strategy(_classes, boundary_aligner),
     "bytes": Strategy(_first, boundary_aligner),
+    "bpm": Strategy(_longest, boundary_aligner),
     # FuseLLM, token alignment: minimum edit distance and exact match
     "mined": Strategy(_mined, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),
     "em": Strategy(_string, _dynamic(DynamicAligner), _dynamic(AuthorsAligner)),

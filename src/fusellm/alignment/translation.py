@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import offsets_of
 from fusellm.tokens.encode import Encoded, Encoder
 
@@ -24,7 +25,7 @@ _ANCHORS = ("\n", "a", "0", ".", " ", "\u4e2d")
 _LETTER = b"a"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VocabularyMap:
     """A vocabulary map of one source.
 
@@ -51,11 +52,13 @@ class VocabularyMap:
         outcome = self.outcome_of_source[source_id]
         return np.nonzero((self.outcome_of_target == outcome) & (outcome >= 0))[0]
 
-    def members(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets [U+2], target ids): the target ids of each outcome; the last has no outcome."""
+    @cached_property
+    def sets(self) -> OutcomeSets:
+        """The target ids of each outcome, U + 1 sets; those of the last have no outcome."""
         outcome = np.where(self.outcome_of_target < 0, self.outcomes, self.outcome_of_target)
         ids = np.argsort(outcome, kind="stable").astype(np.int64)
-        return offsets_of(np.bincount(outcome, minlength=self.outcomes + 1)), ids
+        offsets = offsets_of(np.bincount(outcome, minlength=self.outcomes + 1))
+        return OutcomeSets(offsets[:-1], offsets[1:], ids)
 
 
 def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
@@ -181,6 +184,23 @@ def first_translation(source: Encoder, target: Encoder) -> VocabularyMap:
             outcome = firsts.first(token)
             outcome = firsts.beginning(token) if outcome is None else outcome
             outcome_of_source[id_] = -1 if outcome is None else outcome
+    _map_eos(source, target, outcome_of_source, target.vocabulary.eos_id)
+    return map_translation(outcome_of_source, target)
+
+
+def longest_translation(source: Encoder, target: Encoder) -> VocabularyMap:
+    """The map of the strategy `bpm`: the longest target token that a token's bytes begin with.
+
+    Byte-prefix marginalization, arXiv 2607.22334. EOS becomes EOS; no other special token receives
+    mass.
+    """
+    if same_tokenizer(source, target):
+        return identity_translation(source, target)
+    firsts = FirstTokens(target)
+    longest = (
+        firsts.beginning(token) if token else None for token in source.vocabulary.token_bytes
+    )
+    outcome_of_source = np.array([-1 if id_ is None else id_ for id_ in longest], dtype=np.int64)
     _map_eos(source, target, outcome_of_source, target.vocabulary.eos_id)
     return map_translation(outcome_of_source, target)
 

@@ -30,10 +30,20 @@ def take_rows(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nda
     >>> entries.tolist(), row.tolist()
     ([2, 3, 4, 0, 1], [0, 0, 0, 1, 1])
     """
-    lengths = offsets[rows + 1] - offsets[rows]
-    row = np.repeat(np.arange(len(rows)), lengths)
-    first = np.repeat(offsets[rows] - offsets_of(lengths)[:-1], lengths)
-    return first + np.arange(len(row)), row
+    return take_stretches(offsets[rows], offsets[rows + 1])
+
+
+def take_stretches(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the entries of these stretches of a flat array are; as `take_rows`.
+
+    >>> entries, stretch = take_stretches(np.array([5, 1]), np.array([7, 2]))
+    >>> entries.tolist(), stretch.tolist()
+    ([5, 6, 1], [0, 0, 1])
+    """
+    lengths = stops - starts
+    stretch = np.repeat(np.arange(len(starts)), lengths)
+    first = np.repeat(starts - offsets_of(lengths)[:-1], lengths)
+    return first + np.arange(len(stretch)), stretch
 
 
 def places_by_group(group: np.ndarray) -> np.ndarray:

@@ -10,10 +10,15 @@ from fusellm.config.base import SettingsBlock
 class FusionSettings(SettingsBlock):
     """How aligned distributions become one."""
 
-    strategy: Literal["partition", "bytes", "mined", "em"] = "partition"
+    strategy: Literal["partition", "bytes", "bpm", "mined", "em"] = "partition"
     """`partition`: compare over the classes that both tokenizers have; `bytes`: map each source
-    token to the first target token of its bytes; `mined` and `em`: the paper's token alignment,
-    and the target token of nearest or of equal spelling (MinED, EM)."""
+    token to the first target token of its bytes; `bpm`: to the longest target token that its bytes
+    begin with, and on along the text (BPM); `mined` and `em`: the paper's token alignment, and the
+    target token of nearest or of equal spelling (MinED, EM)."""
+    refine: Literal["none", "path"] | None = None
+    """`path`: split the class of the true next token by what the source says further on, along the
+    text (docs/method.md); `none`: leave it whole. null splits with `partition`, where else there
+    are no classes."""
     compatibility: Literal["none", "paper"] = "none"
     """`paper`: the authors' rules where `mined` and `em` cannot align a position (all mass on the
     token just read, off by one) and where ids meet (all but the first dropped); for comparison."""
@@ -46,6 +51,11 @@ class FusionSettings(SettingsBlock):
                 f"fusion.token_healing: true belongs to strategy partition or bytes, not to "
                 f"{self.strategy}, whose positions have not read the same; leave it out"
             )
+        if self.refine == "path" and self.strategy != "partition":
+            raise ValueError(
+                f"fusion.refine: path belongs to strategy partition, not to {self.strategy}, which "
+                "has no classes to split; leave it out"
+            )
         if self.cross_entropy == "nats_per_token" and self.granularity == "window":
             raise ValueError(
                 "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
@@ -53,11 +63,17 @@ class FusionSettings(SettingsBlock):
         return self
 
     @property
+    def refines(self) -> bool:
+        """Whether a source's distributions further on in the text are used."""
+        return self.strategy == "bpm" or (self.strategy == "partition" and self.refine != "none")
+
+    @property
     def by_boundaries(self) -> bool:
         """Whether positions are aligned that have read the same bytes."""
-        return self.strategy in ("partition", "bytes")
+        return self.strategy in ("partition", "bytes", "bpm")
 
     @property
     def heals(self) -> bool:
         """Whether tokens are healed."""
-        return self.by_boundaries if self.token_healing is None else self.token_healing
+        default = self.strategy in ("partition", "bytes")
+        return default if self.token_healing is None else self.token_healing

@@ -20,9 +20,8 @@ from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
-from fusellm.fusion.carry import carry
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
-from fusellm.fusion.fuse import FusionRules, Reading, compare, rules_of
+from fusellm.fusion.fuse import FusionRules, Reading, carry_to, compare, rules_of
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.fuse import pairings_of
@@ -423,11 +422,13 @@ def _has_true(gathered: _Gathered) -> np.ndarray:
     """[N] whether the true next token is in an outcome of the fused distribution."""
     fused, target = gathered.fused, gathered.read[TARGET]
     true_ids = target.ids[target.predicting + 1]
-    true = np.array([_outcome_of(r.translation, true_ids) for r in gathered.readings.values()])
     source = fused.source[fused.part_of_outcome]
     position = fused.position_of_part[fused.part_of_outcome]
     has_true = np.zeros(len(fused.parts), dtype=bool)
-    has_true[position[fused.outcomes == true[source, position]]] = True
+    for s, reading in enumerate(gathered.readings.values()):
+        own = np.nonzero(source == s)[0]
+        has = reading.sets.contain(fused.outcomes[own], true_ids[position[own]])
+        has_true[position[own[has]]] = True
     return has_true
 
 
@@ -437,7 +438,8 @@ def _before(gathered: _Gathered, rules: FusionRules, name: str, position: int) -
     if place < 0:
         return None
     translation, given, ends = reading.translation, reading.distributions, reading.tokens.ends
-    carried = carry(given, np.array([place]), translation, rules.as_authors)
+    block = np.zeros(len(reading.aligned.source), dtype=np.int64)
+    carried = carry_to(target, reading, rules, block, np.array([position]))
     rows = slice(given.offsets[place], given.offsets[place + 1])
     ids, masses = given.ids[rows], given.masses[rows]
     becomes, spelled = translation.outcome_of_source[ids], gathered.spelled(name, ids)
@@ -453,7 +455,7 @@ def _before(gathered: _Gathered, rules: FusionRules, name: str, position: int) -
         kept,
         reading.healed,
         float(given.tail[place]),
-        _outcomes(gathered, translation, carried.outcomes, carried.masses, true_id),
+        _outcomes(gathered, reading, carried.outcomes, carried.masses, true_id),
         max(float(carried.rest[0] - given.tail[place]), 0.0),
         _number(_outcome_of(translation, true_id)),
         name,
@@ -466,9 +468,9 @@ def _shares(gathered: _Gathered, sources: Sequence[SourceView], position: int) -
     true_id, shares = gathered.true_id(position), []
     for part in range(parts[position], parts[position + 1]):
         rows, s = slice(starts[part], starts[part + 1]), int(fused.source[part])
-        translation = gathered.readings[names[s]].translation
+        reading = gathered.readings[names[s]]
         numbers, masses = fused.outcomes[rows], fused.masses[rows]
-        outcomes = _outcomes(gathered, translation, numbers, masses, true_id)
+        outcomes = _outcomes(gathered, reading, numbers, masses, true_id)
         weight, rest = sources[s].weights[position], float(fused.rest[part])
         shares.append(Share(names[s], weight, outcomes, rest))
     return tuple(shares)
@@ -488,18 +490,17 @@ def _number(outcome: np.ndarray) -> int | None:
 
 def _outcomes(
     gathered: _Gathered,
-    translation: VocabularyMap,
+    reading: Reading,
     numbers: np.ndarray,
     masses: np.ndarray,
     true_id: int,
 ) -> tuple[OutcomeView, ...]:
-    offsets, members = translation.members()
-    true = _number(_outcome_of(translation, true_id))
-
     def outcome(number: int, mass: float) -> OutcomeView:
-        tokens = gathered.spelled(TARGET, members[offsets[number] : offsets[number + 1]])
-        shortest_first = tuple(sorted(tokens, key=lambda token: (len(token), token)))
-        leftover = number == translation.outcomes
-        return OutcomeView(number, shortest_first, mass, number == true, leftover)
+        ids = reading.sets[number]
+        shortest_first = sorted(
+            gathered.spelled(TARGET, ids), key=lambda token: (len(token), token)
+        )
+        leftover = number == reading.translation.outcomes
+        return OutcomeView(number, tuple(shortest_first), mass, true_id in ids, leftover)
 
     return tuple(outcome(int(numbers[n]), float(masses[n])) for n in np.lexsort((numbers, -masses)))

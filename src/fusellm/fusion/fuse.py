@@ -13,14 +13,17 @@ import numpy as np
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import Aligned
 from fusellm.alignment.translation import VocabularyMap
+from fusellm.alignment.written_on import WrittenOn
 from fusellm.arrays.distributions import Distributions
 from fusellm.arrays.fused import Fused
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import places_by_group
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.carry import Carried, carry, map_counts
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared
+from fusellm.fusion.refine import TextPaths, is_split, paths_of, refine
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Reading:
         translation: its vocabulary map.
         aligned: which of its positions belongs to each target position.
         healed: whether its tokens were healed; those of a source that cuts as the target are not.
+        stored: the distributions as they were read, and
+        tree: by which classes are split along the text; None where they are not.
     """
 
     tokens: Tokens
@@ -42,6 +47,13 @@ class Reading:
     translation: VocabularyMap
     aligned: Aligned
     healed: bool = False
+    stored: Distributions | None = None
+    tree: WrittenOn | None = None
+
+    @property
+    def sets(self) -> OutcomeSets:
+        """The outcomes that its distributions are over, as sets of target ids."""
+        return self.translation.sets if self.tree is None else self.tree.sets
 
     def nats_by_byte(self, byte_offsets: np.ndarray) -> np.ndarray:
         """[L] float64 nats by byte; `byte_offsets` [B+1] says where each block's bytes are."""
@@ -167,7 +179,7 @@ def _gather(
 ) -> Fused:
     position, source = np.nonzero(weights.T > 0)
     carried = [
-        _carry_or_fall_back(target, reading, rules, block, position[source == s])
+        carry_to(target, reading, rules, block, position[source == s])
         for s, reading in enumerate(sources)
     ]
     whole = Carried.concat(carried).take(places_by_group(source))
@@ -182,21 +194,41 @@ def _gather(
     )
 
 
-def _carry_or_fall_back(
+def carry_to(
     target: Tokens, reading: Reading, rules: FusionRules, block: np.ndarray, positions: np.ndarray
 ) -> Carried:
-    """What a source says at some target positions, over the outcomes of its vocabulary map.
+    """What a source says at some target positions, over the outcomes of its pairing.
 
     Where it is not aligned, all mass goes to the token just read (the authors' rule).
+
+    Args:
+        block: [N] the block of each position.
     """
     place = reading.aligned.source[positions]
     there = place >= 0
     rows = (reading.tokens.position_offsets[block[positions]] + place)[there]
-    carried = carry(reading.distributions, rows, reading.translation, rules.as_authors)
+    if reading.tree is None or reading.stored is None:
+        carried = carry(reading.distributions, rows, reading.translation, rules.as_authors)
+    else:
+        of_block = block[positions[there]]
+        paths = paths_of(target, reading.tokens, rows, positions[there], of_block)
+        carried = _carry_along(reading, reading.stored, reading.tree, paths)
     if there.all():
         return carried
     token = target.ids[target.predicting[positions[~there]]]
     return Carried.concat([carried, Carried.certain(token)]).take(places_by_group(~there))
+
+
+def _carry_along(
+    reading: Reading, stored: Distributions, tree: WrittenOn, paths: TextPaths
+) -> Carried:
+    """What a source says at some positions, the class of the text split."""
+    tokens, given, map_ = reading.tokens, reading.distributions, reading.translation
+    split = is_split(paths, tokens, map_, tree)
+    whole = carry(given, paths.rows[~split], map_, first_only=False)
+    log_prob = reading.true_log_prob
+    refined = refine(paths.take(split), tokens, given, stored, log_prob, map_, tree)
+    return Carried.concat([whole, refined]).take(places_by_group(split))
 
 
 def _counts_of(

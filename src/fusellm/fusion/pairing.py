@@ -10,7 +10,9 @@ from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import STRATEGIES, Aligner
 from fusellm.alignment.target_cuts import TargetCuts
 from fusellm.alignment.translation import VocabularyMap, same_tokenizer
+from fusellm.alignment.written_on import WrittenOn
 from fusellm.arrays.distributions import Kept
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.fuse import Reading
@@ -38,6 +40,16 @@ def healing_of(source: Encoder, target: Encoder) -> Healing | None:
     return Healing(Continuations(source, target), TargetCuts(source, target))
 
 
+@lru_cache(maxsize=16)  # it grows with what it is asked
+def tree_of(
+    source: Encoder, target: Encoder, map_: VocabularyMap, strategy: str
+) -> WrittenOn | None:
+    """By which classes are split along the text; None where the two cut every text alike."""
+    if same_tokenizer(source, target):
+        return None
+    return WrittenOn(source, target, map_, longest=strategy == "bpm")
+
+
 @dataclass(frozen=True)
 class Pairing:
     """A source and the target.
@@ -46,11 +58,18 @@ class Pairing:
         translation: the source's vocabulary map.
         aligner: the token alignment.
         healing: None for none.
+        tree: by which classes are split along the text; None where they are not.
     """
 
     translation: VocabularyMap
     aligner: Aligner
     healing: Healing | None
+    tree: WrittenOn | None = None
+
+    @property
+    def sets(self) -> OutcomeSets:
+        """The outcomes that the source's distributions are over, as sets of target ids."""
+        return self.translation.sets if self.tree is None else self.tree.sets
 
     def reading(self, target: Tokens, tokens: Tokens, kept: Kept) -> Reading:
         """The source's reading of some blocks.
@@ -60,9 +79,8 @@ class Pairing:
             kept: the source's distributions at all but each block's last position.
         """
         aligned = self.aligner(target, tokens)
-        if self.healing is None:
-            given = kept.distributions()
-        else:
+        given = stored = kept.distributions()
+        if self.healing is not None:
             given = heal(tokens, kept, self.healing.continuations)
             there = np.nonzero(aligned.source >= 0)[0]
             read = target.predicting[there]
@@ -72,8 +90,9 @@ class Pairing:
             source, situations = aligned.source.copy(), aligned.situations.copy()
             source[there[~left]], situations[there[~left]] = -1, Situation.UNALIGNED
             aligned = replace(aligned, source=source, situations=situations)
-        healed = self.healing is not None
-        return Reading(tokens, given, kept.true_log_prob, self.translation, aligned, healed)
+        log_prob, healed = kept.true_log_prob, self.healing is not None
+        map_, tree = self.translation, self.tree
+        return Reading(tokens, given, log_prob, map_, aligned, healed, stored, tree)
 
 
 def pair(
@@ -87,4 +106,6 @@ def pair(
     strategy = STRATEGIES[settings.strategy]
     authors = strategy.as_authors if settings.compatibility == "paper" else None
     aligner = (authors or strategy.aligner)(source, target, map_)
-    return Pairing(map_, aligner, healing_of(source, target) if settings.heals else None)
+    healing = healing_of(source, target) if settings.heals else None
+    tree = tree_of(source, target, map_, settings.strategy) if settings.refines else None
+    return Pairing(map_, aligner, healing, tree)

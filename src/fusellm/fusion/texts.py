@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fusellm.alignment.strategies import vocabulary_map
 from fusellm.arrays.fused import Fused
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.source_distributions import SourceDistributions, tokens_of_texts
 from fusellm.config import FusionSettings
@@ -55,7 +56,7 @@ class FusedDistributions:
         encoded: the texts as the target reads them.
         sources: their names; a part's `source` is an index of it.
         fused: the distributions, at all but the last token of each text that the target reads.
-        members: of each source (offsets, target ids), the outcomes as sets of target ids.
+        sets: of each source its outcomes, as sets of target ids.
         counts: of each source, by name what `fusion.fuse.Counts` says, by text.
     """
 
@@ -64,7 +65,7 @@ class FusedDistributions:
     encoded: tuple[Encoded, ...]
     sources: tuple[str, ...]
     fused: Fused
-    members: tuple[tuple[np.ndarray, np.ndarray], ...]
+    sets: tuple[OutcomeSets, ...]
     counts: dict[str, Counts]
 
     def __len__(self) -> int:
@@ -121,8 +122,7 @@ class FusedDistributions:
         outcomes = []
         of_outcome = there.source[there.part_of_outcome].tolist()
         for source, outcome, mass in zip(of_outcome, there.outcomes, there.masses, strict=True):
-            offsets, members = self.members[source]
-            ids = members[offsets[outcome] : offsets[outcome + 1]]
+            ids = self.sets[source][outcome]
             tokens = tuple(self.encoder.spelled(id_) for id_ in ids.tolist())
             outcomes.append(FusedOutcome(self.sources[source], ids, tokens, float(mass)))
         return sorted(outcomes, key=lambda outcome: -outcome.mass)
@@ -140,6 +140,7 @@ def fuse(
     cross_entropy: str = "bits_per_byte",
     beta: float = 5.0,
     token_healing: bool | None = None,
+    refine: str | None = None,
     compatibility: str = "none",
     progress: Progress | None = None,
 ) -> FusedDistributions:
@@ -153,8 +154,8 @@ def fuse(
             is given a `fusellm.fusion.functions.Compared` over S sources and N positions, and gives
             weights [S, N], at each position of sum 1 over the sources that are aligned there, and
             0 for the others.
-        strategy, granularity, window_bytes, cross_entropy, beta, token_healing, compatibility: as
-            in a recipe's `fusion:` block (docs/method.md).
+        strategy, granularity, window_bytes, cross_entropy, beta, token_healing, refine,
+            compatibility: as in a recipe's `fusion:` block (docs/method.md).
         progress: is shown how far vocabulary maps are.
 
     Raises:
@@ -183,6 +184,7 @@ def fuse(
         "cross_entropy": cross_entropy,
         "beta": beta,
         "token_healing": token_healing,
+        "refine": refine,
         "compatibility": compatibility,
     }
     settings = checked_settings(FusionSettings, given)
@@ -190,11 +192,11 @@ def fuse(
     last = _require_same_texts(texts, sources)
     encoded = encoder.encode(texts, last)
     tokens = tokens_of_texts(encoded)
-    readings, members = [], []
+    readings, sets = [], []
     for read in sources.values():
         map_ = vocabulary_map(read.encoder, encoder, strategy, progress=progress)
-        members.append(map_.members())
         pairing = pair(read.encoder, encoder, map_, settings)
+        sets.append(pairing.sets)
         readings.append(pairing.reading(tokens, read.tokens, read.kept))
     rules = rules_of(settings)
     if not isinstance(function, str):
@@ -203,7 +205,7 @@ def fuse(
     fused, _, each = fuse_blocks(tokens, byte_offsets, readings, rules)
     counts = dict(zip(sources, each, strict=True))
     return FusedDistributions(
-        tuple(texts), encoder, tuple(encoded), tuple(sources), fused, tuple(members), counts
+        tuple(texts), encoder, tuple(encoded), tuple(sources), fused, tuple(sets), counts
     )
 
 

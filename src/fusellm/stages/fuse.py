@@ -33,7 +33,7 @@ from fusellm.store.externalized import (
     require_text,
     tokens_of,
 )
-from fusellm.store.fused import fused_schema, write_members
+from fusellm.store.fused import fused_schema, write_sets
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names, write_table
@@ -51,7 +51,10 @@ class FuseStage(FilledStage):
     def identity(self) -> Identity:
         """What the fused distributions are made from."""
         recipe = self.context.recipe
-        fusion = recipe.fusion.model_dump() | {"token_healing": recipe.fusion.heals}
+        fusion = recipe.fusion.model_dump() | {
+            "token_healing": recipe.fusion.heals,
+            "refine": recipe.fusion.refines,
+        }
         order = [source.name for source in recipe.sources]
         inputs = {n: self.context.fingerprint(n) for n in self.after if n != "corpus"}
         return Identity("fuse", {"fusion": fusion, "sources": order}, inputs)
@@ -63,10 +66,10 @@ class FuseStage(FilledStage):
         sources = {source.name: open_externalized(run, source.name) for source in recipe.sources}
         pairings = pairings_of(recipe, readers, self.context.progress)
         for name, pairing in pairings.items():
-            write_members(folder, name, *pairing.translation.members())
+            write_sets(folder, name, pairing.sets)
         prefixes = {name: reader.encoder.prefix_tokens for name, reader in readers.items()}
         vocabularies = {name: len(reader.encoder.vocabulary) for name, reader in readers.items()}
-        outcomes = max(pairing.translation.outcomes for pairing in pairings.values()) + 1
+        outcomes = max(len(pairing.sets) for pairing in pairings.values())
         schema = fused_schema(vocabularies[TARGET], outcomes)
         layouts = {
             name: layout_of(stage, vocabularies[name])

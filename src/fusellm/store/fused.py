@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fusellm.arrays.outcome_sets import OutcomeSets
+from fusellm.arrays.ragged import offsets_of
 from fusellm.errors import StoreError
 from fusellm.store.layout import (
     Batch,
@@ -26,8 +28,8 @@ from fusellm.store.manifest import SHARD_SUFFIX, StageFolder
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 
-_MEMBERS_SCHEMA = pa.schema([("offsets", pa.list_(pa.int64())), ("members", pa.list_(pa.int64()))])
-_MEMBERS = "members-"
+_SETS_SCHEMA = pa.schema([(name, pa.list_(pa.int64())) for name in ("starts", "stops", "ids")])
+_SETS = "outcomes-"
 _SUM_ERROR = 1e-4
 """How far the masses of a position may be from 1: float32 and many of them."""
 
@@ -53,14 +55,15 @@ def fused_schema(vocabulary: int, outcomes: int) -> pa.Schema:
     )
 
 
-def fused_layout(vocabulary: int, outcomes: Sequence[int]) -> Layout:
+def fused_layout(vocabulary: int, sets: Sequence[OutcomeSets]) -> Layout:
     """What fused distributions must be.
 
     Args:
         vocabulary: of the target; ids are below it.
-        outcomes: of each source; numbers of its outcomes are below it.
+        sets: the outcomes of each source.
     """
-    limits = np.array(outcomes)
+    limits = np.array([len(of_source) for of_source in sets])
+    every, base = OutcomeSets.concat(sets), offsets_of(limits)
 
     def outcomes_are_of_their_source(batch: Batch) -> Wrong | None:
         numbers = batch["outcomes"].values
@@ -69,6 +72,13 @@ def fused_layout(vocabulary: int, outcomes: Sequence[int]) -> Layout:
             return None
         at = int(np.argmax(beyond))
         return wrong_at(batch, "outcomes", at, f"its source has no outcome {numbers[at]}")
+
+    def outcomes_are_apart(batch: Batch) -> Wrong | None:
+        lengths, numbers = batch["lengths"].values, batch["outcomes"].values
+        at = every.overlapping(np.repeat(base[batch["source"].values], lengths) + numbers, lengths)
+        if at < 0:
+            return None
+        return wrong_at(batch, "outcomes", at, f"{numbers[at]} has ids of another of its part")
 
     rules = (
         within("ids", 0, vocabulary - 1),
@@ -79,13 +89,14 @@ def fused_layout(vocabulary: int, outcomes: Sequence[int]) -> Layout:
         as_many("lengths", total("parts")),
         as_many("outcomes", total("lengths")),
         outcomes_are_of_their_source,
+        outcomes_are_apart,
         as_many("masses", entries("outcomes")),
         within("masses", 0, 1 + _SUM_ERROR),
         as_many("rest", total("parts")),
         within("rest", 0, 1 + _SUM_ERROR),
         _masses_add_up,
     )
-    return Layout((fused_schema(vocabulary, max(outcomes)),), rules)
+    return Layout((fused_schema(vocabulary, int(limits.max())),), rules)
 
 
 def _masses_add_up(batch: Batch) -> Wrong | None:
@@ -112,11 +123,11 @@ def layout_of(folder: StageFolder, vocabulary: int | None = None) -> Layout:
     names = folder.identity.settings.get("sources")
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise StoreError(f"{folder.path} does not say which sources were fused; make it anew")
-    tables = [read_members(folder, name, vocabulary) for name in names]
-    tokens = [len(members) for _, members in tables]
+    sets = [read_sets(folder, name, vocabulary) for name in names]
+    tokens = [len(of_source.ids) for of_source in sets]
     if min(tokens) != max(tokens):
         raise StoreError(f"{folder.path} has outcomes of several target tokenizers; make it anew")
-    return fused_layout(tokens[0], [len(offsets) - 1 for offsets, _ in tables])
+    return fused_layout(tokens[0], sets)
 
 
 def fused_folder(run: Path) -> Path:
@@ -133,35 +144,34 @@ def open_fused(run: Path) -> StageFolder:
     return StageFolder(fused_folder(run)).require_complete(f"fusellm fuse {run}")
 
 
-def is_members(name: str) -> bool:
+def is_sets(name: str) -> bool:
     """Whether a shard has a source's outcomes as sets of target ids."""
-    return name.startswith(_MEMBERS)
+    return name.startswith(_SETS)
 
 
-def members_layout(vocabulary: int | None = None) -> Layout:
-    """What a source's outcomes must be: each target id is in one.
+def sets_layout(vocabulary: int | None = None) -> Layout:
+    """What a source's outcomes must be: stretches of an order of all target ids.
 
     Args:
         vocabulary: of the target; None where it is not known.
     """
 
-    def partition(batch: Batch) -> Wrong | None:
-        offsets, members = batch["offsets"].values, batch["members"].values
-        size = len(members) if vocabulary is None else vocabulary
-        ends = offsets[[0, -1]].tolist() if len(offsets) > 1 else None
-        if ends != [0, size] or (np.diff(offsets) < 0).any():
-            return Wrong(0, "offsets", f"they do not ascend from 0 to {size:,}")
-        if not np.array_equal(np.sort(members), np.arange(size)):
-            return Wrong(0, "members", f"they are not all ids below {size:,}, each once")
+    def stretches(batch: Batch) -> Wrong | None:
+        starts, stops, ids = (batch[name].values for name in ("starts", "stops", "ids"))
+        size = len(ids) if vocabulary is None else vocabulary
+        if len(starts) != len(stops) or (starts < 0).any() or (stops < starts).any():
+            return Wrong(0, "stops", "they are not as many as starts, each behind its own")
+        if (stops > size).any():
+            return Wrong(0, "stops", f"{int(stops.max())} is beyond the {size:,} ids")
+        if not np.array_equal(np.sort(ids), np.arange(size)):
+            return Wrong(0, "ids", f"they are not all ids below {size:,}, each once")
         return None
 
-    return Layout((_MEMBERS_SCHEMA,), (partition,))
+    return Layout((_SETS_SCHEMA,), (stretches,))
 
 
-def read_members(
-    folder: StageFolder, source: str, vocabulary: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, target ids) of a source's outcomes.
+def read_sets(folder: StageFolder, source: str, vocabulary: int | None = None) -> OutcomeSets:
+    """A source's outcomes.
 
     Args:
         vocabulary: tokens of the target's tokenizer, if it is at hand.
@@ -169,21 +179,19 @@ def read_members(
     Raises:
         StoreError: they are missing or damaged, or of another vocabulary.
     """
-    shard = Shard(folder, members_shard(source), members_layout(vocabulary))
+    shard = Shard(folder, sets_shard(source), sets_layout(vocabulary))
     if len(shard) != 1:
-        raise folder.damaged(members_shard(source), f"it has {len(shard)} rows, and one belongs")
+        raise folder.damaged(sets_shard(source), f"it has {len(shard)} rows, and one belongs")
     row = shard.block(0)
-    return row["offsets"], row["members"]
+    return OutcomeSets(row["starts"], row["stops"], row["ids"])
 
 
-def write_members(
-    folder: StageWriter, source: str, offsets: np.ndarray, members: np.ndarray
-) -> None:
-    """Write a source's outcomes as sets of target ids."""
-    columns = {"offsets": [offsets], "members": [members]}
-    write_table(folder, members_shard(source), columns, _MEMBERS_SCHEMA)
+def write_sets(folder: StageWriter, source: str, sets: OutcomeSets) -> None:
+    """Write a source's outcomes."""
+    columns = {"starts": [sets.starts], "stops": [sets.stops], "ids": [sets.ids]}
+    write_table(folder, sets_shard(source), columns, _SETS_SCHEMA)
 
 
-def members_shard(source: str) -> str:
+def sets_shard(source: str) -> str:
     """Name of the shard with a source's outcomes."""
-    return f"{_MEMBERS}{source}{SHARD_SUFFIX}"
+    return f"{_SETS}{source}{SHARD_SUFFIX}"

@@ -157,7 +157,7 @@ def _wrong_values(folder: StageFolder, name: str) -> Fault | None:
     if not name.endswith(SHARD_SUFFIX):
         return None
     try:
-        layout = fused.members_layout() if fused.is_members(name) else _layout(folder)
+        layout = fused.sets_layout() if fused.is_sets(name) else _layout(folder)
         if layout is not None:
             Shard(folder, name, layout).check()
     except StoreError as error:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from fusellm.arrays.fused import Fused
-from fusellm.arrays.ragged import offsets_of, take_rows
+from fusellm.arrays.outcome_sets import OutcomeSets
+from fusellm.arrays.ragged import offsets_of
 from fusellm.store.blocks import CONTEXT
 from fusellm.training.forward import IGNORED
 
@@ -32,22 +33,21 @@ class OutcomeTable:
 
     def __init__(
         self,
-        members: Sequence[tuple[np.ndarray, np.ndarray]],
+        sets: Sequence[OutcomeSets],
         renormalize: bool = False,
         temperature: float = 1.0,
     ) -> None:
         """Number the sets.
 
         Args:
-            members: of each source, (offsets, target ids) of its outcomes.
+            sets: of each source, its outcomes.
             renormalize: whether what was not kept is scaled away.
             temperature: by which renormalized distributions are flattened.
         """
-        self._base = offsets_of(np.array([len(offsets) - 1 for offsets, _ in members]))
-        self._offsets = offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in members]))
-        self._members = np.concatenate([ids for _, ids in members])
+        self._base = offsets_of(np.array([len(of_source) for of_source in sets]))
+        self._sets = OutcomeSets.concat(sets)
         self._renormalize, self.temperature = renormalize, temperature
-        self.largest_id = int(self._members.max(initial=-1))
+        self.largest_id = int(self._sets.ids.max(initial=-1))
 
     def outcomes(
         self, blocks: Sequence[Mapping[str, Any]]
@@ -69,8 +69,8 @@ class OutcomeTable:
             mass = flattened(mass, part, part_mass + rest, self.temperature)
             rest = np.zeros_like(rest)
         # Outcomes of all sources are numbered through: those of source s begin at base[s]. Such a
-        # number gives its set of ids: `entries` of all, `place` the outcome that each is of.
-        entries, place = take_rows(self._offsets, self._base[fused.source[part]] + fused.outcomes)
+        # number gives its set of ids: `ids` of all, `place` the outcome that each is of.
+        ids, place = self._sets.take(self._base[fused.source[part]] + fused.outcomes)
         fields = {
             "present": kept > 0,
             "position": position,
@@ -78,7 +78,7 @@ class OutcomeTable:
             "part": part,
             "mass": mass.astype(np.float32),
             "member_outcome": place,
-            "member_id": self._members[entries],
+            "member_id": ids,
         }
         tensors = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in fields.items()}
         return tensors, kept

@@ -13,7 +13,7 @@ from fusellm.fusion.texts import FusedDistributions
 from fusellm.models.readers import reader_of
 from fusellm.recipe_file import load_recipe
 from fusellm.store.blocks import open_corpus
-from fusellm.store.fused import open_fused, read_members
+from fusellm.store.fused import open_fused, read_sets
 from fusellm.store.run_folder import RECIPE
 from fusellm.tokens.encode import Encoder
 from fusellm.training.collator import Collator, OutcomeTable
@@ -92,7 +92,7 @@ class FusedDataset(Rows):
                 raise ArgumentError("there is nothing to predict: no text has two tokens")
             if temperature != 1.0 and not renormalize:
                 raise ArgumentError("a temperature is for distributions with renormalize=True")
-            self._take(blocks, OutcomeTable(source.members, renormalize, temperature), seed or 0)
+            self._take(blocks, OutcomeTable(source.sets, renormalize, temperature), seed or 0)
         elif isinstance(source, str | os.PathLike):
             run = Path(source)
             if renormalize or temperature != 1.0:
@@ -131,8 +131,8 @@ class FusedDataset(Rows):
     ) -> None:
         seed = recipe.seed if seed is None else seed
         folder, objective = open_fused(run), recipe.objective
-        members = [read_members(folder, source.name) for source in recipe.sources]
-        table = OutcomeTable(members, objective.rest == "renormalize", objective.temperature)
+        sets = [read_sets(folder, source.name) for source in recipe.sources]
+        table = OutcomeTable(sets, objective.rest == "renormalize", objective.temperature)
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
         self._take(stored_blocks(run, open_corpus(run), True, *where), table, seed)
         if row_tokens is not None or recipe.training.rows == "packed":

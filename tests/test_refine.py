@@ -1,0 +1,324 @@
+"""A class split along the text: what a source says further on.
+
+Three oracles: a world that is known whole, over whose texts the refined distributions must be, on
+average, what a target says that knows it; the definition written out slowly; and the numbers of the
+example in docs/method.md.
+"""
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import worlds
+from fusellm.alignment.strategies import STRATEGIES
+from fusellm.alignment.translation import FirstTokens, VocabularyMap, as_continuations
+from fusellm.arrays.distributions import Distributions, Kept
+from fusellm.arrays.ragged import offsets_of
+from fusellm.arrays.tokens import Tokens
+from fusellm.config import FusionSettings
+from fusellm.fusion.fuse import fuse_blocks, rules_of
+from fusellm.fusion.pairing import pair
+from fusellm.tokens.encode import Encoder
+from known_world import bpe, learnt, said, texts_with_probabilities, tokens_of
+
+Beginning = tuple[int, ...]
+
+
+def averages(
+    source: Encoder,
+    target: Encoder,
+    draws: int | None = None,
+    seed: int = 1,
+    shares: str = "as known",
+    **settings: object,
+) -> dict[tuple[Beginning, int], tuple[float, float]]:
+    """(taught on average, right), by beginning and next token.
+
+    The average is over all texts that begin so and go on with a token of the same class. What an
+    outcome of several tokens gets is shared among them as the target knows them, or evenly.
+    """
+    world = texts_with_probabilities(4)
+    texts, right = list(world), learnt(target, world)
+    mine, theirs = tokens_of(target, texts), tokens_of(source, texts)
+    chosen = FusionSettings.model_validate({"function": "uniform"} | settings)
+    map_ = STRATEGIES[chosen.strategy].translate(source, target, None)
+    pairing = pair(source, target, map_, chosen)
+    reading = pairing.reading(mine, theirs, said(theirs, learnt(source, world), draws, seed))
+    sizes = offsets_of(np.array([len(text.encode()) for text in texts]))
+    fused, _, _ = fuse_blocks(mine, sizes, [reading], rules_of(chosen))
+    taught: dict[Beginning, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    weight: dict[tuple[Beginning, int], float] = defaultdict(float)
+    class_of = map_.outcome_of_target.tolist()
+    for b, share in enumerate(world.values()):
+        ids = tuple(mine.ids[mine.offsets[b] : mine.offsets[b + 1]].tolist())
+        for n in range(1, len(ids)):
+            at = fused.take(np.array([mine.position_offsets[b] + n - 1]))
+            if at.parts[0] == 0:
+                continue
+            known = right[ids[:n]]
+            weight[ids[:n], class_of[ids[n]]] += share
+            for outcome, mass in zip(at.outcomes, at.masses, strict=True):
+                members = pairing.sets[outcome].tolist()
+                if class_of[members[0]] != class_of[ids[n]]:
+                    continue
+                whole = sum(known.get(id_, 0.0) for id_ in members)
+                for id_ in members:
+                    evenly = not whole or shares == "evenly"
+                    part = 1 / len(members) if evenly else known.get(id_, 0.0) / whole
+                    taught[ids[:n]][id_] += share * float(mass) * part
+    return {
+        (before, id_): (taught[before].get(id_, 0.0) / whole, right[before].get(id_, 0.0))
+        for (before, outcome), whole in weight.items()
+        for id_ in taught[before].keys() | right[before].keys()
+        if class_of[id_] == outcome
+    }
+
+
+def apart(pairs: dict[tuple[Beginning, int], tuple[float, float]]) -> np.ndarray:
+    return np.array([abs(taught - right) for taught, right in pairs.values()])
+
+
+NUMBERS = ("a+b", "ab+;")
+"""As of a target that has `a`, `ab` and `ab;` as tokens, where a source has them singly."""
+PAIRS = (
+    ((), NUMBERS),
+    (("a+b",), NUMBERS),
+    (NUMBERS, ()),
+    (NUMBERS, ("a+b",)),
+    ((), (";+\n",)),
+    ((";+\n",), NUMBERS),
+)
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_over_all_texts_it_says_what_a_target_says_that_knows_the_world(
+    source: tuple[str, ...], target: tuple[str, ...]
+) -> None:
+    assert apart(averages(bpe(*source), bpe(*target))).max() < 1e-5
+
+
+def test_draws_say_it_on_average() -> None:
+    sums: dict[tuple[Beginning, int], list[float]] = defaultdict(list)
+    for seed in range(40):
+        for key, (taught, right) in averages(bpe(), bpe(*NUMBERS), draws=32, seed=seed).items():
+            sums[key].append(taught - right)
+    bias = np.array([abs(sum(row) / len(row)) for row in sums.values()])
+    assert bias.mean() < 0.004
+    assert bias.max() < 0.05
+
+
+def test_it_tells_apart_what_a_class_does_not() -> None:
+    """`a`, `ab` and `ab;` are one class. A text with `a;` tells `a`, and leaves the others one."""
+    pair_ = bpe(), bpe(*NUMBERS)
+    split, whole = (averages(*pair_, shares="evenly", refine=how) for how in ("path", "none"))
+    a = pair_[1].vocabulary.token_bytes.index(b"a")
+    assert apart({key: both for key, both in split.items() if key[1] == a}).max() < 1e-5
+    assert apart(split).mean() < 0.2 * apart(whole).mean()
+
+
+def test_the_longest_token_that_a_text_begins_with_is_not_what_a_target_reads() -> None:
+    """BPM's map, and no healing: a text that a source would have cut otherwise is not asked for."""
+    pair_ = bpe("a+b"), bpe(*NUMBERS)
+    assert apart(averages(*pair_)).max() < 1e-5
+    assert apart(averages(*pair_, strategy="bpm")).max() > 0.5
+
+
+# The definition, written out
+
+
+@dataclass(frozen=True, eq=False)
+class Slow:
+    """What a source says at a position, text by text."""
+
+    tokens: FirstTokens
+    stretches: dict[tuple[int, ...], set[int]]
+    beginnings: set[bytes]
+    known: tuple[bytes | None, ...]
+    classes: dict[int, set[int]]
+
+    @classmethod
+    def of(cls, source: Encoder, target: Encoder, map_: VocabularyMap) -> "Slow":
+        classes: dict[int, set[int]] = defaultdict(set)
+        for id_, outcome in enumerate(map_.outcome_of_target.tolist()):
+            classes[outcome].add(id_)
+        shared = {
+            id_
+            for outcome, ids in classes.items()
+            for id_ in ids
+            if outcome >= 0 and len(ids) > 1 and target.vocabulary.token_bytes[id_]
+        }
+        pieces = {id_: target.vocabulary.token_bytes[id_] or b"" for id_ in shared}
+        encoded = as_continuations(source, set(pieces.values()))
+        stretches: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        for id_, piece in pieces.items():
+            block = encoded[piece]
+            spelling = () if block is None else tuple(block.ids.tolist())
+            for n in range(1, len(spelling) + 1):
+                stretches[spelling[:n]].add(id_)
+        firsts = FirstTokens(target)
+        beginnings = {token[:n] for token in firsts.by_bytes for n in range(1, len(token))}
+        return cls(firsts, stretches, beginnings, source.vocabulary.token_bytes, classes)
+
+    def first(self, ids: tuple[int, ...]) -> int | None:
+        text = b"".join(self.known[id_] or b"" for id_ in ids)
+        lengths = range(len(text), 0, -1)
+        whole = next((text[:n] for n in lengths if is_whole(text[:n])), None)
+        id_ = None if whole is None else self.tokens.first(whole)
+        return self.tokens.beginning(text) if id_ is None else id_
+
+    def stretch(self, ids: tuple[int, ...]) -> frozenset[int]:
+        return frozenset(self.stretches.get(ids, ()))
+
+    def goes_on(self, ids: tuple[int, ...]) -> bool:
+        return b"".join(self.known[id_] or b"" for id_ in ids) in self.beginnings
+
+    def leaves(
+        self,
+        map_: VocabularyMap,
+        given: dict[int, float],
+        stored: list[tuple[dict[int, float], float]],
+        path: list[int],
+        true_id: int,
+    ) -> tuple[dict[frozenset[int], float], float]:
+        """(masses by sets of target ids, the rest).
+
+        Args:
+            given: what the source says at the position.
+            stored: what it says at the next ones, with the probability of what comes.
+            path: its tokens from there.
+        """
+        classes = map_.outcome_of_target[true_id], map_.outcome_of_source[path[0]]
+        split = {int(outcome) for outcome in classes if outcome >= 0}
+        if len(split) == 1 and len(self.classes[max(split)]) == 1:
+            split = set()  # a class of one token, for both
+        sets: dict[frozenset[int], float] = defaultdict(float)
+        single: list[tuple[int, float]] = []
+        rest, stays = 0.0, 0.0
+
+        def leave(ids: tuple[int, ...], mass: float) -> None:
+            nonlocal rest
+            first, own = self.first(ids), self.stretch(ids)
+            if own and (first is None or first in own):
+                sets[own] += mass
+            elif first is None:
+                rest += mass
+            else:
+                single.append((first, mass))
+
+        for w, mass in given.items():
+            outcome = int(map_.outcome_of_source[w])
+            if w == path[0] and split:
+                stays += mass
+            elif outcome in split and outcome >= 0:
+                leave((w,), mass)
+            elif outcome >= 0:
+                sets[frozenset(self.classes[outcome])] += mass
+            else:
+                rest += mass
+        for k, (row, probability) in enumerate(stored, 1):
+            before = tuple(path[:k])
+            if not self.known[path[k - 1]] or not self.goes_on(before) or k >= 16:
+                break
+            others = sum(mass for w, mass in row.items() if w != path[k])
+            for w, mass in row.items():
+                if w != path[k] and others:
+                    share = stays * (1 - probability) * mass / others
+                    ended = self.first(before)
+                    if self.known[w]:
+                        leave((*before, w), share)
+                    elif ended is not None:  # the text ends
+                        single.append((ended, share))
+            stays *= probability if others else 1.0
+        for token, mass in [*single, (true_id, stays)]:
+            outcome = int(map_.outcome_of_target[token])
+            alone = frozenset({token}) if outcome in split else frozenset(self.classes[outcome])
+            sets[next((s for s in sets if alone <= s), alone)] += mass
+        return {own: mass for own, mass in sets.items() if mass > 0}, rest
+
+
+def is_whole(text: bytes) -> bool:
+    """Whether bytes are whole characters."""
+    try:
+        return bool(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def random_kept(tokens: Tokens, vocabulary: int, seed: int) -> Kept:
+    """At each position six random tokens, of them some that follow elsewhere, with a tail."""
+    chance = np.random.default_rng(seed)
+    following = defaultdict(set)
+    predicting = tokens.predicting
+    for at in predicting.tolist():
+        following[int(tokens.ids[at])].add(int(tokens.ids[at + 1]))
+    rows, logs, tails, true = [], [], [], []
+    for at in predicting.tolist():
+        likely = sorted(following[int(tokens.ids[at])])[:4]
+        ids = list(dict.fromkeys([*likely, *chance.integers(0, vocabulary, 8).tolist()]))[:6]
+        shares = chance.dirichlet(np.full(len(ids) + 1, 0.5))
+        rows.append(ids)
+        logs.append(np.log(shares[:-1] + 1e-9))
+        tails.append(shares[-1])
+        next_id = int(tokens.ids[at + 1])
+        where = ids.index(next_id) if next_id in ids else None
+        true.append(np.log(0.01) if where is None else logs[-1][where])
+    return Kept(
+        offsets_of(np.array([len(row) for row in rows])),
+        np.concatenate(rows),
+        np.concatenate(logs).astype(np.float32),
+        np.zeros(0, dtype=np.uint8),
+        np.array(tails, dtype=np.float32),
+        np.array(true, dtype=np.float32),
+    )
+
+
+FAMILIES = ("byte-bpe", "byte-unigram", "sentencepiece", "gemma-like", "gpt-neox-20b", "llama-2")
+
+
+@pytest.mark.parametrize(("source", "target"), itertools.permutations(FAMILIES, 2))
+def test_it_is_what_the_definition_says(source: str, target: str) -> None:
+    theirs, mine = worlds.encoder_of(source), worlds.encoder_of(target)
+    texts = [worlds.sample_text(seed, 12) for seed in range(3)]
+    texts += ["12 + 345 = 357, 2019", *worlds.LINES]
+    read, tokens = tokens_of(mine, texts), tokens_of(theirs, texts)
+    kept = random_kept(tokens, len(theirs.vocabulary), 3)
+    settings = FusionSettings.model_validate({"function": "uniform"})
+    map_ = STRATEGIES["partition"].translate(theirs, mine, None)
+    pairing = pair(theirs, mine, map_, settings)
+    reading = pairing.reading(read, tokens, kept)
+    sizes = offsets_of(np.array([len(text.encode()) for text in texts]))
+    fused, _, _ = fuse_blocks(read, sizes, [reading], rules_of(settings))
+    slow, several = Slow.of(theirs, mine, map_), 0
+    given, masses = reading.distributions, kept.masses()
+
+    def row(d: Distributions, masses: np.ndarray, at: int) -> dict[int, float]:
+        where = slice(d.offsets[at], d.offsets[at + 1])
+        return dict(zip(d.ids[where].tolist(), masses[where].tolist(), strict=True))
+
+    for position, place in enumerate(reading.aligned.source.tolist()):
+        if place < 0:
+            continue
+        block = int(np.searchsorted(read.position_offsets, position, side="right")) - 1
+        at = int(tokens.position_offsets[block]) + place
+        begin = int(tokens.offsets[block]) + place + 1
+        path = tokens.ids[begin : tokens.offsets[block + 1]].tolist()
+        stored = [
+            (row(kept, masses, at + k), float(np.exp(kept.true_log_prob[at + k])))
+            for k in range(1, len(path))
+        ]
+        true_id = int(read.ids[read.predicting[position] + 1])
+        if map_.outcome_of_target[true_id] < 0:
+            continue
+        expected, rest = slow.leaves(map_, row(given, given.masses, at), stored, path, true_id)
+        one = fused.take(np.array([position]))
+        taught = {
+            frozenset(pairing.sets[number].tolist()): float(mass)
+            for number, mass in zip(one.outcomes, one.masses, strict=True)
+        }
+        several += len(taught) > 1
+        assert taught == pytest.approx(expected, abs=1e-6)
+        assert float(one.rest[0]) == pytest.approx(rest + float(given.tail[at]), abs=1e-6)
+    assert several > 20
