@@ -137,6 +137,8 @@ def _execute(
     worker_gpus: options.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
+    from fusellm.training import processes
+    from fusellm.training.launch import require_devices, train_on
     from fusellm.reading.engine import EngineSettings
     from fusellm.store.run_folder import STAGES
 
@@ -144,20 +146,20 @@ def _execute(
     settings = EngineSettings(engine.value, ray_address, workers, worker_cpus, worker_gpus)
     if stages != ("train",):
         launch.require_one_process(stages[0] if len(stages) == 1 else "run")
-    launch.require_devices(nproc)
+    require_devices(nproc)
     if push_to_hub is not None:
         from fusellm.models.hub import require_access
 
         require_access(push_to_hub)
-    launch.join()
+    processes.join()
     pipeline = open_pipeline(recipe, out, changes, settings, nproc, trusted=trust_remote_code)
-    launch.require_joined()
+    processes.require_joined()
     if nproc > 1:
         if "evaluate" in stages:
             pipeline.prepare_suites()
         pipeline.execute(stages[: stages.index("train")], redo)
         if pipeline.unfinished("train"):
-            launch.train_on(nproc, pipeline.run, trust_remote_code)
+            train_on(nproc, pipeline.run, trust_remote_code)
     pipeline.execute(stages, redo)
     if not launch.speaks():
         return
