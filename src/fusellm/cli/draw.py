@@ -54,17 +54,14 @@ class Look(NamedTuple):
     sign: str
     style: str
     filling: str
-    meaning: str
 
 
 SITUATIONS = {
-    "same": Look("=", "green", "█", "both cut the next token alike"),
-    "several": Look("+", "cyan", "▓", "the source spells it in several tokens"),
-    "beyond": Look(">", "yellow", "▒", "the source's next token ends after it"),
-    "crossed": Look(
-        "×", "magenta", "░", "the source's tokens end before and after it, not at its end"
-    ),
-    "unaligned": Look("≠", "bright_black", "·", "the source has not read the same text"),
+    "same": Look("=", "green", "█"),
+    "several": Look("+", "cyan", "▓"),
+    "beyond": Look(">", "yellow", "▒"),
+    "crossed": Look("×", "magenta", "░"),
+    "unaligned": Look("≠", "bright_black", "·"),
 }
 """So that they read without colours as well."""
 

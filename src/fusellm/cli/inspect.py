@@ -244,6 +244,8 @@ def _placed(marks: dict[int, tuple[str, str]]) -> Text:
         text.append(*marks[first])
     return text
 
+    from fusellm.alignment.positions import MEANINGS
+
 
 def _cells(drawn: Grid, row: GridRow, first: int, after: int, style: str) -> Text:
     edges = {first if first > 0 else -1, after - 1 if after < drawn.width else -1}
@@ -265,7 +267,7 @@ def _legend(view: "views.BlockView") -> Table:
     numbers = f"a number stands over the token that comes next; {_CHOSEN} is looked at below"
     signs = f"· space   ⏎ line end   → tab   \\x1b bytes and controls   {GOES_ON} goes on"
     cuts = [
-        ("", Text.assemble((f"{look.sign} {name}", look.style), f"  {look.meaning}"))
+        ("", Text.assemble((f"{look.sign} {name}", look.style), f"  {MEANINGS[name]}"))
         for name, look in draw.SITUATIONS.items()
     ]
     share = [("share", Text("the taller, the larger its weight"))] if _is_split(view) else []

@@ -144,6 +144,8 @@ def _sides(source: str, target: str, comparison: "TokenizerComparison") -> Table
         "kind": (side.kind for side in both),
         "byte fallback": fallback,
         "dummy prefix": (side.dummy_prefix for side in both),
+    from fusellm.alignment.positions import MEANINGS
+
         "put before each block": (" ".join(side.prefix) or "none" for side in both),
         "EOS after a document": (side.eos or "none" for side in both),
         "  becomes": (becomes if comparison.source.eos else "", ""),
@@ -194,7 +196,7 @@ def _bar(domain: "Domain") -> draw.Fitted:
 def _legend() -> Table:
     shown = Table.grid(padding=(0, 2))
     for case, look in draw.SITUATIONS.items():
-        shown.add_row(Text(f"{look.filling} {case}", look.style), Text(look.meaning, "dim"))
+        shown.add_row(Text(f"{look.filling} {case}", look.style), Text(MEANINGS[case], "dim"))
     return shown
 
 

@@ -16,8 +16,6 @@ from fusellm.evaluation.compare.tables import number, pairs_of, title_of, with_i
 SERIES = 8
 """Colours for sources; a ninth source has the first one's colour again."""
 
-SITUATIONS = ("same", "several", "beyond", "crossed", "unaligned")
-
 _WIDTH = 340.0
 _LINES_HEIGHT = 216.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34.0, 72.0, 12.0, 36.0
