@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fusellm.cli import evaluate_options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.evaluate_list import show_list
-from fusellm.cli.evaluate_screen import (
-    as_object,
-    require_savable,
-    results_of,
-    save,
-    show,
-)
+from fusellm.cli.evaluate_screen import show
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import NO_CHANGES, Json
 from fusellm.cli.run import open_pipeline
@@ -52,7 +46,10 @@ def evaluate(
     `fusellm evaluate zoo/prose zoo/python --suite smoke --limit 20`.
     """
     require_one_process("evaluate")
-    require_savable(save_as or [])
+    if save_as:
+        from fusellm.evaluation.results import require_savable
+
+        require_savable(save_as)
     named = places or []
     if list_suites:
         show_list(named, given, as_json, STDOUT)
@@ -62,9 +59,9 @@ def evaluate(
         results = _evaluate_run(Path(named[0]), *asked)
     else:
         results = _evaluate_models(named, *asked)
-    print(json_text(as_object(results))) if as_json else show(results, STDOUT)
+    print(json_text(results.as_json())) if as_json else show(results, STDOUT)
     for path in save_as or []:
-        save(results, path)
+        results.save(path)
 
 
 def _are_a_run(places: Sequence[str]) -> bool:
@@ -104,6 +101,7 @@ def _evaluate_run(
     redo: bool,
     trusted: bool,
 ) -> "EvaluationResults":
+    from fusellm.stages.evaluate import read_results
     from fusellm.store.run_folder import SUITES
 
     recipe = open_recipe(place, changes)
@@ -112,7 +110,7 @@ def _evaluate_run(
     evaluation = given | {"suites": named}
     pipeline = open_pipeline(place, out, changes, given=evaluation, trusted=trusted)
     pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
-    return results_of(pipeline.run, named, LM in asked)
+    return read_results(pipeline.run, named, LM in asked)
 
 
 def _evaluate_models(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -11,10 +11,6 @@ from rich.text import Text
 from fusellm.cli.console import json_text
 from fusellm.errors import EvaluationError
 from fusellm.recipe_file import changed_evaluation, open_recipe
-
-if TYPE_CHECKING:
-    from fusellm.config import EvaluationSettings
-    from fusellm.evaluation.suites.catalogue import Suite
 
 _MOST_NAMED = 4
 
@@ -29,13 +25,12 @@ def show_list(
         given: keys of that block that the command line has other values for.
     """
     from fusellm.config import EvaluationSettings
-    from fusellm.evaluation.suites.catalogue import SUITES
+    from fusellm.evaluation.suites.at_hand import suites_at_hand
 
     if len(places) > 1:
         raise EvaluationError("--list takes a run or a recipe, or none; it shows no models")
     own = open_recipe(Path(places[0]), ()).evaluation if places else EvaluationSettings()
-    settings = changed_evaluation(own, given)
-    rows = [_row(suite, settings) for suite in SUITES.values()]
+    rows = suites_at_hand(changed_evaluation(own, given))
     if as_json:
         print(json_text(rows))
         return
@@ -55,30 +50,6 @@ def show_list(
             "the folder with the data; docs/evaluation.md says what each suite measures."
         )
     )
-
-
-def _row(suite: "Suite", settings: "EvaluationSettings") -> dict[str, Any]:
-    missing = _missing(suite, settings)
-    return {
-        "suite": suite.name,
-        "about": suite.about,
-        "contains": suite.contains,
-        "tasks": suite.tasks,
-        "documents": suite.documents,
-        "data": suite.data,
-        "at_hand": sorted(set(suite.tasks) - missing.keys()),
-        "missing": missing,
-    }
-
-
-def _missing(suite: "Suite", settings: "EvaluationSettings") -> dict[str, str]:
-    """Tasks whose data is not at hand, and why."""
-    from fusellm.evaluation.code.tasks import CODE_SUITES, without_problems
-    from fusellm.evaluation.suites.load import without_data
-
-    if suite.name in CODE_SUITES:
-        return without_problems(CODE_SUITES[suite.name], settings)
-    return without_data(suite.plans, settings)
 
 
 def _told(row: Mapping[str, Any]) -> str:

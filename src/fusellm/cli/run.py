@@ -10,7 +10,7 @@ import typer
 from fusellm.cli import launch, options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import table
-from fusellm.cli.evaluate_screen import as_object, results_of, show
+from fusellm.cli.evaluate_screen import show
 from fusellm.cli.options import NO_CHANGES
 from fusellm.cli.status import show_status
 from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
@@ -234,9 +234,11 @@ def _push(pipeline: "Pipeline", repo: str) -> None:
 
 def _show_results(run: Path, as_json: bool) -> None:
     """Print a run's results, and where its report and its model are."""
-    results = results_of(run)
+    from fusellm.stages.evaluate import read_results
+
+    results = read_results(run)
     if as_json:
-        print(json_text(as_object(results)))
+        print(json_text(results.as_json()))
         return
     show(results, STDOUT)
     STDOUT.say(f"Report: {run / 'report' / 'index.html'}")
