@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
+
+Label = TypeVar("Label", str, Text)
 
 right = partial(Column, justify="right", no_wrap=True)
 
@@ -64,6 +67,19 @@ SITUATIONS = {
     "unaligned": Look("≠", "bright_black", "·"),
 }
 """So that they read without colours as well."""
+
+
+def longest(shown: Callable[[int], Label], most: int, room: int) -> Label:
+    """`shown(n)` of the largest n up to `most` that has room; of 1 where none has.
+
+    >>> longest(lambda n: "abc"[:n], 3, 2)
+    'ab'
+    """
+    longer = 1
+    while longer < most and cell_len(str(shown(longer + 1))) <= room:
+        longer += 1
+    return shown(longer)
+
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 

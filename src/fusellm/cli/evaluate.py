@@ -124,7 +124,7 @@ def _evaluate_models(
 ) -> "EvaluationResults":
     from fusellm.evaluation.models import evaluate as evaluate_models
     from fusellm.evaluation.results import EvaluationResults
-    from fusellm.models.remote_code import trusted_code
+    from fusellm.models.remote_code import require_trusted
 
     if not suites:
         raise EvaluationError("--suite says what models are measured by; --list shows the suites")
@@ -133,9 +133,7 @@ def _evaluate_models(
     shown, models = Terminal(STDERR), {}
     for name in names:
         model = model_settings(name, [*changes, *["trust_remote_code=true"] * trusted])
-        told = trusted_code(model, trusted)
-        if told is not None:
-            shown.say(told)
+        require_trusted(model, trusted, shown)
         models[name] = model.model_dump()
     measured = evaluate_models(
         models,

@@ -104,7 +104,7 @@ def open_pipeline(
         trusted: whether --trust-remote-code is given.
         given: keys of `evaluation:` that the command line has other values for.
     """
-    from fusellm.models.remote_code import trusted_code
+    from fusellm.models.remote_code import require_trusted
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
     from fusellm.reading.engine import LOCAL
@@ -112,9 +112,7 @@ def open_pipeline(
     recipe = open_recipe(place, changes)
     progress = Terminal(STDERR) if launch.speaks() else Silent()
     for model in (recipe.target, *recipe.sources):
-        told = trusted_code(model, trusted)
-        if told is not None:
-            progress.say(told)
+        require_trusted(model, trusted, progress)
     evaluation = changed_evaluation(recipe.evaluation, given) if given else None
     run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
     return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
@@ -137,10 +135,10 @@ def _execute(
     worker_gpus: options.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
-    from fusellm.training import processes
-    from fusellm.training.launch import require_devices, train_on
     from fusellm.reading.engine import EngineSettings
     from fusellm.store.run_folder import STAGES
+    from fusellm.training import processes
+    from fusellm.training.launch import require_devices, train_on
 
     stages = stages or STAGES
     settings = EngineSettings(engine.value, ray_address, workers, worker_cpus, worker_gpus)
