@@ -38,3 +38,12 @@ def counted(amount: str, units: str) -> str:
     ('1 token', '1.2M tokens')
     """
     return f"{amount} {units.removesuffix('s') if amount == '1' else units}"
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first names of a list.
+
+    >>> few(["a", "b", "c"], 2), few(["a", "b"], 2)
+    ('a, b, …', 'a, b')
+    """
+    return ", ".join([*names[:most], *["…"] * (len(names) > most)])

@@ -52,7 +52,7 @@ def evaluate(
         require_savable(save_as)
     named = places or []
     if list_suites:
-        show_list(named, given, as_json, STDOUT)
+        show_list(named, given, as_json)
         return
     asked = suites, given, out, changes, redo, trust_remote_code
     if _are_a_run(named):

@@ -4,20 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
+from rich.table import Table
 from rich.text import Text
 
-from fusellm.cli.console import json_text
+from fusellm.cli.console import STDOUT, json_text
 from fusellm.errors import EvaluationError
 from fusellm.recipe_file import changed_evaluation, open_recipe
+from fusellm.text_table import few
 
 _MOST_NAMED = 4
 
 
-def show_list(
-    places: Sequence[str], given: Mapping[str, Any], as_json: bool, console: Console
-) -> None:
+def show_list(places: Sequence[str], given: Mapping[str, Any], as_json: bool) -> None:
     """Print the suites.
 
     Args:
@@ -34,7 +32,7 @@ def show_list(
     if as_json:
         print(json_text(rows))
         return
-    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table.grid(padding=(0, 2, 1, 0))
     for row in rows:
         documents = f"{row['documents']:,} documents" if row["documents"] else "any number"
         lines = (
@@ -42,13 +40,11 @@ def show_list(
             f"{row['contains']}; {documents}.",
             f"Data: {row['data']}. At hand: {_told(row)}.",
         )
-        table.add_row(Text(row["suite"], style="bold"), Text("\n".join(lines)))
-    console.print(table)
-    console.print(
-        Text(
-            "Any task of lm_eval goes by its own name too, with --allow-download. --data-dir names "
-            "the folder with the data; docs/evaluation.md says what each suite measures."
-        )
+        table.add_row(Text(row["suite"], style="bold"), "\n".join(lines))
+    STDOUT.show(
+        table,
+        "Any task of lm_eval goes by its own name too, with --allow-download. --data-dir names the "
+        "folder with the data; docs/evaluation.md says what each suite measures.",
     )
 
 
@@ -58,5 +54,4 @@ def _told(row: Mapping[str, Any]) -> str:
         return "yes"
     if len(missing) == len(row["tasks"]):
         return "no"
-    names = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
-    return f"all but {names}"
+    return f"all but {few(missing, _MOST_NAMED)}"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from fusellm.store.facts import StoreFacts
 from fusellm.store.opened import DistributionStore
-from fusellm.text_table import counted
+from fusellm.text_table import counted, few
 
 _KINDS = {
     "tokens": ("block", "read", "ids", "bytes"),
@@ -18,8 +18,7 @@ _KINDS = {
 def described(store: DistributionStore) -> dict[str, str]:
     """What a store was made from and how much is in it, by name; only what is known."""
     told, inputs = store.facts, store.facts.identity.inputs
-    runs = [f", {run.start:,} to {run.stop - 1:,}" for run in store.numbers]
-    numbers = "".join(runs[:3]) + (", …" if len(runs) > 3 else "")
+    numbers = few([f"{run.start:,} to {run.stop - 1:,}" for run in store.numbers], 3)
     size = f"{told.bytes / 1e6:,.2f} MB in {counted(f'{told.shards:,}', 'shards')}"
     state = "finished" if told.complete else "unfinished; `fusellm externalize` goes on with it"
     versions = (f"{name} {told.software.get(name, '?')}" for name in ("fusellm", "transformers"))
@@ -34,7 +33,7 @@ def described(store: DistributionStore) -> dict[str, str]:
         "read in": f"{told.dtype}, on {told.device}",
         "kept": _scheme(told),
         "state": state,
-        "blocks": f"{told.blocks:,}{numbers}",
+        "blocks": f"{told.blocks:,}, {numbers}" if numbers else "0",
         "put aside": told.aside and f"{len(told.aside):,} of them, which have no distributions",
         "tokens": f"{told.tokens:,}",
         "positions": f"{told.positions:,}",

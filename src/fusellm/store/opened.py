@@ -26,6 +26,7 @@ from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
+from fusellm.text_table import few
 
 if TYPE_CHECKING:
     from fusellm.tokens.encode import Encoder
@@ -182,8 +183,7 @@ class DistributionStore:
         return absent
 
     def _no_block(self, number: int) -> str:
-        there = ", ".join(f"{run.start:,} to {run.stop - 1:,}" for run in self.numbers[:4])
-        there += ", …" if len(self.numbers) > 4 else ""
+        there = few([f"{run.start:,} to {run.stop - 1:,}" for run in self.numbers], 4)
         state = "" if self.facts.complete else " so far"
         return f"there is no block {number}: {self.path} has {there or 'none'}{state}"
 
