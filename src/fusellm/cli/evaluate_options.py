@@ -144,16 +144,3 @@ SetOfEvaluation = Annotated[
         help="Change a setting of the recipe; of models, how they are loaded: --set dtype=bfloat16",
     ),
 ]
-TrustOfEvaluation = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that comes with models (of a recipe: with those where it says "
-        "trust_remote_code: true); its files are named first. Only if you have read it: it can do "
-        "whatever you can.",
-    ),
-]
-RedoOfEvaluation = Annotated[
-    bool,
-    typer.Option("--redo", help="Move results made from something else aside and measure anew."),
-]

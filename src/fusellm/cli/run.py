@@ -12,7 +12,7 @@ from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import table
 from fusellm.cli.evaluate_screen import show
 from fusellm.cli.options import NO_CHANGES
-from fusellm.cli.status import show_status
+from fusellm.cli.status import status
 from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _execute(
     if "report" in stages:
         _show_results(pipeline.run, as_json)
     elif as_json:
-        show_status(pipeline.run, as_json=True)
+        status(pipeline.run, as_json=True)
     if push_to_hub is not None:
         _push(pipeline, push_to_hub)
 

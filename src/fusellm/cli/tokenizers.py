@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fusellm.cli import draw
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
-from fusellm.cli.options import Json
+from fusellm.cli.options import Json, TrustRemoteCode
 
 if TYPE_CHECKING:
     from fusellm.explain.tokenizers import Domain, TokenizerComparison
@@ -33,14 +33,7 @@ def tokenizers(
             "Python and C++ of the installed packages.",
         ),
     ] = _NO_FILES,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run code that the two bring along; its files are named first. Only if you have "
-            "read it: it can do whatever you can.",
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Compare two tokenizers: what a target could learn from a source, before any model is loaded.
