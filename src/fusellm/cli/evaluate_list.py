@@ -32,7 +32,7 @@ def show_list(places: Sequence[str], given: Mapping[str, Any], as_json: bool) ->
     if as_json:
         print(json_text(rows))
         return
-    table = Table.grid(padding=(0, 2, 1, 0))
+    table = Table.grid(padding=(0, 2, 1, 0), collapse_padding=False)
     for row in rows:
         documents = f"{row['documents']:,} documents" if row["documents"] else "any number"
         lines = (
