@@ -872,7 +872,7 @@ def test_c1_processes_of_a_training(tried: Tried, recipe: Path, tmp_path: Path) 
     """That they listen to this machine alone: tests/test_doors.py."""
     import torch
 
-    from fusellm.cli.launch import _environment
+    from fusellm.training.launch import _environment
 
     told = _environment(0, 2, tmp_path)
     assert told["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")

@@ -11,11 +11,11 @@ import pytest
 
 from conftest import prose
 from fusellm import preflight
-from fusellm.cli.evaluate_screen import require_savable
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
 from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, ModelError, StoreError, TokenizerError
+from fusellm.evaluation.results import require_savable
 from fusellm.models import load
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent

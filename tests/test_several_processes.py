@@ -19,7 +19,6 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from fusellm.cli import launch
-from fusellm.cli.launch import require_devices, require_joined
 from fusellm.cli.main import main
 from fusellm.errors import IdentityError, RecipeError
 from fusellm.pipeline import Pipeline
@@ -29,6 +28,8 @@ from fusellm.reading.batches import read_blocks
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.manifest import StageFolder
 from fusellm.store.writer import StageWriter
+from fusellm.training.launch import require_devices
+from fusellm.training.processes import require_joined
 from fusellm.training.rows import FILLER, RowOrder, RowsOfLikeLength
 
 HERE = Path(__file__).resolve().parent

@@ -12,9 +12,9 @@ import pytest
 
 from fusellm.cli.console import STDERR, Terminal
 from fusellm.cli.main import main
-from fusellm.cli.tokenizers import load_encoder
 from fusellm.errors import ModelError
 from fusellm.models import readers
+from fusellm.models.readers import load_encoder
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths

@@ -1,4 +1,4 @@
-"""A table as plain text, for what a program prints."""
+"""Tables and counts as plain text."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -29,3 +29,21 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
     plain.print(table)
     return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())
+
+
+def counted(amount: str, units: str) -> str:
+    """An amount with its unit.
+
+    >>> counted("1", "tokens"), counted("1.2M", "tokens")
+    ('1 token', '1.2M tokens')
+    """
+    return f"{amount} {units.removesuffix('s') if amount == '1' else units}"
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first names of a list.
+
+    >>> few(["a", "b", "c"], 2), few(["a", "b"], 2)
+    ('a, b, …', 'a, b')
+    """
+    return ", ".join([*names[:most], *["…"] * (len(names) > most)])

@@ -22,6 +22,16 @@ class Situation(IntEnum):
     CROSSED = 4
 
 
+MEANINGS = {
+    "same": "both cut the target's next token alike",
+    "several": "the source spells it in several tokens, and ends with it",
+    "beyond": "the source's next token ends after it",
+    "crossed": "the source's tokens end before and after it, not at its end",
+    "unaligned": "the source has not read the same text, and is silent",
+}
+"""What each situation means, by its name in lower case and in the order that readers see."""
+
+
 # numba reads these as constants.
 _UNALIGNED = int(Situation.UNALIGNED)
 _SAME = int(Situation.SAME)

@@ -25,6 +25,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from fusellm.progress import Bar
+from fusellm.text_table import counted
 
 _PLAIN_EVERY_SECONDS = 15.0
 _KEPT = "\t\n"
@@ -78,15 +79,6 @@ class SafeConsole(Console):
 
 
 STDOUT, STDERR = SafeConsole(), SafeConsole(stderr=True)
-
-
-def counted(amount: str, units: str) -> str:
-    """An amount with its unit.
-
-    >>> counted("1", "tokens"), counted("1.2M", "tokens")
-    ('1 token', '1.2M tokens')
-    """
-    return f"{amount} {units.removesuffix('s') if amount == '1' else units}"
 
 
 class _Done(ProgressColumn):

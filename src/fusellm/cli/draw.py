@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
+
+Label = TypeVar("Label", str, Text)
 
 right = partial(Column, justify="right", no_wrap=True)
 
@@ -54,19 +57,29 @@ class Look(NamedTuple):
     sign: str
     style: str
     filling: str
-    meaning: str
 
 
 SITUATIONS = {
-    "same": Look("=", "green", "█", "both cut the next token alike"),
-    "several": Look("+", "cyan", "▓", "the source spells it in several tokens"),
-    "beyond": Look(">", "yellow", "▒", "the source's next token ends after it"),
-    "crossed": Look(
-        "×", "magenta", "░", "the source's tokens end before and after it, not at its end"
-    ),
-    "unaligned": Look("≠", "bright_black", "·", "the source has not read the same text"),
+    "same": Look("=", "green", "█"),
+    "several": Look("+", "cyan", "▓"),
+    "beyond": Look(">", "yellow", "▒"),
+    "crossed": Look("×", "magenta", "░"),
+    "unaligned": Look("≠", "bright_black", "·"),
 }
 """So that they read without colours as well."""
+
+
+def longest(shown: Callable[[int], Label], most: int, room: int) -> Label:
+    """`shown(n)` of the largest n up to `most` that has room; of 1 where none has.
+
+    >>> longest(lambda n: "abc"[:n], 3, 2)
+    'ab'
+    """
+    longer = 1
+    while longer < most and cell_len(str(shown(longer + 1))) <= room:
+        longer += 1
+    return shown(longer)
+
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 

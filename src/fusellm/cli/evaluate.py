@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING, Any
 from fusellm.cli import evaluate_options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.evaluate_list import show_list
-from fusellm.cli.evaluate_screen import (
-    as_object,
-    require_savable,
-    results_of,
-    save,
-    show,
-)
+from fusellm.cli.evaluate_screen import show
 from fusellm.cli.launch import require_one_process
-from fusellm.cli.options import NO_CHANGES, Json
+from fusellm.cli.options import NO_CHANGES, Json, Redo, TrustRemoteCode
 from fusellm.cli.run import open_pipeline
 from fusellm.errors import EvaluationError, RecipeError
 from fusellm.recipe_file import model_settings, open_recipe
@@ -37,8 +31,8 @@ def evaluate(
     save_as: evaluate_options.Save = None,
     out: evaluate_options.OutOfEvaluation = None,
     changes: evaluate_options.SetOfEvaluation = NO_CHANGES,
-    redo: evaluate_options.RedoOfEvaluation = False,
-    trust_remote_code: evaluate_options.TrustOfEvaluation = False,
+    redo: Redo = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure models by suites, side by side: each source, the target, the CLM baseline, fused.
@@ -52,19 +46,28 @@ def evaluate(
     `fusellm evaluate zoo/prose zoo/python --suite smoke --limit 20`.
     """
     require_one_process("evaluate")
-    require_savable(save_as or [])
     named = places or []
     if list_suites:
-        show_list(named, given, as_json, STDOUT)
+        show_list(named, given, as_json)
         return
-    asked = suites, given, out, changes, redo, trust_remote_code
-    if _are_a_run(named):
-        results = _evaluate_run(Path(named[0]), *asked)
+    of_a_run = _are_a_run(named)
+    from fusellm.evaluation.results import require_savable
+    from fusellm.stages.evaluate import read_results
+    from fusellm.store.run_folder import SUITES
+
+    require_savable(save_as or [])
+    if not of_a_run:
+        results = _evaluate_models(named, suites, given, out, changes, redo, trust_remote_code)
     else:
-        results = _evaluate_models(named, *asked)
-    print(json_text(as_object(results))) if as_json else show(results, STDOUT)
+        place = Path(named[0])
+        asked = suites or [LM, *open_recipe(place, changes).evaluation.suites]
+        given["suites"] = [suite for suite in dict.fromkeys(asked) if suite != LM]
+        pipeline = open_pipeline(place, out, changes, given=given, trusted=trust_remote_code)
+        pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
+        results = read_results(pipeline.run, given["suites"], LM in asked)
+    print(json_text(results.as_json())) if as_json else show(results, STDOUT)
     for path in save_as or []:
-        save(results, path)
+        results.save(path)
 
 
 def _are_a_run(places: Sequence[str]) -> bool:
@@ -95,26 +98,6 @@ def is_run(place: str) -> bool:
     return path.suffix in (".yaml", ".yml") or path.is_file() or (path / "recipe.yaml").exists()
 
 
-def _evaluate_run(
-    place: Path,
-    suites: Sequence[str] | None,
-    given: dict[str, Any],
-    out: Path | None,
-    changes: Sequence[str],
-    redo: bool,
-    trusted: bool,
-) -> "EvaluationResults":
-    from fusellm.store.run_folder import SUITES
-
-    recipe = open_recipe(place, changes)
-    asked = list(suites) if suites else [LM, *recipe.evaluation.suites]
-    named = [suite for suite in dict.fromkeys(asked) if suite != LM]
-    evaluation = given | {"suites": named}
-    pipeline = open_pipeline(place, out, changes, given=evaluation, trusted=trusted)
-    pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
-    return results_of(pipeline.run, named, LM in asked)
-
-
 def _evaluate_models(
     names: Sequence[str],
     suites: Sequence[str] | None,
@@ -126,7 +109,7 @@ def _evaluate_models(
 ) -> "EvaluationResults":
     from fusellm.evaluation.models import evaluate as evaluate_models
     from fusellm.evaluation.results import EvaluationResults
-    from fusellm.models.remote_code import trusted_code
+    from fusellm.models.remote_code import require_trusted
 
     if not suites:
         raise EvaluationError("--suite says what models are measured by; --list shows the suites")
@@ -135,9 +118,7 @@ def _evaluate_models(
     shown, models = Terminal(STDERR), {}
     for name in names:
         model = model_settings(name, [*changes, *["trust_remote_code=true"] * trusted])
-        told = trusted_code(model, trusted)
-        if told is not None:
-            shown.say(told)
+        require_trusted(model, trusted, shown)
         models[name] = model.model_dump()
     measured = evaluate_models(
         models,

@@ -2,26 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
+from rich.table import Table
 from rich.text import Text
 
-from fusellm.cli.console import json_text
+from fusellm.cli.console import STDOUT, json_text
 from fusellm.errors import EvaluationError
 from fusellm.recipe_file import changed_evaluation, open_recipe
-
-if TYPE_CHECKING:
-    from fusellm.config import EvaluationSettings
-    from fusellm.evaluation.suites.catalogue import Suite
+from fusellm.text_table import few
 
 _MOST_NAMED = 4
 
 
-def show_list(
-    places: Sequence[str], given: Mapping[str, Any], as_json: bool, console: Console
-) -> None:
+def show_list(places: Sequence[str], given: Mapping[str, Any], as_json: bool) -> None:
     """Print the suites.
 
     Args:
@@ -29,17 +23,16 @@ def show_list(
         given: keys of that block that the command line has other values for.
     """
     from fusellm.config import EvaluationSettings
-    from fusellm.evaluation.suites.catalogue import SUITES
+    from fusellm.evaluation.suites.at_hand import suites_at_hand
 
     if len(places) > 1:
         raise EvaluationError("--list takes a run or a recipe, or none; it shows no models")
     own = open_recipe(Path(places[0]), ()).evaluation if places else EvaluationSettings()
-    settings = changed_evaluation(own, given)
-    rows = [_row(suite, settings) for suite in SUITES.values()]
+    rows = suites_at_hand(changed_evaluation(own, given))
     if as_json:
         print(json_text(rows))
         return
-    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table.grid(padding=(0, 2, 1, 0), collapse_padding=False)
     for row in rows:
         documents = f"{row['documents']:,} documents" if row["documents"] else "any number"
         lines = (
@@ -47,38 +40,12 @@ def show_list(
             f"{row['contains']}; {documents}.",
             f"Data: {row['data']}. At hand: {_told(row)}.",
         )
-        table.add_row(Text(row["suite"], style="bold"), Text("\n".join(lines)))
-    console.print(table)
-    console.print(
-        Text(
-            "Any task of lm_eval goes by its own name too, with --allow-download. --data-dir names "
-            "the folder with the data; docs/evaluation.md says what each suite measures."
-        )
+        table.add_row(Text(row["suite"], style="bold"), "\n".join(lines))
+    STDOUT.show(
+        table,
+        "Any task of lm_eval goes by its own name too, with --allow-download. --data-dir names the "
+        "folder with the data; docs/evaluation.md says what each suite measures.",
     )
-
-
-def _row(suite: "Suite", settings: "EvaluationSettings") -> dict[str, Any]:
-    missing = _missing(suite, settings)
-    return {
-        "suite": suite.name,
-        "about": suite.about,
-        "contains": suite.contains,
-        "tasks": suite.tasks,
-        "documents": suite.documents,
-        "data": suite.data,
-        "at_hand": sorted(set(suite.tasks) - missing.keys()),
-        "missing": missing,
-    }
-
-
-def _missing(suite: "Suite", settings: "EvaluationSettings") -> dict[str, str]:
-    """Tasks whose data is not at hand, and why."""
-    from fusellm.evaluation.code.tasks import CODE_SUITES, without_problems
-    from fusellm.evaluation.suites.load import without_data
-
-    if suite.name in CODE_SUITES:
-        return without_problems(CODE_SUITES[suite.name], settings)
-    return without_data(suite.plans, settings)
 
 
 def _told(row: Mapping[str, Any]) -> str:
@@ -87,5 +54,4 @@ def _told(row: Mapping[str, Any]) -> str:
         return "yes"
     if len(missing) == len(row["tasks"]):
         return "no"
-    names = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
-    return f"all but {names}"
+    return f"all but {few(missing, _MOST_NAMED)}"

@@ -37,29 +37,11 @@ ListSuites = Annotated[
         "--list", help="Show the suites, where their data comes from, and whether it is at hand."
     ),
 ]
-_SETTINGS = {  # of a recipe's `evaluation:` that have an option: its metavar, and its help
-    "data_dir": ("FOLDER", "Where the suites' data is."),
-    "allow_download": (None, "Fetch what --data-dir lacks from the hub."),
-    "tasks": ("TASK", "Only this task of a suite; may be repeated."),
-    "limit": ("N", "Only the first N documents of each task."),
-    "batch_size": ("N", "Documents at a time; 8 if not given."),
-    "too_long": (
-        None,
-        "A prompt that does not fit a model's context: stop (the default), or cut it from the "
-        "left, its examples first, and count it.",
-    ),
-    "max_new_tokens": ("N", "Most tokens that a model writes, where a task allows more."),
-    "samples": ("N", "Programs for each problem."),
-    "temperature": (None, "Of programs; 0, the default, is greedy."),
-    "top_p": (None, "Of programs, if they are sampled."),
-    "pass_at": ("K", "k of pass@k; 1 if not given."),
-    "toolchains": (
-        "FOLDER",
-        "A folder outside of /usr with a compiler in its bin, which generated programs may "
-        "read; may be repeated.",
-    ),
-    "published": (None, "Show the paper's figures beside, for reference."),
-}
+_METAVARS = {"data_dir": "FOLDER", "toolchains": "FOLDER", "tasks": "TASK"}
+_SETTINGS = (  # of a recipe's `evaluation:` that have an option
+    *("data_dir", "allow_download", "tasks", "limit", "batch_size", "too_long", "max_new_tokens"),
+    *("samples", "temperature", "top_p", "pass_at", "toolchains", "published"),
+)
 _FLAGS = {"toolchains": "--toolchain"}
 _KINDS: dict[str, Any] = {"data_dir": Path, "toolchains": list[Path]}
 """Options that are paths; in a recipe they are texts."""
@@ -87,7 +69,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """The option of a setting: its type and its bounds are those of the recipe."""
+    """The option of a setting, whose type, bounds and words are those of the recipe."""
     field = EvaluationSettings.model_fields[name]
     kind: Any = field.annotation
     bounds = field.metadata
@@ -110,7 +92,12 @@ def _option(name: str) -> inspect.Parameter:
             given["min"] = kind(bound.ge)
         elif hasattr(bound, "le"):
             given["max"] = kind(bound.le)
-    metavar, told = _SETTINGS[name]
+    told = " ".join((field.description or "").split())
+    if get_origin(kind) is list:
+        told += " May be repeated."
+    elif field.default and kind is not bool:
+        told += f" Default: the recipe's, or {field.default}."
+    metavar = _METAVARS.get(name, "N" if kind is int else None)
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
     unset = False if kind is bool else None
     option = typer.Option(unset, flag, metavar=metavar, help=told, show_default=False, **given)
@@ -156,17 +143,4 @@ SetOfEvaluation = Annotated[
         metavar="KEY=VALUE",
         help="Change a setting of the recipe; of models, how they are loaded: --set dtype=bfloat16",
     ),
-]
-TrustOfEvaluation = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that comes with models (of a recipe: with those where it says "
-        "trust_remote_code: true); its files are named first. Only if you have read it: it can do "
-        "whatever you can.",
-    ),
-]
-RedoOfEvaluation = Annotated[
-    bool,
-    typer.Option("--redo", help="Move results made from something else aside and measure anew."),
 ]

@@ -1,45 +1,22 @@
-"""What an evaluation found, for people, as JSON, and as a file."""
+"""What an evaluation found, as tables in the width that there is."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fusellm.errors import StoreError
+from fusellm.cli import draw
 
 if TYPE_CHECKING:
     from fusellm.evaluation.compare.tables import Table
     from fusellm.evaluation.measure import SuiteResults
     from fusellm.evaluation.results import EvaluationResults
 
-ENDINGS = (".md", ".csv", ".json")
 _WIDE = 10_000
-
-
-def results_of(
-    run: Path, suites: Sequence[str] | None = None, bits_per_byte: bool = True
-) -> "EvaluationResults":
-    """The results in a run's folder; of all suites that were measured if `suites` is None."""
-    from fusellm.stages.evaluate import read_results
-
-    return read_results(run, suites, bits_per_byte)
-
-
-def as_object(results: "EvaluationResults") -> Any:
-    """For JSON: the list of bits per byte if there is nothing else, or an object with both."""
-    from fusellm.evaluation.compare.tables import as_json
-
-    records = [record.as_dict() for record in results.records]
-    if records and not results.suites:
-        return records
-    own = {"lm": records} if records else {}
-    return own | as_json([one.comparison for one in results.suites], results.published)
 
 
 def show(results: "EvaluationResults", console: Console) -> None:
@@ -117,51 +94,10 @@ def _width(shown: RichTable, console: Console) -> int:
 
 
 def _table(shown: "Table", title: str | None = None) -> RichTable:
-    """A table whose cells are shown as they are, brackets too."""
-    drawn = RichTable(title=title and Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(shown.columns):
-        drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+    """A table whose first column is of names."""
+    names, *columns = shown.columns
+    right = (Column(column, justify="right", overflow="fold") for column in columns)
+    drawn = draw.table(Column(names, overflow="fold"), *right, title=title)
     for row in shown.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*row)
     return drawn
-
-
-def require_savable(paths: Sequence[Path]) -> None:
-    """Check before any work that results can be saved in these files.
-
-    Raises:
-        StoreError: a name does not end as it must, its folder is not there, or it cannot be
-            written.
-    """
-    from fusellm.store.files import require_writable
-
-    for path in paths:
-        if path.suffix not in ENDINGS:
-            raise StoreError(
-                f"--save {path} is no name for a table: end it in {', '.join(ENDINGS)}"
-            )
-        if not path.absolute().parent.is_dir():
-            raise StoreError(f"--save {path}: there is no folder {path.parent}; make it first")
-        if path.is_dir():
-            raise StoreError(f"--save {path} is a folder; name a file")
-        require_writable(path.absolute().parent)
-
-
-def save(results: "EvaluationResults", path: Path) -> None:
-    """Write results as Markdown, CSV or JSON, as the file's name says."""
-    from fusellm.evaluation.compare.tables import csv_text, markdown, markdown_section
-    from fusellm.evaluation.text.results import results_table
-    from fusellm.store.files import write_text
-
-    comparisons = [one.comparison for one in results.suites]
-    if path.suffix == ".json":
-        text = json.dumps(as_object(results), ensure_ascii=False, indent=1) + "\n"
-    elif path.suffix == ".csv":
-        rows = [record.as_dict() for record in results.records]
-        text = csv_text(comparisons, results.published, rows)
-    else:
-        text = markdown(comparisons, results.published)
-        if results.records:
-            notes = [*filter(None, [results.compared_on]), results.verdict]
-            text = f"{markdown_section('lm', results_table(results.records), notes)}\n{text}"
-    write_text(path, text)

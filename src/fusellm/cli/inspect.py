@@ -18,11 +18,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fusellm.cli import draw
-from fusellm.cli.console import STDERR, STDOUT, Terminal, counted, json_text
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.options import Json, RunFolder
 from fusellm.errors import StoreError
 from fusellm.explain.grid import GOES_ON, SEPARATOR, Grid, GridRow, Strip, grid, visible
 from fusellm.recipe_file import open_recipe
+from fusellm.text_table import counted
 
 if TYPE_CHECKING:
     from fusellm.config import Recipe
@@ -88,21 +89,15 @@ def inspect(
 
 
 def _head(run: str, recipe: "Recipe", view: "views.BlockView") -> Table:
-    fusion, kept = recipe.fusion, recipe.externalize
-    over = f"a window of {fusion.window_bytes} bytes to each side"
-    over = over if fusion.granularity == "window" else "the whole block"
-    scheme = f"{kept.draws} draws" if kept.scheme == "sampled" else f"top {kept.k}"
-    paper = ", as the authors" if fusion.compatibility == "paper" else ""
-    said = {
+    from fusellm.explain.block import settings_in_words
+
+    said: dict[str, str | Text] = {
         "block": Text.assemble((str(view.block), "bold"), f" of {view.blocks:,}, from 0"),
-        "run": Text(run),
-        "document": Text(visible(view.document)),
-        "domain": Text(f"{visible(view.domain)}, {view.bytes:,} bytes"),
-        "strategy": Text(f"{fusion.strategy}{paper}{', healed' if fusion.heals else ''}"),
-        "function": Text(f"{fusion.function}, sources compared over {over}"),
-        "kept": Text(f"{scheme} at each position"),
+        "run": run,
+        "document": visible(view.document),
+        "domain": f"{visible(view.domain)}, {view.bytes:,} bytes",
     }
-    return draw.facts(said.items())
+    return draw.facts((said | settings_in_words(recipe)).items())
 
 
 def _sources(view: "views.BlockView") -> Table:
@@ -159,12 +154,12 @@ def _left_out(view: "views.BlockView") -> Iterator[Text]:
 
 def _bands(view: "views.BlockView", width: int) -> Iterator[Text]:
     """The grid of boundaries, in bands as wide as there is room."""
-    rows = [(Text("target", "bold"), _strip(view.target))]
+    rows = [(Text("target", "bold"), view.target.strip)]
     if not view.target.read:
         rows = [(Text("text", "bold"), Strip([view.bytes]))]
     for s, source in enumerate(view.sources):
         if source.tokens.read:
-            rows.append((_label(s, source.name), _strip(source.tokens)))
+            rows.append((_label(s, source.name), source.tokens.strip))
     drawn = grid(view.text, [strip for _, strip in rows])
     labels = [label for label, _ in rows]
     indent = max(*(len(label) for label in labels), len("position")) + 2
@@ -187,11 +182,6 @@ def _bands(view: "views.BlockView", width: int) -> Iterator[Text]:
         for label, row in zip(labels[1:], drawn.rows[1:], strict=True):
             yield line(label, _cells(drawn, row, first, after, ""))
         yield Text()
-
-
-def _strip(tokens: "views.ModelTokens") -> Strip:
-    strip = Strip(tokens.ends)
-    return Strip(tokens.ends, {n: tokens.spelled[n] for n, a, b in strip.tokens() if a == b})
 
 
 def _ruler(view: "views.BlockView", inside: dict[int, int], width: int) -> Text:
@@ -221,7 +211,7 @@ def _marks(view: "views.BlockView", inside: dict[int, int]) -> Iterator[tuple[st
             cuts[column] = draw.SITUATIONS[view.sources[s].situations[n]][:2]
     yield "wins", _placed(wins)
     yield "cut", _placed(cuts)
-    if _is_split(view):
+    if view.is_split:
         for s, source in enumerate(view.sources):
             levels = {
                 column: (_LEVELS[min(int(source.weights[n] * 8), 7)], _style(s))
@@ -229,12 +219,6 @@ def _marks(view: "views.BlockView", inside: dict[int, int]) -> Iterator[tuple[st
                 if source.weights[n] > 0
             }
             yield f"share {_letter(s)}", _placed(levels)
-
-
-def _is_split(view: "views.BlockView") -> bool:
-    """Whether several sources have a share in one distribution."""
-    shares = zip(*(source.weights for source in view.sources), strict=True)
-    return any(sum(weight > 0 for weight in weights) > 1 for weights in shares)
 
 
 def _placed(marks: dict[int, tuple[str, str]]) -> Text:
@@ -260,15 +244,17 @@ def _cells(drawn: Grid, row: GridRow, first: int, after: int, style: str) -> Tex
 
 
 def _legend(view: "views.BlockView") -> Table:
+    from fusellm.alignment.positions import MEANINGS
+
     who = [(f"{_name(s, source.name)}   ", _style(s)) for s, source in enumerate(view.sources)]
     nobody = f"{_NOBODY} no source: the target learns from the text alone"
     numbers = f"a number stands over the token that comes next; {_CHOSEN} is looked at below"
     signs = f"· space   ⏎ line end   → tab   \\x1b bytes and controls   {GOES_ON} goes on"
     cuts = [
-        ("", Text.assemble((f"{look.sign} {name}", look.style), f"  {look.meaning}"))
+        ("", Text.assemble((f"{look.sign} {name}", look.style), f"  {MEANINGS[name]}"))
         for name, look in draw.SITUATIONS.items()
     ]
-    share = [("share", Text("the taller, the larger its weight"))] if _is_split(view) else []
+    share = [("share", Text("the taller, the larger its weight"))] if view.is_split else []
     rows = [("position", Text(numbers)), ("wins", Text.assemble(*who, nobody)), *share]
     return draw.facts([*rows, ("cut", cuts[0][1]), *cuts[1:], ("text", Text(signs))])
 
@@ -313,18 +299,10 @@ def _panel(view: "views.BlockView", at: "views.PositionView", s: int) -> Panel:
 
 def _said(view: "views.BlockView", at: "views.PositionView", s: int) -> RenderableType:
     """What a source says at the chosen position, or why it says nothing."""
-    source, before = view.sources[s], at.before[s]
-    if not source.tokens.read:
-        return Text("could not read this block", "yellow")
+    before = at.before[s]
     if before is not None:
         return Group(_why(view, at, before, s), *_kept_list(view, at, before, s).parts)
-    if source.weights[at.position] > 0:
-        return Text("not aligned: by the authors' rule all mass is on the token just read")
-    if at.read_bytes not in source.tokens.ends[:-1]:
-        return Text("not aligned: no position of it has read exactly this text")
-    if view.recipe["token_healing"] and at.read_bytes > 0:
-        return Text("says only what the target would not cut off here")
-    return Text("not aligned, though it has read this text")
+    return Text(view.silence(at, s), "" if view.sources[s].tokens.read else "yellow")
 
 
 def _why(view: "views.BlockView", at: "views.PositionView", before: "views.Before", s: int) -> Text:
@@ -461,11 +439,9 @@ def outcome_label(tokens: Sequence[str], room: int, true: str | None = None) -> 
     words = [visible(token) for token in ordered]  # their own spaces are shown as ·
     if len(words) <= 1:
         return _fit("".join(words) or "nothing", room)
-    label = ""
-    for n in range(1, len(words) + 1):
-        more = f" … +{len(words) - n:,}" if n < len(words) else ""
-        longer = "{" + " ".join(words[:n]) + more + "}"
-        if label and cell_len(longer) > room:
-            break
-        label = longer
-    return _fit(label, room)
+
+    def first(count: int) -> str:
+        more = f" … +{len(words) - count:,}" if count < len(words) else ""
+        return "{" + " ".join(words[:count]) + more + "}"
+
+    return _fit(draw.longest(first, len(words), room), room)

@@ -35,14 +35,15 @@ Set = Annotated[
 ]
 Redo = Annotated[
     bool,
-    typer.Option("--redo", help="Move stages made from other settings aside and make them anew."),
+    typer.Option("--redo", help="Move what was made from other settings aside; make it anew."),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run code that comes with the models whose recipe says trust_remote_code: true; its "
-        "files are named first. Only if you have read it: it can do whatever you can.",
+        help="Run code that comes with models or tokenizers (of a recipe: with those where it says "
+        "trust_remote_code: true); its files are named first. Only if you have read it: it can do "
+        "whatever you can.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")]

@@ -10,9 +10,9 @@ import typer
 from fusellm.cli import launch, options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import table
-from fusellm.cli.evaluate_screen import as_object, results_of, show
+from fusellm.cli.evaluate_screen import show
 from fusellm.cli.options import NO_CHANGES
-from fusellm.cli.status import show_status
+from fusellm.cli.status import status
 from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def open_pipeline(
         trusted: whether --trust-remote-code is given.
         given: keys of `evaluation:` that the command line has other values for.
     """
-    from fusellm.models.remote_code import trusted_code
+    from fusellm.models.remote_code import require_trusted
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
     from fusellm.reading.engine import LOCAL
@@ -112,9 +112,7 @@ def open_pipeline(
     recipe = open_recipe(place, changes)
     progress = Terminal(STDERR) if launch.speaks() else Silent()
     for model in (recipe.target, *recipe.sources):
-        told = trusted_code(model, trusted)
-        if told is not None:
-            progress.say(told)
+        require_trusted(model, trusted, progress)
     evaluation = changed_evaluation(recipe.evaluation, given) if given else None
     run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
     return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
@@ -139,32 +137,34 @@ def _execute(
     """Run stages, all if None, or go on with them, and show what comes of them."""
     from fusellm.reading.engine import EngineSettings
     from fusellm.store.run_folder import STAGES
+    from fusellm.training import processes
+    from fusellm.training.launch import require_devices, train_on
 
     stages = stages or STAGES
     settings = EngineSettings(engine.value, ray_address, workers, worker_cpus, worker_gpus)
     if stages != ("train",):
         launch.require_one_process(stages[0] if len(stages) == 1 else "run")
-    launch.require_devices(nproc)
+    require_devices(nproc)
     if push_to_hub is not None:
         from fusellm.models.hub import require_access
 
         require_access(push_to_hub)
-    launch.join()
+    processes.join()
     pipeline = open_pipeline(recipe, out, changes, settings, nproc, trusted=trust_remote_code)
-    launch.require_joined()
+    processes.require_joined()
     if nproc > 1:
         if "evaluate" in stages:
             pipeline.prepare_suites()
         pipeline.execute(stages[: stages.index("train")], redo)
         if pipeline.unfinished("train"):
-            launch.train_on(nproc, pipeline.run, trust_remote_code)
+            train_on(nproc, pipeline.run, trust_remote_code)
     pipeline.execute(stages, redo)
     if not launch.speaks():
         return
     if "report" in stages:
         _show_results(pipeline.run, as_json)
     elif as_json:
-        show_status(pipeline.run, as_json=True)
+        status(pipeline.run, as_json=True)
     if push_to_hub is not None:
         _push(pipeline, push_to_hub)
 
@@ -232,9 +232,11 @@ def _push(pipeline: "Pipeline", repo: str) -> None:
 
 def _show_results(run: Path, as_json: bool) -> None:
     """Print a run's results, and where its report and its model are."""
-    results = results_of(run)
+    from fusellm.stages.evaluate import read_results
+
+    results = read_results(run)
     if as_json:
-        print(json_text(as_object(results)))
+        print(json_text(results.as_json()))
         return
     show(results, STDOUT)
     STDOUT.say(f"Report: {run / 'report' / 'index.html'}")

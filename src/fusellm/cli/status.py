@@ -1,7 +1,6 @@
 """`fusellm status` and `fusellm clean`: what a run's folder holds, and what it does not need."""
 
 import shutil
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,11 +13,6 @@ from fusellm.cli.options import Json, RunFolder
 
 def status(run: RunFolder, as_json: Json = False) -> None:
     """Show how far a run is."""
-    show_status(run, as_json)
-
-
-def show_status(run: Path, as_json: bool) -> None:
-    """Print the stages of a run: how far each is, its size and its time."""
     from fusellm.store.run_status import status_of
 
     rows = status_of(run)

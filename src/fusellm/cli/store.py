@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.cells import cell_len
 from rich.table import Column, Table
 from rich.text import Text
 
 from fusellm.cli import draw
-from fusellm.cli.console import STDERR, STDOUT, Terminal, counted
+from fusellm.cli.console import STDERR, STDOUT, Terminal
 from fusellm.cli.options import Json
-from fusellm.errors import FusellmError, StoreError
+from fusellm.errors import StoreError
 from fusellm.explain.grid import visible
+from fusellm.text_table import counted
 
 if TYPE_CHECKING:
     from fusellm.store.facts import StoreFacts
@@ -65,14 +65,8 @@ TokenizerName = Annotated[
         "of ids, where the store's model is not at hand.",
     ),
 ]
-_GROUPS = {
-    "tokens": ("block", "read", "ids", "bytes"),
-    "kept ids": ("kept", "kept_ids"),
-    "probabilities": ("drops", "counts", "tail"),
-    "true next token": ("true_log_prob",),
-}
 _MOST_ASIDE, _MOST_FAULTS = 8, 30
-_READ_CELLS = 60
+_READ_CELLS = 61
 _TRUE = "✓"
 
 
@@ -86,41 +80,25 @@ def info(path: Source, as_json: Json = False) -> None:
 
     Example: `fusellm store info runs/demo/externalize/python`
     """
+    from fusellm.explain.store import described, sizes_by_kind
     from fusellm.store.opened import open_store
 
     store = open_store(path)
-    per_token, fault = _sizes(store)
+    told = store.as_dict()
     if as_json:
-        numbers = [[run.start, run.stop] for run in store.numbers]
-        own = {"path": str(store.path), "numbers": numbers}
-        print(
-            json.dumps(asdict(store.facts) | own | {"bytes_per_token": per_token, "fault": fault})
-        )
+        print(json.dumps(told))
         return
     STDOUT.say(Text(plain(str(store.path)), "bold"))
-    STDOUT.print(draw.facts((name, Text(plain(value))) for name, value in _facts(store).items()))
-    if fault is not None:
-        STDOUT.say(Text(plain(fault), "bold yellow"))
-    if per_token:
+    STDOUT.print(draw.facts((name, plain(value)) for name, value in described(store).items()))
+    if told["fault"] is not None:
+        STDOUT.say(Text(plain(told["fault"]), "bold yellow"))
+    if told["bytes_per_token"]:
         columns = (Column("columns", style="dim"), ">")
         sizes = draw.table("bytes a token, measured on some record batches", *columns)
-        for group, names in _GROUPS.items():
-            there = [name for name in names if name in per_token]
-            sizes.add_row(group, " ".join(there), f"{sum(per_token[n] for n in there):.2f}")
+        for row in sizes_by_kind(told["bytes_per_token"]):
+            sizes.add_row(*row)
         STDOUT.print(sizes)
     _show_aside(store.facts)
-
-
-def _sizes(store: "DistributionStore") -> tuple[dict[str, float], str | None]:
-    """(bytes per token of each column, what hinders reading the store)."""
-    missing = store.missing()
-    if missing:
-        few = f"{len(missing)} of {store.facts.shards} shards are missing or not of their size"
-        return {}, f"{few}; `fusellm store verify {store.path}` names them"
-    try:
-        return store.bytes_per_token(), None
-    except StoreError as error:
-        return {}, str(error)
 
 
 def plain(text: str) -> str:
@@ -130,44 +108,6 @@ def plain(text: str) -> str:
     'a b\\\\x1b[2J'
     """
     return " ".join(visible(part) for part in text.split(" "))
-
-
-def _facts(store: "DistributionStore") -> dict[str, str]:
-    told, inputs = store.facts, store.facts.identity.inputs
-    runs = [f", {run.start:,} to {run.stop - 1:,}" for run in store.numbers]
-    numbers = "".join(runs[:3]) + (", …" if len(runs) > 3 else "")
-    size = f"{told.bytes / 1e6:,.2f} MB in {counted(f'{told.shards:,}', 'shards')}"
-    versions = (f"{name} {told.software.get(name, '?')}" for name in ("fusellm", "transformers"))
-    unfinished = "unfinished; `fusellm externalize` goes on with it"
-    per_position = f"{told.kept / max(told.positions, 1):.2f} tokens"
-    rows = {
-        "source": told.identity.stage.removeprefix("externalize/"),
-        "model": told.model + (f" at {told.revision}" if told.revision else ""),
-        "architecture": told.architecture,
-        "commit": told.commit and told.commit[:12],
-        "weights": f"sha256 {told.weights_sha256[:12]}…",
-        "tokenizer": f"{told.vocabulary:,} tokens, {inputs['tokenizer'][:12]}…",
-        "corpus": f"{inputs['corpus'][:12]}…",
-        "read in": f"{told.dtype}, on {told.device}",
-        "kept": _scheme(told),
-        "state": "finished" if told.complete else unfinished,
-        "blocks": f"{told.blocks:,}{numbers}",
-        "put aside": told.aside and f"{len(told.aside):,} of them, which have no distributions",
-        "tokens": f"{told.tokens:,}",
-        "positions": f"{told.positions:,}",
-        "kept a position": per_position if told.positions else None,
-        "size": f"{size}, {told.bytes / max(told.tokens, 1):.2f} bytes a token",
-        "written by": f"{', '.join(versions)}, in {told.seconds:,.0f} s",
-    }
-    return {name: str(value) for name, value in rows.items() if value}
-
-
-def _scheme(told: "StoreFacts") -> str:
-    if told.scheme == "sampled":
-        return f"{told.draws} draws at each position, with their counts"
-    until = "" if told.mass is None else f", no more than reach {told.mass:g}"
-    step = f"log-probabilities to {told.error_nats:.4f} nat"
-    return f"the {told.k} most probable tokens{until}, and the mass of the rest; {step}"
 
 
 def _show_aside(told: "StoreFacts") -> None:
@@ -254,8 +194,9 @@ def _show_verified(
         )
     for stage in bad:
         if taken_out and taken_out[stage.path]:
-            STDOUT.say(_repaired(stage, len(taken_out[stage.path])))
-    if any(not fault.repairable for stage in bad for fault in stage.faults):
+            told = stage.repaired(len(taken_out[stage.path]))
+            STDOUT.say("\n".join(map(plain, told.splitlines())))
+    if any(len(stage.repairable) < len(stage.faults) for stage in bad):
         STDOUT.say(
             "A manifest cannot be repaired: move its folder away, and the stage makes all of it "
             "anew."
@@ -269,23 +210,9 @@ def _show_faults(stage: "Verified") -> None:
     if len(stage.faults) > _MOST_FAULTS:
         more = len(stage.faults) - _MOST_FAULTS
         STDOUT.say(Text(f"and {more:,} more (--json has all)", "dim"))
-    gone = all(fault.what == "missing" for fault in stage.faults)
-    if gone and len(stage.faults) > 1 and stage.complete and not any(stage.path.glob("*.arrow")):
+    if stage.is_emptied:
         said = f"All shards of {plain(stage.stage)} are gone, as after `fusellm clean --stores`."
         STDOUT.say(Text(said, "yellow"))
-
-
-def _repaired(stage: "Verified", count: int) -> str:
-    command, _, inner = stage.stage.partition("/")
-    run = stage.path.parents[1] if inner else stage.path.parent
-    place = str(run) if (run / "recipe.yaml").exists() else "RECIPE"
-    anew = f"makes {'it' if count == 1 else 'them'} anew, and no others"
-    if command == "train":
-        anew = "trains this model again from the beginning"
-    return (
-        f"{plain(stage.stage)}: {counted(str(count), 'files')} taken out. This {anew}:\n"
-        f"    fusellm {plain(command)} {plain(place)}"
-    )
 
 
 @store_app.command()
@@ -325,10 +252,11 @@ def cat(
     Example: `fusellm store cat runs/demo/externalize/python --block 40`, then with
     `--position 12` for one position in full.
     """
+    from fusellm.models.readers import encoder_of_store
     from fusellm.store.opened import block_as_dict, open_store
 
     store = open_store(path)
-    encoder = _encoder(store, tokenizer, Terminal(STDERR))
+    encoder = encoder_of_store(store.path, store.facts, tokenizer, Terminal(STDERR))
     if as_json:
         for one in store if block is None else [store[block]]:
             print(json.dumps(block_as_dict(one, position, limit, encoder)))
@@ -337,31 +265,6 @@ def cat(
         raise StoreError(f"{path} has no blocks yet; `fusellm externalize` goes on with it")
     chosen = store[store.numbers[0].start if block is None else block]
     _show_block(store, chosen, position, limit or _LISTED_POSITIONS, encoder)
-
-
-def _encoder(store: "DistributionStore", given: str | None, terminal: Terminal) -> "Encoder | None":
-    """The tokenizer that the store was made with, if it is at hand; no code of a model is run.
-
-    Raises:
-        FusellmError: the one that was given is not it, or cannot be loaded.
-    """
-    from fusellm.cli.tokenizers import load_encoder
-    from fusellm.models.readers import tokenizer_of_store
-    from fusellm.store.identity import tokenizer_fingerprint
-
-    if given is None:
-        try:
-            return tokenizer_of_store(store.facts)
-        except FusellmError as error:
-            terminal.say(f"ids are shown, and with --tokenizer NAME tokens: {error}")
-            return None
-    encoder = load_encoder(given, False, terminal, store.facts.vocabulary)
-    if tokenizer_fingerprint(encoder) == store.facts.identity.inputs.get("tokenizer"):
-        return encoder
-    raise StoreError(
-        f"--tokenizer {given} is not the one that {store.path} was made with, so its ids would be "
-        f"shown as other tokens; give that of its model, {store.facts.model!r}"
-    )
 
 
 def _show_block(
@@ -423,30 +326,27 @@ def _positions(block: "StoredBlock", most: int, encoder: "Encoder | None") -> Ta
 def _kept(at: "Distribution", encoder: "Encoder | None") -> draw.Fitted:
     """As many kept tokens with their probabilities as fit one line."""
 
-    def fill(width: int) -> Text:
-        text, order = Text(no_wrap=True), _by_mass(at)
-        for place, n in enumerate(order):
-            token, mass = _word(at.ids[n], encoder), draw.number(float(at.masses[n]))
-            more = len(order) - place
-            room = width - (len(f"+{more}") if more > 1 else 0)
-            if text.cell_len + cell_len(token) + len(mass) + 3 > room and place:
-                return text.append(f"+{more}", "dim")
-            text.append(token, "bold" if at.ids[n] == at.true_id else "")
-            text.append(f" {mass}  ", "dim")
-        return text
+    words = [
+        (_word(at.ids[n], encoder), at.ids[n] == at.true_id, draw.number(float(at.masses[n])))
+        for n in _by_mass(at)
+    ]
 
-    return draw.Fitted(fill, 16)
+    def first(count: int) -> Text:
+        text = Text(no_wrap=True)
+        for word, true, mass in words[:count]:
+            text.append(word, "bold" if true else "").append(f" {mass}  ", "dim")
+        return text.append(f"+{len(words) - count}" if count < len(words) else "", "dim")
+
+    return draw.Fitted(lambda room: draw.longest(first, len(words), room), 16)
 
 
 def _until(words: Sequence[str], glue: str) -> str:
     """The end of what has been read, in whole tokens that fit beside the rest of the line."""
-    shown = ""
-    for word in reversed(words):
-        longer = word + (glue + shown if shown else "")
-        if cell_len(longer) > _READ_CELLS:
-            return "…" + shown
-        shown = longer
-    return shown
+
+    def last(count: int) -> str:
+        return ("…" if count < len(words) else "") + glue.join(words[-count:])
+
+    return draw.longest(last, len(words), _READ_CELLS)
 
 
 def _show_position(

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.cells import cell_len
 from rich.table import Column, Table
 from rich.text import Text
 
 from fusellm.cli import draw
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
-from fusellm.cli.options import Json
-from fusellm.errors import CorpusError
+from fusellm.cli.options import Json, TrustRemoteCode
 
 if TYPE_CHECKING:
     from fusellm.explain.tokenizers import Domain, TokenizerComparison
-    from fusellm.models.tokenizer import Tokenizer
 
 _NO_FILES: list[Path] = []
 
@@ -36,14 +33,7 @@ def tokenizers(
             "Python and C++ of the installed packages.",
         ),
     ] = _NO_FILES,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run code that the two bring along; its files are named first. Only if you have "
-            "read it: it can do whatever you can.",
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Compare two tokenizers: what a target could learn from a source, before any model is loaded.
@@ -53,62 +43,17 @@ def tokenizers(
     source has read the same text and how it cuts what follows, and the classes of tokens that the
     two can tell apart.
     """
-    from fusellm.explain.tokenizers import builtin_texts, compare_tokenizers
+    from fusellm.explain.tokenizers import builtin_texts, compare_tokenizers, texts_of
+    from fusellm.models.readers import load_encoder
 
     terminal = Terminal(STDERR)
     pair = [load_encoder(name, trust_remote_code, terminal) for name in (source, target)]
-    texts = _texts_of(text) if text else builtin_texts(terminal)
+    texts = texts_of(text) if text else builtin_texts(terminal)
     comparison = compare_tokenizers(pair[0], pair[1], texts, progress=terminal)
     if as_json:
         print(json_text(comparison.as_dict(source, target)))
         return
     _show(*_short_names(source, target), comparison)
-
-
-def load_encoder(
-    name: str, trust_remote_code: bool, terminal: Terminal, rows: int | None = None
-) -> "Tokenizer":
-    """A tokenizer by its folder, GGUF file, hub name or zoo/NAME; what is to be said of it is said.
-
-    Args:
-        rows: of the head of its model; if not given, what stands beside the tokenizer says.
-
-    Raises:
-        ModelError: it cannot be loaded, or the model beside it has too few rows for it.
-        TokenizerError: its tokens cannot be told as bytes.
-    """
-    from fusellm.config import ModelSettings
-    from fusellm.models.remote_code import trusted_code
-    from fusellm.models.tokenizer import Tokenizer
-
-    told = trusted_code(ModelSettings(model=name, trust_remote_code=trust_remote_code), True)
-    if told is not None:
-        terminal.say(told)
-    tokenizer = Tokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, rows=rows)
-    if tokenizer.assumed_eos is not None:
-        terminal.say(
-            f"{name} does not say which token ends a text; taken to be {tokenizer.assumed_eos}"
-        )
-    return tokenizer
-
-
-def _texts_of(paths: Sequence[Path]) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {}
-    for path in paths:
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise CorpusError(
-                f"--text {path} cannot be read: {error.strerror}; check the path"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"--text {path} is not UTF-8 (byte {error.start}); convert it first"
-            ) from error
-        if not text:
-            raise CorpusError(f"--text {path} is empty; give a file with text in it")
-        texts[path.stem if path.stem not in texts else str(path)] = [text]
-    return texts
 
 
 def _short_names(source: str, target: str) -> tuple[str, str]:
@@ -192,9 +137,11 @@ def _bar(domain: "Domain") -> draw.Fitted:
 
 
 def _legend() -> Table:
+    from fusellm.alignment.positions import MEANINGS
+
     shown = Table.grid(padding=(0, 2))
     for case, look in draw.SITUATIONS.items():
-        shown.add_row(Text(f"{look.filling} {case}", look.style), Text(look.meaning, "dim"))
+        shown.add_row(Text(f"{look.filling} {case}", look.style), Text(MEANINGS[case], "dim"))
     return shown
 
 
@@ -220,7 +167,9 @@ def _class_shares(comparison: "TokenizerComparison") -> Table:
 def _largest(comparison: "TokenizerComparison") -> Table:
     columns = (Column("all begin with", no_wrap=True), ">tokens of A", ">tokens of B")
     title = "The largest classes: where A leaves B to the text"
-    shown = draw.table(*columns, Column("among them", ratio=1), title=title, expand=True)
+    shown = draw.table(
+        *columns, Column("among them", ratio=1, no_wrap=True), title=title, expand=True
+    )
     for large in comparison.classes.largest:
         counts = (f"{large.source_tokens:,}", f"{large.target_tokens:,}")
         shown.add_row(Text(large.root), *counts, _as_many_as_fit(large.members))
@@ -228,17 +177,10 @@ def _largest(comparison: "TokenizerComparison") -> Table:
 
 
 def _as_many_as_fit(words: Sequence[str]) -> draw.Fitted:
-    def fill(width: int) -> Text:
-        shown, room = [], width - 2
-        for word in words:
-            room -= cell_len(word) + 2
-            if room < 0:
-                shown.append("…")
-                break
-            shown.append(word)
-        return Text("  ".join(shown), "dim")
+    def first(count: int) -> Text:
+        return Text("  ".join([*words[:count], *["…"] * (count < len(words))]), "dim")
 
-    return draw.Fitted(fill, 10)
+    return draw.Fitted(lambda room: draw.longest(first, len(words), room), 10)
 
 
 def _left_out(domain: "Domain") -> Text:

@@ -182,7 +182,7 @@ class EvaluationSettings(SettingsBlock):
     `textgen`, `multiple`, `humaneval`, or tasks of lm_eval by their names (`fusellm[eval]`). The
     keys below are of these suites."""
     data_dir: str | None = None
-    """Folder with their data."""
+    """Folder with the suites' data."""
     allow_download: bool = False
     """Whether data that is not in `data_dir` may be fetched from the Hugging Face hub."""
     tasks: list[str] = Field(default_factory=list)

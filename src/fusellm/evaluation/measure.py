@@ -32,6 +32,7 @@ from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import first_fault
 from fusellm.store.run_folder import INDEX
 from fusellm.store.writer import set_aside
+from fusellm.text_table import counted
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def measure(
             if record is None:
                 if loaded is None:
                     count = len(left) - number
-                    progress.say(f"{model.name}: {count} task{'' if count == 1 else 's'} to run")
+                    progress.say(f"{model.name}: {counted(str(count), 'tasks')} to run")
                     loaded = model.load()
                 record = task.run(loaded, model.facts, progress)
             path = record_path(folder, header.suite, model.name, header.task)

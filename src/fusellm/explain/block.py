@@ -20,6 +20,7 @@ from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
+from fusellm.explain.grid import Strip
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 from fusellm.fusion.fuse import FusionRules, Reading, carry_to, compare, rules_of
 from fusellm.models.readers import Reader
@@ -56,6 +57,12 @@ class ModelTokens:
     ids: tuple[int, ...]
     spelled: tuple[str, ...]
     ends: tuple[int, ...]
+
+    @property
+    def strip(self) -> Strip:
+        """Its row in a grid of boundaries."""
+        strip = Strip(self.ends)
+        return Strip(self.ends, {n: self.spelled[n] for n, a, b in strip.tokens() if a == b})
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,39 @@ class BlockView:
     sources: tuple[SourceView, ...]
     winners: tuple[str | None, ...]
     at: PositionView | None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several sources have a share in one distribution."""
+        shares = zip(*(source.weights for source in self.sources), strict=True)
+        return any(sum(weight > 0 for weight in weights) > 1 for weights in shares)
+
+    def silence(self, at: PositionView, s: int) -> str:
+        """Why source s says nothing at a position."""
+        source = self.sources[s]
+        if not source.tokens.read:
+            return "could not read this block"
+        if source.weights[at.position] > 0:
+            return "not aligned: by the authors' rule all mass is on the token just read"
+        if at.read_bytes not in source.tokens.ends[:-1]:
+            return "not aligned: no position of it has read exactly this text"
+        if self.recipe["token_healing"] and at.read_bytes > 0:
+            return "says only what the target would not cut off here"
+        return "not aligned, though it has read this text"
+
+
+def settings_in_words(recipe: Recipe) -> dict[str, str]:
+    """How a run's distributions were kept and fused."""
+    fusion, kept = recipe.fusion, recipe.externalize
+    over = f"a window of {fusion.window_bytes} bytes to each side"
+    over = over if fusion.granularity == "window" else "the whole block"
+    scheme = f"{kept.draws} draws" if kept.scheme == "sampled" else f"top {kept.k}"
+    paper = ", as the authors" if fusion.compatibility == "paper" else ""
+    return {
+        "strategy": f"{fusion.strategy}{paper}{', healed' if fusion.heals else ''}",
+        "function": f"{fusion.function}, sources compared over {over}",
+        "kept": f"{scheme} at each position",
+    }
 
 
 def inspect_block(

@@ -9,6 +9,7 @@ kept beside them, so that a reader can add domains up.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import Aligner, boundary_aligner
 from fusellm.alignment.translation import VocabularyMap, class_translation, same_tokenizer
 from fusellm.arrays.source_distributions import tokens_of_texts
+from fusellm.errors import CorpusError
 from fusellm.progress import Progress, Silent
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder, as_encoder, require_texts
@@ -248,6 +250,30 @@ def builtin_texts(progress: Progress) -> dict[str, list[str]]:
                 texts[domain].append(begins)
                 room -= len(begins.encode())
                 bar.advance(len(begins.encode()) / 1e3)
+    return texts
+
+
+def texts_of(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """The texts of files, each a domain of one document.
+
+    Raises:
+        CorpusError: one cannot be read, is not UTF-8, or is empty.
+    """
+    texts: dict[str, list[str]] = {}
+    for path in paths:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise CorpusError(
+                f"--text {path} cannot be read: {error.strerror}; check the path"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"--text {path} is not UTF-8 (byte {error.start}); convert it first"
+            ) from error
+        if not text:
+            raise CorpusError(f"--text {path} is empty; give a file with text in it")
+        texts[path.stem if path.stem not in texts else str(path)] = [text]
     return texts
 
 

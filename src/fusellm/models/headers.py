@@ -24,6 +24,7 @@ from fusellm.errors import ModelError
 from fusellm.models.configurations import class_of, stored_quantization
 from fusellm.models.load import Located, lacking, require_packages
 from fusellm.models.weights import INDEX, loaded_files, read_index, require_content
+from fusellm.text_table import few
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 3
@@ -157,8 +158,9 @@ def _of_types(model: str, tensors: Mapping[str, TensorHeader]) -> list[str]:
     if not odd:
         return []
     return [
-        f"{model} stores {_few(odd)} as {tensors[odd[0]].dtype}, and its config.json has no "
-        "quantization_config that says how that is read; take the config.json that belongs to it"
+        f"{model} stores {few(sorted(odd), _SHOWN)} as {tensors[odd[0]].dtype}, and its "
+        "config.json has no quantization_config that says how that is read; take the config.json "
+        "that belongs to it"
     ]
 
 
@@ -214,7 +216,3 @@ def _quiet() -> Iterator[None]:
 
 def _size(shape: Sequence[int]) -> str:
     return " × ".join(f"{n:,}" for n in shape)
-
-
-def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(sorted(names)[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"

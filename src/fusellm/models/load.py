@@ -47,6 +47,7 @@ from fusellm.models.remote_code import not_trusted
 from fusellm.models.tokenizers import put_before, read_tokenizer, require_rows, tokenizer_at
 from fusellm.models.weights import cached_digest, loaded_files, require_content, weight_files
 from fusellm.store.identity import digest
+from fusellm.text_table import few
 
 # transformers puts adapters that it finds on a model, where PEFT is installed; here those that are
 # meant are merged. This is a folder in which it finds none.
@@ -281,10 +282,9 @@ def load_model(
 
 def lacking(model: str, names: Collection[str]) -> str:
     """What is said of a model without some of its weights."""
-    few = f"{', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
     return (
-        f"{model} lacks weights that its configuration asks for ({few}); they would be random. "
-        "Fetch all of its files, or take the config.json that belongs to them"
+        f"{model} lacks weights that its configuration asks for ({few(sorted(names), 3)}); they "
+        "would be random. Fetch all of its files, or take the config.json that belongs to them"
     )
 
 

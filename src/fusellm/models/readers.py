@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusellm.config import ModelSettings, Recipe
-from fusellm.errors import StoreError
+from fusellm.errors import FusellmError, StoreError
 from fusellm.models.gguf import read_header
 from fusellm.models.gguf_tokenizer import CHAT_TEMPLATE
 from fusellm.models.load import Located, load_tokenizer, locate
+from fusellm.models.remote_code import require_trusted
 from fusellm.models.tokenizer import Tokenizer
+from fusellm.progress import Progress
 from fusellm.store.externalized import TARGET
 from fusellm.store.facts import StoreFacts
 from fusellm.store.identity import tokenizer_fingerprint
@@ -82,6 +85,54 @@ def tokenizer_of_store(facts: StoreFacts) -> Tokenizer:
             f"the tokenizer of {facts.model} is not the one that the store was made with"
         )
     return reader.encoder
+
+
+def load_encoder(
+    name: str, trusted: bool, progress: Progress, rows: int | None = None
+) -> Tokenizer:
+    """A tokenizer by its folder, GGUF file, hub name or zoo/NAME; what is to be said of it is said.
+
+    Args:
+        trusted: whether code that it brings along may run.
+        rows: of the head of its model; if not given, what stands beside the tokenizer says.
+
+    Raises:
+        ModelError: it cannot be loaded, or the model beside it has too few rows for it.
+        TokenizerError: its tokens cannot be told as bytes.
+    """
+    require_trusted(ModelSettings(model=name, trust_remote_code=trusted), True, progress)
+    tokenizer = Tokenizer.from_pretrained(name, trust_remote_code=trusted, rows=rows)
+    if tokenizer.assumed_eos is not None:
+        progress.say(
+            f"{name} does not say which token ends a text; taken to be {tokenizer.assumed_eos}"
+        )
+    return tokenizer
+
+
+def encoder_of_store(
+    path: Path, facts: StoreFacts, given: str | None, progress: Progress
+) -> Tokenizer | None:
+    """The tokenizer that a store was made with, if it is at hand; no code of a model is run.
+
+    Args:
+        given: its name; that of the store's model if None.
+
+    Raises:
+        FusellmError: the one that was given is not it, or cannot be loaded.
+    """
+    if given is None:
+        try:
+            return tokenizer_of_store(facts)
+        except FusellmError as error:
+            progress.say(f"ids are shown, and with --tokenizer NAME tokens: {error}")
+            return None
+    encoder = load_encoder(given, False, progress, facts.vocabulary)
+    if tokenizer_fingerprint(encoder) != facts.identity.inputs.get("tokenizer"):
+        raise StoreError(
+            f"--tokenizer {given} is not the one that {path} was made with, so its ids would be "
+            f"shown as other tokens; give that of its model, {facts.model!r}"
+        )
+    return encoder
 
 
 def plain_text_note(readers: Mapping[str, Reader]) -> str | None:

@@ -15,13 +15,14 @@ from fusellm.config import ModelSettings
 from fusellm.errors import ModelError
 from fusellm.models.adapters import adapter_base, holds_adapters
 from fusellm.models.places import HUB_FAULTS, looks_local
+from fusellm.progress import Progress
 from fusellm.store.files import from_json
 
 _SAYING = ("config.json", "tokenizer_config.json")
 
 
-def trusted_code(settings: ModelSettings, trusted: bool) -> str | None:
-    """What to tell whoever lets a model's code run; None where none is to run.
+def require_trusted(settings: ModelSettings, trusted: bool, progress: Progress) -> None:
+    """Check that a model's code is trusted, where any is to run, and say which.
 
     Args:
         trusted: whether who types the command has given --trust-remote-code.
@@ -30,15 +31,14 @@ def trusted_code(settings: ModelSettings, trusted: bool) -> str | None:
         ModelError: the recipe wants the code, and it is not trusted.
     """
     files = code_of(settings) if settings.trust_remote_code else []
-    if not files:
-        return None
     listed = ", ".join(files)
-    if trusted:
-        return f"running code that comes with {_named(settings)}: {listed}"
-    raise ModelError(
-        f"the recipe wants code to run that comes with {_named(settings)}: {listed}. Read it, then "
-        "give --trust-remote-code; or set trust_remote_code: false"
-    )
+    if files and not trusted:
+        raise ModelError(
+            f"the recipe wants code to run that comes with {_named(settings)}: {listed}. Read it, "
+            "then give --trust-remote-code; or set trust_remote_code: false"
+        )
+    if files:
+        progress.say(f"running code that comes with {_named(settings)}: {listed}")
 
 
 def code_of(settings: ModelSettings) -> list[str]:

@@ -9,6 +9,7 @@ import operator
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
+from fusellm.text_table import few
 
 if TYPE_CHECKING:
     from fusellm.tokens.encode import Encoder
@@ -153,6 +155,22 @@ class DistributionStore:
                 sums[column] = sums.get(column, 0) + size
         return {column: size / max(tokens, 1) for column, size in sums.items()}
 
+    def as_dict(self) -> dict[str, Any]:
+        """What `fusellm store info --json` says; `fault` is what hinders reading the store."""
+        sizes: dict[str, float] = {}
+        fault = None
+        if missing := self.missing():
+            few = f"{len(missing)} of {self.facts.shards} shards are missing or not of their size"
+            fault = f"{few}; `fusellm store verify {self.path}` names them"
+        else:
+            try:
+                sizes = self.bytes_per_token()
+            except StoreError as error:
+                fault = str(error)
+        numbers = [[run.start, run.stop] for run in self.numbers]
+        own = {"path": str(self.path), "numbers": numbers, "bytes_per_token": sizes, "fault": fault}
+        return asdict(self.facts) | own
+
     def missing(self) -> list[str]:
         """Shards of the manifest that are not there or not of their size; their content is not
         verified."""
@@ -165,8 +183,7 @@ class DistributionStore:
         return absent
 
     def _no_block(self, number: int) -> str:
-        there = ", ".join(f"{run.start:,} to {run.stop - 1:,}" for run in self.numbers[:4])
-        there += ", …" if len(self.numbers) > 4 else ""
+        there = few([f"{run.start:,} to {run.stop - 1:,}" for run in self.numbers], 4)
         state = "" if self.facts.complete else " so far"
         return f"there is no block {number}: {self.path} has {there or 'none'}{state}"
 

@@ -18,6 +18,7 @@ from fusellm.store.measured import NATS
 from fusellm.store.run_folder import STAGES
 from fusellm.store.tables import Shard, folder_bytes
 from fusellm.store.writer import StageWriter
+from fusellm.text_table import counted
 
 _PIECE_BYTES = 1 << 20
 
@@ -60,6 +61,23 @@ class Verified:
     def repairable(self) -> list[str]:
         """Files that can be taken out of the manifest."""
         return [fault.file for fault in self.faults if fault.repairable]
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether all shards are gone, as after `fusellm clean --stores`."""
+        gone = len(self.faults) > 1 and all(fault.what == "missing" for fault in self.faults)
+        return gone and self.complete and not any(self.path.glob("*.arrow"))
+
+    def repaired(self, count: int) -> str:
+        """What a user is told of `count` files that were taken out: how to make them anew."""
+        command, _, inner = self.stage.partition("/")
+        run = self.path.parents[1] if inner else self.path.parent
+        place = str(run) if (run / "recipe.yaml").exists() else "RECIPE"
+        anew = f"makes {'it' if count == 1 else 'them'} anew, and no others"
+        if command == "train":
+            anew = "trains this model again from the beginning"
+        files = counted(str(count), "files")
+        return f"{self.stage}: {files} taken out. This {anew}:\n    fusellm {command} {place}"
 
 
 def stage_paths(path: Path) -> list[Path]:

@@ -4,14 +4,15 @@ torchrun and accelerate start them, and accelerate joins them when the arguments
 made; those that `--nproc` starts are joined before.
 """
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
 from accelerate.utils import gather_object
 
-from fusellm.errors import FusellmError
+from fusellm.errors import FusellmError, RecipeError
+from fusellm.training.launch import MEETING, launched
 
 Result = TypeVar("Result")
 
@@ -64,9 +65,30 @@ def gathered(items: list[Any]) -> list[Any]:
     return of_all
 
 
-def join(meeting: Path, rank: int, of: int) -> None:
-    """Find the other processes of this machine by a file, where a port would be open to others."""
-    torch.distributed.init_process_group(init_method=f"file://{meeting}", rank=rank, world_size=of)
+def join() -> None:
+    """Find the other processes, where `--nproc` has started this one.
+
+    They meet in a file, where a port would be open to others.
+    """
+    if MEETING in os.environ:
+        torch.distributed.init_process_group(
+            init_method=f"file://{os.environ[MEETING]}",
+            rank=int(os.environ["RANK"]),
+            world_size=launched(),
+        )
+
+
+def require_joined() -> None:
+    """Check that the processes of a launcher have found each other, which accelerate sees to.
+
+    Raises:
+        RecipeError: each would train alone.
+    """
+    if launched() > 1 and count() == 1:
+        raise RecipeError(
+            f"WORLD_SIZE says {launched()} processes, and this one is alone: start them by "
+            "torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
 
 
 def leave() -> None:

@@ -6,6 +6,7 @@ text alike at most positions (`docs/zoo.md` has the shares).
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,11 @@ _SENTENCEPIECE_PIECES = r"▁?\p{L}+|▁?\p{N}|▁?[^\s\p{L}\p{N}▁]+|\n|▁+(?
 _LONGEST_TOKEN_CHARACTERS = 16
 _SENTENCEPIECE_CHARACTERS = 120  # the rest is spelled in bytes
 _END_OF_TEXT = "<|endoftext|>"
+_BYTE_LEVEL: dict[str, Any] = {
+    "special_tokens": [_END_OF_TEXT],
+    "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+    "show_progress": False,
+}
 
 
 def sentencepiece_like_bpe(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -68,11 +74,7 @@ def _with_byte_tokens(tokenizer: Tokenizer, special: int) -> Tokenizer:
 def byte_level_bpe(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """BPE over bytes, as GPT-NeoX's."""
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[_END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=_LONGEST_TOKEN_CHARACTERS,
-        show_progress=False,
+        vocab_size=vocabulary_size, max_token_length=_LONGEST_TOKEN_CHARACTERS, **_BYTE_LEVEL
     )
     return _byte_level(Tokenizer(models.BPE()), _GPT2_PIECES, texts, trainer)
 
@@ -80,11 +82,7 @@ def byte_level_bpe(texts: Iterator[str], vocabulary_size: int) -> PreTrainedToke
 def byte_level_unigram(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """A Unigram model over bytes."""
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[_END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_piece_length=_LONGEST_TOKEN_CHARACTERS,
-        show_progress=False,
+        vocab_size=vocabulary_size, max_piece_length=_LONGEST_TOKEN_CHARACTERS, **_BYTE_LEVEL
     )
     return _byte_level(Tokenizer(models.Unigram()), _SINGLE_DIGIT_PIECES, texts, trainer)
 

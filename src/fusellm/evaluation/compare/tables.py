@@ -11,6 +11,7 @@ from typing import Any
 from fusellm.evaluation.compare.comparison import Comparison, Difference, Line, NotRun
 from fusellm.evaluation.compare.published import MODELS, PUBLISHED, SOURCE
 from fusellm.evaluation.compare.statistics import LEVEL
+from fusellm.text_table import counted
 
 _TITLES = {"target": "target before training", "clm": "CLM baseline"}
 _SHORT = {"clm": "CLM"}
@@ -34,6 +35,20 @@ class Table:
     rows: list[list[str]]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One result: its texts, whether it is the best one, and what a difference means."""
+
+    value: str
+    interval: str = ""
+    best: bool = False
+    words: str = ""
+
+    def __str__(self) -> str:
+        interval = f" ({self.interval})" if self.interval else ""
+        return f"{self.value}{interval}{self.words and f' {self.words}'}{' *' * self.best}"
+
+
 def table(comparison: Comparison) -> Table:
     """Tasks down, models and differences across; `*` at a row's best score."""
     units = {line.unit for line in comparison.lines}
@@ -43,7 +58,7 @@ def table(comparison: Comparison) -> Table:
     return Table(
         [
             _printable(head),
-            *(_printable(title_of_model(model)) for model in comparison.models),
+            *(_printable(title_of(model)) for model in comparison.models),
             *(_printable(title_of(a, b)) for a, b in differences),
             "documents",
         ],
@@ -82,7 +97,7 @@ def published_table(suite: str) -> Table | None:
 def footer(comparison: Comparison) -> list[str]:
     """What a reader needs beside the table: a sentence each, plain text."""
     settings = ", ".join(f"{key} {value}" for key, value in comparison.settings.items())
-    documents = sum(line.n for line in comparison.tasks)
+    documents, tasks = sum(line.n for line in comparison.tasks), len(comparison.tasks)
     cut = {
         model: sum(line.truncated.get(model, 0) for line in comparison.tasks)
         for model in comparison.models
@@ -90,7 +105,7 @@ def footer(comparison: Comparison) -> list[str]:
     cut_words = ", ".join(f"{model} {count:,}" for model, count in cut.items() if count)
     notes = [
         f"Protocol {comparison.protocol[:_DIGEST]}{f': {settings}' if settings else ''}.",
-        f"{_count(documents, 'document')} in {_count(len(comparison.tasks), 'task')}.",
+        f"{counted(f'{documents:,}', 'documents')} in {counted(f'{tasks:,}', 'tasks')}.",
         f"Documents whose prompt was cut to fit the context: {cut_words or 'none'}.",
     ]
     if pairs_of(comparison):
@@ -231,10 +246,14 @@ def number(value: float, digits: int = _DIGITS) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
+def span(low: float | None, high: float | None, digits: int = _DIGITS, joint: str = " to ") -> str:
+    """An interval's ends; empty where there is none."""
+    return "" if low is None or high is None else joint.join(number(v, digits) for v in (low, high))
+
+
 def with_interval(one: Difference, digits: int = _DIGITS) -> str:
     """A difference and, if it has one, its interval."""
-    ends = " to ".join(number(end, digits) for end in one.interval or ())
-    return number(one.value, digits) + (f" ({ends})" if ends else "")
+    return str(Cell(number(one.value, digits), span(one.low, one.high, digits)))
 
 
 def pairs_of(comparison: Comparison) -> list[tuple[str, str]]:
@@ -242,21 +261,14 @@ def pairs_of(comparison: Comparison) -> list[tuple[str, str]]:
     return list(dict.fromkeys(one.pair for ln in comparison.lines for one in ln.differences))
 
 
-def title_of(a: str, b: str) -> str:
-    """A difference as a reader is shown it.
+def title_of(model: str, other: str = "") -> str:
+    """A model's name as a reader is shown it, or that of a difference.
 
-    >>> title_of("fused", "clm")
-    'fused − CLM'
+    >>> title_of("clm"), title_of("fused", "clm")
+    ('CLM baseline', 'fused − CLM')
     """
-    return f"{_SHORT.get(a, a)} − {_SHORT.get(b, b)}"
-
-
-def title_of_model(model: str) -> str:
-    """A model's name as a reader is shown it.
-
-    >>> title_of_model("clm")
-    'CLM baseline'
-    """
+    if other:
+        return f"{_SHORT.get(model, model)} − {_SHORT.get(other, other)}"
     return _TITLES.get(model, model)
 
 
@@ -277,7 +289,7 @@ def _score(line: Line, model: str) -> str:
     if model not in line.scores:
         return "–"
     best = len(set(line.scores.values())) > 1 and line.scores[model] == max(line.scores.values())
-    return f"{number(line.scores[model], _digits(line))}{' *' if best else ''}"
+    return str(Cell(number(line.scores[model], _digits(line)), best=best))
 
 
 def _difference(line: Line, pair: tuple[str, str]) -> str:
@@ -317,10 +329,6 @@ def _not_run(entries: Sequence[NotRun]) -> list[str]:
         f"{', '.join(of)} ({f'{model}: ' if model else ''}{reason})"
         for (model, reason), of in tasks.items()
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _printable(text: str) -> str:

@@ -5,23 +5,14 @@ from dataclasses import dataclass, fields
 
 from fusellm.config import RESERVED_NAMES
 from fusellm.evaluation.compare.statistics import MEAN
-from fusellm.evaluation.compare.tables import IN_WORDS, Table, number, title_of, title_of_model
+from fusellm.evaluation.compare.tables import IN_WORDS, Cell, Table, number, span, title_of
 from fusellm.evaluation.text.intervals import BITS_PER_BYTE, Record
+from fusellm.text_table import counted
 
 COLUMNS = tuple(field.name for field in fields(Record))
 DIFFERENCE = "fused-clm"
 
 _DIGITS, _DIGITS_OF_DIFFERENCES = 3, 4
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One result: its texts, whether it is its column's best, and what a difference means."""
-
-    value: str
-    interval: str = ""
-    best: bool = False
-    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Results:
         """Over how many documents the task's intervals are."""
         counts = sorted({r.n for (_, name), r in self._by_place.items() if name == task})
         numbers = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-        return f"{numbers} document{'' if counts == [1] else 's'}"
+        return counted(numbers, "documents")
 
     def rows(self) -> list[Row]:
         """One row a model, sources first; the difference fused − CLM, if any, is the last."""
@@ -63,7 +54,7 @@ class Results:
             task: min((r.value for m in self.models if (r := self.get(m, task))), default=None)
             for task in self.tasks
         }
-        titles = {model: title_of_model(model) for model in self.models}
+        titles = {model: title_of(model) for model in self.models}
         if self.has_difference:
             titles[DIFFERENCE] = title_of(*DIFFERENCE.split("-"))
         return [
@@ -125,7 +116,7 @@ class Results:
 def results_table(records: Iterable[Record]) -> Table:
     """The records in bits per byte as text: models down, tasks across, `*` at a column's best."""
     results = Results(records)
-    rows = [[row.title, *(_plain(cell) for cell in row.cells)] for row in results.rows()]
+    rows = [[row.title, *(str(cell or "–") for cell in row.cells)] for row in results.rows()]
     return Table(["bits per byte", *results.tasks], rows)
 
 
@@ -143,10 +134,8 @@ def _value(record: Record) -> str:
 
 
 def _interval(record: Record) -> str:
-    if record.low is None or record.high is None:
-        return ""
-    joint = "–" if record.low >= 0 and record.model != DIFFERENCE else " to "
-    return joint.join(number(end, _digits(record)) for end in (record.low, record.high))
+    is_above = record.model != DIFFERENCE and (record.low or 0) >= 0
+    return span(record.low, record.high, _digits(record), "–" if is_above else " to ")
 
 
 def _cell(record: Record | None, least: float | None) -> Cell | None:
@@ -156,11 +145,3 @@ def _cell(record: Record | None, least: float | None) -> Cell | None:
     if record.model == DIFFERENCE:
         words = "no interval" if record.sign is None else IN_WORDS[record.sign]
     return Cell(_value(record), _interval(record), record.value == least, words)
-
-
-def _plain(cell: Cell | None) -> str:
-    if cell is None:
-        return "–"
-    interval = f" ({cell.interval})" if cell.interval else ""
-    words = f" {cell.words}" if cell.words else ""
-    return f"{cell.value}{interval}{words}{' *' if cell.best else ''}"

@@ -11,12 +11,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from fusellm.evaluation.compare.comparison import Comparison, Difference, Line, Pair
-from fusellm.evaluation.compare.tables import number, pairs_of, title_of, with_interval
+from fusellm.evaluation.compare.tables import number, pairs_of, span, title_of, with_interval
 
 SERIES = 8
 """Colours for sources; a ninth source has the first one's colour again."""
-
-SITUATIONS = ("same", "several", "beyond", "crossed", "unaligned")
 
 _WIDTH = 340.0
 _LINES_HEIGHT = 216.0
@@ -200,8 +198,8 @@ def _difference(line: Line, one: Difference, top: float, x: Callable[[float], fl
 
 
 def _told(one: Difference) -> str:
-    ends = " to ".join(map(number, one.interval or ()))
-    return f"95 % interval {ends}" if ends else "no interval"
+    interval = span(one.low, one.high)
+    return f"95 % interval {interval}" if interval else "no interval"
 
 
 def _tick(value: float) -> str:

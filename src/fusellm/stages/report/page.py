@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fusellm.alignment.positions import MEANINGS
 from fusellm.evaluation.compare.published import SOURCE
 from fusellm.evaluation.compare.statistics import MEAN
 from fusellm.evaluation.compare.tables import (
@@ -24,7 +25,6 @@ from fusellm.evaluation.measure import SuiteResults
 from fusellm.evaluation.suites.catalogue import named
 from fusellm.evaluation.text.results import Results
 from fusellm.stages.report.charts import (
-    SITUATIONS,
     StackedBar,
     Trace,
     amount,
@@ -40,15 +40,6 @@ from fusellm.stages.report.reading import Curve, DomainCounts, Log, ReportedRun
 _NO_SOURCE = "no source"
 _EXAMPLE_CHARACTERS = 160
 
-_MEANINGS = {
-    "same": "the true next token is one token in both tokenizers.",
-    "several": "the source spells the target’s next token in several tokens, "
-    "and ends one where the target does.",
-    "beyond": "the source’s next token ends after the target’s.",
-    "crossed": "the source’s next token is shorter, and no later one ends where the target’s does.",
-    "unaligned": "no position of the source has read exactly the same text; "
-    "the source says nothing here.",
-}
 _STYLES = {"fused": ("fused", False), "clm": ("CLM", True)}
 _LOSSES = {"clm_loss": "training, L_CLM", "fusion_loss": "training, L_Fusion"}
 
@@ -114,7 +105,10 @@ def render(run: ReportedRun) -> str:
         wins=_wins_chart(run.domains, colours),
         wins_keys=[Key(s, colour) for s, colour in colours.items()] + [Key(_NO_SOURCE, "none")],
         situations=_situation_panels(run.domains, run.sources),
-        situation_keys=[Key(s, colour_of_situation(s), _MEANINGS[s]) for s in SITUATIONS],
+        situation_keys=[
+            Key(name, colour_of_situation(name), f"{meaning}.".replace("'", "’"))
+            for name, meaning in MEANINGS.items()
+        ],
     )
 
 
@@ -203,7 +197,7 @@ def _wins_chart(domains: Mapping[str, DomainCounts], colours: Mapping[str, str])
 
 
 def _situation_panels(domains: Mapping[str, DomainCounts], sources: Iterable[str]) -> list[Panel]:
-    colours = {situation: colour_of_situation(situation) for situation in SITUATIONS}
+    colours = {situation: colour_of_situation(situation) for situation in MEANINGS}
     panels = []
     for source in sources:
         bars = []
