@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fusellm.models.tokenizer import Tokenizer
+from fusellm.objective.chunked import Head, objective
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -21,6 +23,7 @@ from rivals.projection import (
     projection_matrix,
 )
 from rivals.span import span_loss
+from rivals.trainer import RIVALS, rival_losses
 
 
 def drawn(rows: int, tokens: int, seed: int) -> torch.Tensor:
@@ -67,7 +70,13 @@ def test_pieces_of_several_texts() -> None:
     both = Chunks.joined([one, one], [3, 2], [1, 4])
     assert both.target.tolist() == [[0, 2], [3, 5]]
     assert both.source.tolist() == [[0, 1], [1, 2]]
-    assert both.between(1, 2).target.tolist() == [[0, 2]]
+    assert both[1:2].from_places(3, 1).target.tolist() == [[0, 2]]
+    assert both.windows(5, 3) == [
+        (slice(0, 3), slice(0, 1), slice(0, 1)),
+        (slice(3, 5), slice(1, 2), slice(1, 2)),
+    ]
+    assert both.windows(5, 9) == [(slice(0, 5), slice(0, 2), slice(0, 2))]
+    assert both[0:0].windows(5, 9) == [(slice(0, 5), slice(0, 0), slice(0, 0))]
     values = torch.arange(5.0)[:, None]
     assert sums(values, both.target).tolist() == [[1.0], [7.0]]
 
@@ -242,3 +251,79 @@ def test_span_in_single_precision_has_finite_gradients() -> None:
     span_loss(target, torch.tensor([0.0, -5.0, 0.0, -1e-6])).backward()
     assert target.grad is not None
     assert torch.isfinite(target.grad).all()
+
+
+# in a training
+
+
+@dataclass(frozen=True)
+class World:
+    """A batch of 12 positions of two models with the zoo's tokenizers, in pieces of 1 to 3."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    labels: torch.Tensor
+    source: tuple[torch.Tensor, Head, torch.Tensor]
+    chunks: Chunks
+
+    def losses(self, name: str, lambda_: float) -> tuple[torch.Tensor, ...]:
+        """Loss, and its gradients."""
+        hidden, weight = (x.clone().requires_grad_() for x in (self.hidden, self.head))
+        encoders = Tokenizer.from_pretrained("zoo/prose"), Tokenizer.from_pretrained("zoo/python")
+        rival = RIVALS[name]((*encoders, len(self.source[1].weight), len(weight)))
+        given = self.labels, self.source, self.chunks, rival
+        found = rival_losses(hidden, Head(weight), *given, lambda_)
+        found.total.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return found.total.detach(), hidden.grad, weight.grad
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    chance = torch.Generator().manual_seed(12)
+
+    def drawn_hidden(rows: int) -> torch.Tensor:
+        return torch.randn(rows, 6, generator=chance)
+
+    def ids(count: int) -> torch.Tensor:
+        return torch.randint(0, 8192, (count,), generator=chance)
+
+    target = torch.tensor([[1, 2], [2, 5], [5, 6], [7, 9], [9, 11]])  # 0, 6 and 11 are in none
+    source = torch.tensor([[0, 2], [2, 3], [3, 4], [5, 6], [6, 9]])
+    beside = drawn_hidden(9), Head(drawn_hidden(8192)), ids(9)
+    return World(drawn_hidden(12), drawn_hidden(8192), ids(12), beside, Chunks(target, source))
+
+
+@pytest.mark.parametrize("name", list(RIVALS))
+def test_with_no_weight_a_rival_is_clm(name: str, world: World) -> None:
+    hidden, weight = (x.clone().requires_grad_() for x in (world.hidden, world.head))
+    clm = objective(hidden, Head(weight), world.labels).total
+    clm.backward()
+    found = world.losses(name, lambda_=1.0)
+    for own, theirs in zip(found, (clm.detach(), hidden.grad, weight.grad), strict=True):
+        assert theirs is not None
+        assert torch.allclose(own, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(RIVALS))
+def test_pieces_may_be_read_one_after_another(
+    name: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients as where all are read at once."""
+    whole = world.losses(name, lambda_=0.3)
+    monkeypatch.setattr("rivals.trainer._WINDOW_ELEMENTS", 4 * 2 * 8192)
+    for own, theirs in zip(world.losses(name, lambda_=0.3), whole, strict=True):
+        assert torch.allclose(own, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_the_source_says_nothing_of_has_all_weight(world: World) -> None:
+    """L without a rival's share: Σ CE of tokens in no piece, and λ · Σ CE of the others."""
+    clm = objective(world.hidden, Head(world.head), world.labels).total
+    outside = [0, 6, 11]
+    apart = objective(world.hidden[outside], Head(world.head), world.labels[outside]).total
+    none, half = (world.losses("span", lambda_)[0] for lambda_ in (0.0, 0.5))
+    rival = none - apart
+    assert half.item() == pytest.approx(
+        (apart + 0.5 * (clm - apart) + 0.5 * rival).item(), rel=1e-4
+    )

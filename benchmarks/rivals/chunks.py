@@ -7,6 +7,7 @@ aligned in fusellm's sense. C pieces; P and Q positions of target and source tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,12 +51,36 @@ class Chunks:
             torch.cat([c.source + at for c, at in zip(parts, of_source, strict=True)]),
         )
 
-    def between(self, first: int, end: int) -> "Chunks":
-        """Pieces `first` to `end`, their positions counted from the first of them."""
-        target, source = self.target[first:end], self.source[first:end]
-        if not len(target):
-            return Chunks(target, source)
-        return Chunks(target - target[0, 0], source - source[0, 0])
+    def from_places(self, target: int, source: int) -> "Chunks":
+        """The same, where positions are counted from these on."""
+        return Chunks(self.target - target, self.source - source)
+
+    def windows(self, positions: int, most: int) -> list[tuple[slice, slice, slice]]:
+        """Runs of pieces of no more positions of the target than `most`, if pieces are shorter.
+
+        Args:
+            positions: P; those in no piece belong to the run before or after them.
+
+        Returns:
+            (the run's positions of the target, those of the source, its pieces), a run an entry
+        """
+        begins, ends = self.target[:, 0].tolist(), self.target[:, 1].tolist()
+        cuts, start = [0], 0
+        for n in range(1, len(self)):
+            if ends[n] - start > most:
+                cuts.append(n)
+                start = begins[n]
+        sources = self.source[:, 0].tolist()
+        last = int(self.source[-1, 1]) if len(self) else 0
+        edges = [(c, begins[c] if c else 0, sources[c] if c else 0) for c in cuts]
+        edges.append((len(self), positions, last))
+        return [
+            (slice(t, next_t), slice(s, next_s), slice(c, next_c))
+            for (c, t, s), (next_c, next_t, next_s) in pairwise(edges)
+        ]
+
+    def __getitem__(self, pieces: slice) -> "Chunks":
+        return Chunks(self.target[pieces], self.source[pieces])
 
 
 def chunks_of(target_ends: np.ndarray | None, source_ends: np.ndarray | None) -> Chunks:

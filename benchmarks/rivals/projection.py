@@ -72,7 +72,7 @@ def projection_matrix(
 
 def _longest(firsts: FirstTokens, token: bytes) -> list[int]:
     """Ids of the longest source tokens that spell some bytes, as far as they do."""
-    ids = []
+    ids: list[int] = []
     while token and len(ids) < PIECES:
         id_ = firsts.beginning(token)
         if id_ is None:
@@ -88,8 +88,8 @@ def projected(target_log_probs: torch.Tensor, matrix: torch.Tensor) -> torch.Ten
     Args:
         matrix: Wᵀ, as `projection_matrix` gives it.
     """
-    whole: torch.Tensor = torch.sparse.mm(matrix, target_log_probs.exp().t())
-    return whole.t()
+    whole: torch.Tensor = torch.sparse.mm(matrix, target_log_probs.exp().t().contiguous())
+    return whole.t().contiguous()  # rows whose numbers lie apart would be read slowly
 
 
 def projection_loss(carried: torch.Tensor, source_log_probs: torch.Tensor) -> torch.Tensor:
@@ -104,10 +104,10 @@ def projection_loss(carried: torch.Tensor, source_log_probs: torch.Tensor) -> to
     0.0
     """
     scaled = carried / (carried.sum(-1, keepdim=True) + _EPSILON)
-    apart = source_log_probs - torch.log(scaled + _EPSILON)
-    # Where a source gives 0, its logarithm is no number, and its share of the sum is 0.
-    shares = torch.where(source_log_probs.isneginf(), 0.0, source_log_probs.exp() * apart)
-    return shares.sum(-1).mean()
+    log_q = torch.log(scaled + _EPSILON)
+    mass = source_log_probs.exp()
+    own = torch.where(mass > 0, mass * source_log_probs, 0.0).sum(-1)  # 0 · log 0 is 0 here
+    return (own - (mass * log_q).sum(-1)).mean()
 
 
 def chunk_means(
