@@ -20,7 +20,8 @@ text, have two seeds on 100,000.
 Every training is a folder, DIR/STUDY/ARM-RATE-SEED-…, with figures.json once it is done; what is
 done is never done again, and a training that was interrupted goes on from its last checkpoint.
 Figures are of held-out documents that none of the trainings has read; DIR/STUDY/table.md has them
-with 95 % intervals over documents of the differences from CLM. A token's bits are spread over its
+with 95 % intervals over documents of the differences from CLM and from
+`partition`. A token's bits are spread over its
 bytes, so that the space of ` 201` counts as rest.
 
 `--quick` does both with next to no text, in a temporary folder if no --out is given; `--json`
@@ -67,6 +68,7 @@ _DEMO = _ROOT / "recipes" / "demo-full.yaml"
 _SMALL = _ROOT / "src" / "fusellm" / "recipes" / "small.yaml"
 _RATES = ("1.0e-4", "5.0e-4", "2.0e-3")
 _VALIDATION, _HELD_OUT = "validation", "held_out"
+_COMPARED_WITH = (CLM, "partition")
 _DIGITS = np.frombuffer(b"0123456789", dtype=np.uint8)
 _LEAST_DIGITS = 0.04  # of a block of Python that counts as having many
 _NOT_SCORED_BYTES = 32  # of a block, whose first token not all models predict
@@ -129,7 +131,13 @@ class Study:
         return load_recipe(self.recipe_file, [*self.changes, *changes])
 
     def read(self) -> None:
-        """Cut the corpus and read the source."""
+        """Cut the corpus and read the source; of other settings than before nothing is mixed in."""
+        settings = json.dumps([c.replace(str(self.out.resolve()), "") for c in self.changes])
+        file = self.out / "settings.json"
+        if file.exists() and file.read_text(encoding="utf-8") != settings:
+            sys.exit(f"{self.out} has trainings by other settings ({file}); give another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(file, settings)
         Pipeline(self.recipe(), self.base, terminal()).execute(["corpus", "externalize"])
 
     @property
@@ -434,7 +442,7 @@ def real(out: Path, given: argparse.Namespace) -> dict[str, float]:
 def report(
     study: Study, arms: Mapping[str, Sequence[Unit]], before: Sequence[Unit], name: str = "table"
 ) -> dict[str, float]:
-    """Held-out bits per byte of digits and of the rest by domain, and differences from CLM.
+    """Held-out bits per byte of digits and of the rest by domain, and differences of arms.
 
     An arm's figure is the mean over its seeds. A model that cannot read all of the text is left out
     of the columns by kind.
@@ -442,7 +450,7 @@ def report(
     units = {unit.name: [unit] for unit in before} | dict(arms)
     (held,) = (held for held in study.texts if held.name == _HELD_OUT)
     means = {n: np.mean([u.sums(_HELD_OUT) for u in own], axis=0) for n, own in units.items()}
-    pairs = [(n, CLM) for n in arms if n != CLM and CLM in arms]
+    pairs = [(n, to) for to in _COMPARED_WITH if to in arms for n in arms if n not in (CLM, to)]
     scored = next(iter(means.values()))[..., 1].astype(np.int64)
     trained = {n: array for n, array in means.items() if (array[..., 1] == scored).all()}
     kinds = ("digits", "rest")
@@ -456,7 +464,7 @@ def report(
     write_text(study.out / f"{name}.md", lines)
     figures = {f"{name} {r.model} {r.task}": r.value for r in found if np.isfinite(r.value)}
     for r in found:
-        if r.model.endswith(f"-{CLM}") and r.low is not None and r.high is not None:
+        if r.model not in units and r.low is not None and r.high is not None:
             place = f"{name} {r.model} {r.task}"
             figures |= {f"{place} low": r.low, f"{place} high": r.high}
     for n, own in units.items():
