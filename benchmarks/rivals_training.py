@@ -10,9 +10,11 @@ them, and `clm` is the control. One whose settings this fusellm does not know is
 line. `--only` takes some; `projection-means` and `hybrid-jsd`, which are other readings of two
 papers, are trained only if they are named. `--arm NAME:KEY=VALUE,…` adds one.
 
-`digits` makes a fourth small model (rivals/grouped_digits.py) and continues it, with zoo/python as
-its source, on Python code with many digits and on text of numbers. Each arm over three learning
-rates with seed 0, then the best rate, by the validation text, with three seeds.
+`digits` makes a fourth small model (rivals/grouped_digits.py) and continues it on Python code with
+many digits and on text of numbers. Its source is zoo/python, first taught on more of both (on text
+of numbers zoo/python knows less than any target that has seen some); `--source zoo/python` takes it
+as it is. Each arm over three learning rates with seed 0, then the best rate, by the validation
+text, with three seeds.
 
 `real` screens all arms at one rate on 50,000 tokens; then CLM and the best three, by the validation
 text, have two seeds on 100,000.
@@ -69,11 +71,19 @@ _SMALL = _ROOT / "src" / "fusellm" / "recipes" / "small.yaml"
 _RATES = ("1.0e-4", "5.0e-4", "2.0e-3")
 _VALIDATION, _HELD_OUT = "validation", "held_out"
 _COMPARED_WITH = (CLM, "partition")
+_TAUGHT = "taught"
 _DIGITS = np.frombuffer(b"0123456789", dtype=np.uint8)
 _LEAST_DIGITS = 0.04  # of a block of Python that counts as having many
 _NOT_SCORED_BYTES = 32  # of a block, whose first token not all models predict
-_SEEDS_OF_NUMBERS = {"train": 10, _VALIDATION: 11, _HELD_OUT: 12}
-_TEXT_BYTES = {"train": 400_000, _VALIDATION: 60_000, _HELD_OUT: 120_000}  # of either domain
+_SEEDS_OF_NUMBERS = {"train": 10, _VALIDATION: 11, _HELD_OUT: 12, "source": 13}
+_TEXT_BYTES = {  # of either domain
+    "train": 400_000,
+    _VALIDATION: 60_000,
+    _HELD_OUT: 120_000,
+    "source": 700_000,
+}
+_PARTS = {"source": "zoo"}
+"""Of the built-in corpus, for what is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ ARMS = (
 ONLY_IF_NAMED = ("projection-means", "hybrid-jsd")
 """Other readings of two papers (benchmarks/rivals)."""
 QUICK_ARMS = {
-    "digits": (CLM, "partition", "projection", "hybrid", "span"),
-    "real": (CLM, "projection-means"),
+    "digits": (CLM, "partition", "projection", "span"),
+    "real": (CLM, "hybrid"),
 }
 
 
@@ -302,7 +312,7 @@ def write_digit_texts(folder: Path, quick: bool) -> None:
         return
     share = 0.02 if quick else 1.0
     most = {part: int(size * share) for part, size in _TEXT_BYTES.items()}
-    python = {part: digit_rich((part,), most[part], quick) for part in most}
+    python = {part: digit_rich((_PARTS.get(part, part),), most[part], quick) for part in most}
     if not quick:
         read_before = [*python["train"], *documents(("zoo",), ("python",))]
         for part in (_VALIDATION, _HELD_OUT):
@@ -335,20 +345,47 @@ def held_in(folder: Path) -> Sequence[Held]:
     ]
 
 
+def documents_of(texts: Path, part: str) -> str:
+    """The change of a recipe that has a part of `write_digit_texts` as its corpus."""
+    entries = ",".join(
+        f"{{files: '{texts.resolve()}/{part}-{domain}.jsonl', domain: {domain}}}"
+        for domain in ("python", "numbers")
+    )
+    return f"corpus.documents=[{entries}]"
+
+
+def taught_source(run: Path, texts: Path, quick: bool) -> Path:
+    """Folder of zoo/python, continued on text like that of the study."""
+    changes = [
+        "target.model=zoo/python",
+        "sources=[{name: unread, model: zoo/prose}]",
+        documents_of(texts, "source"),
+        f"corpus.train_bytes={4000 if quick else 2 * _TEXT_BYTES['source']}",
+        "corpus.validation_bytes=10000",
+        "corpus.held_out_bytes=5000",
+        "training.clm={}",
+        "training.num_train_epochs=1",
+        "training.learning_rate=1.0e-3",
+        "training.validations=1",
+    ]
+    recipe = load_recipe(_DEMO, changes)
+    Pipeline(recipe, run, terminal()).execute(["corpus", "externalize/target", f"train/{CLM}"])
+    return trained_folder(run, CLM)
+
+
 def digits(out: Path, given: argparse.Namespace) -> dict[str, float]:
     """Arms by rate, then by seed, on numbers."""
     quick = given.quick
     model, texts = out / "model", out / "text"
     make(model, quick, terminal())
     write_digit_texts(texts, quick)
-    entries = ",".join(
-        f"{{files: '{texts.resolve()}/train-{domain}.jsonl', domain: {domain}}}"
-        for domain in ("python", "numbers")
-    )
+    source = given.source
+    if source == _TAUGHT:
+        source = str(taught_source(out / "source-run", texts, quick).resolve())
     changes = [
         f"target.model={model.resolve()}",
-        "sources=[{name: python, model: zoo/python}]",
-        f"corpus.documents=[{entries}]",
+        f"sources=[{{name: python, model: '{source}'}}]",
+        documents_of(texts, "train"),
         f"corpus.train_bytes={4000 if quick else 2 * _TEXT_BYTES['train']}",
         "corpus.validation_bytes=10000",  # what chooses is measured apart, in `text`
         "corpus.held_out_bytes=5000",
@@ -519,6 +556,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these arms")
     parser.add_argument("--rates", nargs="+", help="of digits; of real the first alone")
     parser.add_argument("--seeds", type=int, default=3, help="of digits")
+    parser.add_argument("--source", default=_TAUGHT, help="of digits: a model (default: taught)")
     parser.add_argument("--seeds-of-real", type=int, default=2)
     parser.add_argument("--screen", type=float, default=50_000, help="tokens, of real")
     parser.add_argument("--tokens", type=float, default=100_000, help="of the last of real")

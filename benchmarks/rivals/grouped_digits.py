@@ -28,7 +28,7 @@ SPECIALIST = Specialist(
 NUMBERS_SEED = 1
 """Of the numbers that it has seen; others are trained and measured on."""
 _END_OF_TEXT = "<|endoftext|>"
-_OF_NUMBERS, _OF_TOKENIZER_TEXT = 0.1, 4_000_000
+_OF_NUMBERS, _OF_TOKENIZER_TEXT = 0.01, 4_000_000  # the more it has seen, the less it can learn
 _GROUP_REPEATS = 60
 
 
