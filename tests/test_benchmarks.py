@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NO_SCRIPTS = {"figures"}
+NO_SCRIPTS = {"figures", "number_text"}
 ELSEWHERE = {
     "real": "trains real language models: tests/test_real.py",
     "boundaries": "needs a run of real models",
