@@ -568,9 +568,9 @@ def test_a_repaired_run_is_made_anew_where_it_was_damaged(world: Path, tmp_path:
     assert len(untouched) == len(before) - 4
     Pipeline(recipe, run, Silent()).execute(stages)
     anew = {path for path in run.rglob("*.arrow") if untouched.get(path) != path.stat().st_mtime_ns}
-    members = {path for path in anew if path.name.startswith("members-")}
+    sets = {path for path in anew if path.name.startswith("outcomes-")}
     corpus = {path for path in anew if path.parent.name == "corpus"}  # it is begun anew as a whole
-    assert len(anew - members - corpus) == 3
+    assert len(anew - sets - corpus) == 3
     assert {path: path.read_bytes() for path in run.rglob("*.arrow")} == before
     assert {path: told(path) for path in run.rglob(MANIFEST)} == manifests
 
