@@ -633,6 +633,44 @@ def test_ties_are_counted() -> None:
     assert together["ties"].tolist() == [1]
 
 
+@given(fused_worlds(), st.data())
+def test_a_referee_keeps_those_silent_that_know_no_more(world: World, data: st.DataObject) -> None:
+    """The others are fused as if a source that costs as much as a referee were not aligned."""
+    sources = len(world.sources)
+    chosen = data.draw(st.sets(st.integers(0, sources - 1), max_size=sources - 1))
+    fused, together, each = replace(
+        world, rules=replace(world.rules, referees=tuple(sorted(chosen)))
+    ).fuse()
+    plain = seen_by_the_function(world)
+    cost, aligned = plain.cross_entropy, plain.aligned
+    expected = np.zeros_like(aligned)
+    for n in range(aligned.shape[1]):
+        bar = min([cost[s, n] for s in chosen if aligned[s, n]], default=np.inf)
+        for s in set(range(sources)) - chosen:
+            expected[s, n] = aligned[s, n] and cost[s, n] < bar
+    weights = world.rules.function(replace(plain, aligned=expected))
+    taught = parts_of(fused)
+    for n, parts in enumerate(taught):
+        assert [part[0] for part in parts] == np.flatnonzero(weights[:, n] > 0).tolist()
+    heard, teachers = expected.any(axis=0), np.delete(aligned, sorted(chosen), axis=0).any(axis=0)
+    ruled = sum(each[s]["wins"].sum() for s in chosen)
+    assert ruled == (teachers & ~heard).sum()
+    nobody = world.target.tokens.asked & ~teachers
+    assert together["without_source"].sum() == nobody.sum()
+
+
+def seen_by_the_function(world: World) -> Compared:
+    """What the fusion function of a world is given."""
+    seen: list[Compared] = []
+
+    def remember(compared: Compared) -> np.ndarray:
+        seen.append(compared)
+        return world.rules.function(compared)
+
+    replace(world, rules=replace(world.rules, function=remember)).fuse()
+    return seen[0]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_without_a_source_that_reads_the_block_nothing_is_fused(count: int) -> None:
     target, unread = Blocks([np.array([0, 2, 3])]), Blocks([NONE])

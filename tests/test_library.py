@@ -30,7 +30,14 @@ from transformers import (
 import fusellm
 import loss_of_two
 from conftest import code, prose
-from fusellm.errors import ArgumentError, ModelError, NumericsError, StoreError, TokenizerError
+from fusellm.errors import (
+    ArgumentError,
+    FusellmError,
+    ModelError,
+    NumericsError,
+    StoreError,
+    TokenizerError,
+)
 from fusellm.fusion.functions import Compared, mince
 from fusellm.models.load import load_model, locate
 from fusellm.objective.chunked import Head
@@ -740,3 +747,36 @@ def test_a_run_says_what_it_does_not_know(world: Path, tmp_path: Path) -> None:
         fusellm.evaluate("zoo/prose", ["smoke"])
     with pytest.raises(ArgumentError, match="device 'auto' is none of torch"):
         fusellm.load_pretrained(world / "llama", device="auto")
+
+
+def test_a_referee_of_a_recipe_and_in_memory(world: Path, tmp_path: Path) -> None:
+    """The target as a referee is read and compared, and teaches nothing; what was read stays."""
+    changes = ["sources.1.referee=true"]
+    recipe = resolve_paths(fusellm.load_recipe(world / "recipe.yaml"), world)
+    plain = fusellm.Run(recipe, tmp_path / "run")
+    plain.execute("corpus", "externalize", "fuse")
+    read = (tmp_path / "run" / "externalize" / "second" / "manifest.json").stat().st_mtime_ns
+    refereed = resolve_paths(fusellm.load_recipe(world / "recipe.yaml", changes), world)
+    run = fusellm.Run(refereed, tmp_path / "run")
+    run.execute("corpus", "externalize", "fuse", redo=True)
+    path = tmp_path / "run" / "externalize" / "second" / "manifest.json"
+    assert path.stat().st_mtime_ns == read
+    rows = [row[0] for row in fusellm.FusedDataset(run)]
+    parts = np.concatenate([row["source"] for row in rows])
+    assert set(parts.tolist()) == {0}
+    assert sum(int((row["parts"] == 0).sum()) for row in rows) > 0
+
+
+def test_referees_that_make_no_sense_are_refused(world: Path) -> None:
+    every = ["sources.0.referee=true", "sources.1.referee=true"]
+    with pytest.raises(FusellmError, match="all are referees; at least one has to teach"):
+        fusellm.load_recipe(world / "recipe.yaml", every)
+    papers = ["sources.0.referee=true", "fusion.strategy=em", "fusion.compatibility=paper"]
+    with pytest.raises(FusellmError, match="paper has no referees"):
+        fusellm.load_recipe(world / "recipe.yaml", papers)
+    target = fusellm.Tokenizer.from_pretrained(str(world / "llama"))
+    model, tokenizer = fusellm.load_pretrained(str(world / "neox"))
+    read = {"only": fusellm.read_distributions(model, tokenizer, ["a text"], 4)}
+    for referees, why in ((["other"], "'other' is no source; known: only"), (["only"], "all")):
+        with pytest.raises(ArgumentError, match=why):
+            fusellm.fuse(["a text"], target, read, referees=referees)

@@ -71,6 +71,10 @@ class SourceSettings(ModelSettings):
 
     name: Name
     """Its name in folders and tables."""
+    referee: bool = False
+    """Compare it with the others, and never teach it: a source that costs as much as a referee
+    around a position is not heard there. The target itself as a referee keeps sources silent where
+    it knows better (docs/method.md)."""
 
 
 def model_block(given: Any) -> Any:
@@ -272,6 +276,12 @@ class Recipe(SettingsBlock):
             if name in RESERVED_NAMES:
                 reserved = ", ".join(RESERVED_NAMES)
                 raise ValueError(f"sources: {name!r} is a result's name; choose none of {reserved}")
+        if all(source.referee for source in self.sources):
+            raise ValueError("sources: all are referees; at least one has to teach")
+        if self.fusion.compatibility == "paper" and any(s.referee for s in self.sources):
+            raise ValueError(
+                "fusion.compatibility: paper has no referees; leave referee: true out of sources"
+            )
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
         lora = self.training.lora

@@ -333,7 +333,8 @@ def _view(
     gathered: _Gathered,
 ) -> BlockView:
     fusion, size = recipe.fusion, len(block.text.encode())
-    rules, target = rules_of(fusion), gathered.model_tokens(TARGET)
+    referees = [source.referee for source in recipe.sources]
+    rules, target = rules_of(fusion, referees), gathered.model_tokens(TARGET)
     sources = _sources(gathered, rules, size)
     winners = _winners(sources, len(gathered.fused.parts))
     at, chosen = None, _instructive(gathered, sources, winners) if position is None else position

@@ -6,7 +6,7 @@ distribution at one position: R parts, M outcomes in all.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,6 +81,7 @@ class FusionRules:
         beta: sharpness of `avgce`.
         as_authors: the authors' rules for collisions (the first id keeps its place, the others
             are dropped) and for positions that are not aligned (all mass on the token just read).
+        referees: places of the sources that are compared and never taught.
     """
 
     function: Callable[[Compared], np.ndarray]
@@ -88,16 +89,22 @@ class FusionRules:
     per_token: bool = False
     beta: float = 1.0
     as_authors: bool = False
+    referees: tuple[int, ...] = ()
 
 
-def rules_of(settings: FusionSettings) -> FusionRules:
-    """How distributions become one, by a recipe's settings."""
+def rules_of(settings: FusionSettings, referees: Sequence[bool] = ()) -> FusionRules:
+    """How distributions become one, by a recipe's settings.
+
+    Args:
+        referees: of each source, whether it is one.
+    """
     return FusionRules(
         FUNCTIONS[settings.function],
         settings.window_bytes if settings.granularity == "window" else None,
         settings.cross_entropy == "nats_per_token",
         settings.beta,
         settings.compatibility == "paper",
+        tuple(n for n, is_one in enumerate(referees) if is_one),
     )
 
 
@@ -107,8 +114,8 @@ Counts = dict[str, np.ndarray]
 Of each source: `read` (1 for a block that it read), positions per situation by its name,
 `aligned`, `first_positions` left out, `mass_kept` and `mass_carried` over aligned positions, `met`
 entries that met another in an outcome, `nats` against the text, the `scored_bytes` these are over,
-and `wins`, its weights. Of all sources together: `blocks`, `positions`, `without_source` and
-`ties`.
+and `wins`, its weights, or of a referee the positions that it kept all others from. Of all sources
+together: `blocks`, `positions`, `without_source` and `ties`.
 """
 
 
@@ -133,13 +140,36 @@ def fuse_blocks(
     if rules.as_authors:
         aligned = read[:, block]
     compared = compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
-    weights = rules.function(compared)
+    heard = replace(compared, aligned=_heard(compared, rules.referees))
+    weights = rules.function(heard)
     fused = _gather(target, sources, rules, weights, block)
+    wins = weights + _ruled(compared, heard.aligned, rules.referees)
     each = [
-        _counts_of(source, read[s], by_byte[s], weights[s], byte_offsets, block, target.asked)
+        _counts_of(source, read[s], by_byte[s], wins[s], byte_offsets, block, target.asked)
         for s, source in enumerate(sources)
     ]
-    return fused, _counts_of_all(target, compared, block), each
+    return fused, _counts_of_all(target, heard, wins, block), each
+
+
+def _heard(compared: Compared, referees: Sequence[int]) -> np.ndarray:
+    """[S, N] bool: the sources that are aligned and cost less than every referee that is."""
+    if not referees:
+        return compared.aligned
+    cost = np.where(compared.aligned, compared.cross_entropy, np.inf)
+    heard = cost < cost[list(referees)].min(axis=0)
+    heard[list(referees)] = False
+    return np.asarray(heard)
+
+
+def _ruled(compared: Compared, heard: np.ndarray, referees: Sequence[int]) -> np.ndarray:
+    """[S, N] one where a referee of least cost keeps all sources from being heard, else 0."""
+    ruled = np.zeros(heard.shape)
+    if referees:
+        cost = np.where(compared.aligned, compared.cross_entropy, np.inf)
+        would_teach = np.delete(compared.aligned, list(referees), axis=0).any(axis=0)
+        at = np.flatnonzero(would_teach & ~heard.any(axis=0))
+        ruled[np.array(referees)[cost[list(referees)][:, at].argmin(axis=0)], at] = 1.0
+    return ruled
 
 
 def compare(
@@ -259,12 +289,14 @@ def _counts_of(
     return counts | {"read": read.astype(np.float64)}
 
 
-def _counts_of_all(target: Tokens, compared: Compared, block: np.ndarray) -> Counts:
+def _counts_of_all(
+    target: Tokens, compared: Compared, wins: np.ndarray, block: np.ndarray
+) -> Counts:
     blocks = len(target.offsets) - 1
     cost = np.where(compared.aligned, compared.cross_entropy, np.inf)
     least = cost.min(axis=0, initial=np.inf)
     tied = ((cost == least) & compared.aligned).sum(axis=0) > 1
-    alone = target.asked & ~compared.aligned.any(axis=0)
+    alone = target.asked & ~(compared.aligned.any(axis=0) | (wins > 0).any(axis=0))
     return {
         "blocks": np.ones(blocks),
         "positions": np.bincount(block, weights=target.asked, minlength=blocks),

@@ -1,6 +1,6 @@
 """Several sources' distributions over texts become one, in memory: no recipe, no folder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -142,6 +142,7 @@ def fuse(
     token_healing: bool | None = None,
     refine: str | None = None,
     compatibility: str = "none",
+    referees: Collection[str] = (),
     progress: Progress | None = None,
 ) -> FusedDistributions:
     """Translate several sources' distributions into the target's tokens, and fuse them.
@@ -156,6 +157,8 @@ def fuse(
             0 for the others.
         strategy, granularity, window_bytes, cross_entropy, beta, token_healing, refine,
             compatibility: as in a recipe's `fusion:` block (docs/method.md).
+        referees: names of sources that are compared and never taught: where a source costs as much
+            as one of them, it is not heard.
         progress: is shown how far vocabulary maps are.
 
     Raises:
@@ -198,7 +201,7 @@ def fuse(
         pairing = pair(read.encoder, encoder, map_, settings)
         sets.append(pairing.sets)
         readings.append(pairing.reading(tokens, read.tokens, read.kept))
-    rules = rules_of(settings)
+    rules = rules_of(settings, _are_referees(sources, referees, settings))
     if not isinstance(function, str):
         rules = replace(rules, function=_checked(function, list(sources)))
     byte_offsets = offsets_of(np.array([len(text.encode()) for text in texts], dtype=np.int64))
@@ -207,6 +210,24 @@ def fuse(
     return FusedDistributions(
         tuple(texts), encoder, tuple(encoded), tuple(sources), fused, tuple(sets), counts
     )
+
+
+def _are_referees(
+    sources: Mapping[str, SourceDistributions], referees: Collection[str], settings: FusionSettings
+) -> list[bool]:
+    """Of each source whether it is a referee.
+
+    Raises:
+        ArgumentError: one is no source, or none is left to teach.
+    """
+    unknown = sorted(set(referees) - set(sources))
+    if unknown:
+        raise ArgumentError(f"referee {unknown[0]!r} is no source; known: {', '.join(sources)}")
+    if referees and len(set(referees)) == len(sources):
+        raise ArgumentError("all sources are referees; at least one has to teach")
+    if referees and settings.compatibility == "paper":
+        raise ArgumentError("compatibility='paper' has no referees; leave them out")
+    return [name in referees for name in sources]
 
 
 def _require_same_texts(

@@ -57,7 +57,9 @@ class FuseStage(FilledStage):
         }
         order = [source.name for source in recipe.sources]
         inputs = {n: self.context.fingerprint(n) for n in self.after if n != "corpus"}
-        return Identity("fuse", {"fusion": fusion, "sources": order}, inputs)
+        referees = [source.name for source in recipe.sources if source.referee]
+        settings = {"fusion": fusion, "sources": order, "referees": referees}
+        return Identity("fuse", settings, inputs)
 
     def fill(self, folder: StageWriter) -> None:
         """Fuse the shards that are missing."""
@@ -87,7 +89,7 @@ class FuseStage(FilledStage):
                         {s: Shard(source, name, layouts[s]) for s, source in sources.items()},
                         pairings,
                         prefixes,
-                        rules_of(recipe.fusion),
+                        rules_of(recipe.fusion, [source.referee for source in recipe.sources]),
                         schema,
                     )
                 bar.advance()
