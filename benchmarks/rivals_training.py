@@ -101,7 +101,8 @@ class Arm:
 
 ARMS = (
     Arm(CLM),
-    *(Arm(name, (f"fusion.strategy={name}",)) for name in ("partition", "bytes", "em", "mined")),
+    Arm("partition", ("fusion.strategy=partition", "fusion.refine=none")),
+    *(Arm(name, (f"fusion.strategy={name}",)) for name in ("bytes", "em", "mined")),
     Arm("path", ("fusion.strategy=partition", "fusion.refine=path")),
     Arm("bpm", ("fusion.strategy=bpm",)),
     *(Arm(name) for name in RIVALS),
