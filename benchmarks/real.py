@@ -4,10 +4,10 @@
 
     suspects   one thing changed at a time, on little text: validation part
     search     rates of CLM and of fused, searched alike: validation part
-    result     CLM and fused by seed, from all sources or one, with and without token healing and
-               the target as a source: text of the installed packages that was held out, and text
-               of `--recent DIR` (benchmarks/recent_text.py), with intervals over documents, paired;
-               `--arm NAME-seedN` trains and measures these alone
+    result     CLM and fused by seed, from all sources or one, with and without token healing, and
+               with the target as a referee or as a source: text of the installed packages that
+               was held out, and text of `--recent DIR` (benchmarks/recent_text.py), with
+               intervals over documents, paired; `--arm NAME-seedN` trains and measures these alone
     stages     the recipe itself: seconds, tokens a second and peak memory of each stage and model
 
 All but `stages` read the distributions once (DIR/base) and train many times; what is finished is
@@ -15,6 +15,7 @@ kept, and an interrupted study goes on from its last checkpoint. Figures go to D
 line a training. The recipe is recipes/small.yaml; its models come from the hub, or from folders:
 
     --set target.model=M/smollm2 --set sources.0.model=M/qwen-coder --set sources.1.model=M/gemma3
+    --set sources.2.model=M/smollm2
 
 `--device cpu` hides the GPUs. `--quick` does it with the zoo's models and next to no text.
 """
@@ -51,7 +52,10 @@ from fusellm.tokens.encode import Encoder
 from fusion_gain import QUICK, validation, variant
 
 _SMALL = Path(__file__).parent.parent / "src" / "fusellm" / "recipes" / "small.yaml"
-_ZOO = ["target.model=zoo/prose", "sources.0.model=zoo/python", "sources.1.model=zoo/cpp"]
+_ZOO = [
+    "target.model=zoo/prose",
+    *(f"sources.{n}.model=zoo/{name}" for n, name in enumerate(("python", "cpp", "prose"))),
+]
 _LITTLE = [  # some 100,000 tokens
     "training.max_steps=75",
     "training.per_device_train_batch_size=2",
@@ -60,7 +64,7 @@ _LITTLE = [  # some 100,000 tokens
 _RATES = ("2.5e-5", "5e-5", "1e-4", "2e-4")
 _RECENT_BYTES, _BEGINNING_BYTES = 150_000, 4096
 SELF = "itself"
-"""Name of the target where it is one of its own sources."""
+"""Name of the target where it is one of its own sources, or their referee."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,14 @@ class Arm:
         changes: of the recipe.
         sources: names of those that it is fused from; all if empty.
         seed: of the training.
+        refereed: whether the target is their referee.
     """
 
     which: str
     changes: Sequence[str] = ()
     sources: Sequence[str] = ()
     seed: int = 0
+    refereed: bool = False
 
 
 @dataclass
@@ -91,13 +97,15 @@ class Study:
 
     def __post_init__(self) -> None:
         self.base = self.out / "base"
-        self.all = [source.name for source in load_recipe(self.file, self.changes).sources]
+        sources = load_recipe(self.file, self.changes).sources
+        self.all = [source.name for source in sources if source.name != SELF]
 
     def recipe(self, changes: Sequence[str] = ()) -> Recipe:
         """With the target as one more source, whose distributions any arm may use."""
         own = load_recipe(self.file, [*self.changes, *changes])
         raw = own.model_dump(by_alias=True)
-        raw["sources"].append(raw["target"] | {"name": SELF})
+        others = [source for source in raw["sources"] if source["name"] != SELF]
+        raw["sources"] = [*others, raw["target"] | {"name": SELF}]
         return Recipe.model_validate(raw)
 
     def read(self) -> None:
@@ -108,10 +116,13 @@ class Study:
         """Train an arm, or go on with it; the run's folder."""
         changes = [*arm.changes, f"training.seed={arm.seed}", "training.clm={}"]
         recipe = self.recipe(changes)
-        wanted = arm.sources or self.all
-        recipe = recipe.model_copy(
-            update={"sources": [s for s in recipe.sources if s.name in wanted]}
-        )
+        wanted = {*(arm.sources or self.all), *((SELF,) if arm.refereed else ())}
+        sources = [
+            s.model_copy(update={"referee": arm.refereed and s.name == SELF})
+            for s in recipe.sources
+            if s.name in wanted
+        ]
+        recipe = recipe.model_copy(update={"sources": sources})
         began = time.perf_counter()
         run = self.out / name
         stages = [f"train/{CLM}"] if arm.which == CLM else ["fuse", f"train/{FUSED}"]
@@ -252,7 +263,8 @@ def result(study: Study, arms: Mapping[str, Arm], recent: Path | None) -> dict[s
     An arm is compared with the CLM of its own seed.
     """
     recipe = study.recipe()
-    models = {s.name: ModelSettings(**s.model_dump(exclude={"name"})) for s in recipe.sources}
+    own = {"name", "referee"}
+    models = {s.name: ModelSettings(**s.model_dump(exclude=own)) for s in recipe.sources}
     for name, arm in arms.items():
         folder = study.train(name, arm) / "train" / arm.which
         models[name] = recipe.target.model_copy(update={"model": str(folder), "revision": None})
@@ -295,21 +307,23 @@ def table(found: Sequence[Record]) -> str:
 def result_arms(changes: Mapping[str, Sequence[str]], names: Sequence[str], seeds: int) -> Any:
     """CLM, fused, and fused otherwise, by seed.
 
-    Otherwise is: without token healing, from one source alone, with and without healing, and with
-    the target as a source.
+    Otherwise is: without token healing, with the target as a referee, from one source alone, and
+    with the target as a source.
     """
     as_read = ("fusion.token_healing=false",)
-    kinds: list[tuple[str, str, Sequence[str], Sequence[str]]] = [
-        (CLM, CLM, (), ()),
-        (FUSED, FUSED, (), ()),
-        (f"{FUSED}-as-read", FUSED, as_read, ()),
-        *((f"{FUSED}-{name}", FUSED, (), (name,)) for name in names),
-        *((f"{FUSED}-{name}-as-read", FUSED, as_read, (name,)) for name in names),
-        (f"{FUSED}-{SELF}", FUSED, (), (*names, SELF)),
+    kinds: list[tuple[str, str, Sequence[str], Sequence[str], bool]] = [
+        (CLM, CLM, (), (), False),
+        (FUSED, FUSED, (), (), False),
+        (f"{FUSED}-as-read", FUSED, as_read, (), False),
+        (f"{FUSED}-refereed", FUSED, (), (), True),
+        *((f"{FUSED}-{name}", FUSED, (), (name,), False) for name in names),
+        *((f"{FUSED}-{name}-as-read", FUSED, as_read, (name,), False) for name in names),
+        *((f"{FUSED}-{name}-refereed", FUSED, (), (name,), True) for name in names),
+        (f"{FUSED}-{SELF}", FUSED, (), (*names, SELF), False),
     ]
     return {
-        f"{name}-seed{seed}": Arm(which, [*changes[which], *more], sources, seed)
-        for name, which, more, sources in kinds
+        f"{name}-seed{seed}": Arm(which, [*changes[which], *more], sources, seed, refereed)
+        for name, which, more, sources, refereed in kinds
         for seed in range(seeds)
     }
 
@@ -402,6 +416,8 @@ def studied(study: Study, given: argparse.Namespace) -> dict[str, float]:
     changes = {CLM: given.clm, FUSED: given.fused}
     seeds = 1 if given.quick else given.seeds
     arms = result_arms(changes, study.all, seeds)
+    if given.quick and not given.arm:
+        given.arm = [f"{name}-seed0" for name in (CLM, FUSED, f"{FUSED}-refereed")]
     unknown = sorted(set(given.arm) - arms.keys())
     if unknown:
         sys.exit(f"--arm {unknown[0]}: there are {', '.join(arms)}")
