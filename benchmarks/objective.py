@@ -34,7 +34,8 @@ from torch.nn.functional import cross_entropy, linear_cross_entropy
 
 from figures import add_tokenizers, command_line, load_encoder, peak_above, show
 from fusellm.alignment.strategies import STRATEGIES
-from fusellm.arrays.ragged import offsets_of, take_rows
+from fusellm.arrays.outcome_sets import OutcomeSets
+from fusellm.arrays.ragged import offsets_of
 from fusellm.config import ModelSettings
 from fusellm.models.load import load_tokenizer, locate
 from fusellm.objective.chunked import Head, objective
@@ -94,7 +95,7 @@ class Batch:
             sizes = len(source.vocabulary), len(target.vocabulary)
             make = partial(STRATEGIES["partition"].translate, source, target, None)
             translation = cached_translation("partition", *names, sizes, make)
-            offsets, members = translation.members()
+            sets = translation.sets
             text = "".join(f.read_text(errors="ignore") for f in sorted(_STDLIB.glob("*.py"))[:20])
             (read,) = source.encode([text], [False])
             drawn = self.chance.choice(read.ids, (self.positions, _KEPT))
@@ -102,13 +103,13 @@ class Batch:
         else:
             of_target = self.chance.integers(0, self.vocabulary // 2, self.vocabulary)
             offsets = offsets_of(np.bincount(of_target, minlength=self.vocabulary // 2))
-            members = np.argsort(of_target, kind="stable")
+            sets = OutcomeSets(offsets[:-1], offsets[1:], np.argsort(of_target, kind="stable"))
             outcome = of_target[self.chance.integers(0, self.vocabulary, (self.positions, _KEPT))]
         rows = [np.unique(row[row >= 0], return_counts=True) for row in outcome]
         lengths = np.array([len(ids) for ids, _ in rows])
         mass = np.concatenate([counts / _KEPT for _, counts in rows])
         rest = 1 - np.array([counts.sum() / _KEPT for _, counts in rows])
-        entries, place = take_rows(offsets, np.concatenate([ids for ids, _ in rows]))
+        members, place = sets.take(np.concatenate([ids for ids, _ in rows]))
         return Outcomes(
             torch.ones(self.positions, dtype=torch.bool),
             torch.arange(self.positions),
@@ -116,7 +117,7 @@ class Batch:
             torch.arange(self.positions).repeat_interleave(torch.from_numpy(lengths)),
             torch.from_numpy(mass.astype(np.float32)),
             torch.from_numpy(place),
-            torch.from_numpy(members[entries]),
+            torch.from_numpy(members),
         )
 
 
