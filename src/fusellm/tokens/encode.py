@@ -14,7 +14,7 @@ from fusellm.errors import ArgumentError, TokenizerError
 from fusellm.tokens.spelling import shown
 from fusellm.tokens.text_ids import rules_of, text_ids_of
 from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
-from fusellm.tokens.walk import boundaries
+from fusellm.tokens.walk import all_boundaries
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,14 @@ class Encoder:
         if not len(texts):
             return []
         rows = self._text_ids(texts)
+        data = [text.encode() for text in texts]
         prefix, eos = self.vocabulary.prefix_ids, self.vocabulary.eos_id
-        encoded = []
-        for text, ids, is_last in zip(texts, rows, last, strict=True):
-            data = text.encode()
-            ends = boundaries(data, ids, self.vocabulary)
+        before, encoded = np.zeros(len(prefix), dtype=np.int64), []
+        every = all_boundaries(data, rows, self.vocabulary)
+        for text, ids, ends, is_last in zip(data, rows, every, last, strict=True):
             after = [eos] if is_last and eos is not None else []
-            if ends is not None:
-                ends = np.concatenate(
-                    [np.zeros(len(prefix), np.int64), ends, np.full(len(after), len(data))]
-                ).astype(np.int64)
+            if ends is not None and (prefix or after):
+                ends = np.concatenate([before, ends, np.full(len(after), len(text))])
             whole = np.array([*prefix, *ids, *after], dtype=np.int64)
             encoded.append(Encoded(whole, ends, self.prefix_tokens))
         return encoded

