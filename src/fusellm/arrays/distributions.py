@@ -90,3 +90,11 @@ class Distributions:
     masses: np.ndarray
     tail: np.ndarray
     sampled: bool
+
+    def and_then(self, others: "Distributions") -> "Distributions":
+        """With the positions of others, kept alike, behind these."""
+        lengths = np.concatenate([np.diff(self.offsets), np.diff(others.offsets)])
+        ids = np.concatenate([self.ids, others.ids])
+        masses = np.concatenate([self.masses, others.masses])
+        tail = np.concatenate([self.tail, others.tail])
+        return Distributions(offsets_of(lengths), ids, masses, tail, self.sampled)

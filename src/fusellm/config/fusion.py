@@ -26,6 +26,9 @@ class FusionSettings(SettingsBlock):
     """Whether a source's distributions are corrected for its own token boundaries: what comes after
     `;` where `;` and a line end are one token to it (docs/method.md). null does so with `partition`
     and `bytes`; `mined` and `em` have no boundaries to heal at."""
+    inside_tokens: bool = False
+    """Whether a source is asked where the target's boundary is within one of its tokens, by what it
+    said of the bytes read since (docs/method.md). Needs token healing."""
     function: Literal["mince", "avgce", "avgce_paper", "uniform", "best"] = "mince"
     """`mince`: the distribution of the source with the least cross-entropy against the text;
     `avgce`: the average, weights ∝ exp(−beta · cross-entropy); `avgce_paper`: by the authors'
@@ -50,6 +53,10 @@ class FusionSettings(SettingsBlock):
             raise ValueError(
                 f"fusion.token_healing: true belongs to strategy partition or bytes, not to "
                 f"{self.strategy}, whose positions have not read the same; leave it out"
+            )
+        if self.inside_tokens and not self.heals:
+            raise ValueError(
+                "fusion.inside_tokens: true needs token_healing: true (strategy partition or bytes)"
             )
         if self.refine == "path" and self.strategy != "partition":
             raise ValueError(

@@ -23,7 +23,7 @@ from fusellm.config import FusionSettings
 from fusellm.fusion.carry import Carried, carry, map_counts
 from fusellm.fusion.cross_entropy import NATS_PER_BIT, nats_by_byte, span_nats
 from fusellm.fusion.functions import FUNCTIONS, Compared
-from fusellm.fusion.refine import TextPaths, is_split, paths_of, refine
+from fusellm.fusion.refine import is_split, paths_of, refine
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Reading:
         healed: whether its tokens were healed; those of a source that cuts as the target are not.
         stored: the distributions as they were read, and
         tree: by which classes are split along the text; None where they are not.
+        told_inside: [N] rows of the distributions at positions within its tokens, behind those of
+            its own positions; -1 elsewhere. None for none.
     """
 
     tokens: Tokens
@@ -49,6 +51,17 @@ class Reading:
     healed: bool = False
     stored: Distributions | None = None
     tree: WrittenOn | None = None
+    told_inside: np.ndarray | None = None
+
+    def rows(self, block: np.ndarray) -> np.ndarray:
+        """[N] the row of its distributions at each target position; -1 for none.
+
+        Args:
+            block: [N] the block of each.
+        """
+        place = self.aligned.source
+        rows = np.where(place >= 0, self.tokens.position_offsets[block] + place, -1)
+        return rows if self.told_inside is None else np.maximum(rows, self.told_inside)
 
     @property
     def sets(self) -> OutcomeSets:
@@ -135,8 +148,8 @@ def fuse_blocks(
     read = np.array([np.diff(s.tokens.offsets) > 0 for s in sources])
     read &= np.diff(target.offsets) > 0
     by_byte = np.array([s.nats_by_byte(byte_offsets) for s in sources])
-    aligned = np.array([s.aligned.source >= 0 for s in sources])
     block = np.repeat(np.arange(read.shape[1]), np.diff(target.position_offsets))
+    aligned = np.array([s.rows(block) >= 0 for s in sources])
     if rules.as_authors:
         aligned = read[:, block]
     compared = compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
@@ -234,15 +247,13 @@ def carry_to(
     Args:
         block: [N] the block of each position.
     """
-    place = reading.aligned.source[positions]
-    there = place >= 0
-    rows = (reading.tokens.position_offsets[block[positions]] + place)[there]
+    rows = reading.rows(block)[positions]
+    there = rows >= 0
+    rows = rows[there]
     if reading.tree is None or reading.stored is None:
         carried = carry(reading.distributions, rows, reading.translation, rules.as_authors)
     else:
-        of_block = block[positions[there]]
-        paths = paths_of(target, reading.tokens, rows, positions[there], of_block)
-        carried = _carry_along(reading, reading.stored, reading.tree, paths)
+        carried = _carry_along(target, reading, reading.tree, rows, positions[there], block)
     if there.all():
         return carried
     token = target.ids[target.predicting[positions[~there]]]
@@ -250,14 +261,23 @@ def carry_to(
 
 
 def _carry_along(
-    reading: Reading, stored: Distributions, tree: WrittenOn, paths: TextPaths
+    target: Tokens,
+    reading: Reading,
+    tree: WrittenOn,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    block: np.ndarray,
 ) -> Carried:
-    """What a source says at some positions, the class of the text split."""
+    """What a source says at some positions, the class of the text split where it has a path."""
     tokens, given, map_ = reading.tokens, reading.distributions, reading.translation
-    split = is_split(paths, tokens, map_, tree)
-    whole = carry(given, paths.rows[~split], map_, first_only=False)
-    log_prob = reading.true_log_prob
-    refined = refine(paths.take(split), tokens, given, stored, log_prob, map_, tree)
+    stored = given if reading.stored is None else reading.stored
+    split = rows < len(stored.tail)  # and not within a token
+    own = positions[split]
+    paths = paths_of(target, tokens, rows[split], own, block[own])
+    split[split] = is_split(paths, tokens, map_, tree)
+    paths = paths_of(target, tokens, rows[split], positions[split], block[positions[split]])
+    whole = carry(given, rows[~split], map_, first_only=False)
+    refined = refine(paths, tokens, given, stored, reading.true_log_prob, map_, tree)
     return Carried.concat([whole, refined]).take(places_by_group(split))
 
 
@@ -271,9 +291,9 @@ def _counts_of(
     asked: np.ndarray,
 ) -> Counts:
     blocks = len(read)
-    there = source.aligned.source >= 0
-    rows = source.tokens.position_offsets[block[there]] + source.aligned.source[there]
-    mapped = map_counts(source.distributions, rows, source.translation)
+    rows = source.rows(block)
+    there = rows >= 0
+    mapped = map_counts(source.distributions, rows[there], source.translation)
     byte_block = np.repeat(np.arange(blocks), np.diff(byte_offsets))
     sums = {
         "mass_kept": (block[there], mapped.kept),

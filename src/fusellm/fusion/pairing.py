@@ -11,12 +11,13 @@ from fusellm.alignment.strategies import STRATEGIES, Aligner
 from fusellm.alignment.target_cuts import TargetCuts
 from fusellm.alignment.translation import VocabularyMap, same_tokenizer
 from fusellm.alignment.written_on import WrittenOn
-from fusellm.arrays.distributions import Kept
+from fusellm.arrays.distributions import Distributions, Kept
 from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import FusionSettings
 from fusellm.fusion.fuse import Reading
 from fusellm.fusion.healing import heal, where_cut
+from fusellm.fusion.inside import inside, within
 from fusellm.tokens.encode import Encoder
 
 
@@ -59,12 +60,14 @@ class Pairing:
         aligner: the token alignment.
         healing: None for none.
         tree: by which classes are split along the text; None where they are not.
+        asks_inside: whether the source is asked within its tokens, with healing only.
     """
 
     translation: VocabularyMap
     aligner: Aligner
     healing: Healing | None
     tree: WrittenOn | None = None
+    asks_inside: bool = False
 
     @property
     def sets(self) -> OutcomeSets:
@@ -78,7 +81,7 @@ class Pairing:
             target, tokens: the blocks as the target and the source read them.
             kept: the source's distributions at all but each block's last position.
         """
-        aligned = self.aligner(target, tokens)
+        aligned, told = self.aligner(target, tokens), None
         given = stored = kept.distributions()
         if self.healing is not None:
             given = heal(tokens, kept, self.healing.continuations)
@@ -90,9 +93,29 @@ class Pairing:
             source, situations = aligned.source.copy(), aligned.situations.copy()
             source[there[~left]], situations[there[~left]] = -1, Situation.UNALIGNED
             aligned = replace(aligned, source=source, situations=situations)
+            if self.asks_inside:
+                given, told = self._inside(self.healing, target, tokens, kept, stored, given)
         log_prob, healed = kept.true_log_prob, self.healing is not None
         map_, tree = self.translation, self.tree
-        return Reading(tokens, given, log_prob, map_, aligned, healed, stored, tree)
+        return Reading(tokens, given, log_prob, map_, aligned, healed, stored, tree, told)
+
+    def _inside(
+        self,
+        healing: Healing,
+        target: Tokens,
+        tokens: Tokens,
+        kept: Kept,
+        stored: Distributions,
+        given: Distributions,
+    ) -> tuple[Distributions, np.ndarray]:
+        """(distributions with those within tokens behind them, [N] their rows; -1 for none)."""
+        found, further = inside(within(target, tokens), tokens, kept, stored, healing.continuations)
+        places = np.arange(len(found.rows))
+        read = target.ids[target.predicting[found.positions]]
+        further, left = where_cut(further, places, read, healing.cuts)
+        told = np.full(len(target.predicting), -1, dtype=np.int64)
+        told[found.positions[left]] = len(given.tail) + places[left]
+        return given.and_then(further), told
 
 
 def pair(
@@ -108,4 +131,4 @@ def pair(
     aligner = (authors or strategy.aligner)(source, target, map_)
     healing = healing_of(source, target) if settings.heals else None
     tree = tree_of(source, target, map_, settings.strategy) if settings.refines else None
-    return Pairing(map_, aligner, healing, tree)
+    return Pairing(map_, aligner, healing, tree, settings.inside_tokens)

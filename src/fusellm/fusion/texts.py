@@ -141,6 +141,7 @@ def fuse(
     beta: float = 5.0,
     token_healing: bool | None = None,
     refine: str | None = None,
+    inside_tokens: bool = False,
     compatibility: str = "none",
     referees: Collection[str] = (),
     progress: Progress | None = None,
@@ -156,7 +157,7 @@ def fuse(
             weights [S, N], at each position of sum 1 over the sources that are aligned there, and
             0 for the others.
         strategy, granularity, window_bytes, cross_entropy, beta, token_healing, refine,
-            compatibility: as in a recipe's `fusion:` block (docs/method.md).
+            inside_tokens, compatibility: as in a recipe's `fusion:` block (docs/method.md).
         referees: names of sources that are compared and never taught: where a source costs as much
             as one of them, it is not heard.
         progress: is shown how far vocabulary maps are.
@@ -188,6 +189,7 @@ def fuse(
         "beta": beta,
         "token_healing": token_healing,
         "refine": refine,
+        "inside_tokens": inside_tokens,
         "compatibility": compatibility,
     }
     settings = checked_settings(FusionSettings, given)
