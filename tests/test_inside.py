@@ -15,7 +15,8 @@ from known_world import bpe, learnt, said, texts_with_probabilities, tokens_of
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [(("a+b",), ()), ((";+\n", "a+b"), ()), (("a+b", "ab+;"), ("a+b",))]
+    ("source", "target"),
+    [(("a+b",), ()), ((";+\n", "a+b"), ()), (("a+b", "ab+;"), ("a+b",)), (("a+b", "ab+;"), ())],
 )
 def test_it_is_what_a_target_that_knows_the_world_says_of_the_longer_tokens(
     source: tuple[str, ...], target: tuple[str, ...]

@@ -5,12 +5,12 @@ has no boundary there, and no distribution. But before v it had one, Q, and it s
 that have been read since:
 
     P(a)   =  sum of Q(w) over w = r u, u not empty, with a first in u  /  Z
-    tail   =  sum of Q(w) over w that r begins with, r itself too       /  Z
-    Z      =  sum of Q(w) over all of these
+    tail   =  Q(r), where r is a token                                  /  Z
+    Z      =  the sum of Q over all of these
 
-for every source token a. The tail is what the source would have read in shorter tokens: how that
-goes on does not stand in its store. Q(v) is stored exactly; the others share what it leaves in
-proportion to what was kept of them.
+for every source token a. The tail is what the source would have read as a token of its own: how
+that goes on does not stand in its store. Where it would have spelled r by several tokens is left
+out. Q(v) is stored exactly; the others share what it leaves in proportion to what was kept.
 
 Example. Q gives `return` 0.5, `returns` 0.2, `ret` 0.1, `if` 0.2. The target has read `ret`: `urn`
 gets 0.5 / 0.8, `urns` 0.2 / 0.8 (as its first source token), the tail is 0.1 / 0.8.
@@ -124,7 +124,7 @@ def _fitting(
                 if spelled[first + same] != spelled[spelled_offsets[true] + same]:
                     break
                 same += 1
-            if width == 0 or same < min(width, read[r]):
+            if same < read[r]:
                 continue
             kept[r] += mass[entry]
             if width > read[r]:
@@ -137,31 +137,31 @@ def _fitting(
 
 
 def inside(
-    found: Within, tokens: Tokens, kept: Kept, stored: Distributions, continuations: Continuations
+    places: Within, tokens: Tokens, kept: Kept, stored: Distributions, continuations: Continuations
 ) -> tuple[Within, Distributions]:
     """What a source says at positions within its tokens.
 
     Args:
-        found: the positions.
+        places: the positions.
         tokens: of the source, with what was kept of its distributions, also as `stored`.
 
     Returns:
         (those of the positions where at least `LEAST_DRAWS` draws fit what has been read and
         something follows, their distributions)
     """
-    count = len(found.rows)
-    room = int(np.diff(stored.offsets)[found.rows].sum()) + count
+    count = len(places.rows)
+    room = int(np.diff(stored.offsets)[places.rows].sum()) + count
     slots, masses = np.zeros(room, dtype=np.int64), np.zeros(room)
     lengths = np.zeros(count, dtype=np.int64)
     tail, fits = np.zeros(count), np.zeros(count)
     used = _fitting(
-        found.rows,
-        found.read,
-        tokens.ids[tokens.predicting[found.rows] + 1],
+        places.rows,
+        places.read,
+        tokens.ids[tokens.predicting[places.rows] + 1],
         stored.offsets,
         stored.ids.astype(np.int64, copy=False),
         stored.masses,
-        np.exp(kept.true_log_prob[found.rows].astype(np.float64)).clip(max=1.0),
+        np.exp(kept.true_log_prob[places.rows].astype(np.float64)).clip(max=1.0),
         continuations.spelled,
         continuations.offsets,
         slots,
@@ -183,6 +183,6 @@ def inside(
     scale = 1 / np.where(told, whole + tail, 1.0)
     chosen = told[of_row]
     offsets = offsets_of(np.bincount(of_row[chosen], minlength=count)[told])
-    return found.take(told), Distributions(
+    return places.take(told), Distributions(
         offsets, ids[chosen], (sums * scale[of_row])[chosen], (tail * scale)[told], stored.sampled
     )

@@ -109,12 +109,12 @@ class Pairing:
         given: Distributions,
     ) -> tuple[Distributions, np.ndarray]:
         """(distributions with those within tokens behind them, [N] their rows; -1 for none)."""
-        found, further = inside(within(target, tokens), tokens, kept, stored, healing.continuations)
-        places = np.arange(len(found.rows))
-        read = target.ids[target.predicting[found.positions]]
-        further, left = where_cut(further, places, read, healing.cuts)
+        asked, further = inside(within(target, tokens), tokens, kept, stored, healing.continuations)
+        rows = np.arange(len(asked.rows))
+        read = target.ids[target.predicting[asked.positions]]
+        further, left = where_cut(further, rows, read, healing.cuts)
         told = np.full(len(target.predicting), -1, dtype=np.int64)
-        told[found.positions[left]] = len(given.tail) + places[left]
+        told[asked.positions[left]] = len(given.tail) + rows[left]
         return given.and_then(further), told
 
 
