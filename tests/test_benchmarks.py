@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NO_SCRIPTS = {"figures", "number_text"}
+NO_SCRIPTS = {
+    "figures",
+    "number_text",
+    "script_text",
+    "kinds_of_text",
+    "arms",
+    "carried_bits",
+    "sampled_truth",
+}
 ELSEWHERE = {
     "real": "trains real language models: tests/test_real.py",
     "boundaries": "needs a run of real models",
