@@ -290,12 +290,16 @@ def truth(
     for _ in range(positions * _MOST_TRIES):
         if len(noise) == positions:
             break
-        text = texts[chance.integers(len(texts))]
+        text = texts[int(chance.integers(len(texts)))]
         mine, theirs = source.tokens(text), target.tokens(text)
         if mine is None or theirs is None:
             continue
         aligned = align(theirs, mine).source
-        at = [n for n in np.nonzero(aligned >= 1)[0] if _is_asked(theirs, n, text, numbers_only)]
+        at = [
+            n
+            for n in np.nonzero(aligned >= 1)[0].tolist()
+            if _is_asked(theirs, n, text, numbers_only)
+        ]
         if not at:
             continue
         n = int(chance.choice(at))

@@ -176,8 +176,9 @@ def grouped(places: Places) -> Reader:
 def digits(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
     """Figures of numbers, where the target groups digits and the sources do not."""
     target, names = grouped(places), arguments.arm or list(ARMS)
-    quick, figures = arguments.quick, {}
-    most_bytes = arguments.bytes or (1_000 if quick else 20_000)
+    quick = arguments.quick
+    figures: dict[str, float] = {}
+    most_bytes = arguments.bytes or (800 if quick else 20_000)
     for source_name in _SINGLY[: 1 if quick else 2]:
         source = places.source(source_name)
         pair = f"{target.name}<-{source_name}"
@@ -200,7 +201,8 @@ def place_of(key: str) -> str:
 
 def truth_of_pairs(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
     """Distances by pair."""
-    quick, figures = arguments.quick, {}
+    quick = arguments.quick
+    figures: dict[str, float] = {}
     pairs = arguments.pair or _PAIRS[: 1 if quick else 3]
     count, samples = (2, 64) if quick else (arguments.positions or 100, 512)
     for pair in pairs:

@@ -27,15 +27,19 @@ ELSEWHERE = {
     "sandbox": "needs toolchains: tests/test_sandbox.py",
 }
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_SCRIPTS)
+STUDIES = {"same_results": [str(FOLDER.parent)], "translation": ["measure", "digits", "truth"]}
+RUNS = [
+    (name, study) for name in SCRIPTS if name not in ELSEWHERE for study in STUDIES.get(name, [""])
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ELSEWHERE])
-def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "study"), RUNS)
+def test_a_benchmark_runs(name: str, study: str, tmp_path: Path) -> None:
     """In a process of its own, without the hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    more = {"same_results": [str(FOLDER.parent)], "translation": ["truth"]}.get(name, [])
+    more = [study] if study else []
     done = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", "--quick", "--json", *more],
         env=environment,
