@@ -138,7 +138,7 @@ def blocks_of(domain: str, most_bytes: int) -> list[str]:
         else (document.text for document in documents(("validation",), (domain,)))
     )
     for whole in texts:
-        text = next(cut(whole, 1024))
+        text = next(cut(whole, min(1024, most_bytes)))
         found.append(text)
         size += len(text.encode())
         if size >= most_bytes:

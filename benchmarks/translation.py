@@ -142,7 +142,7 @@ def measure_pairs(arguments: argparse.Namespace, places: Places) -> dict[str, fl
     """The measure of each pair, printed and written as it comes."""
     pairs = arguments.pair or (list(places.pairs()) if arguments.every else _PAIRS)
     domains = arguments.domain or TEXTS
-    most_bytes = arguments.bytes or (600 if arguments.quick else 20_000)
+    most_bytes = arguments.bytes or (250 if arguments.quick else 20_000)
     figures: dict[str, float] = {}
     written = []
     for pair in pairs[:1] if arguments.quick and not arguments.pair else pairs:
@@ -178,7 +178,7 @@ def digits(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
     target, names = grouped(places), arguments.arm or list(ARMS)
     quick = arguments.quick
     figures: dict[str, float] = {}
-    most_bytes = arguments.bytes or (800 if quick else 20_000)
+    most_bytes = arguments.bytes or (600 if quick else 20_000)
     for source_name in _SINGLY[: 1 if quick else 2]:
         source = places.source(source_name)
         pair = f"{target.name}<-{source_name}"
