@@ -1,5 +1,7 @@
 """The benchmarks run: `--quick --json` prints one flat object of numbers. How fast is not asked."""
 
+import doctest
+import importlib
 import json
 import math
 import os
@@ -56,3 +58,11 @@ def test_a_benchmark_runs(name: str, study: str, tmp_path: Path) -> None:
 
 def test_what_is_run_elsewhere_is_there() -> None:
     assert set(ELSEWHERE) <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", ["kinds_of_text", "number_text", "script_text"])
+def test_examples_of_a_helper_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted > 0
+    assert found.failed == 0
