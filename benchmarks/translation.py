@@ -179,7 +179,8 @@ def digits(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
     quick = arguments.quick
     figures: dict[str, float] = {}
     most_bytes = arguments.bytes or (600 if quick else 20_000)
-    for source_name in _SINGLY[: 1 if quick else 2]:
+    asked = [two_of(pair)[1] for pair in arguments.pair or ()]
+    for source_name in asked or _SINGLY[: 1 if quick else 2]:
         source = places.source(source_name)
         pair = f"{target.name}<-{source_name}"
         for row in measure(source, target, names, ("numbers",), most_bytes):
@@ -190,6 +191,7 @@ def digits(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
         texts = blocks_of("numbers", 12_000)
         found = truth(source, target, names, texts, count, samples, numbers_only=True)
         figures |= {f"{pair} {place_of(key)}": value for key, value in found.items()}
+        print(f"{pair}: measured", file=sys.stderr)
     return figures
 
 
