@@ -1,276 +1,221 @@
 """What survives the translation from a source's tokenizer to the target's, and what it is worth.
 
-    python benchmarks/translation.py measure   log-loss of what is carried over, by situation
+    python benchmarks/translation.py measure   log-loss of what is carried over
+    python benchmarks/translation.py digits    the same on numbers, where the target groups digits
     python benchmarks/translation.py truth     its distance to continuations sampled from a source
     python benchmarks/translation.py training --out DIR   validation bits per byte after training
 
-`measure` reads whole distributions of a zoo model over the validation part of the built-in corpus
-and carries them by each strategy to another zoo model's tokenizer. In bits per byte of the true
-next target token, at the positions that the strategy aligns:
+An arm is settings of fusion (arms.py): `partition` with its classes whole and no token healing, as
+`healed` with it, `path` (classes split along the text) without it, `refined`, the default, with
+both, and the strategies `bytes`, `bpm`, `mined` and `em`. `--arm` takes some.
+
+`measure` reads whole distributions of a model over text (of vocabularies above 60,000 the 2,048
+most probable and the rest) and has the pipeline carry them to another tokenizer. In bits per byte
+of the true next target token, at the positions that the arm aligns:
 
     own       what the source itself gives these bytes, each token's bits spread over its bytes
     carried   what the carried-over distribution gives the outcome of the true next target token
     lost      what then still says which token of the outcome it is, by the target's unigram
               frequencies on the same text: a coarse partition carries few bits and loses many
+    gap       carried + lost - own
 
-Mass that a map sends nowhere counts as spread evenly over the target ids that got none.
+Mass that goes nowhere is of all ids without an outcome at the position: of classes as one more
+outcome, of token-to-token maps spread evenly. Figures are by domain (the validation part of the
+built-in corpus; `numbers` and `scripts` are made by rules), by situation and by kind of text of the
+true next token (kinds_of_text.py); the share of a kind is of its own positions. Pairs are
+TARGET<-SOURCE: sources are the zoo's models and those in `--models`, targets the tokenizers of
+these and of `--tokenizers`. Without `--pair` three of the zoo's; `--every` takes all.
 
-`truth` continues the text from the source many times, cuts each continuation with the target's
-tokenizer, and compares how often each next target token (and each outcome) came with what was
-carried over. `noise` is the same distance between two halves of the continuations.
+`digits` has GPT-NeoX's tokenizer as target (where it is not there, one made on the spot) and
+zoo/prose and zoo/python, which spell digits singly, as sources, on text of numbers: `digits_own`,
+`digits_carried` and `digits_lost` at true next tokens with a digit; and as `truth` does, at
+positions before a number or in one, `digits_tv_over_noise`.
+
+`truth` continues the text from the source many times, cuts each continuation by the target's
+tokenizer, and compares how often each token came first with what was carried over, averaged over
+the continuations where it depends on the text. `noise` is the total variation between how often
+tokens came in two halves of the sample. `tv` is between an arm's average over one half and how
+often they came in the other, so that the two share no sample; an outcome of several tokens is
+shared among them as often as they came in the arm's own half, `tv_resolved` as the arm itself has
+them apart (sampled_truth.py). An exact arm whose average is as noisy as the frequencies has 1 over
+the noise, one that averages better down to 0.7. Positions are aligned by boundaries for all arms.
 
 `training` continues the target on one domain with one source, λ = 0.5, by each strategy and by CLM
-alone, over learning rates and seeds. `--quick` does little of each, `--json` prints one flat
-object.
+alone, over learning rates and seeds.
+
+`--quick` does little of each, `--json` prints one flat object, `--markdown FILE` writes the whole
+tables of `measure`.
 """
 
-import json
+import argparse
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
-from figures import command_line
-from fusellm.alignment.positions import Situation
+from arms import ARMS, TEXTS, Model, Places, Reader, blocks_of
+from carried_bits import EVERYTHING, Row, measure
+from figures import add_tokenizers, command_line, show
 from fusellm.alignment.strategies import STRATEGIES
-from fusellm.alignment.translation import VocabularyMap
-from fusellm.arrays.tokens import Tokens
 from fusellm.cli.console import SafeConsole, Terminal
-from fusellm.config import ModelSettings
-from fusellm.models.heads import head_of, hidden_states
-from fusellm.models.load import load_model, load_tokenizer, locate
 from fusellm.pipeline import Pipeline
-from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoder
-from fusellm.zoo.text import documents
+from fusellm.zoo.text import DOMAINS, documents
 from fusion_gain import QUICK, demo_recipe, validation, variant
+from kinds_of_text import Kind
+from number_text import number_documents
+from rivals.grouped_digits import grouping_bpe
+from sampled_truth import truth
 
-_DOMAINS = ("prose", "python", "cpp")
-_PAIRS = (("python", "prose"), ("cpp", "prose"), ("prose", "python"))
+_PAIRS = ("zoo/prose<-zoo/python", "zoo/prose<-zoo/cpp", "zoo/python<-zoo/prose")
 _RATES = ("1.0e-4", "5.0e-4", "2.0e-3")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A zoo model and its tokenizer."""
-
-    name: str
-    encoder: Encoder
-    network: PreTrainedModel
-
-    @classmethod
-    def load(cls, name: str) -> "Model":
-        located = locate(ModelSettings(model=f"zoo/{name}"))
-        network = load_model(located, torch.device("cpu"), torch.float32).eval()
-        return cls(name, Encoder(load_tokenizer(located)), network)
-
-    @torch.no_grad()
-    def log_probs(self, ids: np.ndarray) -> torch.Tensor:
-        """[T, V] of one block."""
-        hidden = hidden_states(self.network, input_ids=torch.from_numpy(ids)[None])[0]
-        return torch.log_softmax(head_of(self.network).logits(hidden), dim=-1)
-
-    def tokens(self, text: str, last: bool = False) -> Tokens | None:
-        (block,) = self.encoder.encode([text], [last])
-        if block.ends is None:
-            return None
-        return Tokens(np.array([0, len(block.ids)]), block.ids, block.ends)
-
-
-def blocks_of(domain: str, most_bytes: int) -> list[str]:
-    """Text of the validation part: the beginnings of documents."""
-    found, size = [], 0
-    for document in documents(("validation",), (domain,)):
-        text = next(cut(document.text, 1024))
-        found.append(text)
-        size += len(text.encode())
-        if size >= most_bytes:
-            break
-    return found
+_GROUPED = "gpt-neox-20b"
+_SINGLY = ("zoo/python", "zoo/prose")
+_MADE_VOCABULARY = 4096
+FIGURES = ("share", "own", "carried", "lost", "gap")
 
 
 # measure
 
 
-def carried_masses(log_p: torch.Tensor, translation: VocabularyMap) -> torch.Tensor:
-    """[N, U+1] mass of each outcome; the last column is what has none."""
-    outcome = torch.from_numpy(
-        np.where(
-            translation.outcome_of_source < 0,
-            translation.outcomes,
-            translation.outcome_of_source,
-        )
-    )
-    rows = log_p.new_zeros(len(log_p), translation.outcomes + 1)
-    return rows.index_add_(1, outcome, torch.exp(log_p[:, : len(outcome)]))
+def two_of(pair: str) -> tuple[str, str]:
+    """(target, source) of `TARGET<-SOURCE`."""
+    target, _, source = pair.partition("<-")
+    return target, source
 
 
-def true_bits(log_p: torch.Tensor, translation: VocabularyMap, true_ids: np.ndarray) -> np.ndarray:
-    """[N] bits of the outcome of each true next target token."""
-    masses = carried_masses(log_p, translation).double()
-    outcome = torch.from_numpy(translation.outcome_of_target[true_ids])
-    rows = torch.arange(len(outcome))
-    mass = masses[rows, torch.where(outcome < 0, translation.outcomes, outcome)]
-    if not translation.complete:
-        got_none = (masses[:, :-1] == 0).sum(1)
-        mass = torch.where(mass > 0, mass, masses[:, -1] / got_none.clamp(min=1))
-    return np.asarray(-torch.log2(mass.clamp(min=1e-12)))
-
-
-def own_bits(log_p: torch.Tensor, tokens: Tokens, spans: np.ndarray) -> np.ndarray:
-    """[N] bits of the source over byte spans [N, 2], each token's spread over its bytes."""
-    true = -log_p[torch.arange(len(log_p) - 1), torch.from_numpy(tokens.ids[1:])].numpy()
-    ends, lengths = tokens.ends, np.diff(tokens.ends)
-    by_byte = np.zeros(int(ends[-1]))
-    for n in np.nonzero(lengths)[0]:
-        by_byte[ends[n] : ends[n + 1]] = true[n] / lengths[n] / math.log(2)
-    sums = np.concatenate([[0.0], np.cumsum(by_byte)])
-    return np.asarray(sums[spans[:, 1]] - sums[spans[:, 0]])
-
-
-def measure(source: Model, target: Model, most_bytes: int) -> Iterator[dict[str, object]]:
-    """Rows of figures by domain, strategy and situation."""
-    for domain in _DOMAINS:
-        texts = blocks_of(domain, most_bytes)
-        pairs = [(source.tokens(text), target.tokens(text)) for text in texts]
-        read = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
-        distributions = [source.log_probs(mine.ids) for mine, _ in read]
-        ids = np.concatenate([theirs.ids for _, theirs in read])
-        frequency = np.bincount(ids, minlength=len(target.encoder.vocabulary)) + 0.1
-        for name, strategy in STRATEGIES.items():
-            translation = strategy.translate(source.encoder, target.encoder, None)
-            align = strategy.aligner(source.encoder, target.encoder, translation)
-            found = []
-            for (mine, theirs), log_p in zip(read, distributions, strict=True):
-                aligned = align(theirs, mine)
-                spans = np.stack([theirs.ends[:-1], theirs.ends[1:]], axis=1)
-                at = np.nonzero((aligned.source >= 0) & (spans[:, 1] > spans[:, 0]))[0]
-                true_ids = theirs.ids[1:][at]
-                carried = true_bits(log_p[aligned.source[at]], translation, true_ids)
-                own = own_bits(log_p, mine, spans[at])
-                lost = _bits_within(translation, frequency, true_ids)
-                sizes = spans[at, 1] - spans[at, 0]
-                found.append(np.stack([aligned.situations[at], sizes, own, carried, lost]))
-            positions = sum(len(theirs.ids) - 1 for _, theirs in read)
-            yield from _rows(domain, name, np.concatenate(found, axis=1), positions)
-
-
-def _bits_within(translation: VocabularyMap, frequency: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """[N] bits that say which member of its outcome a target token is."""
-    outcome = np.where(
-        translation.outcome_of_target < 0, translation.outcomes, translation.outcome_of_target
-    )
-    whole = np.bincount(outcome, weights=frequency[: len(outcome)])
-    return np.asarray(np.log2(whole[outcome[ids]] / frequency[ids]))
-
-
-def _rows(
-    domain: str, strategy: str, found: np.ndarray, positions: int
-) -> Iterator[dict[str, object]]:
-    groups = {"all": np.ones(found.shape[1], bool)} | {
-        s.name.lower(): found[0] == s for s in Situation if (found[0] == s).any()
+def flat(pair: str, rows: Sequence[Row]) -> dict[str, float]:
+    """Figures by their whole names."""
+    return {
+        f"{pair} {row['domain']} {row['arm']} {row['group']} {key}": float(row[key])
+        for row in rows
+        for key in FIGURES
     }
-    for situation, mine in groups.items():
-        size = found[1, mine].sum()
-        yield {
-            "domain": domain,
-            "strategy": strategy,
-            "situation": situation,
-            "share": mine.sum() / positions,
-            "own": found[2, mine].sum() / size,
-            "carried": found[3, mine].sum() / size,
-            "lost": found[4, mine].sum() / size,
-        }
+
+
+def print_compactly(pair: str, rows: Sequence[Row]) -> None:
+    """Two tables: by domain, and by kind of text over all domains."""
+    by_domain = Table(title=f"{pair}, by domain")
+    for column in ("domain", "arm", *FIGURES):
+        by_domain.add_column(column, justify="right" if column in FIGURES else "left")
+    for row in rows:
+        if row["group"] == EVERYTHING:
+            figures = (f"{row[key]:.3f}" for key in FIGURES)
+            by_domain.add_row(str(row["domain"]), str(row["arm"]), *figures)
+    domain = rows[-1]["domain"]
+    found = {(row["arm"], row["group"]): row for row in rows if row["domain"] == domain}
+    by_kind = Table(title=f"{pair}, lost / gap by kind of text, domain {domain}")
+    by_kind.add_column("arm")
+    for kind in Kind:
+        by_kind.add_column(kind.label.replace("_", " "), justify="right")
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        cells = (found.get((arm, kind.label)) for kind in Kind)
+        by_kind.add_row(
+            str(arm), *(f"{row['lost']:.3f} {row['gap']:+.3f}" if row else "" for row in cells)
+        )
+    for table in (by_domain, by_kind):
+        Console(width=120).print(table)
+
+
+def as_markdown(pair: str, rows: Sequence[Row]) -> str:
+    """All figures of a pair."""
+    columns = ("domain", "arm", "group", "share", "bytes", "own", "carried", "lost", "gap")
+    lines = [f"## {pair}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (
+            value
+            if isinstance(value, str)
+            else f"{value:.0f}"
+            if key == "bytes"
+            else f"{value:.3f}"
+            for key, value in ((key, row[key]) for key in columns)
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def measure_pairs(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
+    """The measure of each pair, printed and written as it comes."""
+    pairs = arguments.pair or (list(places.pairs()) if arguments.every else _PAIRS)
+    domains = arguments.domain or TEXTS
+    most_bytes = arguments.bytes or (250 if arguments.quick else 20_000)
+    figures: dict[str, float] = {}
+    written = []
+    for pair in pairs[:1] if arguments.quick and not arguments.pair else pairs:
+        target, source = two_of(pair)
+        read = places.source(source), places.target(target)
+        rows = measure(*read, arguments.arm or list(ARMS), domains, most_bytes)
+        figures |= flat(pair, rows)
+        written.append(as_markdown(pair, rows))
+        if arguments.markdown:
+            arguments.markdown.write_text("\n".join(written))
+        if not arguments.json:
+            print_compactly(pair, rows)
+    return figures
 
 
 # truth
 
 
-@torch.no_grad()
-def continuations(source: Model, ids: np.ndarray, count: int, steps: int) -> list[list[int]]:
-    """Sampled token ids after a prefix."""
-    found = source.network(torch.from_numpy(ids)[None], use_cache=True)
-    cache, logits = found.past_key_values, found.logits[:, -1].expand(count, -1)
-    cache.batch_repeat_interleave(count)
-    drawn = []
-    for step in range(steps):
-        drawn.append(torch.multinomial(torch.softmax(logits, -1), 1))
-        if step < steps - 1:
-            found = source.network(drawn[-1], past_key_values=cache, use_cache=True)
-            logits = found.logits[:, -1]
-    return torch.cat(drawn, dim=1).tolist()
+def grouped(places: Places) -> Reader:
+    """GPT-NeoX's tokenizer, or one that groups digits as it does, made on the spot."""
+    if _GROUPED in places.tokenizers:
+        return places.target(_GROUPED)
+    print(f"no {_GROUPED} in --tokenizers: one is trained on the spot", file=sys.stderr)
+    texts = number_documents(3, 500)
+    prose = (document.text for document in documents(("zoo",), ("prose",)))
+    texts += [text for text, _ in zip(prose, range(100), strict=False)]
+    texts += [" ".join(map(str, range(1000))) + ",".join(map(str, range(1000)))] * 10
+    return Reader("grouped", Encoder(grouping_bpe(iter(texts), _MADE_VOCABULARY)))
 
 
-def truth(
-    source: Model, target: Model, positions: int, samples: int, seed: int
-) -> dict[str, float]:
-    """Mean total variation between what is carried over and what really follows, by strategy."""
-    chance = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    eos, names = source.encoder.vocabulary.eos_id, list(STRATEGIES)
-    made = {n: s.translate(source.encoder, target.encoder, None) for n, s in STRATEGIES.items()}
-    distances: dict[str, list[float]] = {f"{n}_{k}": [] for n in names for k in ("tv", "noise")}
-    texts = [text for domain in _DOMAINS for text in blocks_of(domain, 12_000)]
-    while len(distances["partition_tv"]) < positions:
-        text = texts[chance.integers(len(texts))]
-        mine, theirs = source.tokens(text), target.tokens(text)
-        if mine is None or theirs is None:
-            continue
-        align = STRATEGIES["partition"].aligner(source.encoder, target.encoder, made["partition"])
-        aligned = align(theirs, mine).source
-        at = [n for n in np.nonzero(aligned >= 0)[0] if 20 < theirs.ends[n] < theirs.ends[-1]]
-        if not at:
-            continue
-        n = int(chance.choice(at))
-        begin, j = int(theirs.ends[n]), int(aligned[n])
-        drawn = continuations(source, mine.ids[: j + 1], samples, 4)
-        following = _next_ids(source, target, text.encode()[:begin], drawn, eos)
-        if len(following) < samples * 0.9:
-            continue  # the prefix is cut otherwise once something follows it
-        log_p = source.log_probs(mine.ids[: j + 1])[-1:]
-        for name in names:
-            translation = made[name]
-            expected = carried_masses(log_p, translation)[0].numpy()
-            outcome = translation.outcome_of_target[following]
-            outcome = np.where(outcome < 0, translation.outcomes, outcome)
-            distances[f"{name}_tv"].append(_variation(outcome, expected))
-            halves = outcome[::2], outcome[1::2]
-            other = np.bincount(halves[1], minlength=len(expected)) / len(halves[1])
-            distances[f"{name}_noise"].append(_variation(halves[0], other))
-    return {name: float(np.mean(found)) for name, found in distances.items()}
+def digits(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
+    """Figures of numbers, where the target groups digits and the sources do not."""
+    target, names = grouped(places), arguments.arm or list(ARMS)
+    quick = arguments.quick
+    figures: dict[str, float] = {}
+    most_bytes = arguments.bytes or (600 if quick else 20_000)
+    asked = [two_of(pair)[1] for pair in arguments.pair or ()]
+    for source_name in asked or _SINGLY[: 1 if quick else 2]:
+        source = places.source(source_name)
+        pair = f"{target.name}<-{source_name}"
+        for row in measure(source, target, names, ("numbers",), most_bytes):
+            if row["group"] == Kind.DIGITS.label:
+                for key in ("share", "own", "carried", "lost"):
+                    figures[f"{pair} {row['arm']} digits_{key}"] = float(row[key])
+        count, samples = (2, 64) if quick else (arguments.positions or 40, 512)
+        texts = blocks_of("numbers", 12_000)
+        found = truth(source, target, names, texts, count, samples, numbers_only=True)
+        figures |= {f"{pair} {place_of(key)}": value for key, value in found.items()}
+        print(f"{pair}: measured", file=sys.stderr)
+    return figures
 
 
-def _variation(outcome: np.ndarray, expected: np.ndarray) -> float:
-    found = np.bincount(outcome, minlength=len(expected)) / len(outcome)
-    return float(np.abs(found - expected).sum() / 2)
+def place_of(key: str) -> str:
+    """`arm tv` as `arm digits_tv`."""
+    *arm, figure = key.split(" ")
+    return " ".join((*arm, f"digits_{figure}"))
 
 
-def _next_ids(
-    source: Model, target: Model, before: bytes, drawn: Sequence[Sequence[int]], eos: int | None
-) -> np.ndarray:
-    """The target's first token of each continuation, where it can be told."""
-    known = source.encoder.vocabulary.token_bytes
-    texts = []
-    for ids in drawn:
-        after = b"".join(
-            known[id_] or b"" for id_ in (ids[: ids.index(eos)] if eos in ids else ids)
-        )
-        texts.append((before + after).decode("utf-8", "ignore"))
-    found = []
-    for block, text in zip(target.encoder.encode(texts, [False] * len(texts)), texts, strict=True):
-        if block.ends is None or len(text.encode()) <= len(before):
-            continue
-        at = int(np.searchsorted(block.ends, len(before), side="right"))
-        if at < len(block.ends) and at > 0 and block.ends[at - 1] == len(before):
-            found.append(int(block.ids[at]))
-    return np.array(found, dtype=np.int64)
+def truth_of_pairs(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
+    """Distances by pair."""
+    quick = arguments.quick
+    figures: dict[str, float] = {}
+    pairs = arguments.pair or _PAIRS[: 1 if quick else 3]
+    count, samples = (2, 64) if quick else (arguments.positions or 100, 512)
+    for pair in pairs:
+        target_name, source_name = two_of(pair)
+        read: tuple[Model, Reader] = places.source(source_name), places.target(target_name)
+        texts = [
+            text for domain in arguments.domain or DOMAINS for text in blocks_of(domain, 12_000)
+        ]
+        found = truth(*read, arguments.arm or list(ARMS), texts, count, samples, numbers_only=False)
+        figures |= {f"{pair} {key}": value for key, value in found.items()}
+    return figures
 
 
 # training
@@ -329,52 +274,50 @@ def _train(out: Path, base: Path, common: list[str], name: str, rate: str, seed:
     return validation(run, which)
 
 
-def main() -> None:
-    """Run one of the three studies."""
+def arguments_of() -> argparse.Namespace:
+    """The command line."""
     parser = command_line(__doc__)
-    parser.add_argument("study", choices=["measure", "truth", "training"])
+    parser.add_argument("study", choices=["measure", "digits", "truth", "training"])
+    add_tokenizers(parser)
+    parser.add_argument("--models", type=Path, metavar="DIR", help="a folder of models")
+    parser.add_argument("--pair", action="append", metavar="TARGET<-SOURCE")
+    parser.add_argument("--every", action="store_true", help="measure: all pairs there are")
+    parser.add_argument("--domain", action="append", choices=TEXTS)
+    parser.add_argument("--arm", action="append", choices=list(ARMS))
+    parser.add_argument("--bytes", type=int, help="measure and digits: of each domain")
+    parser.add_argument("--positions", type=int, help="digits and truth: where it is sampled")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure: whole tables")
     parser.add_argument("--out", type=Path, help="folder for the runs (training)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=["clm", *STRATEGIES], help="training: these")
     arguments = parser.parse_args()
-    quick = arguments.quick
-    figures: dict[str, float] = {}
+    if arguments.study == "training" and arguments.out is None:
+        parser.error("training needs --out")
+    places = Places.of(arguments.models, arguments.tokenizers)
+    for pair in arguments.pair or ():
+        target, source = two_of(pair)
+        if source not in places.models or target not in {*places.models, *places.tokenizers}:
+            known = ", ".join((*places.models, *places.tokenizers))
+            parser.error(f"--pair {pair}: not TARGET<-SOURCE of what there is: {known}")
+    return arguments
+
+
+def main() -> None:
+    """Run one of the studies."""
+    arguments = arguments_of()
+    places = Places.of(arguments.models, arguments.tokenizers)
     if arguments.study == "training":
-        if arguments.out is None:
-            parser.error("training needs --out")
         names = arguments.only or ["clm", *STRATEGIES]
-        figures = training(arguments.out, quick, arguments.seeds, arguments.set, names)
-    for name, target_name in [] if arguments.study == "training" else _PAIRS[: 1 if quick else 3]:
-        source, target = Model.load(name), Model.load(target_name)
-        pair = f"{target_name}<-{name}"
-        if arguments.study == "truth":
-            found = truth(source, target, 5 if quick else 200, 64 if quick else 512, seed=0)
-            figures |= {f"{pair} {key}": value for key, value in found.items()}
-            continue
-        rows = list(measure(source, target, 3_000 if quick else 40_000))
-        for row in rows:
-            place = f"{pair} {row['domain']} {row['strategy']} {row['situation']}"
-            figures |= {
-                f"{place} {key}": float(str(row[key]))
-                for key in ("share", "own", "carried", "lost")
-            }
-        if not arguments.json:
-            _print(pair, rows)
-    if arguments.json:
-        print(json.dumps(figures))
-    elif arguments.study != "measure":
-        for key, value in figures.items():
-            print(f"{key:<44} {value:.4f}")
-
-
-def _print(pair: str, rows: Sequence[dict[str, object]]) -> None:
-    table = Table(title=pair)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()))
-    Console(width=100).print(table)
+        given = arguments.out, arguments.quick, arguments.seeds, arguments.set, names
+        show(training(*given), arguments.json, ".4f")
+    elif arguments.study == "measure":
+        figures = measure_pairs(arguments, places)
+        if arguments.json:
+            show(figures, as_json=True)
+    else:
+        study = digits if arguments.study == "digits" else truth_of_pairs
+        show(study(arguments, places), arguments.json, ".4f")
 
 
 if __name__ == "__main__":
