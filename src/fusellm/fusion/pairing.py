@@ -89,7 +89,14 @@ class Pairing:
             read = target.predicting[there]
             block = np.searchsorted(target.offsets, read, side="right") - 1
             rows = tokens.position_offsets[block] + aligned.source[there]
-            given, left = where_cut(given, rows, target.ids[read], self.healing.cuts)
+            # Where the target is said to join what the text goes on with, though it has a boundary
+            # there, it was not asked for enough: `·6` and `8` are joined, and yet `·6851` is `·6`,
+            # `851`. Nothing is taken away then.
+            last, cuts = target.ids[read], self.healing.cuts
+            told_right = ~cuts.spanned(last, tokens.ids[tokens.predicting[rows] + 1])
+            given, left_of = where_cut(given, rows[told_right], last[told_right], cuts)
+            left = ~told_right
+            left[told_right] = left_of
             source, situations = aligned.source.copy(), aligned.situations.copy()
             source[there[~left]], situations[there[~left]] = -1, Situation.UNALIGNED
             aligned = replace(aligned, source=source, situations=situations)
