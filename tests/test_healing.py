@@ -180,6 +180,28 @@ def test_a_blank_line_is_what_a_target_with_gpt_2s_rules_would_read() -> None:
     assert not healing.cuts.spanned(line_end, np.array([ids[b"\n"]])).any()
 
 
+def test_nothing_is_taken_away_where_the_text_says_otherwise() -> None:
+    """Asked for `ab` alone the target joins them; in `ab;` it has a boundary after `a`."""
+    source, target = bpe(), bpe("b+;", "a+b")
+    texts = ["ab;", "a;;"]
+    mine, theirs = tokens_of(target, texts), tokens_of(source, texts)
+    names = target.vocabulary.token_bytes
+    assert [names[id_] for id_ in mine.ids[mine.offsets[0] :][1:3]] == [b"a", b"b;"]
+    kept = said(theirs, learnt(source, texts_with_probabilities(3)), None, 1)
+    map_ = class_translation(source, target)
+    pairing = Pairing(map_, boundary_aligner(source, target, map_), healing_of(source, target))
+    reading = pairing.reading(mine, theirs, kept)
+    given, b = reading.distributions, source.vocabulary.token_bytes.index(b"b")
+    after_a = [int(theirs.position_offsets[n]) + 1 for n in range(2)]
+    shares = []
+    for row in after_a:
+        entries = slice(given.offsets[row], given.offsets[row + 1])
+        shares.append(given.masses[entries][given.ids[entries] == b].sum())
+    assert shares[0] == pytest.approx(np.exp(kept.true_log_prob[after_a[0]]))  # all of it
+    assert shares[1] == 0  # here nothing says that it was not asked for enough
+    assert (reading.aligned.source[:2] >= 0).all()
+
+
 def test_special_tokens_and_nearly_nothing_are_no_continuations() -> None:
     source, target = bpe("a+b"), bpe("a+;")
     healing = healing_of(source, target)

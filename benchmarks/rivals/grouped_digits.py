@@ -17,7 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from fusellm.progress import Progress
-from fusellm.zoo.specialists import Specialist, save, train
+from fusellm.stages.zoo import trained
+from fusellm.zoo.specialists import Specialist, save
 from fusellm.zoo.text import Document, documents, drop_near_duplicates
 from number_text import number_documents
 
@@ -39,10 +40,7 @@ def make(folder: Path, quick: bool, progress: Progress) -> None:
     specialist = replace(SPECIALIST, train_bytes=16_000) if quick else SPECIALIST
     texts = _documents(quick)
     tokenizer = grouping_bpe(_tokenizer_texts(texts, quick), specialist.tokenizer_size)
-    with progress.start("training the model of grouped digits", 0, "steps") as bar:
-        for model, step in train(specialist, tokenizer, texts):  # noqa: B007
-            bar.resize(step.steps)
-            bar.advance(1, f"loss {step.loss_nats:.3f} nats per token")
+    model, _ = trained(specialist, tokenizer, texts, "the model of grouped digits", progress)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     card = f"A small model with digits in groups, made by {Path(__file__).name}.\n"

@@ -11,9 +11,24 @@ import numpy as np
 
 from fusellm.alignment.translation import FirstTokens, as_continuations, before_a_letter
 from fusellm.arrays.ragged import offsets_of
+from fusellm.compiled import compiled
 from fusellm.tokens.encode import Encoder
 
 _UNKNOWN = -2
+
+
+@compiled()
+def begins_so(spelled: np.ndarray, token: int, other: int, count: int) -> bool:
+    """Whether two tokens begin with the same bytes.
+
+    Args:
+        spelled: that of `Continuations`.
+        token, other: where they begin there; both have at least `count` bytes.
+    """
+    same = 0
+    while same < count and spelled[token + same] == spelled[other + same]:
+        same += 1
+    return bool(same == count)
 
 
 class Continuations:

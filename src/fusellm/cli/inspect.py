@@ -291,6 +291,8 @@ def _panel(view: "views.BlockView", at: "views.PositionView", s: int) -> Panel:
     source = view.sources[s]
     weight, won = source.weights[at.position], view.winners[at.position] == source.name
     title = Text(f" {_name(s, source.name)} ", _style(s))
+    if source.referee:
+        title.append("referee ", "italic")
     if weight > 0:
         title.append("wins " if weight > 0.9995 else f"weight {weight:.2f} ", "bold")
     frame, style = (box.HEAVY, _style(s)) if won else (box.ROUNDED, "dim")

@@ -37,7 +37,7 @@ from fusellm.tokens.encode import Encoder
 PART = "train"
 """The part that sources read; validation and held_out are kept from them."""
 _SETTINGS = (
-    *("strategy", "compatibility", "token_healing", "function"),
+    *("strategy", "compatibility", "token_healing", "inside_tokens", "function"),
     *("granularity", "window_bytes", "cross_entropy"),
 )
 
@@ -77,6 +77,7 @@ class SourceView:
         weights: [N] its share of the fused distributions, rounded as stored; 0 where it has none.
         cross_entropy: [N] by which sources are compared there; the recipe says in what.
         bits_per_byte: over the block's bytes that it scored; None where it did not read it.
+        referee: whether it is compared and never taught.
     """
 
     name: str
@@ -86,6 +87,7 @@ class SourceView:
     weights: tuple[float, ...]
     cross_entropy: tuple[float, ...]
     bits_per_byte: float | None
+    referee: bool
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ class BlockView:
         source = self.sources[s]
         if not source.tokens.read:
             return "could not read this block"
+        if source.weights[at.position] > 0 and self.recipe["inside_tokens"]:
+            return "not aligned: what it said before its token, of the bytes read since"
         if source.weights[at.position] > 0:
             return "not aligned: by the authors' rule all mass is on the token just read"
         if at.read_bytes not in source.tokens.ends[:-1]:
@@ -226,9 +230,14 @@ def settings_in_words(recipe: Recipe) -> dict[str, str]:
     over = f"a window of {fusion.window_bytes} bytes to each side"
     over = over if fusion.granularity == "window" else "the whole block"
     scheme = f"{kept.draws} draws" if kept.scheme == "sampled" else f"top {kept.k}"
+    rules = [
+        *([", healed"] if fusion.heals else []),
+        *([", split along the text"] if fusion.refines else []),
+        *([", asked within tokens"] if fusion.inside_tokens else []),
+    ]
     paper = ", as the authors" if fusion.compatibility == "paper" else ""
     return {
-        "strategy": f"{fusion.strategy}{paper}{', healed' if fusion.heals else ''}",
+        "strategy": f"{fusion.strategy}{paper}{''.join(rules)}",
         "function": f"{fusion.function}, sources compared over {over}",
         "kept": f"{scheme} at each position",
     }
@@ -342,7 +351,10 @@ def _view(
         before = tuple(_before(gathered, rules, name, chosen) for name in gathered.readings)
         after = (target.ends[chosen], target.spelled[chosen + 1])
         at = PositionView(chosen, *after, before, _shares(gathered, sources, chosen))
-    settings = {key: getattr(fusion, key) for key in _SETTINGS} | {"token_healing": fusion.heals}
+    settings = {key: getattr(fusion, key) for key in _SETTINGS} | {
+        "token_healing": fusion.heals,
+        "refine": fusion.refines,
+    }
     return BlockView(
         number,
         blocks,
@@ -423,6 +435,7 @@ def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[Source
             tuple(weights[s].tolist()),
             tuple(compared.cross_entropy[s].tolist()),
             float(np.nansum(by_byte[s]) / scored_bits[s]) if scored_bits[s] else None,
+            s in rules.referees,
         )
         for s, (name, reading) in enumerate(gathered.readings.items())
     )

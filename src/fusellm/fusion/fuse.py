@@ -250,7 +250,7 @@ def carry_to(
     rows = reading.rows(block)[positions]
     there = rows >= 0
     rows = rows[there]
-    if reading.tree is None or reading.stored is None:
+    if reading.tree is None:
         carried = carry(reading.distributions, rows, reading.translation, rules.as_authors)
     else:
         carried = _carry_along(target, reading, reading.tree, rows, positions[there], block)
@@ -271,13 +271,14 @@ def _carry_along(
     """What a source says at some positions, the class of the text split where it has a path."""
     tokens, given, map_ = reading.tokens, reading.distributions, reading.translation
     stored = given if reading.stored is None else reading.stored
-    split = rows < len(stored.tail)  # and not within a token
-    own = positions[split]
-    paths = paths_of(target, tokens, rows[split], own, block[own])
-    split[split] = is_split(paths, tokens, map_, tree)
-    paths = paths_of(target, tokens, rows[split], positions[split], block[positions[split]])
+    own = np.flatnonzero(rows < len(stored.tail))  # and not within a token
+    paths = paths_of(target, tokens, rows[own], positions[own], block[positions[own]])
+    splits = is_split(paths, tokens, map_, tree)
+    split = np.zeros(len(rows), dtype=np.bool_)
+    split[own[splits]] = True
     whole = carry(given, rows[~split], map_, first_only=False)
-    refined = refine(paths, tokens, given, stored, reading.true_log_prob, map_, tree)
+    log_prob = reading.true_log_prob
+    refined = refine(paths.take(splits), tokens, given, stored, log_prob, map_, tree)
     return Carried.concat([whole, refined]).take(places_by_group(split))
 
 

@@ -24,7 +24,7 @@ The source's distributions are of B blocks, one after another; N positions that 
 
 import numpy as np
 
-from fusellm.alignment.continuations import Continuations
+from fusellm.alignment.continuations import Continuations, begins_so
 from fusellm.alignment.target_cuts import TargetCuts
 from fusellm.arrays.distributions import Distributions, Kept
 from fusellm.arrays.ragged import offsets_of, take_rows
@@ -58,13 +58,11 @@ def _longer(
                 begin = spelled_offsets[ids[entry]]
                 if ids[entry] == read:
                     stays[row] += mass[entry]
-                elif width > 0 and spelled_offsets[ids[entry] + 1] - begin > width:
-                    same = 0
-                    while same < width and spelled[begin + same] == spelled[first + same]:
-                        same += 1
-                    if same == width:
-                        slots[entry] = begin + width
-                        count += 1
+                elif spelled_offsets[ids[entry] + 1] - begin > width > 0 and begins_so(
+                    spelled, begin, first, width
+                ):
+                    slots[entry] = begin + width
+                    count += 1
             row += 1
     return count
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusellm.alignment.continuations import Continuations
+from fusellm.alignment.continuations import Continuations, begins_so
 from fusellm.arrays.distributions import Distributions, Kept
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.tokens import Tokens
@@ -119,12 +119,7 @@ def _fitting(
                 kept[r] += mass[entry]
                 continue
             first, width = spelled_offsets[w], spelled_offsets[w + 1] - spelled_offsets[w]
-            same = 0
-            while same < min(width, read[r]):
-                if spelled[first + same] != spelled[spelled_offsets[true] + same]:
-                    break
-                same += 1
-            if same < read[r]:
+            if width < read[r] or not begins_so(spelled, first, spelled_offsets[true], read[r]):
                 continue
             kept[r] += mass[entry]
             if width > read[r]:

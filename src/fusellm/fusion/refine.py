@@ -56,6 +56,10 @@ class TextPaths(NamedTuple):
     begins: np.ndarray
     ends: np.ndarray
 
+    def take(self, which: np.ndarray) -> "TextPaths":
+        """Some of the positions."""
+        return TextPaths(*(column[which] for column in self))
+
 
 class _Walked(NamedTuple):
     """Paths, and what is asked along them.

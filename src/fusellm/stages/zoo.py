@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fusellm.errors import ModelError
 from fusellm.evaluation.text.nats import blocks_nats, by_domain
@@ -16,6 +16,8 @@ from fusellm.zoo import text
 from fusellm.zoo.specialists import (
     BLOCK_BYTES,
     SPECIALISTS,
+    Specialist,
+    Step,
     card,
     save,
     train,
@@ -55,13 +57,25 @@ def make_zoo(
         whole = SPECIALISTS[name]
         specialist = dataclasses.replace(whole, train_bytes=int(whole.train_bytes * share))
         tokenizer = train_tokenizer(specialist, training)
-        with progress.start(f"training zoo/{name}", 0, "steps") as bar:
-            for model, step in train(specialist, tokenizer, training):  # noqa: B007
-                bar.resize(step.steps)
-                bar.advance(1, f"loss {step.loss_nats:.2f}")
+        model, step = trained(specialist, tokenizer, training, f"zoo/{name}", progress)
         bits_per_byte[name] = _validate(model, Encoder(tokenizer), apart)
         save(specialist, model, tokenizer, out / name, card(specialist, step, bits_per_byte[name]))
     return bits_per_byte
+
+
+def trained(
+    specialist: Specialist,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[text.Document],
+    name: str,
+    progress: Progress,
+) -> tuple[PreTrainedModel, Step]:
+    """(a specialist trained from scratch, its last step), with a bar called by `name`."""
+    with progress.start(f"training {name}", 0, "steps") as bar:
+        for made in train(specialist, tokenizer, documents):
+            bar.resize(made[1].steps)
+            bar.advance(1, f"loss {made[1].loss_nats:.2f} nats per token")
+    return made
 
 
 def _validate(

@@ -5,6 +5,7 @@ T tokens of one block.
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,32 +16,40 @@ _COVERED = -1
 _SPACE = 0x20
 
 
+class _Spelled(NamedTuple):
+    """A vocabulary's tokens as bytes, as of `Vocabulary`, for compiled loops."""
+
+    is_text: np.ndarray
+    flat: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    may_be_dummy: np.ndarray
+    doubles: bool
+    restarts: np.ndarray
+
+
 @compiled()
 def _walk(
     text: np.ndarray,
     ids: np.ndarray,
-    flat: np.ndarray,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-    may_be_dummy: np.ndarray,
-    doubles: bool,
-    restarts: np.ndarray,
+    spelled: _Spelled,
     ends: np.ndarray,
 ) -> int:
     cursor = 0
-    begun_anew = doubles
+    begun_anew = spelled.doubles
     for t in range(len(ids)):
-        start, length = starts[ids[t]], lengths[ids[t]]
-        if may_be_dummy[ids[t]] and (begun_anew or cursor == len(text) or text[cursor] != _SPACE):
+        start, length = spelled.starts[ids[t]], spelled.lengths[ids[t]]
+        here = begun_anew or cursor == len(text) or text[cursor] != _SPACE
+        if here and spelled.may_be_dummy[ids[t]]:
             start, length = start + 1, length - 1
         if cursor + length > len(text):
             return t
         for n in range(length):
-            if text[cursor + n] != flat[start + n]:
+            if text[cursor + n] != spelled.flat[start + n]:
                 return t
         cursor += length
         ends[t] = cursor
-        begun_anew = doubles and restarts[ids[t]]
+        begun_anew = spelled.doubles and spelled.restarts[ids[t]]
     return _COVERED if cursor == len(text) else len(ids)
 
 
@@ -50,13 +59,7 @@ def _walk_all(
     text_offsets: np.ndarray,
     ids: np.ndarray,
     id_offsets: np.ndarray,
-    is_text: np.ndarray,
-    flat: np.ndarray,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-    may_be_dummy: np.ndarray,
-    doubles: bool,
-    restarts: np.ndarray,
+    spelled: _Spelled,
     ends: np.ndarray,
     covered: np.ndarray,
 ) -> None:
@@ -64,19 +67,10 @@ def _walk_all(
         first, last = id_offsets[b], id_offsets[b + 1]
         known = True
         for t in range(first, last):
-            known &= ids[t] < len(is_text) and is_text[ids[t]]
+            known &= ids[t] < len(spelled.is_text) and spelled.is_text[ids[t]]
         if known:
-            stopped = _walk(
-                text[text_offsets[b] : text_offsets[b + 1]],
-                ids[first:last],
-                flat,
-                starts,
-                lengths,
-                may_be_dummy,
-                doubles,
-                restarts,
-                ends[first:last],
-            )
+            own = text[text_offsets[b] : text_offsets[b + 1]]
+            stopped = _walk(own, ids[first:last], spelled, ends[first:last])
             covered[b] = stopped == _COVERED
 
 
@@ -123,13 +117,15 @@ def all_boundaries(
         _offsets(texts),
         np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=len(ends)),
         offsets,
-        vocabulary.is_text,
-        vocabulary.flat,
-        vocabulary.starts,
-        vocabulary.lengths,
-        vocabulary.may_be_dummy,
-        vocabulary.doubles,
-        vocabulary.restarts_after,
+        _Spelled(
+            vocabulary.is_text,
+            vocabulary.flat,
+            vocabulary.starts,
+            vocabulary.lengths,
+            vocabulary.may_be_dummy,
+            vocabulary.doubles,
+            vocabulary.restarts_after,
+        ),
         ends,
         covered,
     )
