@@ -160,8 +160,10 @@ class DistributionStore:
         sizes: dict[str, float] = {}
         fault = None
         if missing := self.missing():
-            few = f"{len(missing)} of {self.facts.shards} shards are missing or not of their size"
-            fault = f"{few}; `fusellm store verify {self.path}` names them"
+            lacking = (
+                f"{len(missing)} of {self.facts.shards} shards are missing or not of their size"
+            )
+            fault = f"{lacking}; `fusellm store verify {self.path}` names them"
         else:
             try:
                 sizes = self.bytes_per_token()
