@@ -176,9 +176,14 @@ def fuse(
     >>> fused = fuse(texts, Tokenizer.from_pretrained("zoo/prose"), read)
     >>> fused
     FusedDistributions(2 texts; 8 of 10 positions have a distribution; python 62%, cpp 38%)
-    >>> likeliest = fused.at(0, 2)[0]
-    >>> likeliest.source, likeliest.tokens[:3], round(likeliest.mass, 2)
-    ('python', (' in', ' ind', ' inclu'), 0.29)
+    >>> likeliest, second, *_ = fused.at(0, 2)
+    >>> likeliest.source, likeliest.tokens, round(likeliest.mass, 2)
+    ('python', (' in',), 0.29)
+
+    What is not in the text stays a class of target tokens that the source cannot tell apart:
+
+    >>> second.tokens[:3], round(second.mass, 2)
+    (('<0x2E>', '.', './'), 0.1)
     """
     given = {
         "function": function if isinstance(function, str) else "uniform",
