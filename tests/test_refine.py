@@ -155,7 +155,7 @@ class Slow:
         stretches: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for id_, piece in pieces.items():
             block = encoded[piece]
-            spelling = () if block is None else tuple(block.ids.tolist())
+            spelling = () if block is None else tuple(block.ids)
             for n in range(1, len(spelling) + 1):
                 stretches[spelling[:n]].add(id_)
         firsts = FirstTokens(target)

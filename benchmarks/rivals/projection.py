@@ -55,7 +55,7 @@ def projection_matrix(
             pieces = [firsts.by_bytes[token]]
         else:
             encoded = spelled[token]
-            pieces = _longest(firsts, token) if encoded is None else encoded.ids.tolist()
+            pieces = _longest(firsts, token) if encoded is None else encoded.ids
         pieces = [piece for piece in pieces[:PIECES] if piece < source_rows]
         own = [FIRST_WEIGHT * DECAY**n for n in range(len(pieces))]
         places += [(piece, id_) for piece in pieces]

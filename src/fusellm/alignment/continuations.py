@@ -88,9 +88,9 @@ class Continuations:
         by_token: dict[bytes, dict[int, bytes]] = {}
         for token in tokens:
             by_token[token] = {}
-            for encoded in (at_end[token], spaced.get(token)):  # the last one counts
-                if encoded is not None and encoded.ends is not None:
-                    inside = [end for end in encoded.ends.tolist() if end < len(token)]
+            for told in (at_end[token], spaced.get(token)):  # the last one counts
+                if told is not None:
+                    inside = [end for end in told.ends if end < len(token)]
                     stops = [*inside[1:], len(token)][: len(inside)]
                     pieces = zip(inside, stops, strict=True)
                     by_token[token] |= {start: token[start:stop] for start, stop in pieces}

@@ -9,15 +9,17 @@ Both maps of this module send ids to outcomes, an outcome being a set of target 
 Vs, Vt source and target vocabulary sizes; U outcomes.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import offsets_of
-from fusellm.tokens.encode import Encoded, Encoder
+from fusellm.tokens.encode import Encoder
 
 # What a token is encoded after. Each is a context in which one kind of token stands alone; the
 # first that no merge crosses is used.
@@ -61,34 +63,52 @@ class VocabularyMap:
         return OutcomeSets(offsets[:-1], offsets[1:], ids)
 
 
-def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
+class Continuation(NamedTuple):
+    """Some bytes as a tokenizer spells them after other text.
+
+    Attributes:
+        ids: its tokens.
+        ends: where each ends, in bytes.
+    """
+
+    ids: list[int]
+    ends: list[int]
+
+
+def as_continuations(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Continuation | None]:
     """The tokens of some bytes where they go on after other text, by one tokenizer.
 
     Returns:
-        Of each piece its tokens and where they end, counted from its beginning; None where the
-        bytes are no whole characters, or no text is found that they stand apart from.
+        The continuation of each piece; None where the bytes are no whole characters, or no text is
+        found that they stand apart from.
     """
-    continuations: dict[bytes, Encoded | None] = {}
-    texts: dict[bytes, str] = {}
+    continuations: dict[bytes, Continuation | None] = {}
+    texts: list[tuple[bytes, str]] = []
     for piece in pieces:
         try:
-            texts[piece] = piece.decode("utf-8")
+            texts.append((piece, piece.decode("utf-8")))
         except UnicodeDecodeError:
             continuations[piece] = None
     for anchor in _ANCHORS:
-        before, left = len(anchor.encode()), {}
-        encoded = encoder.encode([anchor + text for text in texts.values()], [False] * len(texts))
-        for (piece, text), block in zip(texts.items(), encoded, strict=True):
-            at = _first_after(block.ends, before)
-            if at is None or block.ends is None:
-                left[piece] = text
+        if not texts:
+            break
+        before, left = len(anchor.encode()), []
+        rows, (ends, offsets, covered) = encoder.bare([anchor + text for _, text in texts])
+        every, cuts, whole = ends.tolist(), offsets.tolist(), covered.tolist()
+        for n, (piece, text) in enumerate(texts):
+            own = every[cuts[n] : cuts[n + 1]]
+            at = bisect_right(own, before)  # the first token after the anchor that reads anything
+            if whole[n] and at > 0 and own[at - 1] == before:
+                continuations[piece] = Continuation(
+                    rows[n][at:], [end - before for end in own[at:]]
+                )
             else:
-                continuations[piece] = Encoded(block.ids[at:], block.ends[at:] - before)
+                left.append((piece, text))
         texts = left
-    return continuations | dict.fromkeys(texts, None)
+    return continuations | dict.fromkeys((piece for piece, _ in texts), None)
 
 
-def before_a_letter(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Encoded | None]:
+def before_a_letter(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, Continuation | None]:
     """Those of the pieces that end in white space, as `as_continuations`, with a letter after them.
 
     Many tokenizers join a run of white space at the end of a text, and leave its last character to
@@ -97,14 +117,6 @@ def before_a_letter(encoder: Encoder, pieces: Iterable[bytes]) -> dict[bytes, En
     spaced = [piece for piece in pieces if piece[-1:].isspace()]
     continuations = as_continuations(encoder, [piece + _LETTER for piece in spaced])
     return {piece: continuations[piece + _LETTER] for piece in spaced}
-
-
-def _first_after(ends: np.ndarray | None, anchor_bytes: int) -> int | None:
-    """Index of the first token after the anchor that reads anything."""
-    if ends is None:
-        return None
-    after = int(np.searchsorted(ends, anchor_bytes, side="right"))
-    return after if after > 0 and ends[after - 1] == anchor_bytes else None
 
 
 class FirstTokens:
@@ -127,8 +139,8 @@ class FirstTokens:
     def look_up(self, pieces: Iterable[bytes]) -> None:
         """Find many at once; `first` then answers from memory."""
         unknown = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
-        for piece, encoded in as_continuations(self._encoder, unknown).items():
-            self._known[piece] = None if encoded is None else int(encoded.ids[0])
+        for piece, told in as_continuations(self._encoder, unknown).items():
+            self._known[piece] = None if told is None else told.ids[0]
 
     def first(self, piece: bytes) -> int | None:
         """Id of the first token of the bytes; None where they are no whole characters."""

@@ -103,6 +103,7 @@ class WrittenOn:
         self._firsts = FirstTokens(target)
         self._longest, self.reads_past = longest, not longest
         self._next_bytes: dict[bytes, np.ndarray] = {}
+        self._joins: dict[bytes, np.ndarray] = {}
         spelled = {} if longest else _spelled(source, target, translation)
         self.sets, self._nodes, self._single = _sets_of(translation, spelled)
         self._rank = np.argsort(self.sets.ids)
@@ -123,6 +124,7 @@ class WrittenOn:
         self._spellings: list[tuple[int, ...]] = []
         self._texts: list[bytes] = []
         self._next_bytes.clear()
+        self._joins.clear()
         self._add_states([()])
 
     @property
@@ -174,7 +176,7 @@ class WrittenOn:
         self._state_after = with_room(self._state_after, len(self._steps))
         new: list[tuple[int, ...]] = []
         for n, (state, token) in enumerate(self._told_apart(pairs)):
-            goes_on = self._begins(self._texts[state] + self._source[token]).any()
+            goes_on = self._goes_on(self._texts[state] + self._source[token])
             self._state_after[begin + n] = len(self._texts) + len(new) if goes_on else NOTHING
             if goes_on:
                 new.append((*self._spellings[state], token))
@@ -219,8 +221,15 @@ class WrittenOn:
             return self._begins(text)
         if not text or text[-1:].isspace():
             return np.ones(_BYTES, dtype=np.bool_)
-        masks = [self._begins(text[n:]) for n in range(len(text))]
-        return np.asarray(np.logical_or.reduce(masks))
+        if text not in self._joins:
+            mask = self._begins(text)
+            self._joins[text] = mask | self._asks(text[1:]) if len(text) > 1 else mask
+        return self._joins[text]
+
+    def _goes_on(self, text: bytes) -> bool:
+        """Whether a token of the target begins with a text, and is longer."""
+        at = bisect_left(self._sorted, text + b"\x00")
+        return at < len(self._sorted) and self._sorted[at].startswith(text)
 
     def _begins(self, text: bytes) -> np.ndarray:
         """[256] bool: the bytes with which target tokens go on that begin with a text."""
@@ -253,13 +262,9 @@ def _spelled(
     ids = np.nonzero((outcome >= 0) & (sizes[outcome] > 1))[0].tolist()
     known = target.vocabulary.token_bytes
     pieces = {id_: piece for id_ in ids if (piece := known[id_])}
-    encoded = as_continuations(source, set(pieces.values()))
-    spelled = {}
-    for id_, piece in pieces.items():
-        block = encoded[piece]
-        if block is not None:
-            spelled[id_] = tuple(block.ids.tolist())
-    return spelled
+    told = as_continuations(source, set(pieces.values()))
+    by_id = ((id_, told[piece]) for id_, piece in pieces.items())
+    return {id_: tuple(one.ids) for id_, one in by_id if one is not None}
 
 
 def _sets_of(

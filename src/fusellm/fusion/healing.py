@@ -27,7 +27,6 @@ import numpy as np
 from fusellm.alignment.continuations import Continuations, begins_so
 from fusellm.alignment.target_cuts import TargetCuts
 from fusellm.arrays.distributions import Distributions, Kept
-from fusellm.arrays.ragged import offsets_of, take_rows
 from fusellm.arrays.tokens import Tokens
 from fusellm.compiled import compiled
 
@@ -157,6 +156,53 @@ def heal(tokens: Tokens, kept: Kept, continuations: Continuations) -> Distributi
     return Distributions(offsets, ids[:used], masses[:used], tail, given.sampled)
 
 
+@compiled()
+def _keep(
+    starts: np.ndarray, stops: np.ndarray, masses: np.ndarray, spanned: np.ndarray, kept: np.ndarray
+) -> int:
+    # kept: the mass of each row that leaves the target its boundary. How many entries do not, of
+    # rows where some do.
+    count = 0
+    for r in range(len(starts)):
+        taken = 0
+        for entry in range(starts[r], stops[r]):
+            if spanned[entry]:
+                taken += 1
+            else:
+                kept[r] += masses[entry]
+        if kept[r] > _LEAST_MASS:
+            count += taken
+    return count
+
+
+@compiled()
+def _cut(
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    masses: np.ndarray,
+    row_of: np.ndarray,
+    spanned: np.ndarray,
+    kept: np.ndarray,
+    new_offsets: np.ndarray,
+    new_ids: np.ndarray,
+    new_masses: np.ndarray,
+    new_tail: np.ndarray,
+) -> int:
+    # row_of: of each position, its place in `kept`; -1 where it stays as it is. new_tail: as given.
+    used = 0
+    for position in range(len(row_of)):
+        r, whole = row_of[position], 1.0
+        if r >= 0:
+            whole = kept[r] + new_tail[position]
+            new_tail[position] /= whole
+        for entry in range(offsets[position], offsets[position + 1]):
+            if r < 0 or not spanned[entry]:
+                new_ids[used], new_masses[used] = ids[entry], masses[entry] / whole
+                used += 1
+        new_offsets[position + 1] = used
+    return used
+
+
 def where_cut(
     given: Distributions, rows: np.ndarray, read: np.ndarray, cuts: TargetCuts
 ) -> tuple[Distributions, np.ndarray]:
@@ -170,21 +216,27 @@ def where_cut(
         (the distributions, [R] bool: whether anything that was kept is left of each). Where
         nothing is, it stays as it was. The tail is taken to leave the boundary.
     """
-    entries, row = take_rows(given.offsets, rows)
-    spanned = cuts.spanned(read[row], given.ids[entries])
-    kept = np.bincount(row, weights=given.masses[entries] * ~spanned, minlength=len(rows))
+    starts, stops = given.offsets[rows], given.offsets[rows + 1]
+    spanned = cuts.spanned_entries(read, starts, stops, given.ids)
+    kept = np.zeros(len(rows))
+    count = _keep(starts, stops, given.masses, spanned, kept)
     left = kept > _LEAST_MASS
-    spanned &= left[row]
-    if not spanned.any():
+    if count == 0:
         return given, left
-    whole = np.ones(len(given.tail))
-    whole[rows[left]] = (kept + given.tail[rows])[left]
-    lengths = np.diff(given.offsets)
-    np.subtract.at(lengths, rows[row[spanned]], 1)
-    stays = np.ones(len(given.ids), dtype=np.bool_)
-    stays[entries[spanned]] = False
-    masses = given.masses[stays] / np.repeat(whole, lengths)
-    healed = Distributions(
-        offsets_of(lengths), given.ids[stays], masses, given.tail / whole, given.sampled
+    row_of = np.full(len(given.tail), -1, dtype=np.int64)
+    row_of[rows[left]] = np.flatnonzero(left)
+    ids, masses = np.empty_like(given.ids), np.empty(len(given.ids))
+    offsets, tail = np.zeros(len(given.offsets), dtype=np.int64), given.tail.astype(np.float64)
+    used = _cut(
+        given.offsets,
+        given.ids,
+        given.masses,
+        row_of,
+        spanned,
+        kept,
+        offsets,
+        ids,
+        masses,
+        tail,
     )
-    return healed, left
+    return Distributions(offsets, ids[:used], masses[:used], tail, given.sampled), left

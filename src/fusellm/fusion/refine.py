@@ -116,14 +116,16 @@ class _Gathered(NamedTuple):
         seen_by: [S] the last position that has the set, and
         place_of: [S] its place in `sets`. Nothing has to be cleared from position to position.
         sets, masses: what is gathered.
-        first, waiting: single tokens of one position, and their masses, until all its stretches
-            are known: a token may be in one of them.
+        stretches: those of one position.
+        first, waiting: its single tokens, and their masses, until all its stretches are known: a
+            token may be in one of them.
     """
 
     seen_by: np.ndarray
     place_of: np.ndarray
     sets: np.ndarray
     masses: np.ndarray
+    stretches: np.ndarray
     first: np.ndarray
     waiting: np.ndarray
 
@@ -241,12 +243,11 @@ def _settle(
     classes: np.ndarray,
     out: _Gathered,
     r: int,
-    begin: int,
     used: int,
+    open_: int,
     count: int,
 ) -> int:
     # Single tokens go to their sets, once all stretches of the position are known.
-    listed = used
     for n in range(count):
         if out.waiting[n] <= 0.0:
             continue
@@ -256,8 +257,7 @@ def _settle(
             chosen = map_.without
         if chosen == classes[0] or chosen == classes[1]:
             chosen = leaves.single[token]
-            for place in range(begin, listed):
-                other = out.sets[place]
+            for other in out.stretches[:open_]:
                 if leaves.starts[other] <= leaves.rank[token] < leaves.stops[other]:
                     chosen = other
         used = _add(out, r, chosen, out.waiting[n], used)
@@ -280,7 +280,8 @@ def _split(
     # leaves it after them, over what was kept of it.
     used = 0
     for r in range(len(walked.rows)):
-        row, classes, begin, count, stays = walked.rows[r], walked.classes[r], used, 0, 0.0
+        row, classes, begin, stays = walked.rows[r], walked.classes[r], used, 0.0
+        open_, count = 0, 0  # stretches, single tokens
         for k in range(walked.levels[r]):
             path = walked.tokens[walked.begins[r] + k]
             entries, share = given, 1.0
@@ -300,13 +301,17 @@ def _split(
                 if w == path:
                     stays += mass if k == 0 else 0.0
                     continue
-                if k > 0 or _is_split(map_.of_source[w], classes):
+                left = k > 0 or _is_split(map_.of_source[w], classes)
+                if left:
                     token, chosen = _leave(leaves, walked.states[r, k], w)
                 else:
                     chosen = map_.of_source[w]
                     chosen = map_.leftover if chosen < 0 else chosen
                 if chosen >= 0:
-                    used = _add(out, r, chosen, mass, used)
+                    before, used = used, _add(out, r, chosen, mass, used)
+                    if left and used > before:
+                        out.stretches[open_] = chosen
+                        open_ += 1
                 elif token < 0:
                     rest[r] += mass
                 elif count > 0 and out.first[count - 1] == token:
@@ -315,7 +320,7 @@ def _split(
                     out.first[count], out.waiting[count] = token, mass
                     count += 1
         out.first[count], out.waiting[count] = walked.true_ids[r], stays
-        used = _settle(leaves, map_, classes, out, r, begin, used, count + 1)
+        used = _settle(leaves, map_, classes, out, r, used, open_, count + 1)
         lengths[r] = used - begin
     return used
 
@@ -404,6 +409,7 @@ def refine(
         np.zeros(len(tree.sets), dtype=np.int64),
         np.zeros(whole + positions, dtype=np.int64),
         np.zeros(whole + positions),
+        np.zeros(most, dtype=np.int64),
         np.zeros(most + 1, dtype=np.int64),
         np.zeros(most + 1),
     )

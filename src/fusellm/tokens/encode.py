@@ -14,7 +14,7 @@ from fusellm.errors import ArgumentError, TokenizerError
 from fusellm.tokens.spelling import shown
 from fusellm.tokens.text_ids import rules_of, text_ids_of
 from fusellm.tokens.vocabulary import Vocabulary, read_vocabulary
-from fusellm.tokens.walk import all_boundaries
+from fusellm.tokens.walk import Walked, all_boundaries, walked
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class Encoder:
     def shown(self, id_: int) -> str:
         """A token for people: spaces as `·`, and nothing that moves the cursor."""
         return shown(self.spelled(id_).encode("utf-8", "backslashreplace"))
+
+    def bare(self, texts: Sequence[str]) -> tuple[list[list[int]], Walked]:
+        """Ids and boundaries of texts, without prefix and EOS: for many short ones."""
+        rows = self._text_ids(texts)
+        return rows, walked([text.encode() for text in texts], rows, self.vocabulary)
 
     def encode(self, texts: Sequence[str], last: Sequence[bool] | None = None) -> list[Encoded]:
         """Encode texts.

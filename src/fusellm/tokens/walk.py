@@ -75,7 +75,9 @@ def _walk_all(
 
 
 def _offsets(rows: Sequence[Sequence[int] | np.ndarray | bytes]) -> np.ndarray:
-    return np.cumsum([0, *(len(row) for row in rows)])
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)), out=offsets[1:])
+    return offsets
 
 
 def boundaries(
@@ -100,9 +102,24 @@ def boundaries(
     return all_boundaries([text], [ids], vocabulary)[0]
 
 
-def all_boundaries(
+class Walked(NamedTuple):
+    """Boundaries of many texts.
+
+    Attributes:
+        ends: int64, the byte offset in its text where each token ends; of all texts, one after
+            another.
+        offsets: [texts + 1] where the tokens of each begin.
+        covered: [texts] bool, whether the walk came to the text's end.
+    """
+
+    ends: np.ndarray
+    offsets: np.ndarray
+    covered: np.ndarray
+
+
+def walked(
     texts: Sequence[bytes], rows: Sequence[Sequence[int] | np.ndarray], vocabulary: Vocabulary
-) -> list[np.ndarray | None]:
+) -> Walked:
     """`boundaries` of many texts at once.
 
     Args:
@@ -129,6 +146,14 @@ def all_boundaries(
         ends,
         covered,
     )
+    return Walked(ends, offsets, covered)
+
+
+def all_boundaries(
+    texts: Sequence[bytes], rows: Sequence[Sequence[int] | np.ndarray], vocabulary: Vocabulary
+) -> list[np.ndarray | None]:
+    """`boundaries` of many texts, each on its own."""
+    ends, offsets, covered = walked(texts, rows, vocabulary)
     cuts = offsets.tolist()
     return [
         ends[cuts[b] : cuts[b + 1]] if whole else None for b, whole in enumerate(covered.tolist())
