@@ -47,6 +47,8 @@ TEXTS = (*DOMAINS, "numbers", "scripts")
 ZOO = ("prose", "python", "cpp")
 _MADE_SEED = 7
 _WHOLE_VOCABULARY, _MOST_PROBABLE = 60_000, 2_048
+LEAST_LOG_PROB = -14.0
+"""Of what is taken of a whole distribution. A token of 8,192 that is evenly likely has -9."""
 
 
 @dataclass(frozen=True)
@@ -152,23 +154,29 @@ def _map_of(strategy: str, source: Encoder, target: Encoder) -> VocabularyMap:
 
 
 def kept_of(log_p: torch.Tensor, true_ids: np.ndarray) -> Kept:
-    """Distributions [N, V] as a store keeps them: whole, or the most probable and the tail.
+    """Distributions [N, V] as a store keeps them: what is likely, the true next tokens, and a tail.
 
     Args:
         true_ids: [N] the true next tokens.
     """
-    size = log_p.shape[1]
-    true = log_p[torch.arange(len(log_p)), torch.from_numpy(true_ids)].numpy()
-    kept = size if size <= _WHOLE_VOCABULARY else _MOST_PROBABLE
-    values, ids = torch.topk(log_p, kept, dim=1)
-    tail = 1 - values.double().exp().sum(1).numpy() if kept < size else np.zeros(len(log_p))
+    true = torch.from_numpy(true_ids)[:, None]
+    stays = log_p > LEAST_LOG_PROB
+    if log_p.shape[1] > _WHOLE_VOCABULARY:
+        likely = torch.zeros_like(stays)
+        likely.scatter_(1, torch.topk(log_p, _MOST_PROBABLE, dim=1).indices, True)
+        stays &= likely
+    stays.scatter_(1, true, True)
+    at = stays.nonzero()
+    log_probs = log_p[at[:, 0], at[:, 1]]
+    offsets = offsets_of(stays.sum(1).numpy())
+    tail = 1 - np.add.reduceat(log_probs.double().exp().numpy(), offsets[:-1])
     return Kept(
-        offsets_of(np.full(len(log_p), kept)),
-        ids.numpy().reshape(-1),
-        values.numpy().reshape(-1),
+        offsets,
+        at[:, 1].numpy(),
+        log_probs.numpy(),
         np.zeros(0, dtype=np.uint8),
         np.maximum(tail, 0).astype(np.float32),
-        true,
+        log_p.gather(1, true)[:, 0].numpy(),
     )
 
 

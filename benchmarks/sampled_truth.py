@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from arms import Arm, Model, Reader
+from arms import LEAST_LOG_PROB, Arm, Model, Reader
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import offsets_of
@@ -23,7 +23,6 @@ from fusellm.arrays.tokens import Tokens
 _CHUNK = 64
 _LEAST_BYTES_BEFORE = 20
 _LEAST_KEPT = 0.9
-_LEAST_LOG_PROB = -14.0  # of a token of 8,192 that is evenly likely: -9
 _MOST_TRIES = 60
 
 
@@ -147,7 +146,7 @@ def _kept_along(found: Sampled, which: np.ndarray, lengths: np.ndarray) -> Kept:
         true += [found.before[1:], found.drawn[n, :length]]
         whole.append(np.arange(length + 1) < 2)
     log_p, ids = torch.cat(rows), torch.from_numpy(np.concatenate(true))
-    stays = log_p > _LEAST_LOG_PROB
+    stays = log_p > LEAST_LOG_PROB
     stays[torch.from_numpy(np.concatenate(whole))] = True
     at = stays.nonzero()
     return Kept(

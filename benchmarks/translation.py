@@ -9,9 +9,9 @@ An arm is settings of fusion (arms.py): `partition` with its classes whole and n
 `healed` with it, `path` (classes split along the text) without it, `refined`, the default, with
 both, and the strategies `bytes`, `bpm`, `mined` and `em`. `--arm` takes some.
 
-`measure` reads whole distributions of a model over text (of vocabularies above 60,000 the 2,048
-most probable and the rest) and has the pipeline carry them to another tokenizer. In bits per byte
-of the true next target token, at the positions that the arm aligns:
+`measure` reads distributions of a model over text (tokens above e^-14, of vocabularies above 60,000
+the 2,048 most probable, and the rest) and has the pipeline carry them to another tokenizer. In bits
+per byte of the true next target token, at the positions that the arm aligns:
 
     own       what the source itself gives these bytes, each token's bits spread over its bytes
     carried   what the carried-over distribution gives the outcome of the true next target token
@@ -28,8 +28,8 @@ these and of `--tokenizers`. Without `--pair` three of the zoo's; `--every` take
 
 `digits` has GPT-NeoX's tokenizer as target (where it is not there, one made on the spot) and
 zoo/prose and zoo/python, which spell digits singly, as sources, on text of numbers: `digits_own`,
-`digits_carried` and `digits_lost` at true next tokens with a digit; and as `truth` does, at
-positions before a number or in one, `digits_tv_over_noise`.
+`digits_carried` and `digits_lost` at true next tokens with a digit, and `whole_text_gap` at all of
+them; and as `truth` does, at positions before a number or in one, `digits_tv_over_noise`.
 
 `truth` continues the text from the source many times, cuts each continuation by the target's
 tokenizer, and compares how often each token came first with what was carried over, averaged over
@@ -185,8 +185,10 @@ def digits(arguments: argparse.Namespace, places: Places) -> dict[str, float]:
         pair = f"{target.name}<-{source_name}"
         for row in measure(source, target, names, ("numbers",), most_bytes):
             if row["group"] == Kind.DIGITS.label:
-                for key in ("share", "own", "carried", "lost"):
+                for key in FIGURES:
                     figures[f"{pair} {row['arm']} digits_{key}"] = float(row[key])
+            elif row["group"] == EVERYTHING:
+                figures[f"{pair} {row['arm']} whole_text_gap"] = float(row["gap"])
         count, samples = (2, 64) if quick else (arguments.positions or 40, 512)
         texts = blocks_of("numbers", 12_000)
         found = truth(source, target, names, texts, count, samples, numbers_only=True)
