@@ -372,8 +372,15 @@ WITHOUT_MEANING = [
     (
         {"token_healing": True, "strategy": "em"},
         {},
-        "fusion.token_healing: true belongs to strategy partition or bytes, not to em",
+        "fusion.token_healing: true belongs to strategy partition, bytes or bpm, not to em",
     ),
+    (
+        {"inside_tokens": True, "token_healing": False},
+        {},
+        "fusion.inside_tokens: true needs token_healing: true",
+    ),
+    ({"refine": "path", "strategy": "bytes"}, {}, "refine: path belongs to strategy partition"),
+    ({"refine": "none", "strategy": "bpm"}, {}, "refine: none does not go with strategy bpm"),
     (
         {"lambda_schedule": "linear"},
         {},

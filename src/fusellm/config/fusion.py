@@ -25,7 +25,8 @@ class FusionSettings(SettingsBlock):
     token_healing: bool | None = None
     """Whether a source's distributions are corrected for its own token boundaries: what comes after
     `;` where `;` and a line end are one token to it (docs/method.md). null does so with `partition`
-    and `bytes`; `mined` and `em` have no boundaries to heal at."""
+    and `bytes`, and not with `bpm`, whose authors do not; `mined` and `em` have no boundaries to
+    heal at."""
     inside_tokens: bool = False
     """Whether a source is asked where the target's boundary is within one of its tokens, by what it
     said of the bytes read since (docs/method.md). Needs token healing."""
@@ -51,17 +52,23 @@ class FusionSettings(SettingsBlock):
             )
         if self.token_healing and not self.by_boundaries:
             raise ValueError(
-                f"fusion.token_healing: true belongs to strategy partition or bytes, not to "
+                f"fusion.token_healing: true belongs to strategy partition, bytes or bpm, not to "
                 f"{self.strategy}, whose positions have not read the same; leave it out"
             )
         if self.inside_tokens and not self.heals:
             raise ValueError(
-                "fusion.inside_tokens: true needs token_healing: true (strategy partition or bytes)"
+                "fusion.inside_tokens: true needs token_healing: true (strategy partition, bytes or "
+                "bpm)"
             )
         if self.refine == "path" and self.strategy != "partition":
             raise ValueError(
                 f"fusion.refine: path belongs to strategy partition, not to {self.strategy}, which "
                 "has no classes to split; leave it out"
+            )
+        if self.refine == "none" and self.strategy == "bpm":
+            raise ValueError(
+                "fusion.refine: none does not go with strategy bpm, which follows the text by its "
+                "definition; leave it out"
             )
         if self.cross_entropy == "nats_per_token" and self.granularity == "window":
             raise ValueError(
