@@ -57,8 +57,7 @@ class FusionSettings(SettingsBlock):
             )
         if self.inside_tokens and not self.heals:
             raise ValueError(
-                "fusion.inside_tokens: true needs token_healing: true, of strategy partition, bytes "
-                "or bpm"
+                "fusion.inside_tokens: true needs token_healing: true (partition, bytes or bpm)"
             )
         if self.refine == "path" and self.strategy != "partition":
             raise ValueError(
