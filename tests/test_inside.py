@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
+import worlds
+from fusellm.alignment.continuations import Continuations
 from fusellm.alignment.strategies import STRATEGIES
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.ragged import offsets_of
 from fusellm.config import FusionSettings
 from fusellm.errors import ArgumentError
 from fusellm.fusion.fuse import fuse_blocks, rules_of
+from fusellm.fusion.inside import inside, within
 from fusellm.fusion.pairing import pair
 from fusellm.recipe_file import checked_settings
 from known_world import bpe, learnt, said, texts_with_probabilities, tokens_of
@@ -80,6 +83,50 @@ def test_where_few_draws_fit_nothing_is_said() -> None:
             spelled = mine.vocabulary.token_bytes[reading.sets[int(one.outcomes[0])][0]]
             assert spelled == b"b"
             assert one.masses[0] == pytest.approx(0.1 / (0.1 + 0.9 / 28), rel=1e-5)
+
+
+def test_of_the_most_probable_what_was_not_kept_does_not_fit() -> None:
+    """Before `ab`, which was not kept and has 0.1, `b` has 0.6. The tail has 0.4, `ab` in it."""
+    theirs, mine = bpe("a+b"), bpe()
+    read, tokens = tokens_of(mine, ["ab"]), tokens_of(theirs, ["ab"])
+    a, b = (theirs.vocabulary.token_bytes.index(letter) for letter in (b"a", b"b"))
+    for other, share in ((b, 0.0), (a, 0.6)):
+        log = np.log(np.array([0.6, 0.9], dtype=np.float32))
+        kept = Kept(
+            np.array([0, 1, 2]),
+            np.array([other, 0]),
+            log,
+            np.zeros(0, dtype=np.uint8),
+            np.array([0.4, 0.1], dtype=np.float32),
+            np.log(np.array([0.1, 0.9], dtype=np.float32)),
+        )
+        map_ = STRATEGIES["partition"].translate(theirs, mine, None)
+        settings = FusionSettings.model_validate({"function": "uniform", "inside_tokens": True})
+        reading = pair(theirs, mine, map_, settings).reading(read, tokens, kept)
+        fused, _, _ = fuse_blocks(read, np.array([0, 2]), [reading], rules_of(settings))
+        one = fused.take(np.array([1]))
+        assert one.masses == pytest.approx([0.1 / (0.1 + share)], rel=1e-5)
+
+
+def test_a_token_whose_space_is_not_in_the_text_is_not_asked() -> None:
+    """Llama-2 reads `international` as one token that begins with a space the text has not."""
+    theirs, mine = worlds.encoder_of("llama-2"), worlds.encoder_of("raw-bytes")
+    for text, asked in (("international", False), ("a returning", True)):
+        tokens, read = tokens_of(theirs, [text]), tokens_of(mine, [text])
+        places = within(read, tokens)
+        count = len(tokens.predicting)
+        kept = Kept(
+            np.arange(count + 1),
+            tokens.ids[tokens.predicting + 1],
+            np.zeros(0, dtype=np.float32),
+            np.full(count, 32, dtype=np.uint8),
+            np.zeros(count, dtype=np.float32),
+            np.full(count, np.log(0.9), dtype=np.float32),
+        )
+        continuations = Continuations(theirs, mine)
+        told, _ = inside(places, tokens, kept, kept.distributions(), continuations)
+        assert len(places.rows) > 0
+        assert bool(len(told.rows)) == asked
 
 
 def test_without_healing_it_is_refused() -> None:

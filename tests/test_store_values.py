@@ -17,11 +17,14 @@ import pytest
 
 import mutations
 from fusellm.alignment.translation import VocabularyMap
+from fusellm.arrays.outcome_sets import OutcomeSets
+from fusellm.arrays.ragged import Ragged
 from fusellm.errors import StoreError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.externalized import layout_of
+from fusellm.store.fused import fused_layout
 from fusellm.store.manifest import StageFolder
 from fusellm.store.opened import open_store
 from fusellm.store.translations import cached_translation
@@ -133,6 +136,42 @@ def test_verify_finds_values_that_cannot_be_and_repair_drops_them(tmp_path: Path
         list(store)
     assert repair(verify_stage(path)) == ["train-00001.arrow"]
     assert len(list(open_store(path))) == 70
+
+
+def test_damaged_outcomes_are_one_fault_and_no_other(run: Path, tmp_path: Path) -> None:
+    """The shards that are read by them are whole."""
+    place = tmp_path / "fuse"
+    shutil.copytree(run / "fuse", place)
+    assert verify_stage(place).faults == ()
+    path = place / "outcomes-second.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    assert repair(verify_stage(place)) == [path.name]
+
+
+def test_mass_on_an_outcome_without_ids_is_refused() -> None:
+    """The loss of it would be infinite."""
+    one = OutcomeSets(np.array([0, 1, 4]), np.array([1, 4, 4]), np.arange(4))
+    batch = {
+        "block": np.array([0]),
+        "ids": column([0, 1], np.int64),
+        "parts": column([1], np.uint8),
+        "source": column([0], np.int8),
+        "lengths": column([2], np.uint16),
+        "outcomes": column([1, 2], np.uint16),
+        "masses": column([1, 0], np.float32),
+        "rest": column([0], np.float32),
+    }
+    layout = fused_layout(4, [one])
+    assert layout.wrong(batch) is None
+    wrong = layout.wrong(batch | {"masses": column([0.5, 0.5], np.float32)})
+    assert wrong is not None
+    assert wrong.what == "2 has mass and no ids"
+
+
+def column(values: list[float], dtype: type) -> Ragged:
+    return Ragged(np.array([0, len(values)]), np.array(values, dtype=dtype))
 
 
 def test_a_wrong_batch_is_refused_each_time_and_others_are_read(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import worlds
 from fusellm.alignment.strategies import STRATEGIES
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.store.translations import cache_folder, cached_translation
+from fusellm.tokens.encode import Encoder
 
 SIZES = len(worlds.byte_bpe().vocabulary), len(worlds.sentencepiece().vocabulary)
 
@@ -76,3 +79,23 @@ def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatc
     assert cache_folder() == Path("/somewhere/fusellm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "fusellm"
+
+
+def test_equal_tokenizers_may_have_heads_of_different_sizes() -> None:
+    """Special tokens behind the others: one model has rows for them, the other has none."""
+    tokenizer = worlds.encoder_of("byte-bpe").tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rows = backend.get_vocab_size()
+    backend.add_special_tokens(["<pad>", "<image>"])
+    eos = tokenizer.eos_token
+    whole, cut = (
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos), limit)
+        for limit in (None, rows)
+    )
+    assert (len(whole.vocabulary), len(cut.vocabulary)) == (rows + 2, rows)
+    for source, target in ((whole, cut), (cut, whole)):
+        map_ = STRATEGIES["partition"].translate(source, target, None)
+        assert len(map_.outcome_of_source) == len(source.vocabulary)
+        assert len(map_.outcome_of_target) == len(map_.sets.ids) == len(target.vocabulary)
+        text = np.flatnonzero(cut.vocabulary.is_text)
+        assert np.array_equal(map_.outcome_of_source[text], map_.outcome_of_target[text])

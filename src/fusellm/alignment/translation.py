@@ -142,6 +142,10 @@ class FirstTokens:
         for piece, told in as_continuations(self._encoder, unknown).items():
             self._known[piece] = None if told is None else told.ids[0]
 
+    def forget(self) -> None:
+        """Forget all answers."""
+        self._known.clear()
+
     def first(self, piece: bytes) -> int | None:
         """Id of the first token of the bytes; None where they are no whole characters."""
         if piece not in self._known:
@@ -172,13 +176,15 @@ def identity_translation(source: Encoder, target: Encoder) -> VocabularyMap:
 
     The two may still differ in which token is EOS; no other special token receives mass.
     """
-    text = source.vocabulary.is_text
-    ids = np.where(text, np.arange(len(text)), -1)
-    outcome_of_target = ids.copy()
+    ids, outcome_of_target = (
+        np.where(encoder.vocabulary.is_text, np.arange(len(encoder.vocabulary)), -1)
+        for encoder in (source, target)  # of different lengths where their heads are
+    )
     if target.vocabulary.eos_id is not None:
         outcome_of_target[target.vocabulary.eos_id] = target.vocabulary.eos_id
     _map_eos(source, target, ids, target.vocabulary.eos_id)
-    return VocabularyMap(ids, outcome_of_target, len(ids), complete=True)
+    outcomes = max(len(ids), len(outcome_of_target))
+    return VocabularyMap(ids, outcome_of_target, outcomes, complete=True)
 
 
 def first_translation(source: Encoder, target: Encoder) -> VocabularyMap:

@@ -11,8 +11,9 @@ on. So what the source may write from a position on makes a tree:
             └ 3, ` ` …                   p = `2`, w = `3`: `23`, or `230` to `239`
 
 A *state* is a spelling p that some text has followed; (p, w) leaves the path by the source token w.
-What the target then reads first is one token f, for which its tokenizer is asked; or, where it
-depends on what comes after w, the *stretch* of all its tokens that the source spells p w ….
+What the target then reads first is one token f, for which its tokenizer is asked. Where it has
+tokens that the source spells p w …, it depends on what comes after w whether it reads one of these:
+then it is the *stretch* of all of them and f, which is the smallest that has them all.
 `fusellm.fusion.refine` has the masses.
 
 Vs, Vt source and target vocabulary sizes; U outcomes of the vocabulary map.
@@ -54,7 +55,7 @@ class Leaves(NamedTuple):
     Attributes:
         slots, pairs: as of `KnownNumbers`.
         first: the target token that is read first; -1 for none.
-        stretch: the set of all tokens that are spelled so; -1 for none.
+        stretch: the set of that and of all tokens that are spelled so; -1 for none.
         asks: [states, 256] bool, whether what is read first can depend on a w that begins so.
         otherwise: [states] int64, what is read first where it cannot.
         first_byte: [Vs] int64, of each source token; -1 of those without bytes.
@@ -107,6 +108,8 @@ class WrittenOn:
         spelled = {} if longest else _spelled(source, target, translation)
         self.sets, self._nodes, self._single = _sets_of(translation, spelled)
         self._rank = np.argsort(self.sets.ids)
+        outcome = translation.outcome_of_target
+        self._outcome = np.where(outcome < 0, translation.outcomes, outcome)
         sizes = (self.sets.stops - self.sets.starts)[: translation.outcomes + 1]
         self.shared = sizes > 1
         self.shared[translation.outcomes] = False
@@ -125,6 +128,7 @@ class WrittenOn:
         self._texts: list[bytes] = []
         self._next_bytes.clear()
         self._joins.clear()
+        self._firsts.forget()
         self._add_states([()])
 
     @property
@@ -166,8 +170,28 @@ class WrittenOn:
             [self._texts[s] + self._source[w] for s, w in asked]
         )
         self._stretch[begin:end] = [
-            self._nodes.get((*self._spellings[s], w), NOTHING) for s, w in asked
+            self._undecided((*self._spellings[s], w), int(first))
+            for (s, w), first in zip(asked, self._first_id[begin:end], strict=True)
         ]
+
+    def _undecided(self, spelling: tuple[int, ...], first: int) -> int:
+        """The smallest set of all tokens that are spelled so and on, and of `first`.
+
+        That is read of the text so spelled, if nothing follows that makes it one of the others.
+        -1 where there are no others, or they are of another class than `first`.
+        """
+        stretch = self._nodes.get(spelling, NOTHING)
+        if stretch == NOTHING or first == NOTHING:
+            return stretch
+        above = [self._nodes[spelling[:n]] for n in range(len(spelling), 0, -1)]
+        for wider in (*above, int(self._outcome[first])):
+            if self._has(wider, self._rank[first]):
+                stretches = self.sets.starts[stretch], self.sets.stops[stretch] - 1
+                return wider if all(self._has(wider, rank) for rank in stretches) else NOTHING
+        return NOTHING
+
+    def _has(self, chosen: int, rank: int) -> bool:
+        return bool(self.sets.starts[chosen] <= rank < self.sets.stops[chosen])
 
     def follow(self, pairs: np.ndarray) -> None:
         """Learn steps that are not known, each once."""

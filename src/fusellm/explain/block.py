@@ -16,6 +16,7 @@ import numpy as np
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.translation import VocabularyMap
 from fusellm.arrays.fused import Fused
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
@@ -290,9 +291,10 @@ def inspect_block(
         for name, pairing in pairings_of(recipe, readers, progress).items()
     }
     stored = _fused(fused, shard, row, columns[TARGET]["ids"].values, positions)
-    return _view(
-        recipe, number, blocks, block, position, _Gathered(read, encoders, readings, stored)
-    )
+    vocabulary = len(encoders[TARGET].vocabulary)
+    sets = {name: fused_store.read_sets(fused, name, vocabulary) for name in readings}
+    gathered = _Gathered(read, encoders, readings, stored, sets)
+    return _view(recipe, number, blocks, block, position, gathered)
 
 
 def _folders(recipe: Recipe, run: Path, readers: Mapping[str, Reader]) -> dict[str, StageFolder]:
@@ -314,13 +316,15 @@ class _Gathered:
     Attributes:
         read: tokens of the target and the sources by name; `encoders` likewise.
         readings: of the sources by name, in order.
-        fused: its fused distributions, as stored.
+        fused: its fused distributions, as stored, and
+        sets: the outcomes of each source there, by name.
     """
 
     read: Mapping[str, Tokens]
     encoders: Mapping[str, Encoder]
     readings: Mapping[str, Reading]
     fused: Fused
+    sets: Mapping[str, OutcomeSets]
 
     def model_tokens(self, name: str) -> ModelTokens:
         ids, ends = self.read[name].ids.tolist(), self.read[name].ends.tolist()
@@ -479,9 +483,9 @@ def _has_true(gathered: _Gathered) -> np.ndarray:
     source = fused.source[fused.part_of_outcome]
     position = fused.position_of_part[fused.part_of_outcome]
     has_true = np.zeros(len(fused.parts), dtype=bool)
-    for s, reading in enumerate(gathered.readings.values()):
+    for s, sets in enumerate(gathered.sets.values()):
         own = np.nonzero(source == s)[0]
-        has = reading.sets.contain(fused.outcomes[own], true_ids[position[own]])
+        has = sets.contain(fused.outcomes[own], true_ids[position[own]])
         has_true[position[own[has]]] = True
     return has_true
 
@@ -509,7 +513,7 @@ def _before(gathered: _Gathered, rules: FusionRules, name: str, position: int) -
         kept,
         reading.healed,
         float(given.tail[place]),
-        _outcomes(gathered, reading, carried.outcomes, carried.masses, true_id),
+        _outcomes(gathered, name, reading.sets, carried.outcomes, carried.masses, true_id),
         max(float(carried.rest[0] - given.tail[place]), 0.0),
         _number(_outcome_of(translation, true_id)),
         name,
@@ -522,11 +526,10 @@ def _shares(gathered: _Gathered, sources: Sequence[SourceView], position: int) -
     true_id, shares = gathered.true_id(position), []
     for part in range(parts[position], parts[position + 1]):
         rows, s = slice(starts[part], starts[part + 1]), int(fused.source[part])
-        reading = gathered.readings[names[s]]
-        numbers, masses = fused.outcomes[rows], fused.masses[rows]
-        outcomes = _outcomes(gathered, reading, numbers, masses, true_id)
+        name, numbers, masses = names[s], fused.outcomes[rows], fused.masses[rows]
+        outcomes = _outcomes(gathered, name, gathered.sets[name], numbers, masses, true_id)
         weight, rest = sources[s].weights[position], float(fused.rest[part])
-        shares.append(Share(names[s], weight, outcomes, rest))
+        shares.append(Share(name, weight, outcomes, rest))
     return tuple(shares)
 
 
@@ -544,17 +547,18 @@ def _number(outcome: np.ndarray) -> int | None:
 
 def _outcomes(
     gathered: _Gathered,
-    reading: Reading,
+    name: str,
+    sets: OutcomeSets,
     numbers: np.ndarray,
     masses: np.ndarray,
     true_id: int,
 ) -> tuple[OutcomeView, ...]:
     def outcome(number: int, mass: float) -> OutcomeView:
-        ids = reading.sets[number]
+        ids = sets[number]
         shortest_first = sorted(
             gathered.spelled(TARGET, ids), key=lambda token: (len(token), token)
         )
-        leftover = number == reading.translation.outcomes
+        leftover = number == gathered.readings[name].translation.outcomes
         return OutcomeView(number, tuple(shortest_first), mass, true_id in ids, leftover)
 
     return tuple(outcome(int(numbers[n]), float(masses[n])) for n in np.lexsort((numbers, -masses)))

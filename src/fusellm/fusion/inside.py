@@ -93,6 +93,7 @@ def _fitting(
     ids: np.ndarray,
     mass: np.ndarray,
     next_mass: np.ndarray,
+    not_kept: np.ndarray,
     spelled: np.ndarray,
     spelled_offsets: np.ndarray,
     slots: np.ndarray,
@@ -106,10 +107,16 @@ def _fitting(
     used = 0
     for r in range(len(rows)):
         true, begin = next_ids[r], used
-        others = 0.0
+        others, left = 0.0, not_kept[rows[r]]
+        is_kept = False
         for entry in range(offsets[rows[r]], offsets[rows[r] + 1]):
-            if ids[entry] != true:
+            if ids[entry] == true:
+                is_kept = True
+            else:
                 others += mass[entry]
+        if not is_kept:
+            left = max(left - next_mass[r], 0.0)
+        others += left
         share = (1.0 - next_mass[r]) / others if others > 0.0 else 0.0
         slots[used], masses[used] = spelled_offsets[true] + read[r], next_mass[r]
         used += 1
@@ -131,6 +138,17 @@ def _fitting(
     return used
 
 
+def _reads_its_bytes(places: Within, tokens: Tokens, continuations: Continuations) -> np.ndarray:
+    """Whether the token around each place reads as many bytes of the text as it has.
+
+    One whose space mark stands for no space of the text does not (a dummy prefix).
+    """
+    around = tokens.predicting[places.rows] + 1
+    ids, offsets = tokens.ids[around], continuations.offsets
+    reads = tokens.ends[around] - tokens.ends[around - 1]
+    return np.asarray(offsets[ids + 1] - offsets[ids] == reads)
+
+
 def inside(
     places: Within, tokens: Tokens, kept: Kept, stored: Distributions, continuations: Continuations
 ) -> tuple[Within, Distributions]:
@@ -144,6 +162,7 @@ def inside(
         (those of the positions where at least `LEAST_DRAWS` draws fit what has been read and
         something follows, their distributions)
     """
+    places = places.take(_reads_its_bytes(places, tokens, continuations))
     count = len(places.rows)
     room = int(np.diff(stored.offsets)[places.rows].sum()) + count
     slots, masses = np.zeros(room, dtype=np.int64), np.zeros(room)
@@ -157,6 +176,7 @@ def inside(
         stored.ids.astype(np.int64, copy=False),
         stored.masses,
         np.exp(kept.true_log_prob[places.rows].astype(np.float64)).clip(max=1.0),
+        stored.tail.astype(np.float64, copy=False),
         continuations.spelled,
         continuations.offsets,
         slots,
@@ -173,8 +193,10 @@ def inside(
     sums = np.bincount(where, weights=masses, minlength=len(pairs))
     of_row, ids = np.divmod(pairs, ids.max(initial=0) + 1)
     whole = np.bincount(of_row, weights=sums, minlength=count)
-    draws = kept.counts.sum() / max(len(kept.tail), 1) if kept.sampled else np.inf
-    told = (whole > 0) & (fits * draws >= LEAST_DRAWS - 0.5)
+    told = whole > 0
+    if kept.sampled:
+        draws = kept.counts.sum() / max(len(kept.tail), 1)
+        told &= fits * draws >= LEAST_DRAWS - 0.5
     scale = 1 / np.where(told, whole + tail, 1.0)
     chosen = told[of_row]
     offsets = offsets_of(np.bincount(of_row[chosen], minlength=count)[told])

@@ -14,8 +14,10 @@ on any further. All other classes stay as they are. If v1 is of another class th
 *beyond*), both classes are split: that the target reads u is known of this text.
 
 qk(vk) is the probability that is stored with the text, exact. The others share what it leaves in
-proportion to what was kept of them. Of draws that is right on average: those that are not vk are
-draws from the rest. So over the texts that a source writes the outcomes get what it says of them.
+proportion to what was kept of them and of the tail, whose share is in no outcome. Of draws that is
+nearly right on average, since those that are not vk are draws from the rest. Only where all of n
+draws are vk nothing is known of what leaves, less than 1/n as a rule: it stays with u. So over the
+texts that a source writes the outcomes get what it says of them.
 
 Example. q1 gives `2` 0.5 and a space 0.5; after `2`, `0` 0.8 and `3` 0.2; after `20`, `1` 0.25, `,`
 0.75. The text is `201`, one token of a target with all numbers of three digits. `201` gets 0.5 ·
@@ -88,10 +90,12 @@ class _Entries(NamedTuple):
     offsets: np.ndarray
     ids: np.ndarray
     masses: np.ndarray
+    tail: np.ndarray
 
     @classmethod
     def of(cls, given: Distributions) -> "_Entries":
-        return cls(given.offsets, given.ids.astype(np.int64, copy=False), given.masses)
+        ids = given.ids.astype(np.int64, copy=False)
+        return cls(given.offsets, ids, given.masses, given.tail.astype(np.float64, copy=False))
 
 
 class _Map(NamedTuple):
@@ -228,12 +232,38 @@ def _leave(leaves: Leaves, state: int, w: int) -> tuple[int, int]:
     if byte < 0 or not leaves.asks[state, byte]:
         return leaves.otherwise[state], -1
     place = place_of(leaves.slots, leaves.pairs, state * len(leaves.first_byte) + w)
-    token, stretch = leaves.first[place], leaves.stretch[place]
-    if stretch < 0:
-        return token, -1
-    if token < 0 or leaves.starts[stretch] <= leaves.rank[token] < leaves.stops[stretch]:
-        return -1, stretch
-    return token, -1
+    if leaves.stretch[place] >= 0:
+        return -1, leaves.stretch[place]
+    return leaves.first[place], -1
+
+
+@compiled()
+def _join(leaves: Leaves, out: _Gathered, begin: int, used: int, open_: int) -> int:
+    # A stretch within another one of the position is a part of it. How many sets are left.
+    joined = 0
+    for n in range(open_):
+        inner = out.stretches[n]
+        for other in out.stretches[:open_]:
+            if (
+                other != out.stretches[n]
+                and leaves.starts[other] <= leaves.starts[out.stretches[n]]
+                and leaves.stops[out.stretches[n]] <= leaves.stops[other]
+            ):
+                out.stretches[n] = other
+        if out.stretches[n] != inner:
+            place = out.place_of[inner]
+            out.masses[out.place_of[out.stretches[n]]] += out.masses[place]
+            out.sets[place] = -1
+            joined += 1
+    if joined == 0:
+        return used
+    kept = begin
+    for n in range(begin, used):
+        if out.sets[n] >= 0:
+            out.sets[kept], out.masses[kept] = out.sets[n], out.masses[n]
+            out.place_of[out.sets[kept]] = kept
+            kept += 1
+    return kept
 
 
 @compiled()
@@ -277,7 +307,7 @@ def _split(
     rest: np.ndarray,
 ) -> int:
     # Every leaf is known. `stays` is what goes on with the first k tokens of the path, `share` what
-    # leaves it after them, over what was kept of it.
+    # leaves it after them, over what is known of where it goes.
     used = 0
     for r in range(len(walked.rows)):
         row, classes, begin, stays = walked.rows[r], walked.classes[r], used, 0.0
@@ -286,14 +316,20 @@ def _split(
             path = walked.tokens[walked.begins[r] + k]
             entries, share = given, 1.0
             if k > 0:
-                entries, others = stored, 0.0
-                for entry in range(*_row(stored, row + k)):
-                    if stored.ids[entry] != path:
-                        others += stored.masses[entry]
+                entries, others, tail = stored, 0.0, stored.tail[row + k]
                 goes_on = min(np.exp(true_log_prob[row + k]), 1.0)
-                if others <= 0.0 or stays <= 0.0 or goes_on >= 1.0:
+                kept = False
+                for entry in range(*_row(stored, row + k)):
+                    if stored.ids[entry] == path:
+                        kept = True
+                    else:
+                        others += stored.masses[entry]
+                if not kept:
+                    tail = max(tail - goes_on, 0.0)
+                if others + tail <= 0.0 or stays <= 0.0 or goes_on >= 1.0:
                     continue
-                share = stays * (1.0 - goes_on) / others
+                share = stays * (1.0 - goes_on) / (others + tail)
+                rest[r] += share * tail
                 stays *= goes_on
             for entry in range(*_row(entries, row + k)):
                 w, mass = entries.ids[entry], entries.masses[entry] * share
@@ -320,6 +356,7 @@ def _split(
                     out.first[count], out.waiting[count] = token, mass
                     count += 1
         out.first[count], out.waiting[count] = walked.true_ids[r], stays
+        used = _join(leaves, out, begin, used, open_)
         used = _settle(leaves, map_, classes, out, r, used, open_, count + 1)
         lengths[r] = used - begin
     return used

@@ -81,7 +81,8 @@ class FusedDistributions:
 
     @property
     def won(self) -> dict[str, float]:
-        """Share of the fused distributions that is of each source."""
+        """Share of what was won: of a source its weight in the fused distributions, of a referee
+        the positions that it kept all others from."""
         weights = {name: float(counts["wins"].sum()) for name, counts in self.counts.items()}
         whole = max(sum(weights.values()), 1e-30)
         return {name: weight / whole for name, weight in weights.items()}

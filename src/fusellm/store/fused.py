@@ -73,6 +73,15 @@ def fused_layout(vocabulary: int, sets: Sequence[OutcomeSets]) -> Layout:
         at = int(np.argmax(beyond))
         return wrong_at(batch, "outcomes", at, f"its source has no outcome {numbers[at]}")
 
+    def outcomes_with_mass_have_ids(batch: Batch) -> Wrong | None:
+        lengths, numbers = batch["lengths"].values, batch["outcomes"].values
+        numbered = np.repeat(base[batch["source"].values], lengths) + numbers
+        lost = (every.starts == every.stops)[numbered] & (batch["masses"].values > 0)
+        if not lost.any():
+            return None
+        at = int(np.argmax(lost))
+        return wrong_at(batch, "outcomes", at, f"{numbers[at]} has mass and no ids")
+
     def outcomes_are_apart(batch: Batch) -> Wrong | None:
         lengths, numbers = batch["lengths"].values, batch["outcomes"].values
         at = every.overlapping(np.repeat(base[batch["source"].values], lengths) + numbers, lengths)
@@ -92,6 +101,7 @@ def fused_layout(vocabulary: int, sets: Sequence[OutcomeSets]) -> Layout:
         outcomes_are_apart,
         as_many("masses", entries("outcomes")),
         within("masses", 0, 1 + _SUM_ERROR),
+        outcomes_with_mass_have_ids,
         as_many("rest", total("parts")),
         within("rest", 0, 1 + _SUM_ERROR),
         _masses_add_up,

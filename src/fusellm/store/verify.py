@@ -185,11 +185,17 @@ def _wrong_values(folder: StageFolder, name: str) -> Fault | None:
 
 @lru_cache(maxsize=1)
 def _layout(folder: StageFolder) -> Layout | None:
-    """What the shards of a stage must be; None of a stage that is not known."""
+    """What the shards of a stage must be; None where that is not known.
+
+    Of fused distributions it is known by their outcomes. Where these are damaged, that is said of
+    their own file, and nothing of others that are whole.
+    """
     stage = folder.identity.stage.partition("/")[0]
     if stage == "externalize":
         return externalized.layout_of(folder)
     if stage == "fuse":
+        if any(fault_of(folder, name) for name in folder.shards if fused.is_sets(name)):
+            return None
         return fused.layout_of(folder)
     return {"corpus": BLOCKS, "evaluate": NATS}.get(stage)
 
