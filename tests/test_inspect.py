@@ -290,12 +290,20 @@ def test_every_position_of_a_block_can_be_looked_at(
 ) -> None:
     assert run(monkeypatch, "inspect", str(fused), "--block", "1", "--json") == 0
     positions = json.loads(capsys.readouterr().out)["positions"]
-    for position in {0, 1, positions // 2, positions - 1}:
-        out = shown(
-            monkeypatch, capsys, 100, str(fused), "--block", "1", "--position", str(position)
-        )
+    split = 0
+    for position in {0, *range(1, positions, 3), positions - 1}:
+        where = [str(fused), "--block", "1", "--position", str(position)]
+        out = shown(monkeypatch, capsys, 100, *where)
         assert f"▼{position}" in out or f"{position}▼" in out
         assert f"Position {position} of {positions}" in out
+        assert run(monkeypatch, "inspect", *where, "--json") == 0
+        for before in json.loads(capsys.readouterr().out)["at"]["before"]:
+            whole = {outcome["number"] for outcome in (before or {}).get("becomes", [])}
+            kept = (before or {}).get("kept", [])
+            if any(entry["outcome"] not in {None, *whole} for entry in kept):
+                assert "÷ split along the text" in out  # its tokens go to several outcomes
+                split += 1
+    assert split > 0
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fusellm.config import Recipe
     from fusellm.explain import block as views
 
-_NOBODY, _CHOSEN, _TRUE = "–", "▼", "✓"
+_NOBODY, _CHOSEN, _TRUE, _SPLIT = "–", "▼", "✓", "÷"
 _LEVELS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _DIM = (SEPARATOR, GOES_ON, *visible(" \n\t"))
@@ -389,7 +389,7 @@ def _kept_list(
     rows.head(f"{word}: {counted(f'{len(before.kept):,}', 'tokens')} of its own", _style(s))
     for entry in before.kept[:_KEPT_ROWS]:
         true = entry.outcome is not None and entry.outcome == before.true_outcome
-        place = "–" if entry.outcome is None else str(rank.get(entry.outcome, ""))
+        place = "–" if entry.outcome is None else str(rank.get(entry.outcome, _SPLIT))
         rows.entry((_TRUE if true else "") + place, Text(visible(entry.spelled)), entry.probability)
     rows.more(before.kept[_KEPT_ROWS:])
     if not sampled:
@@ -401,6 +401,9 @@ def _kept_list(
         rows.outcomes(before.becomes, _OUTCOME_ROWS)
     if before.nowhere > 0.0005:
         rows.aside("– becomes nothing", before.nowhere)
+    split = [entry.probability for entry in before.kept if entry.outcome not in {None, *rank}]
+    if split:
+        rows.aside(f"{_SPLIT} split along the text", sum(split))
     if not any(outcome.true for outcome in before.becomes):
         why = "not drawn" if sampled else "not kept"
         rows.absent("no outcome" if before.true_outcome is None else why)
