@@ -185,6 +185,7 @@ class Slow:
 
     tokens: FirstTokens
     stretches: dict[tuple[int, ...], set[int]]
+    fronts: dict[tuple[int, ...], set[int]]
     beginnings: set[bytes]
     known: tuple[bytes | None, ...]
     classes: dict[int, set[int]]
@@ -203,14 +204,21 @@ class Slow:
         pieces = {id_: target.vocabulary.token_bytes[id_] or b"" for id_ in shared}
         encoded = as_continuations(source, set(pieces.values()))
         stretches: dict[tuple[int, ...], set[int]] = defaultdict(set)
-        for id_, piece in pieces.items():
-            block = encoded[piece]
-            spelling = () if block is None else tuple(block.ids)
+        spelled = {
+            id_: () if (told := encoded[piece]) is None else tuple(told.ids)
+            for id_, piece in pieces.items()
+        }
+        fronts: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        tokens = set(spelled.values())
+        for id_, spelling in spelled.items():
             for n in range(1, len(spelling) + 1):
                 stretches[spelling[:n]].add(id_)
+                further = spelling[: n + 1]
+                if spelling[:n] in tokens and (len(further) == n or further not in tokens):
+                    fronts[spelling[:n]].add(id_)
         firsts = FirstTokens(target)
         beginnings = {token[:n] for token in firsts.by_bytes for n in range(1, len(token))}
-        return cls(firsts, stretches, beginnings, source.vocabulary.token_bytes, classes)
+        return cls(firsts, stretches, fronts, beginnings, source.vocabulary.token_bytes, classes)
 
     def first(self, ids: tuple[int, ...]) -> int | None:
         text = b"".join(self.known[id_] or b"" for id_ in ids)
@@ -222,12 +230,20 @@ class Slow:
     def stretch(self, ids: tuple[int, ...]) -> frozenset[int]:
         return frozenset(self.stretches.get(ids, ()))
 
+    def front(self, ids: tuple[int, ...]) -> frozenset[int]:
+        """A token and those that go on with what is no token with it; nothing of no token."""
+        return frozenset(self.fronts.get(ids, ()))
+
     def undecided(self, ids: tuple[int, ...], first: int | None) -> frozenset[int]:
         """All that are spelled so and on, with what is read of these alone, as one stretch."""
         own = self.stretch(ids)
         if not own or first is None:
             return own
-        above = [self.stretch(ids[:n]) for n in range(len(ids), 0, -1)]
+        above = [
+            wider
+            for n in range(len(ids), 0, -1)
+            for wider in (self.front(ids[:n]), self.stretch(ids[:n]))
+        ]
         above += [frozenset(members) for members in self.classes.values() if first in members]
         return next((wider for wider in above if own | {first} <= wider), frozenset())
 

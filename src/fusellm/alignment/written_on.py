@@ -13,14 +13,14 @@ on. So what the source may write from a position on makes a tree:
 A *state* is a spelling p that some text has followed; (p, w) leaves the path by the source token w.
 What the target then reads first is one token f, for which its tokenizer is asked. Where it has
 tokens that the source spells p w …, it depends on what comes after w whether it reads one of these:
-then it is the *stretch* of all of them and f, which is the smallest that has them all.
+then it is a *stretch* of the order of ids, the smallest that has all of them and f.
 `fusellm.fusion.refine` has the masses.
 
 Vs, Vt source and target vocabulary sizes; U outcomes of the vocabulary map.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +106,7 @@ class WrittenOn:
         self._next_bytes: dict[bytes, np.ndarray] = {}
         self._joins: dict[bytes, np.ndarray] = {}
         spelled = {} if longest else _spelled(source, target, translation)
-        self.sets, self._nodes, self._single = _sets_of(translation, spelled)
+        self.sets, self._nodes, self._fronts, self._single = _sets_of(translation, spelled)
         self._rank = np.argsort(self.sets.ids)
         outcome = translation.outcome_of_target
         self._outcome = np.where(outcome < 0, translation.outcomes, outcome)
@@ -183,15 +183,17 @@ class WrittenOn:
         stretch = self._nodes.get(spelling, NOTHING)
         if stretch == NOTHING or first == NOTHING:
             return stretch
-        above = [self._nodes[spelling[:n]] for n in range(len(spelling), 0, -1)]
-        for wider in (*above, int(self._outcome[first])):
-            if self._has(wider, self._rank[first]):
-                stretches = self.sets.starts[stretch], self.sets.stops[stretch] - 1
-                return wider if all(self._has(wider, rank) for rank in stretches) else NOTHING
+        above = [spelling[:n] for n in range(len(spelling), 0, -1)]
+        wider = (table.get(some) for some in above for table in (self._fronts, self._nodes))
+        both = self._rank[first], self.sets.starts[stretch], self.sets.stops[stretch] - 1
+        for chosen in (*wider, int(self._outcome[first])):
+            if chosen is not None and self._has_all(chosen, both):
+                return chosen
         return NOTHING
 
-    def _has(self, chosen: int, rank: int) -> bool:
-        return bool(self.sets.starts[chosen] <= rank < self.sets.stops[chosen])
+    def _has_all(self, chosen: int, ranks: Iterable[int]) -> bool:
+        start, stop = self.sets.starts[chosen], self.sets.stops[chosen]
+        return all(start <= rank < stop for rank in ranks)
 
     def follow(self, pairs: np.ndarray) -> None:
         """Learn steps that are not known, each once."""
@@ -293,16 +295,24 @@ def _spelled(
 
 def _sets_of(
     translation: VocabularyMap, spelled: dict[int, tuple[int, ...]]
-) -> tuple[OutcomeSets, dict[tuple[int, ...], int], np.ndarray]:
-    """(all sets, the set of each spelling's tokens, the set of each token alone).
+) -> tuple[OutcomeSets, dict[tuple[int, ...], int], dict[tuple[int, ...], int], np.ndarray]:
+    """(all sets, the set of each spelling's tokens, its front, the set of each token alone).
 
     Within a class ids stand in the order of their spellings, so that those that are spelled alike
-    up to some token stand side by side.
+    up to some token stand side by side. Behind a token come first those that go on with what is no
+    token with it: behind `20`, if `205` is none, `2050` to `2059`, and then `201`. They are its
+    *front*: after `205` it is open whether `20` is read or one of these, and never `201`.
     """
     outcome = np.where(
         translation.outcome_of_target < 0, translation.outcomes, translation.outcome_of_target
     )
-    order = sorted(range(len(outcome)), key=lambda id_: (outcome[id_], spelled.get(id_, ()), id_))
+    tokens = set(spelled.values())
+
+    def key(id_: int) -> tuple[int, list[tuple[bool, int]], int]:
+        own = spelled.get(id_, ())
+        return outcome[id_], [(own[: n + 1] in tokens, piece) for n, piece in enumerate(own)], id_
+
+    order = sorted(range(len(outcome)), key=key)
     stops = np.cumsum(np.bincount(outcome, minlength=translation.outcomes + 1))
     starts = stops - np.bincount(outcome, minlength=translation.outcomes + 1)
     whole = zip(starts.tolist(), stops.tolist(), strict=True)
@@ -310,14 +320,17 @@ def _sets_of(
     count = len(starts)
     stretches: list[tuple[int, int]] = []
     nodes: dict[tuple[int, ...], tuple[int, int]] = {}
+    fronts: dict[tuple[int, ...], tuple[int, int]] = {}
     single = outcome.copy()
     for place, id_ in enumerate(order):
         spelling = spelled.get(id_, ())
         for length in range(1, len(spelling) + 1):
-            start, _ = nodes.setdefault(spelling[:length], (place, place))
-            nodes[spelling[:length]] = start, place + 1
+            some, goes_on = spelling[:length], spelling[: length + 1]
+            nodes[some] = nodes.get(some, (place,))[0], place + 1
+            if some in tokens and (goes_on == some or goes_on not in tokens):
+                fronts[some] = fronts.get(some, (place,))[0], place + 1
     alone = [(place, place + 1) for place, id_ in enumerate(order) if id_ in spelled]
-    for stretch in [*nodes.values(), *alone]:
+    for stretch in [*nodes.values(), *fronts.values(), *alone]:
         if stretch not in numbers:
             numbers[stretch] = count + len(stretches)
             stretches.append(stretch)
@@ -329,4 +342,8 @@ def _sets_of(
         np.concatenate([stops, more[:, 1]]),
         np.array(order, dtype=np.int64),
     )
-    return sets, {spelling: numbers[stretch] for spelling, stretch in nodes.items()}, single
+    of_nodes, of_fronts = (
+        {spelling: numbers[stretch] for spelling, stretch in table.items()}
+        for table in (nodes, fronts)
+    )
+    return sets, of_nodes, of_fronts, single
