@@ -295,6 +295,18 @@ def _settle(
 
 
 @compiled()
+def _beside(stored: _Entries, row: int, path: int, probability: float) -> tuple[float, float]:
+    # (mass of the other tokens that are kept, mass of those that are not): not of the path's.
+    others, tail, is_kept = 0.0, stored.tail[row], False
+    for entry in range(*_row(stored, row)):
+        if stored.ids[entry] == path:
+            is_kept = True
+        else:
+            others += stored.masses[entry]
+    return others, tail if is_kept else max(tail - probability, 0.0)
+
+
+@compiled()
 def _split(
     walked: _Walked,
     given: _Entries,
@@ -316,16 +328,8 @@ def _split(
             path = walked.tokens[walked.begins[r] + k]
             entries, share = given, 1.0
             if k > 0:
-                entries, others, tail = stored, 0.0, stored.tail[row + k]
-                goes_on = min(np.exp(true_log_prob[row + k]), 1.0)
-                kept = False
-                for entry in range(*_row(stored, row + k)):
-                    if stored.ids[entry] == path:
-                        kept = True
-                    else:
-                        others += stored.masses[entry]
-                if not kept:
-                    tail = max(tail - goes_on, 0.0)
+                entries, goes_on = stored, min(np.exp(true_log_prob[row + k]), 1.0)
+                others, tail = _beside(stored, row + k, path, goes_on)
                 if others + tail <= 0.0 or stays <= 0.0 or goes_on >= 1.0:
                     continue
                 share = stays * (1.0 - goes_on) / (others + tail)
