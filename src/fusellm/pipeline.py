@@ -14,6 +14,8 @@ import yaml
 from fusellm.config import EvaluationSettings, Recipe
 from fusellm.corpus.look import look_at
 from fusellm.errors import IdentityError
+from fusellm.models.load import default_device
+from fusellm.models.precision import slow_half_note
 from fusellm.models.readers import Reader, plain_text_note, readers_of
 from fusellm.preflight import (
     described,
@@ -135,12 +137,17 @@ class Pipeline:
             self.prepare_suites()
         if "externalize" in commands:
             require_models(context.readers)
-            self._say_note()
+            self._say(plain_text_note(context.readers))
+        if commands & {"externalize", "train"}:
+            self._say(self._slow_half_note())
 
-    def _say_note(self) -> None:
-        note = plain_text_note(self.context.readers)
+    def _say(self, note: str | None) -> None:
         if note is not None:
             self._progress.say(note)
+
+    def _slow_half_note(self) -> str | None:
+        settings = {name: reader.located.settings for name, reader in self.readers.items()}
+        return slow_half_note(settings, self.recipe.training.arguments, default_device())
 
     def _begin(self, redo: bool) -> None:
         if not self._complete("corpus"):
@@ -238,7 +245,8 @@ class Pipeline:
         train.rehearse(recipe)
         require_models(readers)
         self.prepare_suites()
-        self._say_note()
+        self._say(plain_text_note(readers))
+        self._say(self._slow_half_note())
         corpus = next(stage for stage in self.stages if isinstance(stage, CorpusStage))
         cut = corpus.complete and is_same(corpus.folder, corpus.identity(), self._progress)
         look_at(recipe.corpus, self._progress)

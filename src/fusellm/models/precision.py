@@ -1,0 +1,66 @@
+"""Whether half precision is any faster here: not every processor has instructions for it."""
+
+import time
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+
+from fusellm.config import ModelSettings
+
+_ROWS, _WIDTH = 128, 1024  # of the product that is timed: a few milliseconds
+_ROUNDS = 3
+_SLOWER = 1.5
+_TRAINS_IN = {"bfloat16": "bf16", "float16": "fp16"}  # by the names that training has for them
+
+
+def slow_half_note(
+    models: Mapping[str, ModelSettings], training: Mapping[str, object], device: torch.device
+) -> str | None:
+    """What a user should know whose recipe asks a processor for a precision that it is slow in.
+
+    A product of matrices is timed, so that nothing has to be known of the processor.
+
+    Args:
+        models: by name, with the precision that each is read in.
+        training: arguments of training.
+        device: where models are to run.
+    """
+    if device.type != "cpu":
+        return None
+    for dtype, key in _TRAINS_IN.items():
+        read = [name for name, settings in models.items() if settings.dtype == dtype]
+        trains = bool(training.get(key))
+        if (read or trains) and (slower := times_slower(dtype)) > _SLOWER:
+            cures = [
+                *([f"`dtype: float32` for {', '.join(read)}"] if read else []),
+                *([f"`training.{key}: false`"] if trains else []),
+            ]
+            return (
+                f"note: this processor multiplies {dtype} matrices {slower:.1f} times slower than "
+                f"float32 ones (just timed); {' and '.join(cures)} would be faster, at twice the "
+                "memory of the weights"
+            )
+    return None
+
+
+@cache
+def times_slower(dtype: str) -> float:
+    """How many times as long as in float32 a product of matrices takes on the CPU.
+
+    >>> 0.1 < times_slower("float32") < 10
+    True
+    """
+    return _seconds(getattr(torch, dtype)) / _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    # The least of some rounds: others may be at work beside it.
+    given = torch.ones(_ROWS, _WIDTH, dtype=dtype)
+    weights = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
+    found = []
+    for _ in range(_ROUNDS + 1):  # the first one prepares
+        began = time.perf_counter()
+        torch.nn.functional.linear(given, weights)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
