@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusellm.config import Recipe
+from fusellm.config.page import recipe_page
 from fusellm.config.yaml_text import read_yaml
 from fusellm.errors import RecipeError
 from fusellm.recipe_file import check_recipe, load_recipe, schema
@@ -176,3 +177,17 @@ def _mutated(text: str, rng: random.Random) -> str:
         else:
             lines[n] = "  " * rng.randint(0, 3) + lines[n].lstrip()
     return "".join(lines)
+
+
+def test_the_page_of_all_keys_is_what_the_code_says() -> None:
+    page = Path(__file__).parents[1] / "docs" / "recipe.md"
+    again = "fusellm schema --markdown > docs/recipe.md"
+    assert page.read_text(encoding="utf-8") == recipe_page() + "\n", again
+
+
+def test_every_key_of_every_block_is_on_the_page() -> None:
+    page, blocks = recipe_page(), [schema(), *schema()["$defs"].values()]
+    keys = {key for block in blocks for key in block.get("properties", {})}
+    assert {key for key in keys if f"| `{key}` |" not in page} == set()
+    assert "see below" in page
+    assert "&lt;sop>" in page

@@ -22,6 +22,7 @@ from fusellm.cli.status import clean, status
 from fusellm.cli.store import store_app
 from fusellm.cli.tokenizers import tokenizers
 from fusellm.cli.zoo import zoo_app
+from fusellm.config.page import recipe_page
 from fusellm.recipe_file import schema as schema_of_recipes
 
 app = typer.Typer(
@@ -61,9 +62,13 @@ def fusellm(
     pass
 
 
-def schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    print(json_text(schema_of_recipes(), indent=1))
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="All keys as a page to read, docs/recipe.md.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of a recipe, for editors; or all its keys, for people."""
+    print(recipe_page() if markdown else json_text(schema_of_recipes(), indent=1))
 
 
 _RUNS = (demo, run, corpus, externalize, fuse, train, evaluate, report)

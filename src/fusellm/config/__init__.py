@@ -238,7 +238,7 @@ class Recipe(SettingsBlock):
     """A run of fusellm."""
 
     name: Name
-    """Name of the run; its folder is runs/<name> unless --out says another."""
+    """Name of the run; its folder is runs/NAME unless --out says another."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of draws, order and subsets of documents."""
     target: Annotated[

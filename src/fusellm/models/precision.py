@@ -58,9 +58,9 @@ def _seconds(dtype: torch.dtype) -> float:
     # The least of some rounds: others may be at work beside it.
     given = torch.ones(_ROWS, _WIDTH, dtype=dtype)
     weights = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
-    found = []
+    taken = []
     for _ in range(_ROUNDS + 1):  # the first one prepares
         began = time.perf_counter()
         torch.nn.functional.linear(given, weights)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
