@@ -22,17 +22,21 @@ NOTHING = np.zeros(0, dtype=np.float32)
 Model = dict[tuple[int, ...], dict[int, float]]
 
 
-def bpe(*merges: str) -> Encoder:
+def bpe(*merges: str, letters: Sequence[str] = LETTERS, by_words: bool = False) -> Encoder:
     """A byte-level tokenizer of single letters and of these merges, `left right`, in their order.
 
     It puts a token before each text, so that a text's first token is predicted too.
+
+    Args:
+        by_words: texts are cut into words first, by GPT-2's rule: of several spaces before a word
+            the last one belongs to it, and not to the others.
     """
-    byte = {letter: byte_level(letter) for letter in LETTERS}
+    byte = {letter: byte_level(letter) for letter in letters}
     pairs = [tuple(byte_level(half) for half in merge.split("+")) for merge in merges]
     tokens = ["<eos>", "<bos>", *byte.values(), *(left + right for left, right in pairs)]
     vocabulary = {token: n for n, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_words)
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
@@ -44,18 +48,18 @@ def bpe(*merges: str) -> Encoder:
 
 def byte_level(text: str) -> str:
     """As byte-level tokenizers spell it."""
-    return text.replace("\n", "Ċ")
+    return text.replace("\n", "Ċ").replace(" ", "Ġ")
 
 
-def texts_with_probabilities(letters: int) -> dict[str, float]:
+def texts_with_probabilities(count: int, letters: Sequence[str] = LETTERS) -> dict[str, float]:
     """Every text of so many letters, with a random probability."""
-    every = ["".join(some) for some in itertools.product(LETTERS, repeat=letters)]
+    every = ["".join(some) for some in itertools.product(letters, repeat=count)]
     chance = np.random.default_rng(0).dirichlet(np.full(len(every), 0.3))
     return dict(zip(every, chance.tolist(), strict=True))
 
 
-def tokens_of(encoder: Encoder, texts: Sequence[str]) -> Tokens:
-    blocks = encoder.encode(list(texts), [True] * len(texts))
+def tokens_of(encoder: Encoder, texts: Sequence[str], last: bool = True) -> Tokens:
+    blocks = encoder.encode(list(texts), [last] * len(texts))
     ends = [block.ends for block in blocks if block.ends is not None]
     return Tokens(
         offsets_of(np.array([len(block.ids) for block in blocks])),

@@ -37,6 +37,7 @@ def averages(
     draws: int | None = None,
     seed: int = 1,
     shares: str = "as known",
+    world: dict[str, float] | None = None,
     **settings: object,
 ) -> dict[tuple[Beginning, int], tuple[float, float]]:
     """(taught on average, right), by beginning and next token.
@@ -44,7 +45,7 @@ def averages(
     The average is over all texts that begin so and go on with a token of the same class. What an
     outcome of several tokens gets is shared among them as the target knows them, or evenly.
     """
-    world = texts_with_probabilities(4)
+    world = world or texts_with_probabilities(4)
     texts, right = list(world), learnt(target, world)
     mine, theirs = tokens_of(target, texts), tokens_of(source, texts)
     chosen = FusionSettings.model_validate({"function": "uniform"} | settings)
@@ -113,6 +114,45 @@ def test_a_long_token_whose_beginning_is_none_gets_its_mass(target: tuple[str, .
     at_first = {key: v for key, v in averages(bpe(), bpe(*target)).items() if len(key[0]) == 1}
     assert len(at_first) > 2
     assert apart(at_first).max() < 1e-5
+
+
+SPACED = (" ", "a", "b")
+"""Letters of texts with spaces."""
+
+
+@pytest.mark.parametrize(
+    "target", [(" + ",), (" + ", "  + "), (" + ", " +a"), (" + ", "  + ", " +a", " +b")]
+)
+@pytest.mark.parametrize("source", [(), (" +a",)])
+def test_white_space_is_read_as_where_the_text_goes_on(
+    source: tuple[str, ...], target: tuple[str, ...]
+) -> None:
+    """Two spaces are one token at a text's end, and two before a letter, as of GPT-2."""
+    pair_ = bpe(*source, letters=SPACED), bpe(*target, letters=SPACED, by_words=True)
+    found = averages(*pair_, world=texts_with_probabilities(5, SPACED))
+    at_first = {key: both for key, both in found.items() if len(key[0]) == 1}
+    assert len(at_first) > 2
+    assert apart(at_first).max() < 1e-5
+
+
+@pytest.mark.parametrize(("text", "alone"), [("b\n", False), ("b\nb", True)])
+def test_where_a_block_ends_it_is_open_what_is_read(text: str, alone: bool) -> None:
+    """The target has one, two and three line ends as tokens; a block is cut behind the first."""
+    source, target = bpe(), bpe("\n+\n", "\n\n+b")
+    world = texts_with_probabilities(4, ("\n", "b"))
+    tokens, read = (tokens_of(encoder, [text], last=False) for encoder in (source, target))
+    settings = FusionSettings.model_validate({"function": "uniform"})
+    map_ = STRATEGIES["partition"].translate(source, target, None)
+    pairing = pair(source, target, map_, settings)
+    reading = pairing.reading(read, tokens, said(tokens, learnt(source, world), None, 1))
+    fused, _, _ = fuse_blocks(read, np.array([0, len(text)]), [reading], rules_of(settings))
+    at = fused.take(np.array([1]))
+    known = learnt(target, world)[tuple(read.ids[:2].tolist())]
+    told = [pairing.sets[outcome].tolist() for outcome in at.outcomes]
+    line_end = target.vocabulary.token_bytes.index(b"\n")
+    assert [line_end] in told if alone else not any(ids == [line_end] for ids in told)
+    right = [sum(known.get(id_, 0.0) for id_ in ids) for ids in told]
+    assert at.masses.tolist() == pytest.approx(right, abs=1e-6)
 
 
 def test_of_the_most_probable_what_was_not_kept_goes_nowhere() -> None:
@@ -236,10 +276,21 @@ class Slow:
         """A token and those that go on with what is no token with it; nothing of no token."""
         return frozenset(self.fronts.get(ids, ()))
 
-    def undecided(self, ids: tuple[int, ...], first: int | None) -> frozenset[int]:
+    def before_a_letter(self, ids: tuple[int, ...], first: int | None) -> int | None:
+        """What is read first where a text goes on that ends in white space."""
+        text = b"".join(self.known[id_] or b"" for id_ in ids)
+        if not text[-1:].isspace() or not is_whole(text):
+            return first
+        further = self.tokens.first(text + b"a")
+        assert further is not None
+        return first if len(self.tokens.bytes_of(further)) > len(text) else further
+
+    def undecided(
+        self, ids: tuple[int, ...], first: int | None, further: int | None
+    ) -> frozenset[int]:
         """All that are spelled so and on, with what is read of these alone, as one stretch."""
         own = self.stretch(ids)
-        if not own or first is None:
+        if first is None or further is None or (not own and first == further):
             return own
         above = [
             wider
@@ -247,7 +298,7 @@ class Slow:
             for wider in (self.front(ids[:n]), self.stretch(ids[:n]))
         ]
         above += [frozenset(members) for members in self.classes.values() if first in members]
-        return next((wider for wider in above if own | {first} <= wider), frozenset())
+        return next((wider for wider in above if own | {first, further} <= wider), frozenset())
 
     def goes_on(self, ids: tuple[int, ...]) -> bool:
         return b"".join(self.known[id_] or b"" for id_ in ids) in self.beginnings
@@ -278,13 +329,15 @@ class Slow:
         def leave(ids: tuple[int, ...], mass: float) -> None:
             nonlocal rest
             first = self.first(ids)
-            own = self.undecided(ids, first)
+            further = self.before_a_letter(ids, first)
+            own = self.undecided(ids, first, further)
+            read = further if len(ids) > 1 else first
             if own:
                 sets[own] += mass
-            elif first is None:
+            elif read is None:
                 rest += mass
             else:
-                single.append((first, mass))
+                single.append((read, mass))
 
         for w, mass in given.items():
             outcome = int(map_.outcome_of_source[w])
@@ -296,9 +349,11 @@ class Slow:
                 sets[frozenset(self.classes[outcome])] += mass
             else:
                 rest += mass
+        followed = tuple(path)
         for k, (row, probability, tail) in enumerate(stored, 1):
             before = tuple(path[:k])
-            if not self.known[path[k - 1]] or not self.goes_on(before) or k >= 16:
+            if not self.known[path[k - 1]] or not self.goes_on(before) or k >= 15:
+                followed = before
                 break
             others = sum(mass for w, mass in row.items() if w != path[k])
             tail = max(tail - (probability if path[k] not in row else 0), 0)
@@ -313,12 +368,21 @@ class Slow:
                     elif ended is not None:  # the text ends
                         single.append((ended, share))
             stays *= probability if others else 1.0
+        if self.known[followed[-1]] and self.goes_on(followed):  # the block ends here
+            first = self.first(followed)
+            own = self.undecided(followed, first, self.before_a_letter(followed, first))
+            if true_id in own:
+                sets[own] += stays
+                stays = 0.0
         for inner in sorted(sets, key=len):  # one that is a part of another goes to it
             wider = max((s for s in sets if inner < s), key=len, default=None)
             if wider is not None:
                 sets[wider] += sets.pop(inner)
         for token, mass in [*single, (true_id, stays)]:
             outcome = int(map_.outcome_of_target[token])
+            if outcome < 0:  # what the source has without a class is there too
+                rest += mass
+                continue
             alone = frozenset({token}) if outcome in split else frozenset(self.classes[outcome])
             sets[next((s for s in sets if alone <= s), alone)] += mass
         return {own: mass for own, mass in sets.items() if mass > 0}, rest

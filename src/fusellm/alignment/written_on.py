@@ -13,7 +13,9 @@ on. So what the source may write from a position on makes a tree:
 A *state* is a spelling p that some text has followed; (p, w) leaves the path by the source token w.
 What the target then reads first is one token f, for which its tokenizer is asked. Where it has
 tokens that the source spells p w …, it depends on what comes after w whether it reads one of these:
-then it is a *stretch* of the order of ids, the smallest that has all of them and f.
+then it is a *stretch* of the order of ids, the smallest that has all of them and f. If `205` is no
+token and `2050` is one, `20` or `2050` may be read after `205`; the order has `20` beside all that
+go on with what is no token (its *front*), so that the smallest stretch does not have `201` too.
 `fusellm.fusion.refine` has the masses.
 
 Vs, Vt source and target vocabulary sizes; U outcomes of the vocabulary map.
@@ -30,8 +32,11 @@ from fusellm.arrays.known_numbers import KnownNumbers, with_room
 from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.tokens.encode import Encoder
 
+SPLIT_RULE = 2
+"""Of how classes are split: what was fused by another one is made anew."""
 _BYTES = 256
-_MOST_STATES, _MOST_LEAVES = 100_000, 4_000_000
+_MOST_STATES, _MOST_LEAVES = 100_000, 1_000_000  # 150 bytes each
+_LETTER = b"a"
 NOTHING = -1
 
 
@@ -55,7 +60,8 @@ class Leaves(NamedTuple):
     Attributes:
         slots, pairs: as of `KnownNumbers`.
         first: the target token that is read first; -1 for none.
-        stretch: the set of that and of all tokens that are spelled so; -1 for none.
+        stretch: the set of `first` and of all tokens that are spelled so, where there are any: then
+            it counts, and not `first`. -1 for none.
         asks: [states, 256] bool, whether what is read first can depend on a w that begins so.
         otherwise: [states] int64, what is read first where it cannot.
         first_byte: [Vs] int64, of each source token; -1 of those without bytes.
@@ -166,28 +172,51 @@ class WrittenOn:
         end = len(self._leaves)
         self._first_id = with_room(self._first_id, end)
         self._stretch = with_room(self._stretch, end)
-        self._first_id[begin:end] = self._first(
-            [self._texts[s] + self._source[w] for s, w in asked]
-        )
-        self._stretch[begin:end] = [
-            self._undecided((*self._spellings[s], w), int(first))
-            for (s, w), first in zip(asked, self._first_id[begin:end], strict=True)
-        ]
+        texts = [self._texts[state] + self._source[w] for state, w in asked]
+        at_end = self._first(texts)
+        further = self._first_before_a_letter(texts, at_end)
+        for n, (state, w) in enumerate(asked):
+            both = int(at_end[n]), int(further[n])
+            stretch = self._undecided((*self._spellings[state], w), both)
+            # Two readings without a set in common: nearly every text goes on. A first piece keeps
+            # to its class, which was made by the reading at the end.
+            goes_on = stretch == NOTHING and state > 0
+            self._first_id[begin + n] = both[1] if goes_on else both[0]
+            self._stretch[begin + n] = stretch
 
-    def _undecided(self, spelling: tuple[int, ...], first: int) -> int:
-        """The smallest set of all tokens that are spelled so and on, and of `first`.
+    def _first_before_a_letter(self, texts: Sequence[bytes], at_end: np.ndarray) -> np.ndarray:
+        """[texts] what is read first where a text goes on; of most as `at_end`.
 
-        That is read of the text so spelled, if nothing follows that makes it one of the others.
-        -1 where there are no others, or they are of another class than `first`.
+        White space is read otherwise at the end of a text: two line ends as one token, which before
+        a letter are two, by GPT-2's rule. Where the letter joins the whole text it says nothing.
+        """
+        spaced = [n for n, t in enumerate(texts) if t[-1:].isspace() and not self._longest]
+        further = at_end.copy()
+        if spaced:
+            ids = self._first([texts[n] + _LETTER for n in spaced])
+            for n, id_ in zip(spaced, ids.tolist(), strict=True):
+                if id_ != NOTHING and self.target_lengths[id_] <= len(texts[n]):
+                    further[n] = id_
+        return further
+
+    def _undecided(self, spelling: tuple[int, ...], firsts: tuple[int, int]) -> int:
+        """The smallest set of all tokens that are spelled so and on, and of `firsts`.
+
+        Those are read of the text so spelled, if nothing follows that makes it one of the others.
+        -1 where it is one token, or they are of several classes.
         """
         stretch = self._nodes.get(spelling, NOTHING)
-        if stretch == NOTHING or first == NOTHING:
+        if NOTHING in firsts or (stretch == NOTHING and firsts[0] == firsts[1]):
             return stretch
+        ranks = [self._rank[id_] for id_ in firsts]
+        if stretch != NOTHING:
+            ranks += [self.sets.starts[stretch], self.sets.stops[stretch] - 1]
+        # From the longest beginning to the shortest, and of each its front, which is a part of all
+        # that begins so: the first set that has all is the smallest.
         above = [spelling[:n] for n in range(len(spelling), 0, -1)]
         wider = (table.get(some) for some in above for table in (self._fronts, self._nodes))
-        both = self._rank[first], self.sets.starts[stretch], self.sets.stops[stretch] - 1
-        for chosen in (*wider, int(self._outcome[first])):
-            if chosen is not None and self._has_all(chosen, both):
+        for chosen in (*wider, int(self._outcome[firsts[0]])):
+            if chosen is not None and self._has_all(chosen, ranks):
                 return chosen
         return NOTHING
 

@@ -9,8 +9,10 @@ The source's distribution q1 at the position gives the class of u a mass. Inside
 
 where qk is the source's distribution after v1 … v(k−1), as it stands in its store. Each is a text
 that begins so, and goes to what the target would read of it first
-(`fusellm.alignment.written_on`); the last one to u. The path ends where no token of the target goes
-on any further. All other classes stay as they are. If v1 is of another class than u (*crossed*,
+(`fusellm.alignment.written_on`); the last one to u, which is what the target reads of this text.
+The path ends where no token of the target goes on any further. If the block ends before, it is open
+whether u is read or a longer token, and the two are one outcome. All other classes stay as they
+are. If v1 is of another class than u (*crossed*,
 *beyond*), both classes are split: that the target reads u is known of this text.
 
 qk(vk) is the probability that is stored with the text, exact. The others share what it leaves in
@@ -72,6 +74,7 @@ class _Walked(NamedTuple):
             source's own.
         states: [R, pieces] the state after each number of tokens.
         levels: [R] at how many of them something is asked.
+        is_open: [R] bool, whether the path breaks off: tokens of the target go on further.
         tokens: of the source, all.
     """
 
@@ -81,6 +84,7 @@ class _Walked(NamedTuple):
     classes: np.ndarray
     states: np.ndarray
     levels: np.ndarray
+    is_open: np.ndarray
     tokens: np.ndarray
 
 
@@ -148,18 +152,22 @@ def _states(
     steps: Steps,
     states: np.ndarray,
     levels: np.ndarray,
+    is_open: np.ndarray,
     wanted: np.ndarray,
 ) -> int:
     # wanted: steps that are not known yet; a path that comes to one waits for the next call.
+    # is_open: until what ends a path is found, a text's end (a token without bytes) or a state.
     count = 0
     for r in range(len(paths.begins)):
         state, k, read = 0, 0, 0
-        while k + 1 < states.shape[1]:
+        is_open[r] = reads_past
+        while k + 1 < states.shape[1] and paths.begins[r] + k < paths.ends[r]:
             states[r, k] = state
             k += 1
             token = tokens[paths.begins[r] + k - 1]
             read += lengths[token]
-            if paths.begins[r] + k >= paths.ends[r] or lengths[token] == 0:
+            if lengths[token] == 0:
+                is_open[r] = False
                 break
             if not reads_past and read >= target_lengths[paths.true_ids[r]]:
                 break
@@ -171,6 +179,7 @@ def _states(
                 break
             state = steps.state_after[place]
             if state < 0:
+                is_open[r] = False
                 break
         levels[r] = k
     return count
@@ -179,6 +188,13 @@ def _states(
 @compiled()
 def _is_split(outcome: int, classes: np.ndarray) -> bool:
     return bool(outcome >= 0 and (outcome == classes[0] or outcome == classes[1]))
+
+
+@compiled()
+def _last_step(walked: _Walked, r: int) -> tuple[int, int]:
+    # (the last state of a path, the token after it)
+    k = walked.levels[r] - 1
+    return walked.states[r, k], walked.tokens[walked.begins[r] + k]
 
 
 @compiled()
@@ -193,6 +209,14 @@ def _unknown(
     # wanted: leaves that are not known yet, some of them often.
     count, vocabulary = 0, len(leaves.first_byte)
     for r in range(len(walked.rows)):
+        if walked.is_open[r]:
+            state, path = _last_step(walked, r)
+            pair = state * vocabulary + path
+            if leaves.asks[state, leaves.first_byte[path]] and (
+                place_of(leaves.slots, leaves.pairs, pair) < 0
+            ):
+                wanted[count] = pair
+                count += 1
         for k in range(walked.levels[r]):
             state, path = walked.states[r, k], walked.tokens[walked.begins[r] + k]
             entries = given if k == 0 else stored
@@ -227,7 +251,8 @@ def _add(out: _Gathered, r: int, chosen: int, mass: float, used: int) -> int:
 
 @compiled()
 def _leave(leaves: Leaves, state: int, w: int) -> tuple[int, int]:
-    # (the token that is read first, the stretch): one of them is -1, or both.
+    # (the token that is read first, the stretch): one of them is -1, or both. Where there is a
+    # stretch, that token is in it.
     byte = leaves.first_byte[w]
     if byte < 0 or not leaves.asks[state, byte]:
         return leaves.otherwise[state], -1
@@ -276,6 +301,7 @@ def _settle(
     used: int,
     open_: int,
     count: int,
+    rest: np.ndarray,
 ) -> int:
     # Single tokens go to their sets, once all stretches of the position are known.
     for n in range(count):
@@ -283,6 +309,9 @@ def _settle(
             continue
         token = out.first[n]
         chosen = map_.of_target[token]
+        if chosen < 0 and map_.leftover < 0:  # what the source has without a class is there too
+            rest[r] += out.waiting[n]
+            continue
         if chosen < 0:
             chosen = map_.without
         if chosen == classes[0] or chosen == classes[1]:
@@ -331,7 +360,7 @@ def _split(
                 entries, goes_on = stored, min(np.exp(true_log_prob[row + k]), 1.0)
                 others, tail = _beside(stored, row + k, path, goes_on)
                 if others + tail <= 0.0 or stays <= 0.0 or goes_on >= 1.0:
-                    continue
+                    continue  # all of n draws are the path's: what leaves is not known, and stays
                 share = stays * (1.0 - goes_on) / (others + tail)
                 rest[r] += share * tail
                 stays *= goes_on
@@ -359,9 +388,18 @@ def _split(
                 else:
                     out.first[count], out.waiting[count] = token, mass
                     count += 1
+        if walked.is_open[r] and stays > 0.0:
+            _, chosen = _leave(leaves, *_last_step(walked, r))
+            rank = leaves.rank[walked.true_ids[r]]
+            if chosen >= 0 and leaves.starts[chosen] <= rank < leaves.stops[chosen]:
+                before, used = used, _add(out, r, chosen, stays, used)
+                if used > before:
+                    out.stretches[open_] = chosen
+                    open_ += 1
+                stays = 0.0
         out.first[count], out.waiting[count] = walked.true_ids[r], stays
         used = _join(leaves, out, begin, used, open_)
-        used = _settle(leaves, map_, classes, out, r, used, open_, count + 1)
+        used = _settle(leaves, map_, classes, out, r, used, open_, count + 1, rest)
         lengths[r] = used - begin
     return used
 
@@ -372,7 +410,7 @@ def _count(walked: _Walked, given: _Entries, stored: _Entries) -> tuple[int, int
     whole, most = 0, 0
     for r in range(len(walked.rows)):
         row = walked.rows[r]
-        count = given.offsets[row + 1] - given.offsets[row]
+        count = 1 + given.offsets[row + 1] - given.offsets[row]  # 1: where the path breaks off
         if walked.levels[r] > 1:
             count += stored.offsets[row + walked.levels[r]] - stored.offsets[row + 1]
         whole, most = whole + count, max(most, count)
@@ -412,11 +450,13 @@ def is_split(paths: TextPaths, tokens: Tokens, map_: VocabularyMap, tree: Writte
 def _walk(paths: TextPaths, tokens: Tokens, map_: VocabularyMap, tree: WrittenOn) -> _Walked:
     states = np.zeros((len(paths.rows), _MOST_PIECES), dtype=np.int32)
     levels, wanted = (np.zeros(len(paths.rows), dtype=np.int64) for _ in range(2))
+    is_open = np.zeros(len(paths.rows), dtype=np.bool_)
+    found = states, levels, is_open, wanted
     lengths = tree.source_lengths, tree.target_lengths, tree.reads_past
-    while count := _states(paths, tokens.ids, *lengths, tree.steps, states, levels, wanted):
+    while count := _states(paths, tokens.ids, *lengths, tree.steps, *found):
         tree.follow(np.unique(wanted[:count]))
-    classes = _classes(paths, tokens, map_)
-    return _Walked(paths.rows, paths.begins, paths.true_ids, classes, states, levels, tokens.ids)
+    classes, where = _classes(paths, tokens, map_), (paths.rows, paths.begins, paths.true_ids)
+    return _Walked(*where, classes, states, levels, is_open, tokens.ids)
 
 
 def refine(

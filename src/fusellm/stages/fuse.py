@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.strategies import STRATEGIES
+from fusellm.alignment.written_on import SPLIT_RULE
 from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.config import Recipe
@@ -54,6 +55,7 @@ class FuseStage(FilledStage):
         fusion = recipe.fusion.model_dump() | {
             "token_healing": recipe.fusion.heals,
             "refine": recipe.fusion.refines,
+            "refine_rule": SPLIT_RULE if recipe.fusion.refines else None,
         }
         order = [source.name for source in recipe.sources]
         inputs = {n: self.context.fingerprint(n) for n in self.after if n != "corpus"}
