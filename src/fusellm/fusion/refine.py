@@ -263,24 +263,29 @@ def _leave(leaves: Leaves, state: int, w: int) -> tuple[int, int]:
 
 
 @compiled()
+def _widest(leaves: Leaves, stretches: np.ndarray, start: int, stop: int, own: int) -> int:
+    # The largest of some stretches that has all ranks from start to stop; `own` where none has. Two
+    # stretches overlap only where one is a part of the other.
+    for other in stretches:
+        is_larger = (
+            leaves.stops[other] - leaves.starts[other] > leaves.stops[own] - leaves.starts[own]
+        )
+        if is_larger and leaves.starts[other] <= start and stop <= leaves.stops[other]:
+            own = other
+    return own
+
+
+@compiled()
 def _join(leaves: Leaves, out: _Gathered, begin: int, used: int, open_: int) -> int:
     # A stretch within another one of the position is a part of it. How many sets are left.
-    joined = 0
-    for n in range(open_):
-        inner = out.stretches[n]
-        for other in out.stretches[:open_]:
-            if (
-                other != out.stretches[n]
-                and leaves.starts[other] <= leaves.starts[out.stretches[n]]
-                and leaves.stops[out.stretches[n]] <= leaves.stops[other]
-            ):
-                out.stretches[n] = other
-        if out.stretches[n] != inner:
+    stretches, joined = out.stretches[:open_], False
+    for inner in stretches:
+        outer = _widest(leaves, stretches, leaves.starts[inner], leaves.stops[inner], inner)
+        if outer != inner:
             place = out.place_of[inner]
-            out.masses[out.place_of[out.stretches[n]]] += out.masses[place]
-            out.sets[place] = -1
-            joined += 1
-    if joined == 0:
+            out.masses[out.place_of[outer]] += out.masses[place]
+            out.sets[place], joined = -1, True
+    if not joined:
         return used
     kept = begin
     for n in range(begin, used):
@@ -315,10 +320,8 @@ def _settle(
         if chosen < 0:
             chosen = map_.without
         if chosen == classes[0] or chosen == classes[1]:
-            chosen = leaves.single[token]
-            for other in out.stretches[:open_]:
-                if leaves.starts[other] <= leaves.rank[token] < leaves.stops[other]:
-                    chosen = other
+            rank, alone = leaves.rank[token], leaves.single[token]
+            chosen = _widest(leaves, out.stretches[:open_], rank, rank + 1, alone)
         used = _add(out, r, chosen, out.waiting[n], used)
     return used
 
