@@ -21,7 +21,9 @@ from fusellm.evaluation.code.sandbox import Sandbox
 from fusellm.evaluation.compare.records import read_record
 from fusellm.evaluation.harness.run import HarnessTask
 from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
+from fusellm.stages.evaluate import EvaluateStage
 from fusellm.store.run_folder import SUITES
+from stores import flip
 from test_report import Page
 
 MODELS = ["first", "second", "target", "clm", "fused"]
@@ -218,6 +220,29 @@ def test_training_anew_keeps_what_the_sources_answered(
     assert "smoke" not in command("evaluate", run, "--suite", "lm")
     command("evaluate", run, *SMALL)
     assert command.loaded == ["clm"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_training_anew_keeps_what_the_held_out_text_cost_the_others(
+    run: Path, world: Path, command: Command, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    measured = []
+
+    def counted(stage: EvaluateStage, name: str, *given: Any) -> Any:
+        measured.append(name)
+        return real(stage, name, *given)
+
+    real = EvaluateStage._measure
+    monkeypatch.setattr(EvaluateStage, "_measure", counted)
+    before = (run / "evaluate" / "fused.arrow").read_bytes()
+    recipe = (world / "recipe.yaml", "--out", run, "--set", "training.clm.learning_rate=2e-3")
+    command("train", *recipe, "--redo")
+    if damaged:
+        aside = run / "aside" / "1" / "evaluate" / "fused.arrow"
+        flip(aside, len(before) // 2)
+    command("evaluate", run, "--suite", "lm")
+    assert sorted(measured) == (["clm", "fused"] if damaged else ["clm"])
+    assert (run / "evaluate" / "fused.arrow").read_bytes() == before
 
 
 # A recipe with suites

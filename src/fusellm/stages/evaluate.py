@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusellm.errors import CorpusError
+from fusellm.errors import CorpusError, StoreError
 from fusellm.evaluation.compare.comparison import PAIRS, Rules
 from fusellm.evaluation.compare.tables import compared_on
 from fusellm.evaluation.measure import PreparedSuite, candidate, measure_into, prepare, read_suites
@@ -25,7 +25,7 @@ from fusellm.store.files import from_json, require_inside
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
-from fusellm.store.run_folder import CLM, FUSED, SUITES, trained_folder
+from fusellm.store.run_folder import ASIDE, CLM, FUSED, SUITES, trained_folder
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
@@ -76,9 +76,10 @@ class EvaluateStage(FilledStage):
         for name, model in models.items():
             twin = measured.setdefault(_twin(model.located, model.encoder), name)
             if _shard(twin) not in folder.shards:
+                nats = self._measured_before(name, blocks) or self._measure(name, model, blocks)
                 columns: dict[str, list[Any]] = {
                     "block": [block.number for block in blocks],
-                    "nats": self._measure(name, model, blocks),
+                    "nats": nats,
                 }
                 write_table(folder, _shard(name), columns, NATS_SCHEMA)
         shards = {
@@ -104,6 +105,23 @@ class EvaluateStage(FilledStage):
         body = {"records": [record.as_dict() for record in results], "notes": notes}
         folder.write_text(RESULTS, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         folder.finish(notes)
+
+    def _measured_before(self, name: str, blocks: Sequence[Block]) -> list[np.ndarray] | None:
+        """What a model's blocks cost it in results that were set aside, if it is still the same.
+
+        Where a training is made anew, its sources need not be asked again.
+        """
+        inputs, aside = self.identity().inputs, self.context.run / ASIDE
+        for path in sorted(aside.glob("*/evaluate"), key=lambda path: path.stat().st_mtime)[::-1]:
+            try:
+                require_inside(path, self.context.run)
+                former = StageFolder(path)
+                had = former.identity.inputs
+                if all(had.get(key) == inputs[key] for key in ("corpus", name)):
+                    return _read(former, _shard(name), blocks)
+            except StoreError:  # what is damaged, or was not finished, is measured anew
+                continue
+        return None
 
     def _measure(self, name: str, reader: Reader, blocks: Sequence[Block]) -> list[np.ndarray]:
         """The nats of each block's bytes; none of one that the model could not read."""
