@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
@@ -46,6 +47,7 @@ from fusellm.store.blocks import open_corpus, read_part
 from fusellm.text_table import text_table
 from fusellm.training import loss as loss_module
 from fusellm.training.forward import objective_inputs, teach_objective
+from hubs import FIRST, put_in_cache
 
 TEXTS = [prose(1, 30), code(2, 4), prose(3, 20), code(4, 3)]
 
@@ -582,6 +584,53 @@ def test_a_training_that_makes_no_sense_is_refused(
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ArgumentError, match=message):
         make(fused, arguments, fusellm.FusedDataset(fused), str(world / "llama"))
+
+
+@pytest.mark.parametrize("known_by", ["name", "folder", "cache", "processing_class"])
+def test_a_dataset_in_another_tokenizers_ids_is_refused(
+    world: Path,
+    fused: fusellm.FusedDistributions,
+    read: dict[str, fusellm.SourceDistributions],
+    tmp_path: Path,
+    hub: Path,
+    known_by: str,
+) -> None:
+    """However the model's tokenizer is known; ids that its head has rows for are as wrong."""
+    place = str(world / "llama")
+    neox = fusellm.Tokenizer.from_pretrained(str(world / "neox"))  # with fewer ids than llama
+    others: dict[str, Any] = {}
+    model: Any = place
+    if known_by == "folder":
+        model = AutoModelForCausalLM.from_pretrained(place)
+    elif known_by == "cache":
+        put_in_cache(hub, world / "llama", FIRST)
+        model = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=hub)
+    elif known_by == "processing_class":
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
+        model.config._name_or_path = ""
+        others["processing_class"] = fusellm.Tokenizer.from_pretrained(place)
+    wrong = fusellm.FusedDataset(fusellm.fuse(TEXTS, neox, read))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ArgumentError, match=r"in the tokens of .*neox.*: id 1 is '!'"):
+        fusellm.FusionTrainer(model, arguments, wrong, **others)
+    right = fusellm.FusedDataset(fused)
+    fusellm.FusionTrainer(model, arguments, right, **others)
+    # Who has had the model learn other tokens says so.
+    fusellm.FusionTrainer(model, arguments, wrong, processing_class=neox.tokenizer)
+
+
+def test_a_tokenizer_that_reads_the_same_ids_is_the_models_own(
+    world: Path, fused: fusellm.FusedDistributions, tmp_path: Path
+) -> None:
+    """With a token for padding, or another one before a text."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "llama")
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.backend_tokenizer.post_processor = None
+    model = AutoModelForCausalLM.from_pretrained(world / "llama")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    dataset = fusellm.FusedDataset(fused)
+    trainer = fusellm.FusionTrainer(model, arguments, dataset, processing_class=tokenizer)
+    assert trainer.processing_class is tokenizer
 
 
 def test_another_dataset_is_measured_by_its_own_outcomes(

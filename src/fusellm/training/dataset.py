@@ -44,6 +44,7 @@ class FusedDataset(Rows):
 
     Attributes:
         table: the outcomes of the distributions as sets of target ids.
+        encoder: the tokenizer that the ids are of.
 
     >>> from fusellm import Tokenizer, fuse, load_pretrained, read_distributions
     >>> texts = ["for item in items:", "import the module"]
@@ -57,6 +58,7 @@ class FusedDataset(Rows):
     """
 
     table: OutcomeTable
+    encoder: Encoder
 
     def __init__(
         self,
@@ -92,7 +94,8 @@ class FusedDataset(Rows):
                 raise ArgumentError("there is nothing to predict: no text has two tokens")
             if temperature != 1.0 and not renormalize:
                 raise ArgumentError("a temperature is for distributions with renormalize=True")
-            self._take(blocks, OutcomeTable(source.sets, renormalize, temperature), seed or 0)
+            table = OutcomeTable(source.sets, renormalize, temperature)
+            self._take(blocks, table, source.encoder, seed or 0)
         elif isinstance(source, str | os.PathLike):
             run = Path(source)
             if renormalize or temperature != 1.0:
@@ -134,13 +137,13 @@ class FusedDataset(Rows):
         sets = [read_sets(folder, source.name) for source in recipe.sources]
         table = OutcomeTable(sets, objective.rest == "renormalize", objective.temperature)
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
-        self._take(stored_blocks(run, open_corpus(run), True, *where), table, seed)
+        self._take(stored_blocks(run, open_corpus(run), True, *where), table, encoder, seed)
         if row_tokens is not None or recipe.training.rows == "packed":
             self.pack(row_tokens or recipe.training.row_tokens)
 
-    def _take(self, blocks: Blocks, table: OutcomeTable, seed: int) -> None:
+    def _take(self, blocks: Blocks, table: OutcomeTable, encoder: Encoder, seed: int) -> None:
         super().__init__(blocks, seed)
-        self.table = table
+        self.table, self.encoder = table, encoder
 
 
 class FusionCollator(Collator):

@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
-from fusellm.models.configurations import context_tokens
-from fusellm.models.heads import require_known_head
 from fusellm.models.pretrained import load_pretrained
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.schedule import LambdaSchedule, checked_lambda
+from fusellm.tokens.encode import Encoder
 from fusellm.training import processes
 from fusellm.training.collator import BatchCounts, Collator
 from fusellm.training.dataset import FusionCollator
-from fusellm.training.forward import objective_inputs, require_packing, teach_objective
-from fusellm.training.loss import require_rows
+from fusellm.training.fit import Fit, require_known, tokenizer_beside
+from fusellm.training.forward import objective_inputs, teach_objective
 from fusellm.training.loss_log import LossLog
 from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 
@@ -65,7 +64,8 @@ class FusionTrainer(Trainer):
             model: the target, with adapters of PEFT or without; or its name, which is loaded in
                 float32.
             args: of any Trainer. What removes columns or wraps models in DataParallel is off.
-            train_dataset: a `FusedDataset` in the target's tokens.
+            train_dataset: a `FusedDataset` in the target's tokens. They are compared with those of
+                `processing_class`, or of the tokenizer beside the model, where there is one.
             lambda_: λ, or a schedule of it over the steps.
             divergence: what L_Fusion is (docs/method.md).
             data_collator: a `FusionCollator` of the dataset, if not given.
@@ -73,21 +73,22 @@ class FusionTrainer(Trainer):
                 `callbacks`, `optimizers`.
 
         Raises:
-            ArgumentError: λ is not in [0, 1], labels are to be smoothed, or the dataset is another
-                or does not go with the model or the divergence.
+            ArgumentError: λ is not in [0, 1], something is given that has no meaning here, or the
+                dataset does not go with the model, its tokenizer or the divergence.
             ModelError: the model cannot be loaded, or does not keep packed rows' texts apart.
         """
         schedule = lambda_
         if not isinstance(schedule, LambdaSchedule):
             schedule = LambdaSchedule(checked_lambda(schedule))
-        if args.label_smoothing_factor:
-            raise ArgumentError("label_smoothing_factor has no place in λ·L_CLM + (1−λ)·L_Fusion")
-        if "model_init" in others:
-            raise ArgumentError("model_init is not known here: give the model itself")
+        require_known(args, others)
         if isinstance(model, str):
             model, tokenizer = load_pretrained(model, device="cpu")  # Trainer places it
             others.setdefault("processing_class", tokenizer.tokenizer)
-        _require_fit(model, train_dataset, divergence)
+        given = others.get("processing_class")
+        if isinstance(given, Encoder):
+            given = others["processing_class"] = given.tokenizer  # which Trainer saves
+        self._fit = Fit(model, self._tokenizer_of(model, given), divergence)
+        self._fit.require("train_dataset", train_dataset)
         teach_objective(without_adapters(model))
         args = copy(args)
         args.remove_unused_columns = False  # distributions are columns of their own
@@ -111,6 +112,13 @@ class FusionTrainer(Trainer):
     def lambda_at(self, step: int) -> float:
         """λ of the step that so many steps were done before."""
         return self._schedule.at(step, max(self.state.max_steps, 1))
+
+    def _tokenizer_of(self, model: torch.nn.Module, given: Any) -> PreTrainedTokenizerBase | None:
+        """The tokenizer whose tokens a model reads, as far as it is known."""
+        for tokenizer in (given, getattr(given, "tokenizer", None)):  # a processor has one
+            if isinstance(tokenizer, PreTrainedTokenizerBase):
+                return tokenizer
+        return tokenizer_beside(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective over another `FusedDataset`, as `eval_loss`, by λ as it is now."""
@@ -203,36 +211,3 @@ class FusionTrainer(Trainer):
         if "loss" in logs and self._loss_log.any:
             logs = logs | {"lambda": self._lambda} | self._loss_log.drained(self.accelerator)
         super().log(logs, start_time)
-
-
-def _require_fit(target: torch.nn.Module, rows: Rows, divergence: Divergence) -> None:
-    """Check that texts fit into a model, and that distributions are of its tokens, and as flat.
-
-    Raises:
-        ArgumentError: they do not, or are not.
-        ModelError: its head is not known, or it does not keep packed rows' texts apart.
-    """
-    if not isinstance(rows, Rows):
-        raise ArgumentError(
-            f"train_dataset is a {type(rows).__name__}; give a fusellm.FusedDataset"
-        )
-    model = without_adapters(target)
-    if not isinstance(model, PreTrainedModel):
-        raise ArgumentError(f"model is a {type(target).__name__}; give one of transformers")
-    require_known_head(model)
-    if rows.packed:
-        require_packing(model)
-    room, longest = context_tokens(model.config), int(rows.lengths.max())
-    if room is not None and longest > room:
-        raise ArgumentError(
-            f"the longest text has {longest} tokens, and the model's context is {room}; cut it"
-        )
-    table = getattr(rows, "table", None)
-    if table is None:
-        return
-    require_rows(table.largest_id, model.config.get_text_config().vocab_size)
-    if table.temperature != divergence.temperature:
-        raise ArgumentError(
-            f"the dataset's distributions are flattened by temperature {table.temperature:g}, and "
-            f"the target's would be by {divergence.temperature:g}; give both the same"
-        )
