@@ -135,7 +135,9 @@ class TrainStage(ManifestStage):
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
         rows = Rows(stored_blocks(context.run, open_corpus(context.run), False, *where), seed)
         training = context.recipe.training
-        return rows.pack(training.row_tokens) if training.rows == "packed" else rows
+        if training.rows != "packed":
+            return rows
+        return rows.pack(training.row_tokens, longer_alone=True)
 
     @contextmanager
     def _open(self) -> Iterator[tuple[StageWriter | None, bool]]:
