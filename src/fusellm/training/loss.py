@@ -76,6 +76,7 @@ def fusion_loss(
     2.0794
     """
     lambda_ = checked_lambda(lambda_)
+    _require_tensors(hidden=hidden, labels=labels)
     labels = labels.to(hidden.device)
     if hidden.shape[:-1] != labels.shape:
         raise ArgumentError(
@@ -102,8 +103,7 @@ def fusion_loss(
             f"hidden states have {hidden.shape[-1]} numbers each, and the head takes "
             f"{head.weight.shape[1]}; take them from fusellm.last_hidden(model, batch)"
         )
-    if outcomes is not None and len(outcomes.member_id):
-        require_rows(int(outcomes.member_id.max()), head.weight.shape[0])
+    _require_ids(labels[predicted], outcomes, head.weight.shape[0])
     losses = objective(
         hidden[predicted],
         head,
@@ -128,7 +128,8 @@ def last_hidden(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tenso
         batch: of a `FusionCollator`, on any device.
 
     Raises:
-        ArgumentError: the model is wrapped by DDP, which would not average the gradients.
+        ArgumentError: the model is wrapped by DDP, which would not average the gradients, or is
+            none of transformers.
     """
     if hasattr(model, "require_backward_grad_sync"):
         raise ArgumentError(
@@ -137,9 +138,44 @@ def last_hidden(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tenso
             "FusionTrainer"
         )
     base = without_adapters(_unwrapped(model))
+    if not isinstance(base, PreTrainedModel):
+        raise ArgumentError(
+            f"a model of transformers is needed, and this is a {type(model).__name__}; give the "
+            "model first, then the batch"
+        )
     names = ("input_ids", "attention_mask", "position_ids")
     place = input_device(base)
     return hidden_states(base, **{name: batch[name].to(place) for name in names if name in batch})
+
+
+def _require_tensors(**given: object) -> None:
+    """Check that arguments are tensors.
+
+    Raises:
+        ArgumentError: one is something else.
+    """
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentError(
+                f"{name} is a {type(value).__name__}, and no tensor; give hidden states, model and "
+                "labels in this order"
+            )
+
+
+def _require_ids(labels: torch.Tensor, outcomes: Outcomes | None, rows: int) -> None:
+    """Check that a head has a row for each token that is predicted.
+
+    Raises:
+        ArgumentError: it has not.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < rows:
+        wrong = int(labels.max()) if int(labels.max()) >= rows else int(labels.min())
+        raise ArgumentError(
+            f"labels have {wrong}, and the head has rows for 0 to {rows - 1}; give token ids, and "
+            f"{IGNORED} where nothing is to be predicted"
+        )
+    if outcomes is not None and len(outcomes.member_id):
+        require_rows(int(outcomes.member_id.max()), rows)
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
