@@ -24,6 +24,18 @@ from fusellm.training.forward import require_packing
 from fusellm.training.loss import require_rows
 from fusellm.training.rows import Rows
 
+_NO_LOGITS = (
+    "has no logits to look at, which are never there as a whole: take eval_clm_loss and "
+    "eval_fusion_loss, which are logged (metric_for_best_model), or measure in a callback's "
+    "on_evaluate, by fusellm.bits_per_byte(model, tokenizer, texts)"
+)
+_MEANINGLESS = {
+    "model_init": "is not known here: give the model itself",
+    "compute_loss_func": "is not known here: the loss is λ·L_CLM + (1−λ)·L_Fusion; give "
+    "lambda_ and divergence",
+    "compute_metrics": _NO_LOGITS,
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -48,6 +60,7 @@ class Fit:
         if not isinstance(model, PreTrainedModel):
             raise ArgumentError(f"model is a {type(target).__name__}; give one of transformers")
         self._model, self._tokenizer, self._divergence = model, tokenizer, divergence
+        self._keeps_apart = False  # packed texts, as far as it was looked at
 
     def require_all(self, name: str, datasets: Any) -> None:
         """Check one dataset, or each of a dictionary; None is none."""
@@ -72,9 +85,10 @@ class Fit:
         model = self._model
         if not is_sharded(model):  # which was looked at while it was whole
             require_known_head(model)
-            if rows.packed:
+            if rows.packed and not self._keeps_apart:
                 require_packing(model)
-        room, longest = context_tokens(model.config), int(rows.lengths.max())
+                self._keeps_apart = True
+        room, longest = context_tokens(model.config), rows.longest_text
         if room is not None and longest > room:
             raise ArgumentError(
                 f"the longest text of {name} has {longest} tokens, and the model's context is "
@@ -161,5 +175,6 @@ def require_known(args: Any, others: Mapping[str, Any]) -> None:
         )
     if args.label_smoothing_factor:
         raise ArgumentError("label_smoothing_factor has no place in λ·L_CLM + (1−λ)·L_Fusion")
-    if "model_init" in others:
-        raise ArgumentError("model_init is not known here: give the model itself")
+    for name, why in _MEANINGLESS.items():
+        if others.get(name) is not None:
+            raise ArgumentError(f"{name} {why}")

@@ -29,11 +29,13 @@ from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 class FusionTrainer(Trainer):
     """transformers' Trainer on L = λ·L_CLM + (1−λ)·L_Fusion.
 
-    Everything that users know of Trainer works: its arguments, callbacks, checkpoints, PEFT, and
-    several processes by torchrun or accelerate (DDP, FSDP2). Rows are read in an order that depends
-    on seed and epoch alone, so that a training that goes on reads what it would have read. Beside
-    the loss, `clm_loss` and `fusion_loss` (nats per predicted token), `fused_share` and `lambda`
-    are logged.
+    What users know of Trainer works: its arguments, callbacks, checkpoints, PEFT, and several
+    processes by torchrun or accelerate (DDP, FSDP2). What is left out is refused: logits are never
+    there as a whole, so that `compute_metrics` has none, and the loss is the objective. Rows are
+    read in an order that depends on seed and epoch alone, so that a training that goes on reads
+    what it would have read. Beside the loss, `clm_loss` and `fusion_loss` (nats per predicted
+    token, and per one with a fused distribution), `fused_share` and `lambda` are logged, and in an
+    evaluation `eval_clm_loss` and `eval_fusion_loss`, which do not move with λ.
 
     >>> from transformers import TrainingArguments
     >>> from fusellm import FusedDataset, Tokenizer, fuse, load_pretrained, read_distributions
@@ -69,8 +71,8 @@ class FusionTrainer(Trainer):
             lambda_: λ, or a schedule of it over the steps.
             divergence: what L_Fusion is (docs/method.md).
             data_collator: a `FusionCollator` of the dataset, if not given.
-            others: what Trainer takes besides, such as `eval_dataset` (`FusedDataset` too),
-                `callbacks`, `optimizers`.
+            others: what Trainer takes besides, such as `eval_dataset` (a `FusedDataset` too, or a
+                dictionary of them), `callbacks`, `optimizers`.
 
         Raises:
             ArgumentError: λ is not in [0, 1], something is given that has no meaning here, or the
@@ -89,6 +91,7 @@ class FusionTrainer(Trainer):
             given = others["processing_class"] = given.tokenizer  # which Trainer saves
         self._fit = Fit(model, self._tokenizer_of(model, given), divergence)
         self._fit.require("train_dataset", train_dataset)
+        self._fit.require_all("eval_dataset", others.get("eval_dataset"))
         teach_objective(without_adapters(model))
         args = copy(args)
         args.remove_unused_columns = False  # distributions are columns of their own
@@ -106,7 +109,7 @@ class FusionTrainer(Trainer):
         self._schedule, self._divergence = schedule, divergence
         self._row_tokens, self._windows = train_dataset.row_tokens(), train_dataset.windows()
         self._lambda = schedule.start
-        self._loss_log = LossLog(args.device)
+        self._loss_log, self._eval_log = LossLog(args.device), LossLog(args.device)
         self._order = self._chosen_order()
 
     def lambda_at(self, step: int) -> float:
@@ -127,24 +130,37 @@ class FusionTrainer(Trainer):
         self._loss_log.leave_out(time.perf_counter() - began)
         return metrics
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Measure a dataset, the two losses each for itself too."""
+        self._eval_log = LossLog(self.args.device)
+        run: Any = super().evaluation_loop
+        measured = run(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_log.any:  # rows that fill up the last batch of several processes count too
+            means = self._eval_log.drained(self.accelerator)
+            for name in ("clm_loss", "fusion_loss"):
+                if name in means:
+                    measured.metrics[f"{metric_key_prefix}_{name}"] = means[name]
+        return measured
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of a dataset by its own outcomes, which are not those that are trained on."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
             dataset = self.eval_dataset[dataset]
-        with self._collating(dataset):
+        with self._collating("eval_dataset", dataset):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As `get_eval_dataloader`."""
-        with self._collating(test_dataset):
+        with self._collating("test_dataset", test_dataset):
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
-    def _collating(self, dataset: Any) -> Iterator[None]:
+    def _collating(self, name: str, dataset: Any) -> Iterator[None]:
+        """Make batches of another dataset; it may not be the one that was looked at first."""
+        self._fit.require(name, dataset)
         own = self.data_collator
-        if isinstance(dataset, Rows):
-            self.data_collator = FusionCollator(dataset)
+        self.data_collator = FusionCollator(dataset)
         try:
             yield
         finally:
@@ -202,8 +218,8 @@ class FusionTrainer(Trainer):
         loss = outputs["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        if model.training:
-            self._loss_log.add(counts, outputs["clm"], outputs["fusion"])
+        log = self._loss_log if model.training else self._eval_log
+        log.add(counts, outputs["clm"], outputs["fusion"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
