@@ -24,13 +24,16 @@ from transformers import (
 )
 
 from fusellm.config import ModelSettings
-from fusellm.errors import ModelError
+from fusellm.errors import ArgumentError, ModelError
 from fusellm.models import heads
 from fusellm.models.adapters import without_adapters
 from fusellm.models.attention import implementations
 from fusellm.models.headers import weight_problems
 from fusellm.models.heads import check_head, head_of, hidden_states, require_known_head
 from fusellm.models.load import load_model, locate
+from fusellm.objective.divergence import CROSS_ENTROPY
+from fusellm.training.fit import Fit
+from fusellm.training.loss import fusion_loss
 
 CPU = torch.device("cpu")
 ROWS, TOKENS = 72, 61  # of the head, and of them with a token
@@ -353,6 +356,22 @@ def test_other_adapters_on_a_head_are_refused_and_elsewhere_taken(config: Any, k
     config.target_modules = ["q_proj"]
     elsewhere = peft.get_peft_model(build(CASES["llama"]), config)
     assert logits_are_the_models_own(elsewhere.eval())
+
+
+def test_a_loss_of_the_router_is_refused_and_without_it_the_loss_is_the_models_own() -> None:
+    model = build(CASES["mixtral"])
+    ids = blocks()[0][None]
+    with pytest.raises(ArgumentError, match="MixtralForCausalLM adds a loss of its router"):
+        fusion_loss(hidden_states(model, input_ids=ids), model, ids)
+    with pytest.raises(ArgumentError, match="MixtralForCausalLM adds a loss of its router"):
+        Fit(model, None, CROSS_ENTROPY)
+    with_router = model(input_ids=ids, labels=ids).loss
+    model.config.output_router_logits = False
+    own = model(input_ids=ids, labels=ids).loss
+    assert not torch.isclose(own, with_router, rtol=1e-4)
+    mine = fusion_loss(hidden_states(model, input_ids=ids), model, ids)
+    torch.testing.assert_close(mine, own)
+    Fit(model, None, CROSS_ENTROPY)
 
 
 class _Scaled(LlamaForCausalLM):

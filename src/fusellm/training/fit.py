@@ -21,7 +21,7 @@ from fusellm.models.tokenizers import tokenizer_at
 from fusellm.objective.divergence import Divergence
 from fusellm.tokens.encode import Encoder, as_encoder
 from fusellm.training.forward import require_packing
-from fusellm.training.loss import require_rows
+from fusellm.training.loss import require_no_router_loss, require_rows
 from fusellm.training.rows import Rows
 
 _NO_LOGITS = (
@@ -54,11 +54,12 @@ class Fit:
             tokenizer: its own; None where it is not known.
 
         Raises:
-            ArgumentError: it is none of transformers.
+            ArgumentError: it is none of transformers, or adds a loss of its router.
         """
         model = without_adapters(target)
         if not isinstance(model, PreTrainedModel):
             raise ArgumentError(f"model is a {type(target).__name__}; give one of transformers")
+        require_no_router_loss(model)
         self._model, self._tokenizer, self._divergence = model, tokenizer, divergence
         self._keeps_apart = False  # packed texts, as far as it was looked at
 

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ArgumentError, ModelError
 from fusellm.models.adapters import without_adapters
+from fusellm.models.configurations import adds_router_loss
 from fusellm.models.heads import (
     head_of,
     hidden_states,
@@ -64,8 +65,8 @@ def fusion_loss(
         config: of the model whose head is given as a layer.
 
     Raises:
-        ArgumentError: shapes do not fit, λ is not in [0, 1], a layer comes without `config`, or
-            tokens are meant that the head has no row for.
+        ArgumentError: shapes do not fit, λ is not in [0, 1], a layer comes without `config`,
+            tokens are meant that the head has no row for, or the model adds a loss of its router.
         ModelError: the head is none that is known, or quantized; or it is spread over processes
             (FSDP), which have it whole only inside the model's own forward: use `FusionTrainer`.
 
@@ -178,6 +179,20 @@ def _require_ids(labels: torch.Tensor, outcomes: Outcomes | None, rows: int) -> 
         require_rows(int(outcomes.member_id.max()), rows)
 
 
+def require_no_router_loss(model: PreTrainedModel) -> None:
+    """Check that a model's own loss is that of its predictions alone, as the objective's L_CLM is.
+
+    Raises:
+        ArgumentError: it adds one of its router.
+    """
+    if adds_router_loss(model.config):
+        raise ArgumentError(
+            f"{type(model).__name__} adds a loss of its router to its own (output_router_logits of "
+            "its config), which λ·L_CLM + (1−λ)·L_Fusion leaves out; set "
+            "model.config.get_text_config().output_router_logits = False to train without it"
+        )
+
+
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside of DDP and torch.compile."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
@@ -242,6 +257,7 @@ def _head(given: torch.nn.Module | Head, config: PretrainedConfig | None) -> Hea
             f"{type(given).__name__}"
         )
     model = without_adapters(model)
+    require_no_router_loss(model)
     if is_sharded(model):
         raise ModelError(
             "the head is spread over processes (FSDP), which have it whole only inside the model's "

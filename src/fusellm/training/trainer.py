@@ -93,9 +93,7 @@ class FusionTrainer(Trainer):
         self._fit.require("train_dataset", train_dataset)
         self._fit.require_all("eval_dataset", others.get("eval_dataset"))
         teach_objective(without_adapters(model))
-        args = copy(args)
-        args.remove_unused_columns = False  # distributions are columns of their own
-        args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
+        args = _adjusted(args)
         super().__init__(
             model=model,
             args=args,
@@ -227,3 +225,11 @@ class FusionTrainer(Trainer):
         if "loss" in logs and self._loss_log.any:
             logs = logs | {"lambda": self._lambda} | self._loss_log.drained(self.accelerator)
         super().log(logs, start_time)
+
+
+def _adjusted(args: TrainingArguments) -> TrainingArguments:
+    """A user's arguments with what the objective needs."""
+    args = copy(args)
+    args.remove_unused_columns = False  # distributions are columns of their own
+    args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
+    return args
