@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -23,12 +24,16 @@ from transformers import (
 )
 
 from fusellm.config import ModelSettings
-from fusellm.errors import ModelError
+from fusellm.errors import ArgumentError, ModelError
 from fusellm.models import heads
+from fusellm.models.adapters import without_adapters
 from fusellm.models.attention import implementations
 from fusellm.models.headers import weight_problems
-from fusellm.models.heads import check_head, head_of, hidden_states
+from fusellm.models.heads import check_head, head_of, hidden_states, require_known_head
 from fusellm.models.load import load_model, locate
+from fusellm.objective.divergence import CROSS_ENTROPY
+from fusellm.training.fit import Fit
+from fusellm.training.loss import fusion_loss
 
 CPU = torch.device("cpu")
 ROWS, TOKENS = 72, 61  # of the head, and of them with a token
@@ -254,6 +259,119 @@ def test_the_experts_of_a_mixture_are_chosen_by_token(saved: Any) -> None:
         routers = model(input_ids=blocks()[0][None], output_router_logits=True).router_logits
     for router in routers:
         assert len({tuple(sorted(pair)) for pair in router.topk(2).indices.tolist()}) > 1
+
+
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+
+
+def with_peft(*configs: Any, case: str = "llama") -> Any:
+    """A random model with adapters of several configurations, all of them active."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(build(CASES[case]), configs[0], "0")
+    for number, config in enumerate(configs[1:], 1):
+        model.add_adapter(str(number), config)
+    model.base_model.set_adapter([str(number) for number in range(len(configs))])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("lora_B", "tokens_delta", "modules_to_save")):
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def logits_are_the_models_own(model: Any) -> bool:
+    base = without_adapters(model)
+    head_apart = []
+    for ids in blocks():
+        with torch.no_grad():
+            mine_ = head_of(base).logits(hidden_states(base, input_ids=ids[None])[0])
+            head_apart.append(float((mine_ - model(input_ids=ids[None]).logits[0]).abs().max()))
+    return max(head_apart) < 1e-4
+
+
+TOKENS_ALONE = {"trainable_token_indices": [3, 4]}
+ADAPTERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "one": ("llama", [LORA]),
+    "two": ("llama", [LORA, LORA | {"r": 3, "lora_alpha": 2}]),
+    "two, one of them elsewhere": ("llama", [LORA | {"target_modules": ["q_proj"]}, LORA]),
+    "none on the head": ("llama", [LORA | {"target_modules": ["q_proj"]}]),
+    "with a bias": ("phi", [LORA | {"lora_bias": True}]),
+    "tokens of a tied head": (
+        "llama, tied",
+        [LORA | TOKENS_ALONE | {"target_modules": ["q_proj"]}],
+    ),
+    "a head trained whole": (
+        "llama",
+        [LORA | {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_a_head_count_as_peft_counts_them(name: str) -> None:
+    """On, switched off, merged, and merged and switched off; the head is looked at each time."""
+    case, settings = ADAPTERS[name]
+    model = with_peft(*(peft.LoraConfig(**one) for one in settings), case=case)
+    require_known_head(without_adapters(model))
+    assert logits_are_the_models_own(model)
+    with model.disable_adapter():
+        assert logits_are_the_models_own(model)
+    model.merge_adapter()
+    require_known_head(without_adapters(model))
+    assert logits_are_the_models_own(model)
+    with model.disable_adapter():
+        assert logits_are_the_models_own(model)
+    assert logits_are_the_models_own(model)
+
+
+def test_rows_of_new_tokens_have_the_gradients_of_full_logits() -> None:
+    model = with_peft(peft.TrainableTokensConfig(token_indices=[3, 4]), case="llama, tied")
+    ids = blocks()[0][None]
+    base = without_adapters(model)
+    logits = head_of(base).logits(hidden_states(base, input_ids=ids))
+    for scores in (model(input_ids=ids).logits, logits):
+        scores.float().logsumexp(-1).sum().backward()
+    ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert len(ours) == 1
+    model.zero_grad()
+    (2 * model(input_ids=ids).logits.float().logsumexp(-1).sum()).backward()
+    theirs = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (peft.LoHaConfig(r=2, target_modules=["lm_head"]), "loha"),
+        (peft.OFTConfig(oft_block_size=4, target_modules=["lm_head"]), "oft"),
+        (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "ia3"),
+        (peft.LoraConfig(use_dora=True, target_modules=["lm_head"]), "Dora"),
+    ],
+)
+def test_other_adapters_on_a_head_are_refused_and_elsewhere_taken(config: Any, kind: str) -> None:
+    model = build(CASES["llama"])
+    require_known_head(model)
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(ModelError, match=f"PEFT's kind {kind}"):
+        require_known_head(without_adapters(adapted))
+    config.target_modules = ["q_proj"]
+    elsewhere = peft.get_peft_model(build(CASES["llama"]), config)
+    assert logits_are_the_models_own(elsewhere.eval())
+
+
+def test_a_loss_of_the_router_is_refused_and_without_it_the_loss_is_the_models_own() -> None:
+    model = build(CASES["mixtral"])
+    ids = blocks()[0][None]
+    with pytest.raises(ArgumentError, match="MixtralForCausalLM adds a loss of its router"):
+        fusion_loss(hidden_states(model, input_ids=ids), model, ids)
+    with pytest.raises(ArgumentError, match="MixtralForCausalLM adds a loss of its router"):
+        Fit(model, None, CROSS_ENTROPY)
+    with_router = model(input_ids=ids, labels=ids).loss
+    model.config.output_router_logits = False
+    own = model(input_ids=ids, labels=ids).loss
+    assert not torch.isclose(own, with_router, rtol=1e-4)
+    mine = fusion_loss(hidden_states(model, input_ids=ids), model, ids)
+    torch.testing.assert_close(mine, own)
+    Fit(model, None, CROSS_ENTROPY)
 
 
 class _Scaled(LlamaForCausalLM):

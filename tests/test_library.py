@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
@@ -46,6 +47,7 @@ from fusellm.store.blocks import open_corpus, read_part
 from fusellm.text_table import text_table
 from fusellm.training import loss as loss_module
 from fusellm.training.forward import objective_inputs, teach_objective
+from hubs import FIRST, put_in_cache
 
 TEXTS = [prose(1, 30), code(2, 4), prose(3, 20), code(4, 3)]
 
@@ -183,11 +185,15 @@ def test_what_was_read_is_looked_at_by_text(read: dict[str, fusellm.SourceDistri
         ({"last": [True]}, "last has 1 entries, and there are 4 texts"),
         ({"texts": ["word " * 5000]}, "the model's context is"),
         ({"tokenizer": "gpt2"}, "a tokenizer is needed, and 'gpt2' is a str"),
+        ({"model": "gpt2"}, "a model of transformers is needed, and this is a str"),
+        ({"swapped": True}, "and this is a Tokenizer; give the model first, then its tokenizer"),
     ],
 )
 def test_what_cannot_be_read_is_said(world: Path, given: dict[str, Any], message: str) -> None:
     model, tokenizer = fusellm.load_pretrained(str(world / "llama"), device="cpu")
     arguments = {"model": model, "tokenizer": tokenizer, "texts": TEXTS} | given
+    if arguments.pop("swapped", False):
+        arguments |= {"model": tokenizer, "tokenizer": model}
     with pytest.raises(ArgumentError, match=message.replace("(", r"\(")):
         fusellm.read_distributions(**arguments)
 
@@ -351,6 +357,10 @@ def test_sources_that_read_other_texts_are_refused(
             fusellm.fuse(texts, target[1], read)
     with pytest.raises(ArgumentError, match="no source to fuse"):
         fusellm.fuse(TEXTS, target[1], {})
+    with pytest.raises(ArgumentError, match="sources are a list, where each needs a name"):
+        fusellm.fuse(TEXTS, target[1], [read["mpt"]])
+    with pytest.raises(ArgumentError, match="source mpt is a str; give what read_distributions"):
+        fusellm.fuse(TEXTS, target[1], {"mpt": "zoo/cpp"})
     ends = replace(read["mpt"], last=(False,) * len(TEXTS))
     with pytest.raises(ArgumentError, match="source mpt was read with other ends"):
         fusellm.fuse(TEXTS, target[1], {"neox": read["neox"], "mpt": ends})
@@ -490,6 +500,13 @@ def test_two_processes_have_the_gradients_of_one(
         ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, "labels need one entry a hidden state"),
         ({"hidden": torch.zeros(6, 8), "labels": torch.zeros(6).long()}, "shift them"),
         ({"model_or_head": torch.nn.Embedding(3, 8)}, "this is a Embedding"),
+        ({"hidden": "model"}, "hidden is a str, and no tensor"),
+        ({"labels": [[1, 2]]}, "labels is a list, and no tensor"),
+        ({"beyond": 5000}, "labels have 5000, and the head has rows for 0 to"),
+        (
+            {"beyond": -1},
+            "labels have -1, and the head has rows for 0 to .* and -100 where nothing",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(
@@ -504,8 +521,16 @@ def test_what_does_not_fit_is_said(
         "labels": batch["labels"],
         "fused": batch["outcomes"],
     }
+    if "beyond" in change:
+        labels = batch["labels"].clone()
+        labels[0, 2] = change["beyond"]
+        change = {"labels": labels}
     with pytest.raises(ArgumentError, match=message):
         fusellm.fusion_loss(**(given | change))
+    with pytest.raises(ArgumentError, match="this is a dict; give the model first"):
+        fusellm.last_hidden(batch, target[0])
+    with pytest.raises(ArgumentError, match="dataset is a list"):
+        fusellm.FusionCollator([1, 2])
 
 
 def test_distributions_of_other_rows_are_refused(
@@ -584,6 +609,53 @@ def test_a_training_that_makes_no_sense_is_refused(
         make(fused, arguments, fusellm.FusedDataset(fused), str(world / "llama"))
 
 
+@pytest.mark.parametrize("known_by", ["name", "folder", "cache", "processing_class"])
+def test_a_dataset_in_another_tokenizers_ids_is_refused(
+    world: Path,
+    fused: fusellm.FusedDistributions,
+    read: dict[str, fusellm.SourceDistributions],
+    tmp_path: Path,
+    hub: Path,
+    known_by: str,
+) -> None:
+    """However the model's tokenizer is known; ids that its head has rows for are as wrong."""
+    place = str(world / "llama")
+    neox = fusellm.Tokenizer.from_pretrained(str(world / "neox"))  # with fewer ids than llama
+    others: dict[str, Any] = {}
+    model: Any = place
+    if known_by == "folder":
+        model = AutoModelForCausalLM.from_pretrained(place)
+    elif known_by == "cache":
+        put_in_cache(hub, world / "llama", FIRST)
+        model = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=hub)
+    elif known_by == "processing_class":
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
+        model.config._name_or_path = ""
+        others["processing_class"] = fusellm.Tokenizer.from_pretrained(place)
+    wrong = fusellm.FusedDataset(fusellm.fuse(TEXTS, neox, read))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ArgumentError, match=r"in the tokens of .*neox.*: id 1 is '!'"):
+        fusellm.FusionTrainer(model, arguments, wrong, **others)
+    right = fusellm.FusedDataset(fused)
+    fusellm.FusionTrainer(model, arguments, right, **others)
+    # Who has had the model learn other tokens says so.
+    fusellm.FusionTrainer(model, arguments, wrong, processing_class=neox.tokenizer)
+
+
+def test_a_tokenizer_that_reads_the_same_ids_is_the_models_own(
+    world: Path, fused: fusellm.FusedDistributions, tmp_path: Path
+) -> None:
+    """With a token for padding, or another one before a text."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "llama")
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.backend_tokenizer.post_processor = None
+    model = AutoModelForCausalLM.from_pretrained(world / "llama")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    dataset = fusellm.FusedDataset(fused)
+    trainer = fusellm.FusionTrainer(model, arguments, dataset, processing_class=tokenizer)
+    assert trainer.processing_class is tokenizer
+
+
 def test_another_dataset_is_measured_by_its_own_outcomes(
     world: Path,
     target: tuple[PreTrainedModel, fusellm.Tokenizer],
@@ -604,6 +676,114 @@ def test_another_dataset_is_measured_by_its_own_outcomes(
         assert found == pytest.approx(own.item(), rel=1e-5)
     assert trainer.evaluate(held_out)["eval_loss"] == found
     assert trainer.predict(held_out).metrics["test_loss"] == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("type", r"eval_dataset.* is a list; give a fusellm\.FusedDataset"),
+        ("tokens", "eval_dataset.* is in the tokens of .*neox"),
+        ("length", "the longest text of eval_dataset.* has .* tokens, and the model's context is"),
+        ("temperature", "the distributions of eval_dataset.* are flattened by temperature 2"),
+    ],
+)
+def test_what_is_measured_is_checked_as_what_is_trained_on(
+    world: Path,
+    target: tuple[PreTrainedModel, fusellm.Tokenizer],
+    fused: fusellm.FusedDistributions,
+    read: dict[str, fusellm.SourceDistributions],
+    tmp_path: Path,
+    wrong: str,
+    message: str,
+    several: bool,
+) -> None:
+    """Before anything is trained, and where another dataset is measured later."""
+    whole = fusellm.FusedDataset(fused)
+    dataset = whole.select([int(np.argmin(whole.row_tokens()))])
+    model: Any = str(world / "llama")
+    other: Any = [1, 2]
+    if wrong == "tokens":
+        neox = fusellm.Tokenizer.from_pretrained(str(world / "neox"))
+        other = fusellm.FusedDataset(fusellm.fuse(TEXTS, neox, read))
+    elif wrong == "length":
+        model = AutoModelForCausalLM.from_pretrained(world / "llama")
+        other = whole
+        model.config.max_position_embeddings = dataset.row_tokens()[0]  # others are longer
+    elif wrong == "temperature":
+        flat = fusellm.fuse(TEXTS, target[1], read, strategy="bytes")
+        other = fusellm.FusedDataset(flat, renormalize=True, temperature=2.0)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    given = {"held_out": other} if several else other
+    with pytest.raises(ArgumentError, match=message):
+        fusellm.FusionTrainer(model, arguments, dataset, eval_dataset=given)
+    trainer = fusellm.FusionTrainer(model, arguments, dataset, eval_dataset=dataset)
+    for measure in (trainer.evaluate, trainer.predict)[: 1 if several else 2]:
+        with pytest.raises(
+            ArgumentError, match=message.replace("eval_dataset", "(eval|test)_dataset")
+        ):
+            measure(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"compute_metrics": len}, "compute_metrics has no logits to look at.* eval_clm_loss"),
+        ({"preprocess_logits_for_metrics": max}, "has no logits to look at"),
+        ({"compute_loss_func": max}, "compute_loss_func is not known here"),
+        ({"args": None}, "args is a NoneType; give transformers' TrainingArguments"),
+        ({"args": {"max_steps": 2}}, "args is a dict"),
+    ],
+)
+def test_what_has_no_meaning_for_the_objective_is_refused(
+    world: Path,
+    fused: fusellm.FusedDistributions,
+    tmp_path: Path,
+    given: dict[str, Any],
+    message: str,
+) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    everything = {"args": arguments, "train_dataset": fusellm.FusedDataset(fused)} | given
+    with pytest.raises(ArgumentError, match=message):
+        fusellm.FusionTrainer(str(world / "llama"), **everything)
+
+
+def test_an_evaluation_has_the_two_losses_each_for_itself(
+    world: Path, fused: fusellm.FusedDistributions, tmp_path: Path
+) -> None:
+    """By which the best checkpoint can be kept: they do not move with λ."""
+    dataset = fusellm.FusedDataset(fused)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_eval_batch_size=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="clm_loss",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    held_out = {"all": dataset, "one": dataset.select([1])}
+    trainer = fusellm.FusionTrainer(
+        str(world / "llama"), arguments, dataset, lambda_=0.3, eval_dataset=dataset
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(entry["eval_clm_loss"] for entry in logged)
+    for name, rows in held_out.items():
+        batch = fusellm.FusionCollator(rows)([rows[n] for n in range(len(rows))])
+        with torch.no_grad():
+            sums = trainer.model.eval()(**objective_inputs(batch, 0.3))
+        measured = trainer.evaluate(held_out)
+        for loss, count in (("clm", batch["counts"].predicted), ("fusion", batch["counts"].fused)):
+            expected = sums[loss].item() / count
+            assert measured[f"eval_{name}_{loss}_loss"] == pytest.approx(expected, rel=1e-5)
+    metrics = trainer.predict(dataset).metrics
+    assert metrics["test_clm_loss"] == pytest.approx(measured["eval_all_clm_loss"], rel=1e-6)
+    assert metrics["test_fusion_loss"] > 0
 
 
 class Asks(TrainerCallback):
@@ -660,13 +840,47 @@ def test_rows_are_packed_anew_and_chosen(fused: fusellm.FusedDistributions) -> N
     dataset = fusellm.FusedDataset(fused, row_tokens=2000)
     assert sorted(n for row in dataset.rows for n in row) == [0, 1, 2, 3]
     collate = fusellm.FusionCollator(dataset)
-    assert sorted(n for row in dataset.pack(40).rows for n in row) == [0, 1, 2, 3]
+    longest = dataset.longest_text
+    assert sorted(n for row in dataset.pack(longest).rows for n in row) == [0, 1, 2, 3]
+    assert max(dataset.row_tokens()) == longest
     assert len(dataset.select([0]).rows) == 1
     assert len(dataset.rows) > 1
     plain = fusellm.FusedDataset(fused)
     collate = fusellm.FusionCollator(plain)
     plain.pack(2000)
     assert "position_ids" in collate([plain[0]])
+
+
+def test_what_is_shown_of_data_is_short(
+    fused: fusellm.FusedDistributions, read: dict[str, fusellm.SourceDistributions]
+) -> None:
+    dataset = fusellm.FusedDataset(fused)
+    tokens = sum(dataset.row_tokens())
+    assert re.fullmatch(rf"FusedDataset\(4 texts, {tokens} tokens of '.*llama'\)", repr(dataset))
+    dataset.pack(2000)
+    assert "(4 texts in 1 packed rows, " in repr(dataset)
+    block = read["neox"][1]
+    expected = f"StoredBlock(1, {len(block.ids)} tokens, {block.positions} distributions)"
+    assert repr(block) == expected
+    unread = replace(block, usable=False, reason="its distributions are not finite")
+    assert repr(unread).endswith("not read: its distributions are not finite)")
+
+
+def test_rows_that_have_no_room_for_a_text_are_refused(
+    fused: fusellm.FusedDistributions,
+) -> None:
+    dataset = fusellm.FusedDataset(fused)
+    short = dataset.longest_text - 1
+    message = f"row_tokens is {short}, and the longest text has {short + 1} tokens"
+    with pytest.raises(ArgumentError, match=message):
+        fusellm.FusedDataset(fused, row_tokens=short)
+    with pytest.raises(ArgumentError, match=message):
+        dataset.pack(short)
+    lengths = dataset.row_tokens()
+    others = [n for n, length in enumerate(lengths) if length < max(lengths)]
+    assert max(dataset.select(others).pack(short).row_tokens()) <= short
+    alone = dataset.pack(short, longer_alone=True)  # as recipes have it
+    assert max(alone.row_tokens()) == short + 1
 
 
 def test_what_does_not_go_together_is_refused(

@@ -39,6 +39,7 @@ OVERRIDDEN = {
     "_init_training_state": STATE,
     "log": "logs start_time",
     "evaluate": "eval_dataset ignore_keys metric_key_prefix",
+    "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     "get_eval_dataloader": "eval_dataset",
     "get_test_dataloader": "test_dataset",
     "_get_eval_sampler": "eval_dataset",

@@ -1,5 +1,6 @@
 """What `check` passes of a recipe's training trains: each setting of transformers is tried."""
 
+import json
 import math
 import random
 import shutil
@@ -64,6 +65,29 @@ def refusal(recipe: Recipe, run: Path, thorough: bool = True) -> str | None:
     except RecipeError as error:
         return str(error)
     return None
+
+
+def test_a_target_that_adds_a_loss_of_its_router_is_refused_before_any_work(
+    world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "llama", tmp_path / "experts")
+    path = tmp_path / "experts" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    mixture = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    for routed in (True, False):
+        path.write_text(json.dumps(config | mixture | {"output_router_logits": routed}))
+        recipe = recipe_of(world, {})
+        target = recipe.target.model_copy(update={"model": str(tmp_path / "experts")})
+        recipe = recipe.model_copy(update={"target": target})
+        run = Pipeline(recipe, tmp_path / "run", Silent())
+        if routed:
+            with pytest.raises(RecipeError, match=r"target\.model: .*experts adds a loss of its"):
+                run.check()
+            with pytest.raises(RecipeError, match="output_router_logits: false in the config"):
+                run.execute(["corpus"])
+            assert not (tmp_path / "run").exists()
+        else:
+            train.check_target(run.context.target.located)
 
 
 def assert_clear(message: str, key: str) -> None:

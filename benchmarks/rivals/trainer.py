@@ -301,7 +301,7 @@ def train_rival(recipe: Recipe, run: Path, name: str, progress: Progress) -> Pat
     where = chosen.seed, len(target.vocabulary), target.prefix_tokens
     rows = Rows(stored_blocks(run, corpus, False, *where), chosen.seed)
     if recipe.training.rows == "packed":
-        rows = rows.pack(recipe.training.row_tokens)
+        rows = rows.pack(recipe.training.row_tokens, longer_alone=True)
     stop = Stop()
     trainer = RivalTrainer(
         model,

@@ -132,6 +132,7 @@ class Pipeline:
             train.check_processes(self.recipe, self.run, context.training_processes)
         folders = [stage for stage in unfinished if isinstance(stage, ManifestStage)]
         if folders and any(s.command == "train" and not s.complete for s in self.stages):
+            train.check_target(self.context.target.located)
             train.rehearse(self.recipe)
         if any(isinstance(stage, SuitesStage) for stage in unfinished):
             self.prepare_suites()
@@ -242,6 +243,7 @@ class Pipeline:
         """
         recipe, readers = self.recipe, self.context.readers
         self._require_place()
+        train.check_target(self.context.target.located)
         train.rehearse(recipe)
         require_models(readers)
         self.prepare_suites()

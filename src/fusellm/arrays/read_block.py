@@ -61,6 +61,10 @@ class StoredBlock:
     ends: np.ndarray
     kept: Kept
 
+    def __repr__(self) -> str:
+        reads = f"{self.positions:,} distributions" if self.usable else f"not read: {self.reason}"
+        return f"{type(self).__name__}({self.number}, {len(self.ids):,} tokens, {reads})"
+
     @property
     def positions(self) -> int:
         """How many distributions there are: T − 1, or none."""
@@ -75,6 +79,8 @@ class StoredBlock:
         >>> kept = Kept(np.array([0, 2]), np.array([5, 3]), np.log(np.float32([0.5, 0.25])),
         ...             np.zeros(0, np.uint8), np.float32([0.25]), np.log(np.float32([0.25])))
         >>> block = StoredBlock(0, True, None, np.array([1, 3]), np.array([0, 4]), kept)
+        >>> block
+        StoredBlock(0, 2 tokens, 1 distributions)
         >>> first = block.at(0)
         >>> first.ids.tolist(), first.masses.round(6).tolist(), first.tail, first.true_id
         ([5, 3], [0.5, 0.25], 0.25, 3)

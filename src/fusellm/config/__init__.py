@@ -152,7 +152,7 @@ class TrainingSettings(SettingsBlock):
     rows: Literal["block", "packed"] = "block"
     """One block a row, or several in a row of `row_tokens`, each attending only to itself."""
     row_tokens: Annotated[int, Field(gt=0)] = 2048
-    """Tokens of a packed row."""
+    """Tokens of a packed row. A longer block has a row of its own."""
     clm_baseline: bool = True
     """Whether to train the same target with λ = 1 too, for comparison."""
     clm: dict[str, Any] = Field(default_factory=dict)

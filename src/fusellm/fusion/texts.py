@@ -244,9 +244,19 @@ def _require_same_texts(
     """Which texts end a document, as all sources have read them.
 
     Raises:
-        ArgumentError: there is no source, or one has read other texts.
+        ArgumentError: there is no source, or one is none or has read other texts.
     """
     require_texts(texts)
+    if not isinstance(sources, Mapping):
+        raise ArgumentError(
+            f"sources are a {type(sources).__name__}, where each needs a name: give a dictionary, "
+            "{name: distributions}"
+        )
+    for name, read in sources.items():
+        if not isinstance(read, SourceDistributions):
+            raise ArgumentError(
+                f"source {name} is a {type(read).__name__}; give what read_distributions gives"
+            )
     if not sources:
         raise ArgumentError("there is no source to fuse; give the distributions of at least one")
     last = next(iter(sources.values())).last

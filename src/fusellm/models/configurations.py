@@ -103,6 +103,13 @@ def context_tokens(config: PretrainedConfig) -> int | None:
     return next((int(v) for key in _CONTEXT_KEYS if (v := getattr(text, key, None))), None)
 
 
+def adds_router_loss(config: PretrainedConfig) -> bool:
+    """Whether a mixture of experts adds a loss of its router to that of its predictions."""
+    text = config.get_text_config()
+    weight = getattr(text, "router_aux_loss_coef", None)
+    return bool(getattr(text, "output_router_logits", False)) and weight != 0
+
+
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     """What config.json says of how weights are stored quantized; None where they are not."""
     for part in (config, config.get_text_config()):

@@ -4,7 +4,7 @@ A model that is spread over devices has accelerate's hooks on its modules: a hoo
 that its module runs on, and brings offloaded weights there for as long as the module runs.
 
 A head with a low-rank adapter, W + s·BA, is one of wider hidden states: [h, s·A·h] on [W, B], so
-that A and B have gradients, and an adapter's dropout is its own.
+that A and B have gradients, and an adapter's dropout is its own. Several are set side by side.
 
 B blocks, T positions, d hidden size, r rank of an adapter, V vocabulary.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
@@ -42,14 +42,15 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model, with the scaling and capping of its architecture.
 
     Weights that are offloaded are brought to the device that the head runs on; hold on to the
-    result rather than ask for each batch anew. Where the head has an adapter, its weight is
-    [V, d + r], for the hidden states of `hidden_states`.
+    result rather than ask for each batch anew. Where the head has adapters, its weight is
+    [V, d + r], r of all of them together, for the hidden states of `hidden_states`.
 
     Raises:
-        ModelError: the model has no linear output embedding, or a quantized one.
+        ModelError: the model has no linear output embedding, or a quantized one, or one with an
+            adapter of another kind than LoRA.
     """
-    layer, adapter = _head_layers(model)
-    name = type(model).__name__
+    layers = _head_layers(model)
+    layer, name = layers.own, type(model).__name__
     if not isinstance(layer, torch.nn.Linear):
         raise ModelError(
             f"{name} has no linear head over its vocabulary (found {type(layer).__name__}); "
@@ -65,8 +66,15 @@ def head_of(model: PreTrainedModel) -> Head:
             f"the head of {name} is quantized ({type(layer).__name__}, {weight.dtype}); fusellm "
             "needs it whole: quantize the model without its head"
         )
-    if adapter is not None:
-        weight = torch.cat([weight, adapter.up.weight.to(weight.dtype)], dim=1)
+    if layers.tokens is not None:
+        weight = layers.tokens.get_merged_weights(layers.tokens.active_adapters)
+    if layers.adapters:
+        ups = [adapter.up.weight.to(weight.dtype) for adapter in layers.adapters]
+        weight = torch.cat([weight, *ups], dim=1)
+    for adapter in layers.adapters:
+        if adapter.up.bias is not None:
+            added = adapter.up.bias * adapter.scale
+            bias = added if bias is None else bias + added.to(bias.dtype)
     config = model.config.get_text_config()
     return Head(weight, bias, _scale(config), _cap(config))
 
@@ -74,27 +82,28 @@ def head_of(model: PreTrainedModel) -> Head:
 def hidden_states(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """[B, T, d] hidden states as the head takes them: on its device, in its precision.
 
-    Inputs may be on any device if the model is spread over several. Where the head has an adapter
-    they are [B, T, d + r].
+    Inputs may be on any device if the model is spread over several. Where the head has
+    adapters they are [B, T, d + r].
     """
     place = _runs_on(model.get_input_embeddings())
     if place is not None:
         inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
     hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
-    head, adapter = _head_layers(model)
+    layers = _head_layers(model)
+    head = layers.own
     hidden = hidden.to(_runs_on(head) or hidden.device)
     whole = isinstance(head, torch.nn.Linear) and head.weight.is_floating_point()
     if whole and not torch.is_autocast_enabled(hidden.device.type):  # which casts by itself
         hidden = hidden.to(head.weight.dtype)  # Mamba's are float32 whatever its weights are
-    if adapter is None:
+    if not layers.adapters:
         return hidden
-    return torch.cat([hidden, adapter.inner(hidden).to(hidden.dtype)], dim=-1)
+    inner = [adapter.inner(hidden).to(hidden.dtype) for adapter in layers.adapters]
+    return torch.cat([hidden, *inner], dim=-1)
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether the head's weights are spread over the processes of a training (FSDP2)."""
-    layer, _ = _head_layers(model)
-    return isinstance(getattr(layer, "weight", None), DTensor)
+    return isinstance(getattr(_head_layers(model).own, "weight", None), DTensor)
 
 
 def through_head(
@@ -129,23 +138,62 @@ class _Adapter:
         return low_rank * self.scale
 
 
-def _head_layers(model: PreTrainedModel) -> tuple[Any, _Adapter | None]:
-    """The head's own layer, and PEFT's adapter on it; of a layer trained whole, its new copy."""
+@dataclass(frozen=True)
+class _HeadLayers:
+    """What a head is made of, as PEFT's own forward would use it now.
+
+    Attributes:
+        own: the head's own layer; of one that is trained whole, its new copy.
+        adapters: that are added to it.
+        tokens: PEFT's layer that has new rows for some tokens, in place of the head's own.
+    """
+
+    own: Any
+    adapters: tuple[_Adapter, ...] = ()
+    tokens: Any = None
+
+
+def _head_layers(model: PreTrainedModel) -> _HeadLayers:
+    """The layers of a head; adapters that are off, or merged into its weights, are left out.
+
+    Raises:
+        ModelError: it has an adapter of a kind that is not known.
+    """
     layer: Any = model.get_output_embeddings()
-    if layer is None:
-        return None, None
-    active = getattr(layer, "active_adapters", None)
-    if not active:
-        return layer, None
-    whole = hasattr(layer, "modules_to_save")
-    if getattr(layer, "disable_adapters", False):
-        return (layer.original_module if whole else layer.base_layer), None
-    if whole:
-        return layer.modules_to_save[active[0]], None
-    if getattr(layer, "use_dora", {}).get(active[0]):
-        raise ModelError("a head with a DoRA adapter is not known here; use LoRA on it, or none")
+    if not hasattr(layer, "active_adapters"):
+        return _HeadLayers(layer)
+    own = layer.base_layer if hasattr(layer, "base_layer") else layer.original_module
+    tuner = getattr(layer, "token_adapter", layer)
+    if layer.disable_adapters and tuner.merged_adapters:
+        tuner.unmerge()  # as PEFT's own forward does
+    if layer.disable_adapters or tuner.merged_adapters or not layer.active_adapters:
+        return _HeadLayers(own)
+    if hasattr(tuner, "get_merged_weights"):
+        return _HeadLayers(own, tokens=tuner)
+    if hasattr(layer, "modules_to_save"):
+        copies = dict(layer.modules_to_save)
+        return _HeadLayers(copies.get(layer.active_adapters[0], own))  # PEFT has one active there
+    return _HeadLayers(own, _adapters_of(layer))
+
+
+def _adapters_of(layer: Any) -> tuple[_Adapter, ...]:
+    """The active low-rank adapters of a head; others may be active elsewhere in the model.
+
+    Raises:
+        ModelError: they are of another kind.
+    """
+    kinds = {type(layer).__module__.split(".")[-2]}  # peft.tuners.KIND.layer
+    names = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", ())]
+    variants = getattr(layer, "lora_variant", {})
+    kinds |= {type(variants[name]).__name__ for name in names if name in variants}
+    if kinds != {"lora"}:
+        raise ModelError(
+            f"the head has an adapter of PEFT's kind {', '.join(sorted(kinds - {'lora'}))}, which "
+            "is not known here; use LoRA on it, train it whole (modules_to_save), or leave it out "
+            "of target_modules"
+        )
     parts = ("lora_A", "lora_B", "lora_dropout", "scaling")
-    return layer.base_layer, _Adapter(*(getattr(layer, part)[active[0]] for part in parts))
+    return tuple(_Adapter(*(getattr(layer, part)[name] for part in parts)) for name in names)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -182,23 +230,34 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-_KNOWN: WeakSet[PreTrainedModel] = WeakSet()
+_KNOWN: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""Models whose head was looked at, with what it was made of then."""
 
 
 def require_known_head(model: PreTrainedModel) -> None:
     """Check a model's head, as `check_head` does, where that was not done before.
+
+    It is done anew where adapters on the head have changed since.
 
     The model is left as it was, dropout and all. One whose weights are nowhere yet is passed over.
 
     Raises:
         ModelError: as `check_head` does.
     """
-    if model in _KNOWN or any(parameter.is_meta for parameter in model.parameters()):
+    made_of = _made_of(model)
+    if _KNOWN.get(model) == made_of or any(p.is_meta for p in model.parameters()):
         return
     with left_as_it_was(model):
         model.eval()
         check_head(model)
-    _KNOWN.add(model)
+    _KNOWN[model] = made_of
+
+
+def _made_of(model: PreTrainedModel) -> str:
+    """Of what kinds the layers of a head are, and how many adapters there are."""
+    layers = _head_layers(model)
+    kinds = [type(model.get_output_embeddings()), type(layers.own), type(layers.tokens)]
+    return f"{kinds}, {len(layers.adapters)}"
 
 
 @contextmanager

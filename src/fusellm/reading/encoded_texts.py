@@ -23,12 +23,17 @@ def encoded_for(
         last: of each text, whether it ends a document; all do if None.
 
     Raises:
-        ArgumentError: `texts` is no list of texts, a text is too long for the model, or the
-            tokenizer is another model's.
+        ArgumentError: `texts` is no list of texts, a text is too long for the model, the
+            tokenizer is another model's, or what is given as the model is none.
         ModelError: the model makes its logits in a way that is not known.
         TokenizerError: the tokenizer's tokens cannot be told as bytes.
     """
     base = without_adapters(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ArgumentError(
+            f"a model of transformers is needed, and this is a {type(model).__name__}; give the "
+            "model first, then its tokenizer"
+        )
     rows = base.config.get_text_config().vocab_size
     encoder = as_encoder(tokenizer, rows)
     encoded = encoder.encode(texts, last)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from fusellm.config import ObjectiveSettings, Recipe, TrainingSettings
-from fusellm.errors import IdentityError
+from fusellm.errors import IdentityError, RecipeError
 from fusellm.models.adapters import require_peft, without_warnings
 from fusellm.models.cards import training_card
+from fusellm.models.configurations import adds_router_loss
+from fusellm.models.load import Located
 from fusellm.objective.divergence import Divergence
 from fusellm.objective.schedule import LambdaSchedule
 from fusellm.stages.stage import Context, ManifestStage
@@ -135,7 +137,9 @@ class TrainStage(ManifestStage):
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
         rows = Rows(stored_blocks(context.run, open_corpus(context.run), False, *where), seed)
         training = context.recipe.training
-        return rows.pack(training.row_tokens) if training.rows == "packed" else rows
+        if training.rows != "packed":
+            return rows
+        return rows.pack(training.row_tokens, longer_alone=True)
 
     @contextmanager
     def _open(self) -> Iterator[tuple[StageWriter | None, bool]]:
@@ -171,6 +175,20 @@ def check(recipe: Recipe, run: Path) -> None:
         training_arguments(recipe, run, which)
     if recipe.training.lora is not None:
         require_peft("training.lora")
+
+
+def check_target(target: Located) -> None:
+    """Check that a target's own loss is L_CLM alone.
+
+    Raises:
+        RecipeError: it adds one of its router.
+    """
+    if adds_router_loss(target.config):
+        raise RecipeError(
+            f"target.model: {target.settings.model} adds a loss of its router to its own, which "
+            "λ·L_CLM + (1−λ)·L_Fusion leaves out; to train without it set output_router_logits: "
+            "false in the config.json of a copy"
+        )
 
 
 def rehearse(recipe: Recipe) -> None:

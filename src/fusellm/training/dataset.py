@@ -44,12 +44,15 @@ class FusedDataset(Rows):
 
     Attributes:
         table: the outcomes of the distributions as sets of target ids.
+        encoder: the tokenizer that the ids are of.
 
     >>> from fusellm import Tokenizer, fuse, load_pretrained, read_distributions
     >>> texts = ["for item in items:", "import the module"]
     >>> model, tokenizer = load_pretrained("zoo/python")
     >>> read = {"python": read_distributions(model, tokenizer, texts)}
     >>> dataset = FusedDataset(fuse(texts, Tokenizer.from_pretrained("zoo/prose"), read))
+    >>> dataset
+    FusedDataset(2 texts, 12 tokens of 'zoo/prose')
     >>> batch = FusionCollator(dataset)([dataset[0], dataset[1]])
     >>> batch["input_ids"].shape, batch["labels"].shape, sorted(batch)
     (torch.Size([2, 7]), torch.Size([2, 7]), ['attention_mask', 'counts', 'input_ids', 'labels', \
@@ -57,6 +60,7 @@ class FusedDataset(Rows):
     """
 
     table: OutcomeTable
+    encoder: Encoder
 
     def __init__(
         self,
@@ -73,7 +77,8 @@ class FusedDataset(Rows):
             source: what `fusellm.fuse` gave, or a run (its folder, or a `fusellm.Run`) whose stage
                 fuse is finished. Of a run the recipe says what there is besides: its seed, how what
                 was not kept is counted, and whether rows are packed.
-            row_tokens: put several texts into each row of at most so many tokens.
+            row_tokens: put several texts into each row of at most so many tokens, which the longest
+                one may have. (By a run's recipe, a longer block has a row of its own.)
             seed: of the order in which they are put there, and of the windows that a large store
                 is read in; 0 if not given, or a run's own.
             renormalize: scale away what was not kept, as the paper does, in place of one more
@@ -82,8 +87,8 @@ class FusedDataset(Rows):
                 are renormalized and of single tokens (strategies `bytes`, `mined`, `em`).
 
         Raises:
-            ArgumentError: it is neither, there is nothing to predict, or settings do not go
-                together.
+            ArgumentError: it is neither, there is nothing to predict, a text is longer than a row,
+                or settings do not go together.
             StoreError: the run is unfinished or damaged.
         """
         if isinstance(source, FusedDistributions):
@@ -92,7 +97,8 @@ class FusedDataset(Rows):
                 raise ArgumentError("there is nothing to predict: no text has two tokens")
             if temperature != 1.0 and not renormalize:
                 raise ArgumentError("a temperature is for distributions with renormalize=True")
-            self._take(blocks, OutcomeTable(source.sets, renormalize, temperature), seed or 0)
+            table = OutcomeTable(source.sets, renormalize, temperature)
+            self._take(blocks, table, source.encoder, seed or 0)
         elif isinstance(source, str | os.PathLike):
             run = Path(source)
             if renormalize or temperature != 1.0:
@@ -114,6 +120,14 @@ class FusedDataset(Rows):
         if row_tokens is not None:
             self.pack(row_tokens)
 
+    def __repr__(self) -> str:
+        texts, rows = sum(len(row) for row in self.rows), len(self)
+        packed = f" in {rows:,} packed rows" if self.packed else ""
+        return (
+            f"{type(self).__name__}({texts:,} texts{packed}, {sum(self.row_tokens()):,} tokens of "
+            f"{self.encoder.tokenizer.name_or_path!r})"
+        )
+
     @classmethod
     def of_run(cls, recipe: Recipe, run: Path, encoder: Encoder, seed: int) -> "FusedDataset":
         """That of a run whose recipe and target's tokenizer are at hand."""
@@ -134,13 +148,15 @@ class FusedDataset(Rows):
         sets = [read_sets(folder, source.name) for source in recipe.sources]
         table = OutcomeTable(sets, objective.rest == "renormalize", objective.temperature)
         where = seed, len(encoder.vocabulary), encoder.prefix_tokens
-        self._take(stored_blocks(run, open_corpus(run), True, *where), table, seed)
-        if row_tokens is not None or recipe.training.rows == "packed":
-            self.pack(row_tokens or recipe.training.row_tokens)
+        self._take(stored_blocks(run, open_corpus(run), True, *where), table, encoder, seed)
+        if row_tokens is not None:
+            self.pack(row_tokens)
+        elif recipe.training.rows == "packed":
+            self.pack(recipe.training.row_tokens, longer_alone=True)
 
-    def _take(self, blocks: Blocks, table: OutcomeTable, seed: int) -> None:
+    def _take(self, blocks: Blocks, table: OutcomeTable, encoder: Encoder, seed: int) -> None:
         super().__init__(blocks, seed)
-        self.table = table
+        self.table, self.encoder = table, encoder
 
 
 class FusionCollator(Collator):
@@ -152,7 +168,15 @@ class FusionCollator(Collator):
     """
 
     def __init__(self, dataset: Rows) -> None:
-        """Make batches of this dataset's rows; of rows without distributions, without them."""
+        """Make batches of this dataset's rows; of rows without distributions, without them.
+
+        Raises:
+            ArgumentError: it is no dataset of ours.
+        """
+        if not isinstance(dataset, Rows):
+            raise ArgumentError(
+                f"dataset is a {type(dataset).__name__}; give a fusellm.FusedDataset"
+            )
         super().__init__(getattr(dataset, "table", None), dataset.packed)
         self._dataset = dataset
 

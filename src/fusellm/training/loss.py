@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fusellm.errors import ArgumentError, ModelError
 from fusellm.models.adapters import without_adapters
+from fusellm.models.configurations import adds_router_loss
 from fusellm.models.heads import (
     head_of,
     hidden_states,
@@ -64,8 +65,8 @@ def fusion_loss(
         config: of the model whose head is given as a layer.
 
     Raises:
-        ArgumentError: shapes do not fit, λ is not in [0, 1], a layer comes without `config`, or
-            tokens are meant that the head has no row for.
+        ArgumentError: shapes do not fit, λ is not in [0, 1], a layer comes without `config`,
+            tokens are meant that the head has no row for, or the model adds a loss of its router.
         ModelError: the head is none that is known, or quantized; or it is spread over processes
             (FSDP), which have it whole only inside the model's own forward: use `FusionTrainer`.
 
@@ -76,6 +77,7 @@ def fusion_loss(
     2.0794
     """
     lambda_ = checked_lambda(lambda_)
+    _require_tensors(hidden=hidden, labels=labels)
     labels = labels.to(hidden.device)
     if hidden.shape[:-1] != labels.shape:
         raise ArgumentError(
@@ -102,8 +104,7 @@ def fusion_loss(
             f"hidden states have {hidden.shape[-1]} numbers each, and the head takes "
             f"{head.weight.shape[1]}; take them from fusellm.last_hidden(model, batch)"
         )
-    if outcomes is not None and len(outcomes.member_id):
-        require_rows(int(outcomes.member_id.max()), head.weight.shape[0])
+    _require_ids(labels[predicted], outcomes, head.weight.shape[0])
     losses = objective(
         hidden[predicted],
         head,
@@ -128,7 +129,8 @@ def last_hidden(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tenso
         batch: of a `FusionCollator`, on any device.
 
     Raises:
-        ArgumentError: the model is wrapped by DDP, which would not average the gradients.
+        ArgumentError: the model is wrapped by DDP, which would not average the gradients, or is
+            none of transformers.
     """
     if hasattr(model, "require_backward_grad_sync"):
         raise ArgumentError(
@@ -137,9 +139,58 @@ def last_hidden(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tenso
             "FusionTrainer"
         )
     base = without_adapters(_unwrapped(model))
+    if not isinstance(base, PreTrainedModel):
+        raise ArgumentError(
+            f"a model of transformers is needed, and this is a {type(model).__name__}; give the "
+            "model first, then the batch"
+        )
     names = ("input_ids", "attention_mask", "position_ids")
     place = input_device(base)
     return hidden_states(base, **{name: batch[name].to(place) for name in names if name in batch})
+
+
+def _require_tensors(**given: object) -> None:
+    """Check that arguments are tensors.
+
+    Raises:
+        ArgumentError: one is something else.
+    """
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentError(
+                f"{name} is a {type(value).__name__}, and no tensor; give hidden states, model and "
+                "labels in this order"
+            )
+
+
+def _require_ids(labels: torch.Tensor, outcomes: Outcomes | None, rows: int) -> None:
+    """Check that a head has a row for each token that is predicted.
+
+    Raises:
+        ArgumentError: it has not.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < rows:
+        wrong = int(labels.max()) if int(labels.max()) >= rows else int(labels.min())
+        raise ArgumentError(
+            f"labels have {wrong}, and the head has rows for 0 to {rows - 1}; give token ids, and "
+            f"{IGNORED} where nothing is to be predicted"
+        )
+    if outcomes is not None and len(outcomes.member_id):
+        require_rows(int(outcomes.member_id.max()), rows)
+
+
+def require_no_router_loss(model: PreTrainedModel) -> None:
+    """Check that a model's own loss is that of its predictions alone, as the objective's L_CLM is.
+
+    Raises:
+        ArgumentError: it adds one of its router.
+    """
+    if adds_router_loss(model.config):
+        raise ArgumentError(
+            f"{type(model).__name__} adds a loss of its router to its own (output_router_logits of "
+            "its config), which λ·L_CLM + (1−λ)·L_Fusion leaves out; set "
+            "model.config.get_text_config().output_router_logits = False to train without it"
+        )
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -206,6 +257,7 @@ def _head(given: torch.nn.Module | Head, config: PretrainedConfig | None) -> Hea
             f"{type(given).__name__}"
         )
     model = without_adapters(model)
+    require_no_router_loss(model)
     if is_sharded(model):
         raise ModelError(
             "the head is spread over processes (FSDP), which have it whole only inside the model's "

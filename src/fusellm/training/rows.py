@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fusellm.arrays.ragged import offsets_of
-from fusellm.errors import CorpusError, StoreError
+from fusellm.errors import ArgumentError, CorpusError, StoreError
 from fusellm.store import externalized
 from fusellm.store import fused as fused_store
 from fusellm.store.blocks import BLOCKS, CONTEXT, context_of, text_bytes
@@ -211,12 +212,19 @@ class Rows(Dataset[list[dict[str, Any]]]):
         """[rows] the window that each begins in."""
         return self._windows[[row[0] for row in self.rows]]
 
-    def pack(self, row_tokens: int) -> Self:
+    def pack(self, row_tokens: int, *, longer_alone: bool = False) -> Self:
         """Put several blocks, in a seeded order, into rows of at most `row_tokens`.
 
-        Each goes into the row, of those last begun, that it fills best. A longer block has a row
-        of its own.
+        Each goes into the row, of those last begun, that it fills best.
+
+        Args:
+            longer_alone: give a longer block a row of its own, as recipes have it.
+
+        Raises:
+            ArgumentError: a block is longer than a row, and is not to have one of its own.
         """
+        if not longer_alone:
+            self._require_room(row_tokens)
         chance = np.random.default_rng(self._seed)
         blocks = np.array([n for row in self.rows for n in row])
         windows = self._windows[blocks]
@@ -238,12 +246,25 @@ class Rows(Dataset[list[dict[str, Any]]]):
         self.rows, self.packed = packed, True
         return self
 
+    def _require_room(self, row_tokens: int) -> None:
+        longest = self.longest_text
+        if row_tokens < longest:
+            raise ArgumentError(
+                f"row_tokens is {row_tokens}, and the longest text has {longest} tokens, for which "
+                f"no row has room; give row_tokens={longest} or more, or cut the texts"
+            )
+
     def select(self, indices: Iterable[int]) -> Self:
         """These rows alone, in their order; to hold some of them out."""
         chosen = copy(self)
         chosen.rows = [self.rows[n] for n in indices]
         chosen.__dict__.pop("_shortest", None)
         return chosen
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest block of all rows."""
+        return int(self.lengths[list(chain.from_iterable(self.rows))].max(initial=0))
 
     def row_tokens(self) -> list[int]:
         """Tokens of each row, without padding."""

@@ -51,7 +51,7 @@ class ObjectiveTrainer(FusionTrainer):
             rows,
             lambda_=schedule,
             divergence=divergence,
-            eval_dataset=[None] * len(validation),
+            eval_dataset=rows,  # Trainer wants one; `evaluate` measures the validation part
         )
         self._validation, self._blame = validation, blame
         self._stop = stop
@@ -59,6 +59,9 @@ class ObjectiveTrainer(FusionTrainer):
         self._step_blocks: list[int] = []
         self._fault: str | None = None
         self.remove_callback(PrinterCallback)
+
+    def _tokenizer_of(self, *_: Any) -> None:
+        """Model and rows are of one recipe, which may name a tokenizer of another place."""
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> Any:
         """One batch forward and backward.

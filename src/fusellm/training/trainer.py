@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
-from fusellm.models.configurations import context_tokens
-from fusellm.models.heads import require_known_head
 from fusellm.models.pretrained import load_pretrained
 from fusellm.objective.divergence import CROSS_ENTROPY, Divergence
 from fusellm.objective.schedule import LambdaSchedule, checked_lambda
+from fusellm.tokens.encode import Encoder
 from fusellm.training import processes
 from fusellm.training.collator import BatchCounts, Collator
 from fusellm.training.dataset import FusionCollator
-from fusellm.training.forward import objective_inputs, require_packing, teach_objective
-from fusellm.training.loss import require_rows
+from fusellm.training.fit import Fit, require_known, tokenizer_beside
+from fusellm.training.forward import objective_inputs, teach_objective
 from fusellm.training.loss_log import LossLog
 from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 
@@ -30,11 +29,13 @@ from fusellm.training.rows import RowOrder, Rows, RowsInOrder, RowsOfLikeLength
 class FusionTrainer(Trainer):
     """transformers' Trainer on L = λ·L_CLM + (1−λ)·L_Fusion.
 
-    Everything that users know of Trainer works: its arguments, callbacks, checkpoints, PEFT, and
-    several processes by torchrun or accelerate (DDP, FSDP2). Rows are read in an order that depends
-    on seed and epoch alone, so that a training that goes on reads what it would have read. Beside
-    the loss, `clm_loss` and `fusion_loss` (nats per predicted token), `fused_share` and `lambda`
-    are logged.
+    What users know of Trainer works: its arguments, callbacks, checkpoints, PEFT, and several
+    processes by torchrun or accelerate (DDP, FSDP2). What is left out is refused: logits are never
+    there as a whole, so that `compute_metrics` has none, and the loss is the objective. Rows are
+    read in an order that depends on seed and epoch alone, so that a training that goes on reads
+    what it would have read. Beside the loss, `clm_loss` and `fusion_loss` (nats per predicted
+    token, and per one with a fused distribution), `fused_share` and `lambda` are logged, and in an
+    evaluation `eval_clm_loss` and `eval_fusion_loss`, which do not move with λ.
 
     >>> from transformers import TrainingArguments
     >>> from fusellm import FusedDataset, Tokenizer, fuse, load_pretrained, read_distributions
@@ -65,33 +66,34 @@ class FusionTrainer(Trainer):
             model: the target, with adapters of PEFT or without; or its name, which is loaded in
                 float32.
             args: of any Trainer. What removes columns or wraps models in DataParallel is off.
-            train_dataset: a `FusedDataset` in the target's tokens.
+            train_dataset: a `FusedDataset` in the target's tokens. They are compared with those of
+                `processing_class`, or of the tokenizer beside the model, where there is one.
             lambda_: λ, or a schedule of it over the steps.
             divergence: what L_Fusion is (docs/method.md).
             data_collator: a `FusionCollator` of the dataset, if not given.
-            others: what Trainer takes besides, such as `eval_dataset` (`FusedDataset` too),
-                `callbacks`, `optimizers`.
+            others: what Trainer takes besides, such as `eval_dataset` (a `FusedDataset` too, or a
+                dictionary of them), `callbacks`, `optimizers`.
 
         Raises:
-            ArgumentError: λ is not in [0, 1], labels are to be smoothed, or the dataset is another
-                or does not go with the model or the divergence.
+            ArgumentError: λ is not in [0, 1], something is given that has no meaning here, or the
+                dataset does not go with the model, its tokenizer or the divergence.
             ModelError: the model cannot be loaded, or does not keep packed rows' texts apart.
         """
         schedule = lambda_
         if not isinstance(schedule, LambdaSchedule):
             schedule = LambdaSchedule(checked_lambda(schedule))
-        if args.label_smoothing_factor:
-            raise ArgumentError("label_smoothing_factor has no place in λ·L_CLM + (1−λ)·L_Fusion")
-        if "model_init" in others:
-            raise ArgumentError("model_init is not known here: give the model itself")
+        require_known(args, others)
         if isinstance(model, str):
             model, tokenizer = load_pretrained(model, device="cpu")  # Trainer places it
             others.setdefault("processing_class", tokenizer.tokenizer)
-        _require_fit(model, train_dataset, divergence)
+        given = others.get("processing_class")
+        if isinstance(given, Encoder):
+            given = others["processing_class"] = given.tokenizer  # which Trainer saves
+        self._fit = Fit(model, self._tokenizer_of(model, given), divergence)
+        self._fit.require("train_dataset", train_dataset)
+        self._fit.require_all("eval_dataset", others.get("eval_dataset"))
         teach_objective(without_adapters(model))
-        args = copy(args)
-        args.remove_unused_columns = False  # distributions are columns of their own
-        args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
+        args = _adjusted(args)
         super().__init__(
             model=model,
             args=args,
@@ -105,12 +107,19 @@ class FusionTrainer(Trainer):
         self._schedule, self._divergence = schedule, divergence
         self._row_tokens, self._windows = train_dataset.row_tokens(), train_dataset.windows()
         self._lambda = schedule.start
-        self._loss_log = LossLog(args.device)
+        self._loss_log, self._eval_log = LossLog(args.device), LossLog(args.device)
         self._order = self._chosen_order()
 
     def lambda_at(self, step: int) -> float:
         """λ of the step that so many steps were done before."""
         return self._schedule.at(step, max(self.state.max_steps, 1))
+
+    def _tokenizer_of(self, model: torch.nn.Module, given: Any) -> PreTrainedTokenizerBase | None:
+        """The tokenizer whose tokens a model reads, as far as it is known."""
+        for tokenizer in (given, getattr(given, "tokenizer", None)):  # a processor has one
+            if isinstance(tokenizer, PreTrainedTokenizerBase):
+                return tokenizer
+        return tokenizer_beside(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective over another `FusedDataset`, as `eval_loss`, by λ as it is now."""
@@ -119,24 +128,37 @@ class FusionTrainer(Trainer):
         self._loss_log.leave_out(time.perf_counter() - began)
         return metrics
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Measure a dataset, the two losses each for itself too."""
+        self._eval_log = LossLog(self.args.device)
+        run: Any = super().evaluation_loop
+        measured = run(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_log.any:  # rows that fill up the last batch of several processes count too
+            means = self._eval_log.drained(self.accelerator)
+            for name in ("clm_loss", "fusion_loss"):
+                if name in means:
+                    measured.metrics[f"{metric_key_prefix}_{name}"] = means[name]
+        return measured
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of a dataset by its own outcomes, which are not those that are trained on."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
             dataset = self.eval_dataset[dataset]
-        with self._collating(dataset):
+        with self._collating("eval_dataset", dataset):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As `get_eval_dataloader`."""
-        with self._collating(test_dataset):
+        with self._collating("test_dataset", test_dataset):
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
-    def _collating(self, dataset: Any) -> Iterator[None]:
+    def _collating(self, name: str, dataset: Any) -> Iterator[None]:
+        """Make batches of another dataset; it may not be the one that was looked at first."""
+        self._fit.require(name, dataset)
         own = self.data_collator
-        if isinstance(dataset, Rows):
-            self.data_collator = FusionCollator(dataset)
+        self.data_collator = FusionCollator(dataset)
         try:
             yield
         finally:
@@ -194,8 +216,8 @@ class FusionTrainer(Trainer):
         loss = outputs["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        if model.training:
-            self._loss_log.add(counts, outputs["clm"], outputs["fusion"])
+        log = self._loss_log if model.training else self._eval_log
+        log.add(counts, outputs["clm"], outputs["fusion"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -205,34 +227,9 @@ class FusionTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _require_fit(target: torch.nn.Module, rows: Rows, divergence: Divergence) -> None:
-    """Check that texts fit into a model, and that distributions are of its tokens, and as flat.
-
-    Raises:
-        ArgumentError: they do not, or are not.
-        ModelError: its head is not known, or it does not keep packed rows' texts apart.
-    """
-    if not isinstance(rows, Rows):
-        raise ArgumentError(
-            f"train_dataset is a {type(rows).__name__}; give a fusellm.FusedDataset"
-        )
-    model = without_adapters(target)
-    if not isinstance(model, PreTrainedModel):
-        raise ArgumentError(f"model is a {type(target).__name__}; give one of transformers")
-    require_known_head(model)
-    if rows.packed:
-        require_packing(model)
-    room, longest = context_tokens(model.config), int(rows.lengths.max())
-    if room is not None and longest > room:
-        raise ArgumentError(
-            f"the longest text has {longest} tokens, and the model's context is {room}; cut it"
-        )
-    table = getattr(rows, "table", None)
-    if table is None:
-        return
-    require_rows(table.largest_id, model.config.get_text_config().vocab_size)
-    if table.temperature != divergence.temperature:
-        raise ArgumentError(
-            f"the dataset's distributions are flattened by temperature {table.temperature:g}, and "
-            f"the target's would be by {divergence.temperature:g}; give both the same"
-        )
+def _adjusted(args: TrainingArguments) -> TrainingArguments:
+    """A user's arguments with what the objective needs."""
+    args = copy(args)
+    args.remove_unused_columns = False  # distributions are columns of their own
+    args._n_gpu = min(args.n_gpu, 1)  # with several GPUs in one process Trainer would wrap it
+    return args
