@@ -227,6 +227,36 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_wrong_recipe_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """By every command that reads one: torch and transformers take many seconds."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(
+        "name: wrong\ntarget: zoo/prose\nsources: [{name: a, model: zoo/cpp}]\n"
+        "corpus: {documents: [{builtin: prose}]}\nobjective: {lamda: 0.5}\n",
+        encoding="utf-8",
+    )
+    stages = ("run", "corpus", "externalize", "fuse", "train", "evaluate", "report", "check")
+    commands = [[name, str(folder)] for name in (*stages, "status")]
+    commands += [[name, str(tmp_path / "none.yaml")] for name in stages]
+    commands += [["inspect", str(folder), "--block", "0"], ["evaluate", "zoo/prose"]]
+    code = (
+        "import json, sys\nfrom fusellm.cli.main import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    sys.argv[1:] = arguments\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as stop:\n        assert stop.code == 1, arguments\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), arguments\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    told = ended.stderr.splitlines()
+    assert len(told) == len(commands), ended.stderr
+    assert sum("unknown key objective.lamda; did you mean lambda?" in line for line in told) == 10
+    assert sum("there is no recipe" in line for line in told) == len(stages)
+
+
 def test_options_are_of_types_that_the_lowest_typer_takes() -> None:
     """A Literal is one from 0.19 on; before, no command at all would begin."""
 

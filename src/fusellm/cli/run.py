@@ -45,9 +45,9 @@ def report(
     recipe: options.RecipeOrRun, out: options.Out = None, as_json: options.Json = False
 ) -> None:
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
+    folder = out or folder_of_run(recipe, open_recipe(recipe))
     from fusellm.stages.report.write import write_report
 
-    folder = out or folder_of_run(recipe, open_recipe(recipe))
     write_report(folder)
     _show_results(folder, as_json)
 
@@ -60,9 +60,9 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
+    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
     from fusellm.preflight import gigabytes, require_disk
 
-    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
     if as_json:
         print(json_text(checked))
         return
@@ -104,16 +104,16 @@ def open_pipeline(
         trusted: whether --trust-remote-code is given.
         given: keys of `evaluation:` that the command line has other values for.
     """
+    recipe = open_recipe(place, changes)
+    evaluation = changed_evaluation(recipe.evaluation, given) if given else None
     from fusellm.models.remote_code import require_trusted
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
     from fusellm.reading.engine import LOCAL
 
-    recipe = open_recipe(place, changes)
     progress = Terminal(STDERR) if launch.speaks() else Silent()
     for model in (recipe.target, *recipe.sources):
         require_trusted(model, trusted, progress)
-    evaluation = changed_evaluation(recipe.evaluation, given) if given else None
     run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
     return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
 
@@ -135,6 +135,7 @@ def _execute(
     worker_gpus: options.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
+    open_recipe(recipe, changes)  # what is wrong with it is told before torch is imported
     from fusellm.reading.engine import EngineSettings
     from fusellm.store.run_folder import STAGES
     from fusellm.training import processes
