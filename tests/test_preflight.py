@@ -129,7 +129,50 @@ def test_check_stops_at_a_tokenizer_that_changes_too_much(
     assert command(monkeypatch, *check) == 0
     shown = capsys.readouterr().out
     assert f"second: reads {tried - found['second']['blocks_changed']} of {tried} blocks" in shown
-    assert f"first: reads {tried} of {tried} blocks that were tried; puts <s> before each" in shown
+    longest = found["first"]["longest_tried"]
+    assert 0 < longest <= found["first"]["context_tokens"]
+    told = f"blocks that were tried, the longest of {longest} tokens; puts <s> before each"
+    assert f"first: reads {tried} of {tried} {told}" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.txt", ""),
+        ("empty.jsonl", ""),
+        ("blank.txt", " \n\t\n"),
+        ("blank.jsonl", '{"text": ""}\n' * 3 + '{"text": null}\n{"text": " "}\n'),
+    ],
+)
+def test_check_refuses_a_corpus_without_text_as_a_run_does(
+    world: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    documents = f"corpus.documents=[{{files: {tmp_path / name}, domain: mine}}]"
+    one = pipeline(world, tmp_path / "run", documents, *QUICK)
+    message = r"has no text: all its documents \(mine\) are empty; check their paths and text_field"
+    with pytest.raises(CorpusError, match=message):
+        one.check()
+    with pytest.raises(CorpusError, match="has no text in its part train"):
+        one.execute(["corpus"])
+
+
+def test_an_entry_without_text_beside_others_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "full.txt").write_text("some text\n")
+    documents = [{"files": f"{tmp_path}/{name}.txt"} for name in ("empty", "full")]
+    assert first_blocks(CorpusSettings.model_validate({"documents": documents})) == ["some text\n"]
+
+
+def test_check_refuses_a_block_that_it_tried_and_that_does_not_fit(
+    world: Path, unloaded: None, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("".join(prose(n, 60) for n in range(200)), "utf-8")
+    documents = f"corpus.documents=[{{files: {tmp_path}/long.txt, domain: mine}}]"
+    one = pipeline(world, tmp_path / "run", documents, "corpus.block_bytes=100000", *QUICK)
+    message = r"the longest block that was tried has \d+ tokens for 'target', whose context is \d+"
+    with pytest.raises(CorpusError, match=message + r"; lower corpus.block_bytes \(now 100000\)"):
+        one.check()
 
 
 def test_a_run_stops_before_any_model_is_loaded(

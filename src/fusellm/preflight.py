@@ -58,12 +58,15 @@ def try_text(
         What each made of some blocks.
 
     Raises:
-        TokenizerError, CorpusError: as `try_tokenizers` and `require_measurable` do.
+        TokenizerError, CorpusError: as `try_tokenizers`, `require_tried_fit` and
+            `require_measurable` do.
     """
     blocks = blocks_of(run, recipe.corpus, cut)
     samples = try_tokenizers(readers, blocks, recipe.externalize.changed_share)
     if cut:
         require_measurable(run, readers)
+    else:
+        require_tried_fit(readers, samples, recipe.corpus)
     return samples
 
 
@@ -117,6 +120,23 @@ def try_tokenizers(
                 "keeps text as it is, or raise that share"
             )
     return samples
+
+
+def require_tried_fit(
+    readers: Mapping[str, Reader], tried: Mapping[str, Sample], corpus: CorpusSettings
+) -> None:
+    """Check that the blocks that were tried fit every model's context.
+
+    Raises:
+        CorpusError: one does not.
+    """
+    for name, one in tried.items():
+        context = readers[name].located.context_tokens
+        if context is not None and one.longest > context:
+            raise CorpusError(
+                f"the longest block that was tried has {one.longest} tokens for {name!r}, whose "
+                f"context is {context}; lower corpus.block_bytes (now {corpus.block_bytes})"
+            )
 
 
 def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
@@ -213,6 +233,7 @@ def described(
             "every_block_fits": block_bytes is None or fits(reader, block_bytes),
             "blocks_tried": tried[name].blocks,
             "blocks_changed": tried[name].changed,
+            "longest_tried": tried[name].longest,
             "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
         }
     return models

@@ -86,6 +86,7 @@ def _tried(name: str, model: dict[str, Any]) -> str:
     """What a model's tokenizer made of some blocks of the corpus."""
     blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
     read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
+    read += f", the longest of {model['longest_tried']:,} tokens"
     return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
 
 
