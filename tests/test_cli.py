@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusellm.cli.main import app, main
 from fusellm.recipe_file import load_recipe
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import Manifest
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -74,6 +77,7 @@ def test_stages_status_check_and_clean(
     assert stages["fuse"]["complete"]
     assert run(monkeypatch, "status", out) == 0
     assert "externalize/second" in capsys.readouterr().out
+    assert_status_tells_of_a_training(tmp_path / "run", monkeypatch, capsys)
     assert run(monkeypatch, "clean", out, "--stores", "--yes") == 1
     assert "still needs" in capsys.readouterr().err
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -82,6 +86,43 @@ def test_stages_status_check_and_clean(
     assert run(monkeypatch, "init", str(tmp_path / "recipe.yaml")) == 0
     assert run(monkeypatch, "clean", str(tmp_path), "--all", "--yes") == 1
     assert "holds no stage of a run" in capsys.readouterr().err
+
+
+def assert_status_tells_of_a_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that is fused: what is to come, and how far a training is that was interrupted."""
+
+    def told() -> tuple[dict[str, Any], str]:
+        assert run(monkeypatch, "status", str(folder)) == 0
+        shown = capsys.readouterr().out
+        assert run(monkeypatch, "status", str(folder), "--json") == 0
+        return {row["stage"]: row for row in json.loads(capsys.readouterr().out)}, shown
+
+    rows, shown = told()
+    read = [f"externalize/{name}" for name in ("target", "first", "second")]
+    done = ["corpus", *read, "fuse"]
+    assert list(rows) == [*done, "train/fused", "train/clm", "evaluate", "report"]
+    assert [name for name, row in rows.items() if row["begun"]] == done
+    assert not any(row["complete"] for name, row in rows.items() if name not in done)
+    assert shown.count("not begun") == 4
+    trained, checkpoints = folder / "train" / "fused", folder / "train" / "fused-checkpoints"
+    trained.mkdir(parents=True)
+    manifest = Manifest(Identity("train", {}, {}), {})
+    (trained / "manifest.json").write_bytes(manifest.to_bytes())
+    assert told()[0]["train/fused"] | {"step": None, "begun": True} == told()[0]["train/fused"]
+    for step, whole in ((9, True), (10, True), (11, False)):
+        place = checkpoints / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        (place / "trainer_state.json").write_text('{"max_steps": 1200}')
+        if whole:
+            (place / "saved-whole").write_text("{}")
+    rows, shown = told()
+    assert (rows["train/fused"]["step"], rows["train/fused"]["steps"]) == (10, 1200)
+    assert "saved at step 10 of 1,200" in shown
+    (checkpoints / "checkpoint-10" / "trainer_state.json").write_text("no state")
+    assert (told()[0]["train/fused"]["step"], told()[0]["train/fused"]["steps"]) == (10, None)
+    shutil.rmtree(folder / "train")
 
 
 def test_faults_are_one_line(
