@@ -13,11 +13,13 @@ from conftest import prose
 from fusellm import preflight
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
+from fusellm.corpus.look import EntryFacts
 from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, ModelError, StoreError, TokenizerError
 from fusellm.evaluation.results import require_savable
 from fusellm.models import load
 from fusellm.pipeline import Pipeline
+from fusellm.preflight import projected_store_bytes
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.run import Run
@@ -276,6 +278,42 @@ def test_a_run_that_cannot_be_written_is_told_before_anything_is_read(
             act(Pipeline(recipe, run, Silent()))
     assert (tmp_path / "file").read_text() == "text"
     assert not list((tmp_path / "locked").iterdir())
+
+
+def test_files_say_what_their_distributions_take_where_there_is_no_budget(
+    world: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(world / "recipe.yaml", ["corpus.train_bytes=null"])
+    size = 3_500_000
+    plain = EntryFacts("mine", {"jsonl": 2, "text": 1}, size, None)
+    expected = load_recipe(world / "recipe.yaml", [f"corpus.train_bytes={size}"])
+    assert projected_store_bytes(recipe, [plain]) == projected_store_bytes(expected, []) > size
+    for kinds in ({"jsonl (gzip)": 1}, {"text": 1, "parquet": 1}, {}):
+        assert projected_store_bytes(recipe, [plain, EntryFacts("a", kinds, size, None)]) is None
+
+
+def test_models_of_one_folder_are_told_apart_on_a_narrow_screen(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "models-that-lie-in-a-folder-of-a-long-name"
+    shutil.copytree(world / "neox", folder / "neox-one")
+    shutil.copytree(world / "neox", folder / "neox-two")
+    names = ("neox-one", "neox-two")
+    changes = [f"sources.{n}.model={folder / name}" for n, name in enumerate(names)]
+    changes.append("corpus.train_bytes=null")
+    changes.append("corpus.documents=[{builtin: prose}]")
+    sets = [part for change in changes for part in ("--set", change)]
+    monkeypatch.setenv("COLUMNS", "80")
+    out = ("--out", tmp_path / "run")
+    assert command(monkeypatch, "check", world / "recipe.yaml", *out, *sets) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    lines = shown.splitlines()
+    header = next(line for line in lines if "architecture" in line)
+    column = slice(header.index("model"), header.index("architecture"))
+    joined = "".join(line[column].strip() for line in lines)
+    assert all(str(folder / name) in joined for name in names)
+    assert "Distributions on disk: not known, as corpus.train_bytes is not set; free: " in shown
 
 
 def test_a_disk_that_is_too_small_is_told(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
+from fusellm.corpus.look import EntryFacts
 from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError, TokenizerError
 from fusellm.models.headers import weight_problems
@@ -25,6 +26,8 @@ _MORE_THAN_BYTES = 2
 # the demo (docs/results.md).
 _BYTES_PER_KEPT = 2.3
 _DISTINCT_DRAWS = 0.65
+_BYTES_PER_TOKEN = 3.5
+_PLAIN = frozenset(("text", "jsonl", "json", "csv", "tsv"))  # files as large as their text
 _SAMPLED_SHARDS, _SAMPLED_BLOCKS = 32, 512
 
 
@@ -239,10 +242,21 @@ def described(
     return models
 
 
-def projected_store_bytes(recipe: Recipe) -> int | None:
-    """What a run's distributions will take on disk, roughly; None of a corpus without a budget."""
-    tokens = recipe.corpus.train_tokens or (recipe.corpus.train_bytes or 0) / 3.5
-    settings = recipe.externalize
+def projected_store_bytes(recipe: Recipe, entries: Sequence[EntryFacts]) -> int | None:
+    """What a run's distributions will take on disk, roughly.
+
+    Args:
+        entries: of `corpus.documents`; files that are not packed say how much text there is at
+            most, where the corpus has no budget.
+
+    Returns:
+        None where neither says it.
+    """
+    corpus, settings = recipe.corpus, recipe.externalize
+    of_files = sum(entry.bytes for entry in entries)
+    are_plain = all(entry.kinds and entry.kinds.keys() <= _PLAIN for entry in entries)
+    text_bytes = corpus.train_bytes or (of_files if are_plain else 0)
+    tokens = corpus.train_tokens or text_bytes / _BYTES_PER_TOKEN
     sampled = settings.scheme == "sampled"
     kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
     return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None

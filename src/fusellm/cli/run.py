@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Column
 
 from fusellm.cli import launch, options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
@@ -66,19 +67,22 @@ def check(
     if as_json:
         print(json_text(checked))
         return
-    columns = ("name", "model", "architecture", "tokens", "context", "every block fits")
+    # Models of one folder differ in the end of their path.
+    folded = (Column(one, overflow="fold") for one in ("name", "model", "architecture"))
+    columns = (*folded, "tokens", "context", "every block fits")
     models = table(*columns, title=f"{recipe}: all found")
     for name, model in checked["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
-        place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
-        models.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
+        path = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
+        models.add_row(name, path, model["architecture"], str(model["tokens"]), context, fits)
     STDOUT.print(models)
     for name, model in checked["models"].items():
         STDOUT.say(_tried(name, model))
     size = checked["projected_store_bytes"]
-    shown = "unknown (the corpus has no budget)" if size is None else gigabytes(size)
-    STDOUT.print(f"Distributions on disk: about {shown}; free: {gigabytes(checked['free_bytes'])}")
+    unset = "not known, as corpus.train_bytes is not set"
+    shown = unset if size is None else f"about {gigabytes(size)}"
+    STDOUT.print(f"Distributions on disk: {shown}; free: {gigabytes(checked['free_bytes'])}")
     require_disk(checked)
 
 

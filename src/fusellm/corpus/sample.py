@@ -31,7 +31,9 @@ def first_blocks(corpus: CorpusSettings) -> list[str]:
             for block in itertools.islice(cut(text, corpus.block_bytes), _BLOCKS_OF_A_DOCUMENT)
         )
         sampled += itertools.islice(blocks, _BLOCKS_OF_AN_ENTRY)
-    unread = [one for one in corpus.documents if isinstance(one, HubDocuments) and not one.streaming]
+    unread = [
+        one for one in corpus.documents if isinstance(one, HubDocuments) and not one.streaming
+    ]
     if not sampled and not unread:
         domains = ", ".join(dict.fromkeys(entry.domain for entry in corpus.documents))
         raise CorpusError(
