@@ -417,7 +417,7 @@ def test_a_scale_that_is_not_in_the_table_is_refused(
         check_head(model)
 
 
-def test_models_without_a_plain_head_are_refused() -> None:
+def test_models_without_a_plain_head_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no linear head over its vocabulary"):
         head_of(LlamaModel(LlamaConfig(vocab_size=ROWS, **_LLAMA)))
     config = BertConfig(
@@ -431,3 +431,7 @@ def test_models_without_a_plain_head_are_refused() -> None:
     )
     with pytest.raises(ModelError, match="in a way that fusellm does not know"):
         check_head(BertLMHeadModel(config).eval())
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    (problem,) = weight_problems(locate(ModelSettings(model=str(tmp_path))))
+    assert "is a BertLMHeadModel, which has layers of its own before its head" in problem
+    assert "(transform.dense.weight, " in problem

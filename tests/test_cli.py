@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusellm.cli.main import app, main
 from fusellm.recipe_file import load_recipe
+from fusellm.store.identity import Identity
+from fusellm.store.manifest import Manifest
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -74,6 +77,7 @@ def test_stages_status_check_and_clean(
     assert stages["fuse"]["complete"]
     assert run(monkeypatch, "status", out) == 0
     assert "externalize/second" in capsys.readouterr().out
+    assert_status_tells_of_a_training(tmp_path / "run", monkeypatch, capsys)
     assert run(monkeypatch, "clean", out, "--stores", "--yes") == 1
     assert "still needs" in capsys.readouterr().err
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -82,6 +86,43 @@ def test_stages_status_check_and_clean(
     assert run(monkeypatch, "init", str(tmp_path / "recipe.yaml")) == 0
     assert run(monkeypatch, "clean", str(tmp_path), "--all", "--yes") == 1
     assert "holds no stage of a run" in capsys.readouterr().err
+
+
+def assert_status_tells_of_a_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that is fused: what is to come, and how far a training is that was interrupted."""
+
+    def told() -> tuple[dict[str, Any], str]:
+        assert run(monkeypatch, "status", str(folder)) == 0
+        shown = capsys.readouterr().out
+        assert run(monkeypatch, "status", str(folder), "--json") == 0
+        return {row["stage"]: row for row in json.loads(capsys.readouterr().out)}, shown
+
+    rows, shown = told()
+    read = [f"externalize/{name}" for name in ("target", "first", "second")]
+    done = ["corpus", *read, "fuse"]
+    assert list(rows) == [*done, "train/fused", "train/clm", "evaluate", "report"]
+    assert [name for name, row in rows.items() if row["begun"]] == done
+    assert not any(row["complete"] for name, row in rows.items() if name not in done)
+    assert shown.count("not begun") == 4
+    trained, checkpoints = folder / "train" / "fused", folder / "train" / "fused-checkpoints"
+    trained.mkdir(parents=True)
+    manifest = Manifest(Identity("train", {}, {}), {})
+    (trained / "manifest.json").write_bytes(manifest.to_bytes())
+    assert told()[0]["train/fused"] | {"step": None, "begun": True} == told()[0]["train/fused"]
+    for step, whole in ((9, True), (10, True), (11, False)):
+        place = checkpoints / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        (place / "trainer_state.json").write_text('{"max_steps": 1200}')
+        if whole:
+            (place / "saved-whole").write_text("{}")
+    rows, shown = told()
+    assert (rows["train/fused"]["step"], rows["train/fused"]["steps"]) == (10, 1200)
+    assert "saved at step 10 of 1,200" in shown
+    (checkpoints / "checkpoint-10" / "trainer_state.json").write_text("no state")
+    assert (told()[0]["train/fused"]["step"], told()[0]["train/fused"]["steps"]) == (10, None)
+    shutil.rmtree(folder / "train")
 
 
 def test_faults_are_one_line(
@@ -225,6 +266,36 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         "import sys, fusellm.cli.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_wrong_recipe_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """By every command that reads one: torch and transformers take many seconds."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(
+        "name: wrong\ntarget: zoo/prose\nsources: [{name: a, model: zoo/cpp}]\n"
+        "corpus: {documents: [{builtin: prose}]}\nobjective: {lamda: 0.5}\n",
+        encoding="utf-8",
+    )
+    stages = ("run", "corpus", "externalize", "fuse", "train", "evaluate", "report", "check")
+    commands = [[name, str(folder)] for name in (*stages, "status")]
+    commands += [[name, str(tmp_path / "none.yaml")] for name in stages]
+    commands += [["inspect", str(folder), "--block", "0"], ["evaluate", "zoo/prose"]]
+    code = (
+        "import json, sys\nfrom fusellm.cli.main import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    sys.argv[1:] = arguments\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as stop:\n        assert stop.code == 1, arguments\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), arguments\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    told = ended.stderr.splitlines()
+    assert len(told) == len(commands), ended.stderr
+    assert sum("unknown key objective.lamda; did you mean lambda?" in line for line in told) == 10
+    assert sum("there is no recipe" in line for line in told) == len(stages)
 
 
 def test_options_are_of_types_that_the_lowest_typer_takes() -> None:

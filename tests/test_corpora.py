@@ -277,6 +277,22 @@ def test_a_column_of_numbers_and_text_with_fields_are_refused(tmp_path: Path) ->
         read(put(tmp_path, "a.txt", b"text"), text_field="body")
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [([{"role": "user"}], "a list"), ({"a": 1}, "an object"), (1.5, "a number"), (True, "true or")],
+)
+def test_a_field_that_holds_no_text_says_what_it_holds(
+    tmp_path: Path, value: Any, kind: str
+) -> None:
+    path = put(tmp_path, "a.jsonl", json.dumps({"id": "a", "body": value}).encode() + b"\n")
+    with pytest.raises(CorpusError, match=f"field 'body' holds {kind}.* and no text; set text_fi"):
+        read(path, text_field="body")
+    with pytest.raises(
+        CorpusError, match=r"has no field 'text' \(it has: id, body\); set text_field"
+    ):
+        read(path)
+
+
 def test_columns_of_every_type_of_text(tmp_path: Path) -> None:
     values = ["a", None, "b"]
     types = [

@@ -385,7 +385,6 @@ def test_faults_are_one_line(
         (str(fused), "--block", str(blocks)): f"has {blocks}, from 0 to {blocks - 1}",
         (str(fused), "--block", "-1"): "there is no block -1",
         (str(fused), *block, "--position", "9999"): "there is no position 9999: block 0 has",
-        (str(fused), *block, "--part", "held_out"): "sources read the part train only",
     }
     for arguments, message in cases.items():
         assert run(monkeypatch, "inspect", *arguments) == 1, arguments

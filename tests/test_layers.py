@@ -261,6 +261,19 @@ UNKNOWN = [
         "unknown key corpus.documents.0.validation_splt; did you mean validation_split?",
     ),
     (
+        raw(corpus={"documents": [{"hub": "x", "validation_share": 0.1}]}),
+        "unknown key corpus.documents.0.validation_share; it belongs further out, as "
+        "corpus.validation_share",
+    ),
+    (
+        raw(training={"lora": {"keep": "best"}}),
+        "unknown key training.lora.keep; it belongs further out, as training.keep",
+    ),
+    (
+        raw(sources=[{"name": "a", "model": "x", "seed": 3}]),
+        "unknown key sources.0.seed; it belongs further out, as seed",
+    ),
+    (
         raw(corpus={"documents": [{"builtin": "prose"}], "blok_bytes": 9}),
         "unknown key corpus.blok_bytes; did you mean block_bytes?",
     ),

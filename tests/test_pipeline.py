@@ -571,7 +571,7 @@ def test_text_that_a_tokenizer_changes_is_left_out_and_counted(world: Path, tmp_
     [
         ('[{"files": "nothing/*.txt"}]', "no file fits"),
         ('[{"files": "empty.txt"}]', "no text in its part train"),
-        ('[{"files": "prose.jsonl", "text_field": "body"}]', "no text in field 'body'"),
+        ('[{"files": "prose.jsonl", "text_field": "body"}]', "has no field 'body'"),
     ],
 )
 def test_bad_corpora(world: Path, tmp_path: Path, documents: str, error: str) -> None:

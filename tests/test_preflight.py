@@ -13,11 +13,13 @@ from conftest import prose
 from fusellm import preflight
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
+from fusellm.corpus.look import EntryFacts
 from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, ModelError, StoreError, TokenizerError
 from fusellm.evaluation.results import require_savable
 from fusellm.models import load
 from fusellm.pipeline import Pipeline
+from fusellm.preflight import projected_store_bytes
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.run import Run
@@ -129,7 +131,50 @@ def test_check_stops_at_a_tokenizer_that_changes_too_much(
     assert command(monkeypatch, *check) == 0
     shown = capsys.readouterr().out
     assert f"second: reads {tried - found['second']['blocks_changed']} of {tried} blocks" in shown
-    assert f"first: reads {tried} of {tried} blocks that were tried; puts <s> before each" in shown
+    longest = found["first"]["longest_tried"]
+    assert 0 < longest <= found["first"]["context_tokens"]
+    told = f"blocks that were tried, the longest of {longest} tokens; puts <s> before each"
+    assert f"first: reads {tried} of {tried} {told}" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.txt", ""),
+        ("empty.jsonl", ""),
+        ("blank.txt", " \n\t\n"),
+        ("blank.jsonl", '{"text": ""}\n' * 3 + '{"text": null}\n{"text": " "}\n'),
+    ],
+)
+def test_check_refuses_a_corpus_without_text_as_a_run_does(
+    world: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    documents = f"corpus.documents=[{{files: {tmp_path / name}, domain: mine}}]"
+    one = pipeline(world, tmp_path / "run", documents, *QUICK)
+    message = r"has no text: all its documents \(mine\) are empty; check their paths and text_field"
+    with pytest.raises(CorpusError, match=message):
+        one.check()
+    with pytest.raises(CorpusError, match="has no text in its part train"):
+        one.execute(["corpus"])
+
+
+def test_an_entry_without_text_beside_others_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "full.txt").write_text("some text\n")
+    documents = [{"files": f"{tmp_path}/{name}.txt"} for name in ("empty", "full")]
+    assert first_blocks(CorpusSettings.model_validate({"documents": documents})) == ["some text\n"]
+
+
+def test_check_refuses_a_block_that_it_tried_and_that_does_not_fit(
+    world: Path, unloaded: None, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("".join(prose(n, 60) for n in range(200)), "utf-8")
+    documents = f"corpus.documents=[{{files: {tmp_path}/long.txt, domain: mine}}]"
+    one = pipeline(world, tmp_path / "run", documents, "corpus.block_bytes=100000", *QUICK)
+    message = r"the longest block that was tried has \d+ tokens for 'target', whose context is \d+"
+    with pytest.raises(CorpusError, match=message + r"; lower corpus.block_bytes \(now 100000\)"):
+        one.check()
 
 
 def test_a_run_stops_before_any_model_is_loaded(
@@ -233,6 +278,42 @@ def test_a_run_that_cannot_be_written_is_told_before_anything_is_read(
             act(Pipeline(recipe, run, Silent()))
     assert (tmp_path / "file").read_text() == "text"
     assert not list((tmp_path / "locked").iterdir())
+
+
+def test_files_say_what_their_distributions_take_where_there_is_no_budget(
+    world: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(world / "recipe.yaml", ["corpus.train_bytes=null"])
+    size = 3_500_000
+    plain = EntryFacts("mine", {"jsonl": 2, "text": 1}, size, None)
+    expected = load_recipe(world / "recipe.yaml", [f"corpus.train_bytes={size}"])
+    assert projected_store_bytes(recipe, [plain]) == projected_store_bytes(expected, []) > size
+    for kinds in ({"jsonl (gzip)": 1}, {"text": 1, "parquet": 1}, {}):
+        assert projected_store_bytes(recipe, [plain, EntryFacts("a", kinds, size, None)]) is None
+
+
+def test_models_of_one_folder_are_told_apart_on_a_narrow_screen(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "models-that-lie-in-a-folder-of-a-long-name"
+    shutil.copytree(world / "neox", folder / "neox-one")
+    shutil.copytree(world / "neox", folder / "neox-two")
+    names = ("neox-one", "neox-two")
+    changes = [f"sources.{n}.model={folder / name}" for n, name in enumerate(names)]
+    changes.append("corpus.train_bytes=null")
+    changes.append("corpus.documents=[{builtin: prose}]")
+    sets = [part for change in changes for part in ("--set", change)]
+    monkeypatch.setenv("COLUMNS", "80")
+    out = ("--out", tmp_path / "run")
+    assert command(monkeypatch, "check", world / "recipe.yaml", *out, *sets) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    lines = shown.splitlines()
+    header = next(line for line in lines if "architecture" in line)
+    column = slice(header.index("model"), header.index("architecture"))
+    joined = "".join(line[column].strip() for line in lines)
+    assert all(str(folder / name) in joined for name in names)
+    assert "Distributions on disk: not known, as corpus.train_bytes is not set; free: " in shown
 
 
 def test_a_disk_that_is_too_small_is_told(

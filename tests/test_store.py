@@ -19,10 +19,13 @@ import pyarrow.ipc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 import fusellm
 from fusellm.arrays.distributions import Kept
 from fusellm.arrays.tokens import Tokens
+from fusellm.config import ObjectiveSettings
+from fusellm.config.base import SettingsBlock
 from fusellm.errors import StoreError
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -679,3 +682,18 @@ def test_importing_fusellm_costs_nothing() -> None:
     assert "open_store" in dir(fusellm)
     with pytest.raises(AttributeError, match="no attribute 'opn_store'"):
         fusellm.opn_store  # noqa: B018
+
+
+def test_what_differs_is_named_as_a_recipe_has_it() -> None:
+    """A field whose name is a word of Python bears an underscore, and its key does not."""
+    small, large = ObjectiveSettings.model_validate({"lambda": 0.3}), ObjectiveSettings()
+    now, before = (
+        Identity("train/fused", {"objective": one.model_dump()}, {}) for one in (small, large)
+    )
+    assert now.differences(before) == ["objective.lambda was 0.9 and is now 0.3"]
+    blocks: list[type[BaseModel]] = [SettingsBlock]
+    for block in blocks:
+        blocks += block.__subclasses__()
+        for name, field in block.model_fields.items():
+            assert (field.alias or name) == name.removesuffix("_")
+    assert len(blocks) > 10

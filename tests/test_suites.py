@@ -41,7 +41,7 @@ from fusellm.evaluation.measure import (
     record_path,
 )
 from fusellm.evaluation.suites import paper_tasks, parse, row_formats, smoke
-from fusellm.evaluation.suites.catalogue import BBH_SIZES, SUITES
+from fusellm.evaluation.suites.catalogue import BBH_SIZES, SUITES, unknown
 from fusellm.evaluation.suites.data import Hub, Origin, of_task, read_rows, read_text
 from fusellm.evaluation.suites.lm_eval_tasks import lm_eval_tasks
 from fusellm.evaluation.suites.load import make_task, plans_of, read_task, tasks_of
@@ -1008,3 +1008,8 @@ def test_the_origin_of_a_benchmark_that_is_one_file(tmp_path: Path) -> None:
     assert list(digests) == ["a/1.jsonl", "a/2.jsonl"]
     with pytest.raises(EvaluationError, match="somewhere"):
         read_rows(replace(origin, paths=("c",)), tmp_path)
+
+
+def test_an_unknown_suite_is_told_in_whole_sentences() -> None:
+    assert "of that name. The suites are smoke, " in str(unknown("xyzzyq", []))
+    assert "did you mean smoke? The suites are" in str(unknown("smoek", []))

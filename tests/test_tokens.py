@@ -521,6 +521,28 @@ def test_a_token_that_looks_like_a_byte_is_text() -> None:
     assert worlds.fast_of(layout).vocabulary.token_bytes[vocabulary["<0x0A>"]] == b"<0x0A>"
 
 
+def test_bytes_that_are_flagged_special_are_bytes() -> None:
+    """The model cuts text into them; one that has a role as well stands for that."""
+    layout = worlds.layout_of("sentencepiece")
+    vocabulary = layout["model"]["vocab"]
+    plain = worlds.fast_of(layout)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    listed = {token["content"] for token in layout["added_tokens"]}
+    layout["added_tokens"] += [
+        {"id": vocabulary[name], "content": name, "special": True} | flags
+        for name in (f"<0x{byte:02X}>" for byte in range(256))
+        if name not in listed
+    ]
+    flagged = worlds.fast_of(layout)
+    assert flagged.vocabulary.token_bytes == plain.vocabulary.token_bytes
+    assert np.array_equal(flagged.vocabulary.is_fallback, plain.vocabulary.is_fallback)
+    for text in ("a \u4e2d\u6587 b", "ψ", "spelled <0x41> out", "\x00\x7f"):
+        assert read(flagged, text) == read(plain, text)
+        assert read(flagged, text)[1] is not None
+    flagged.tokenizer.eos_token = "<0x0A>"
+    assert read_vocabulary(flagged.tokenizer).token_bytes[vocabulary["<0x0A>"]] is None
+
+
 def test_halves_of_a_surrogate_pair_have_no_bytes() -> None:
     assert Spelling(TokenKind.SPACE_MARKS).bytes_of("\ud800") is None
     assert Spelling(TokenKind.RAW).bytes_of("\ud800") is None

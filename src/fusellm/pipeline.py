@@ -251,7 +251,7 @@ class Pipeline:
         self._say(self._slow_half_note())
         corpus = next(stage for stage in self.stages if isinstance(stage, CorpusStage))
         cut = corpus.complete and is_same(corpus.folder, corpus.identity(), self._progress)
-        look_at(recipe.corpus, self._progress)
+        entries = look_at(recipe.corpus, self._progress)
         tried = try_text(recipe, self.run, readers, cut)
         if cut:
             for name, reader in readers.items():
@@ -260,7 +260,7 @@ class Pipeline:
         return {
             "run": str(self.run),
             "models": described(readers, tried, None if cut else recipe.corpus.block_bytes),
-            "projected_store_bytes": projected_store_bytes(recipe),
+            "projected_store_bytes": projected_store_bytes(recipe, entries),
             "free_bytes": shutil.disk_usage(existing).free,
         }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusellm.config import CorpusSettings, Recipe
+from fusellm.corpus.look import EntryFacts
 from fusellm.corpus.sample import first_blocks
 from fusellm.errors import CorpusError, IdentityError, ModelError, StoreError, TokenizerError
 from fusellm.models.headers import weight_problems
@@ -25,6 +26,8 @@ _MORE_THAN_BYTES = 2
 # the demo (docs/results.md).
 _BYTES_PER_KEPT = 2.3
 _DISTINCT_DRAWS = 0.65
+_BYTES_PER_TOKEN = 3.5
+_PLAIN = frozenset(("text", "jsonl", "json", "csv", "tsv"))  # files as large as their text
 _SAMPLED_SHARDS, _SAMPLED_BLOCKS = 32, 512
 
 
@@ -58,12 +61,15 @@ def try_text(
         What each made of some blocks.
 
     Raises:
-        TokenizerError, CorpusError: as `try_tokenizers` and `require_measurable` do.
+        TokenizerError, CorpusError: as `try_tokenizers`, `require_tried_fit` and
+            `require_measurable` do.
     """
     blocks = blocks_of(run, recipe.corpus, cut)
     samples = try_tokenizers(readers, blocks, recipe.externalize.changed_share)
     if cut:
         require_measurable(run, readers)
+    else:
+        require_tried_fit(readers, samples, recipe.corpus)
     return samples
 
 
@@ -117,6 +123,23 @@ def try_tokenizers(
                 "keeps text as it is, or raise that share"
             )
     return samples
+
+
+def require_tried_fit(
+    readers: Mapping[str, Reader], tried: Mapping[str, Sample], corpus: CorpusSettings
+) -> None:
+    """Check that the blocks that were tried fit every model's context.
+
+    Raises:
+        CorpusError: one does not.
+    """
+    for name, one in tried.items():
+        context = readers[name].located.context_tokens
+        if context is not None and one.longest > context:
+            raise CorpusError(
+                f"the longest block that was tried has {one.longest} tokens for {name!r}, whose "
+                f"context is {context}; lower corpus.block_bytes (now {corpus.block_bytes})"
+            )
 
 
 def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
@@ -213,15 +236,27 @@ def described(
             "every_block_fits": block_bytes is None or fits(reader, block_bytes),
             "blocks_tried": tried[name].blocks,
             "blocks_changed": tried[name].changed,
+            "longest_tried": tried[name].longest,
             "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
         }
     return models
 
 
-def projected_store_bytes(recipe: Recipe) -> int | None:
-    """What a run's distributions will take on disk, roughly; None of a corpus without a budget."""
-    tokens = recipe.corpus.train_tokens or (recipe.corpus.train_bytes or 0) / 3.5
-    settings = recipe.externalize
+def projected_store_bytes(recipe: Recipe, entries: Sequence[EntryFacts]) -> int | None:
+    """What a run's distributions will take on disk, roughly.
+
+    Args:
+        entries: of `corpus.documents`; files that are not packed say how much text there is at
+            most, where the corpus has no budget.
+
+    Returns:
+        None where neither says it.
+    """
+    corpus, settings = recipe.corpus, recipe.externalize
+    of_files = sum(entry.bytes for entry in entries)
+    are_plain = all(entry.kinds and entry.kinds.keys() <= _PLAIN for entry in entries)
+    text_bytes = corpus.train_bytes or (of_files if are_plain else 0)
+    tokens = corpus.train_tokens or text_bytes / _BYTES_PER_TOKEN
     sampled = settings.scheme == "sampled"
     kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
     return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None

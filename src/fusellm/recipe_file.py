@@ -148,7 +148,7 @@ def model_settings(name: str, changes: Sequence[str] = ()) -> ModelSettings:
         return ModelSettings.model_validate(raw["target"])
     except ValidationError as error:
         faults = ({**fault, "loc": ("target", *fault["loc"])} for fault in error.errors())
-        told = "; ".join(_explain(fault).replace("target.", "", 1) for fault in faults)
+        told = "; ".join(_explain(fault, False).replace("target.", "", 1) for fault in faults)
         raise RecipeError(f"--set: {told}") from None
 
 
@@ -218,7 +218,7 @@ def _outside(change: str, entries: list[Any]) -> RecipeError:
     )
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, in_recipe: bool = True) -> str:
     steps, kind = list(fault["loc"]), None
     if steps[:2] == ["corpus", "documents"] and len(steps) > 3:
         kind = steps.pop(3)  # pydantic's tag of the union, which is not in the file
@@ -230,6 +230,8 @@ def _explain(fault: Any) -> str:
         if steps[:-1] == ["fusion"] and key in _known_keys(["objective"], None):
             near = [f"objective.{key}, which train reads"]  # it was here once
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"
+        outer = _further_out(steps) if in_recipe else None
+        hint = hint if outer is None else f"; it belongs further out, as {outer}"
         return f"unknown key {place}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
@@ -249,6 +251,16 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "int_parsing":
         message, cure = "a whole number is needed", "; write it in digits, like 10_000_000"
     return f"{place}: {message}, got {given}{cure}"
+
+
+def _further_out(steps: Sequence[Any]) -> str | None:
+    """The place of a key of this name in a block around the one that it stands in."""
+    *inside, key = steps
+    for depth in range(len(inside) - 1, -1, -1):
+        around = inside[:depth]
+        if not isinstance(inside[depth], int) and key in _known_keys(around, None):
+            return ".".join(str(step) for step in (*around, key))
+    return None
 
 
 def _known_keys(steps: Sequence[Any], kind: str | None) -> list[str]:

@@ -51,16 +51,19 @@ def evaluate(
         show_list(named, given, as_json)
         return
     of_a_run = _are_a_run(named)
+    place, asked = Path(named[0]), suites or []
+    if of_a_run:  # what is wrong with a recipe is told before torch is imported
+        asked = suites or [LM, *open_recipe(place, changes).evaluation.suites]
+    elif not asked:
+        raise EvaluationError("--suite says what models are measured by; --list shows the suites")
     from fusellm.evaluation.results import require_savable
     from fusellm.stages.evaluate import read_results
     from fusellm.store.run_folder import SUITES
 
     require_savable(save_as or [])
     if not of_a_run:
-        results = _evaluate_models(named, suites, given, out, changes, redo, trust_remote_code)
+        results = _evaluate_models(named, asked, given, out, changes, redo, trust_remote_code)
     else:
-        place = Path(named[0])
-        asked = suites or [LM, *open_recipe(place, changes).evaluation.suites]
         given["suites"] = [suite for suite in dict.fromkeys(asked) if suite != LM]
         pipeline = open_pipeline(place, out, changes, given=given, trusted=trust_remote_code)
         pipeline.execute(("evaluate" if LM in asked else SUITES,), redo)
@@ -100,7 +103,7 @@ def is_run(place: str) -> bool:
 
 def _evaluate_models(
     names: Sequence[str],
-    suites: Sequence[str] | None,
+    suites: Sequence[str],
     given: Mapping[str, Any],
     out: Path | None,
     changes: Sequence[str],
@@ -111,8 +114,6 @@ def _evaluate_models(
     from fusellm.evaluation.results import EvaluationResults
     from fusellm.models.remote_code import require_trusted
 
-    if not suites:
-        raise EvaluationError("--suite says what models are measured by; --list shows the suites")
     if len(set(names)) < len(names):
         raise RecipeError(f"a model is named twice: {', '.join(names)}; name each once")
     shown, models = Terminal(STDERR), {}

@@ -27,8 +27,8 @@ Suites = Annotated[
     typer.Option(
         "--suite",
         metavar="NAME",
-        help="What to measure; may be repeated. A suite of --list, or a task of lm_eval. If not "
-        "given, lm and what the recipe says.",
+        help="What to measure; may be repeated. A suite of --list, or a task of lm_eval. Of a run, "
+        "if not given, lm (held-out bits per byte) and what the recipe says; of models, needed.",
     ),
 ]
 ListSuites = Annotated[

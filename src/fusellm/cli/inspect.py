@@ -40,7 +40,9 @@ _KEPT_ROWS, _OUTCOME_ROWS, _SHARE_ROWS = 10, 8, 6
 
 def inspect(
     run: RunFolder,
-    block: Annotated[int, typer.Option("--block", metavar="N", help="Which block, from 0.")],
+    block: Annotated[
+        int, typer.Option("--block", metavar="N", help="Which of part train, from 0.")
+    ],
     position: Annotated[
         int | None,
         typer.Option(
@@ -50,7 +52,6 @@ def inspect(
             "one if not given.",
         ),
     ] = None,
-    part: Annotated[str, typer.Option("--part", help="Sources read train only.")] = "train",
     as_json: Json = False,
 ) -> None:
     """Show one block of a fused run: every model's tokens, and what became of a distribution.
@@ -63,17 +64,12 @@ def inspect(
     Example: `fusellm inspect runs/demo --block 40`, then with `--position 12` for the position
     that is numbered 12.
     """
-    from fusellm.explain.block import PART, inspect_block
-    from fusellm.models.readers import readers_of
-
     if not run.is_dir():
         raise StoreError(f"{run} is not a run: it is no folder; give the folder of a run")
-    if part != PART:
-        raise StoreError(
-            f"--part {part} has no distributions: sources read the part {PART} only; leave --part "
-            "away"
-        )
     recipe = open_recipe(run)
+    from fusellm.explain.block import inspect_block
+    from fusellm.models.readers import readers_of
+
     view = inspect_block(recipe, run, readers_of(recipe), block, position, Terminal(STDERR))
     if as_json:
         print(json_text({"run": str(run)} | asdict(view)))

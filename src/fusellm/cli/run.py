@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Column
 
 from fusellm.cli import launch, options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
@@ -45,9 +46,9 @@ def report(
     recipe: options.RecipeOrRun, out: options.Out = None, as_json: options.Json = False
 ) -> None:
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
+    folder = out or folder_of_run(recipe, open_recipe(recipe))
     from fusellm.stages.report.write import write_report
 
-    folder = out or folder_of_run(recipe, open_recipe(recipe))
     write_report(folder)
     _show_results(folder, as_json)
 
@@ -60,25 +61,28 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
+    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
     from fusellm.preflight import gigabytes, require_disk
 
-    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
     if as_json:
         print(json_text(checked))
         return
-    columns = ("name", "model", "architecture", "tokens", "context", "every block fits")
+    # Models of one folder differ in the end of their path.
+    folded = (Column(one, overflow="fold") for one in ("name", "model", "architecture"))
+    columns = (*folded, "tokens", "context", "every block fits")
     models = table(*columns, title=f"{recipe}: all found")
     for name, model in checked["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
-        place = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
-        models.add_row(name, place, model["architecture"], str(model["tokens"]), context, fits)
+        path = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
+        models.add_row(name, path, model["architecture"], str(model["tokens"]), context, fits)
     STDOUT.print(models)
     for name, model in checked["models"].items():
         STDOUT.say(_tried(name, model))
     size = checked["projected_store_bytes"]
-    shown = "unknown (the corpus has no budget)" if size is None else gigabytes(size)
-    STDOUT.print(f"Distributions on disk: about {shown}; free: {gigabytes(checked['free_bytes'])}")
+    unset = "not known, as corpus.train_bytes is not set"
+    shown = unset if size is None else f"about {gigabytes(size)}"
+    STDOUT.print(f"Distributions on disk: {shown}; free: {gigabytes(checked['free_bytes'])}")
     require_disk(checked)
 
 
@@ -86,6 +90,7 @@ def _tried(name: str, model: dict[str, Any]) -> str:
     """What a model's tokenizer made of some blocks of the corpus."""
     blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
     read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
+    read += f", the longest of {model['longest_tried']:,} tokens"
     return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
 
 
@@ -104,16 +109,16 @@ def open_pipeline(
         trusted: whether --trust-remote-code is given.
         given: keys of `evaluation:` that the command line has other values for.
     """
+    recipe = open_recipe(place, changes)
+    evaluation = changed_evaluation(recipe.evaluation, given) if given else None
     from fusellm.models.remote_code import require_trusted
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
     from fusellm.reading.engine import LOCAL
 
-    recipe = open_recipe(place, changes)
     progress = Terminal(STDERR) if launch.speaks() else Silent()
     for model in (recipe.target, *recipe.sources):
         require_trusted(model, trusted, progress)
-    evaluation = changed_evaluation(recipe.evaluation, given) if given else None
     run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
     return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
 
@@ -135,6 +140,7 @@ def _execute(
     worker_gpus: options.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
+    open_recipe(recipe, changes)  # what is wrong with it is told before torch is imported
     from fusellm.reading.engine import EngineSettings
     from fusellm.store.run_folder import STAGES
     from fusellm.training import processes

@@ -21,7 +21,13 @@ def status(run: RunFolder, as_json: Json = False) -> None:
         return
     shown = table("stage", "state", ">shards", ">size", ">seconds", title=str(run))
     for row in rows:
+        if not row["begun"]:
+            shown.add_row(str(row["stage"]), Text("not begun", "dim"), *"–––")
+            continue
         state = Text("done", "green") if row["complete"] else Text("unfinished", "yellow")
+        if row["step"] is not None:
+            of = "" if row["steps"] is None else f" of {row['steps']:,}"
+            state = Text(f"saved at step {row['step']:,}{of}", "yellow")
         if not row["in_recipe"]:
             state = Text("not in the recipe", "dim")
         megabytes = f"{row['bytes'] / 1e6:.1f} MB"

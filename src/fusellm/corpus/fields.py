@@ -8,6 +8,9 @@ from fusellm.errors import CorpusError
 
 Spans = tuple[tuple[int, int], ...]
 
+_KINDS: dict[type, str] = {list: "a list", dict: "an object", bool: "true or false"}
+_KINDS |= {int: "a number", float: "a number"}
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -52,12 +55,16 @@ class Fields:
 
 
 def _value(row: object, name: str, place: str) -> str:
-    value = row.get(name, 0) if isinstance(row, Mapping) else 0
+    if not isinstance(row, Mapping) or name not in row:
+        known = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no fields"
+        raise CorpusError(f"{place} has no field {name!r} (it has: {known}); set text_field")
+    value = row[name]
     if value is None:
         return ""
     if not isinstance(value, str):
-        known = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no fields"
+        kind = _KINDS.get(type(value), type(value).__name__)
         raise CorpusError(
-            f"{place} has no text in field {name!r} (it has: {known}); set text_field"
+            f"{place}: field {name!r} holds {kind} and no text; set text_field, or make one text "
+            "of it first"
         )
     return value

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, HubDocuments
 from fusellm.corpus.documents import file_records, hub_records
 from fusellm.corpus.parts import Text
+from fusellm.errors import CorpusError
 from fusellm.tokens.blocks import cut
 from fusellm.zoo import text as zoo_text
 
@@ -19,16 +20,26 @@ def first_blocks(corpus: CorpusSettings) -> list[str]:
     Of a dataset of the hub there are none unless it is streamed: it would be downloaded.
 
     Raises:
-        CorpusError: a document cannot be read.
+        CorpusError: a document cannot be read, or there is no text in any.
     """
     sampled: list[str] = []
     for entry in corpus.documents:
         blocks = (
             block
             for text in _texts(entry)
+            if text.strip()  # the corpus leaves the others out
             for block in itertools.islice(cut(text, corpus.block_bytes), _BLOCKS_OF_A_DOCUMENT)
         )
         sampled += itertools.islice(blocks, _BLOCKS_OF_AN_ENTRY)
+    unread = [
+        one for one in corpus.documents if isinstance(one, HubDocuments) and not one.streaming
+    ]
+    if not sampled and not unread:
+        domains = ", ".join(dict.fromkeys(entry.domain for entry in corpus.documents))
+        raise CorpusError(
+            f"corpus.documents has no text: all its documents ({domains}) are empty; check their "
+            "paths and text_field"
+        )
     return sampled
 
 

@@ -35,8 +35,7 @@ from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.encode import Encoder
 
-PART = "train"
-"""The part that sources read; validation and held_out are kept from them."""
+_PART = "train"  # that sources read; validation and held_out are kept from them
 _SETTINGS = (
     *("strategy", "compatibility", "token_healing", "inside_tokens", "function"),
     *("granularity", "window_bytes", "cross_entropy"),
@@ -377,12 +376,12 @@ def _view(
 
 def _place(corpus: StageFolder, number: int) -> tuple[str, int, int]:
     """(shard, row, blocks of the part) of a block."""
-    names = shard_names(corpus, f"{PART}-")
+    names = shard_names(corpus, f"{_PART}-")
     starts = offsets_of(np.array([corpus.shards[n]["counts"]["blocks"] for n in names]))
     blocks = int(starts[-1])
     if not 0 <= number < blocks:
         raise StoreError(
-            f"there is no block {number}: the run's part {PART} has {blocks:,}, from 0 to "
+            f"there is no block {number}: the run's part {_PART} has {blocks:,}, from 0 to "
             f"{blocks - 1}"
         )
     shard = int(np.searchsorted(starts, number, side="right")) - 1

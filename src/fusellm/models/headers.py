@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from fusellm.errors import ModelError
 from fusellm.models.configurations import class_of, stored_quantization
+from fusellm.models.heads import layers_before_head
 from fusellm.models.load import Located, lacking, require_packages
 from fusellm.models.weights import INDEX, loaded_files, read_index, require_content
 from fusellm.text_table import few
@@ -177,7 +178,7 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
     state = {name: torch.empty(t.shape, device="meta") for name, t in tensors.items()}
     try:
         with _quiet():
-            _, loading_info = architecture.from_pretrained(
+            built, loading_info = architecture.from_pretrained(
                 None,
                 config=deepcopy(text if architecture.config_class is type(text) else whole),
                 state_dict=state,
@@ -189,7 +190,13 @@ def _against_configuration(located: Located, tensors: Mapping[str, TensorHeader]
             )
     except _BUILDING_FAULTS:
         return []
-    model = located.settings.model
+    model, between = located.settings.model, layers_before_head(built)
+    if between:
+        return [
+            f"{model} is a {architecture.__name__}, which has layers of its own before its head "
+            f"({few(between, _SHOWN)}), in a way that fusellm does not know; take a model whose "
+            "head reads the last hidden states"
+        ]
     if loading_info["mismatched_keys"]:
         (name, stored, wanted), *others = sorted(loading_info["mismatched_keys"])
         more = f" (and {len(others):,} more)" if others else ""

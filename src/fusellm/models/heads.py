@@ -230,6 +230,23 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def layers_before_head(model: PreTrainedModel) -> list[str]:
+    """Weights that stand with the head in a module of its own, as BERT's dense layer does.
+
+    They change the hidden states on their way to the head, so that `check_head` would refuse the
+    model; this is told without any numbers.
+    """
+    layer: Any = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is layer), "")
+    holder = model.get_submodule(name.rpartition(".")[0])
+    inner = {model.base_model, model.get_input_embeddings()}
+    if not isinstance(layer, torch.nn.Linear) or not inner.isdisjoint(holder.modules()):
+        return []
+    own = f"{name.rpartition('.')[2]}."
+    weights = [one for one, _ in holder.named_parameters() if "." in one]  # a bias is the head's
+    return [one for one in weights if not one.startswith(own)]
+
+
 _KNOWN: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 """Models whose head was looked at, with what it was made of then."""
 

@@ -61,7 +61,10 @@ class Identity:
 
 
 def _flat(value: Any, before: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys, as --set names them."""
+    """Nested settings under dotted keys, as --set names them.
+
+    A key that is a word of Python has an underscore in our classes, and none in a recipe.
+    """
     if isinstance(value, Mapping):
         pairs = list(value.items())
     elif isinstance(value, list):
@@ -70,7 +73,8 @@ def _flat(value: Any, before: str = "") -> dict[str, Any]:
         return {before: value}
     flat: dict[str, Any] = {}
     for key, inner in pairs:
-        flat |= _flat(inner, f"{before}.{key}" if before else str(key))
+        step = str(key).removesuffix("_")
+        flat |= _flat(inner, f"{before}.{step}" if before else step)
     return flat
 
 

@@ -16,6 +16,8 @@ SUITES = "evaluate-suites"
 """What models answered to the documents of suites: a record a task, and no manifest."""
 INDEX = "index.json"
 """In that folder: which records belong together."""
+SAVED_WHOLE = "saved-whole"
+"""In a checkpoint's folder, once all of it is on disk."""
 
 
 def trained_folder(run: Path, which: str) -> Path:

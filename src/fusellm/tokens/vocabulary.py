@@ -4,7 +4,7 @@ V vocabulary size: one more than the highest id that has a token. Ids below it w
 the rows of a padded head above it, never have bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,8 @@ __all__ = ["SPACE_MARK", "TokenKind", "Vocabulary", "byte_alphabet", "read_vocab
 
 # One that the tokenizer knows shows where it puts a dummy prefix.
 _PROBES = ("a", "e", "A", "1", ".", "\u4e2d")
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def _nowhere() -> np.ndarray:
@@ -126,6 +128,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     own = _own_ids(tokenizer, layout)
     size = max([*own, *added], default=-1) + 1
     special = {*tokenizer.all_special_ids, *(n for n, token in added.items() if token.special)}
+    special -= _special_bytes(tokenizer, spelling, special & own)
     token_bytes: list[bytes | None] = [None] * size
     is_fallback, is_added, restarts = (np.zeros(size, dtype=np.bool_) for _ in range(3))
     for id_ in sorted({*own, *added} - special):
@@ -162,6 +165,23 @@ def _own_ids(tokenizer: PreTrainedTokenizerBase, layout: dict[str, Any] | None) 
     if isinstance(vocabulary, dict):
         return {int(id_) for id_ in vocabulary.values()}
     return set(range(len(vocabulary)))
+
+
+def _special_bytes(
+    tokenizer: PreTrainedTokenizerBase, spelling: Spelling, special: Iterable[int]
+) -> set[int]:
+    """Those `<0xNN>` that are flagged special, and that the model cuts text into all the same.
+
+    Not one that has a role as well, such as EOS: what it stands for is that.
+    """
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    by_name = {id_: _token(tokenizer, id_) for id_ in set(special) - roles}
+    tokens = {id_: token for id_, token in by_name.items() if token is not None}
+    return {
+        id_
+        for id_, token in tokens.items()
+        if spelling.is_byte_token(token) and tokenizer.decode([id_]) != token
+    }
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, id_: int) -> str | bytes | None:

@@ -20,10 +20,10 @@ from fusellm.store.files import (
     sync_files,
     write_text,
 )
+from fusellm.store.run_folder import SAVED_WHOLE
 from fusellm.store.tables import folder_bytes
 from fusellm.training import processes
 
-_WHOLE = "saved-whole"  # in a checkpoint's folder, once all of it is on disk
 _DAMAGED = "damaged-"  # before the name of a folder that is not gone on from
 
 
@@ -34,7 +34,7 @@ def seal(checkpoint: Path) -> None:
         StoreError: it cannot be written.
     """
     sync_files(checkpoint)
-    write_text(checkpoint / _WHOLE, json.dumps(_sums(checkpoint), indent=1) + "\n")
+    write_text(checkpoint / SAVED_WHOLE, json.dumps(_sums(checkpoint), indent=1) + "\n")
 
 
 def last_checkpoint(checkpoints: Path, progress: Progress) -> str | None:
@@ -70,7 +70,7 @@ def _set_damaged_aside(checkpoints: Path, progress: Progress) -> list[tuple[Path
     """(the file that differs, new name of its folder) of each damaged checkpoint."""
     folders = []
     for folder in sorted(checkpoints.glob("checkpoint-*")):
-        if (folder / _WHOLE).exists():
+        if (folder / SAVED_WHOLE).exists():
             folders.append(folder)
         else:
             shutil.rmtree(folder)
@@ -95,7 +95,7 @@ def damaged_file(checkpoint: Path) -> Path | None:
 
     Of one that was saved before checksums were, nothing is known.
     """
-    marker = checkpoint / _WHOLE
+    marker = checkpoint / SAVED_WHOLE
     try:
         saved = json.loads(marker.read_bytes() or b"{}")
     except (ValueError, RecursionError):
@@ -126,5 +126,5 @@ def _sums(checkpoint: Path) -> dict[str, str]:
     return {
         str(path.relative_to(checkpoint)): file_digest(path)
         for path in files
-        if path.name != _WHOLE
+        if path.name != SAVED_WHOLE
     }

@@ -237,7 +237,7 @@ def named(name: str) -> Suite | None:
 def unknown(name: str, others: Sequence[str]) -> EvaluationError:
     """The error for a name that is neither a suite nor a task of lm_eval."""
     near = get_close_matches(name, [*SUITES, *others], n=3)
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    meant = f"; did you mean {' or '.join(near)}?" if near else "."
     return EvaluationError(
         f"there is no suite {name!r}, and no task of lm_eval of that name{meant} "
         f"The suites are {', '.join(SUITES)}"
