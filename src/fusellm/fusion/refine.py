@@ -250,6 +250,18 @@ def _add(out: _Gathered, r: int, chosen: int, mass: float, used: int) -> int:
 
 
 @compiled()
+def _add_stretch(
+    out: _Gathered, r: int, chosen: int, mass: float, used: int, open_: int
+) -> tuple[int, int]:
+    # (how many sets are gathered now, how many of them are stretches)
+    now = _add(out, r, chosen, mass, used)
+    if now > used:
+        out.stretches[open_] = chosen
+        open_ += 1
+    return now, open_
+
+
+@compiled()
 def _leave(leaves: Leaves, state: int, w: int) -> tuple[int, int]:
     # (the token that is read first, the stretch): one of them is -1, or both. Where there is a
     # stretch, that token is in it.
@@ -260,6 +272,18 @@ def _leave(leaves: Leaves, state: int, w: int) -> tuple[int, int]:
     if leaves.stretch[place] >= 0:
         return -1, leaves.stretch[place]
     return leaves.first[place], -1
+
+
+@compiled()
+def _left_open(walked: _Walked, leaves: Leaves, r: int) -> int:
+    # The stretch of what may be read where a path breaks off; -1 where it is the true next token.
+    if not walked.is_open[r]:
+        return -1
+    _, stretch = _leave(leaves, *_last_step(walked, r))
+    rank = leaves.rank[walked.true_ids[r]]
+    if stretch >= 0 and leaves.starts[stretch] <= rank < leaves.stops[stretch]:
+        return stretch
+    return -1
 
 
 @compiled()
@@ -379,11 +403,10 @@ def _split(
                 else:
                     chosen = map_.of_source[w]
                     chosen = map_.leftover if chosen < 0 else chosen
-                if chosen >= 0:
-                    before, used = used, _add(out, r, chosen, mass, used)
-                    if left and used > before:
-                        out.stretches[open_] = chosen
-                        open_ += 1
+                if chosen >= 0 and left:
+                    used, open_ = _add_stretch(out, r, chosen, mass, used, open_)
+                elif chosen >= 0:
+                    used = _add(out, r, chosen, mass, used)
                 elif token < 0:
                     rest[r] += mass
                 elif count > 0 and out.first[count - 1] == token:
@@ -391,15 +414,10 @@ def _split(
                 else:
                     out.first[count], out.waiting[count] = token, mass
                     count += 1
-        if walked.is_open[r] and stays > 0.0:
-            _, chosen = _leave(leaves, *_last_step(walked, r))
-            rank = leaves.rank[walked.true_ids[r]]
-            if chosen >= 0 and leaves.starts[chosen] <= rank < leaves.stops[chosen]:
-                before, used = used, _add(out, r, chosen, stays, used)
-                if used > before:
-                    out.stretches[open_] = chosen
-                    open_ += 1
-                stays = 0.0
+        chosen = _left_open(walked, leaves, r)
+        if chosen >= 0 and stays > 0.0:
+            used, open_ = _add_stretch(out, r, chosen, stays, used, open_)
+            stays = 0.0
         out.first[count], out.waiting[count] = walked.true_ids[r], stays
         used = _join(leaves, out, begin, used, open_)
         used = _settle(leaves, map_, classes, out, r, used, open_, count + 1, rest)
@@ -454,9 +472,9 @@ def _walk(paths: TextPaths, tokens: Tokens, map_: VocabularyMap, tree: WrittenOn
     states = np.zeros((len(paths.rows), _MOST_PIECES), dtype=np.int32)
     levels, wanted = (np.zeros(len(paths.rows), dtype=np.int64) for _ in range(2))
     is_open = np.zeros(len(paths.rows), dtype=np.bool_)
-    found = states, levels, is_open, wanted
+    arrays = states, levels, is_open, wanted
     lengths = tree.source_lengths, tree.target_lengths, tree.reads_past
-    while count := _states(paths, tokens.ids, *lengths, tree.steps, *found):
+    while count := _states(paths, tokens.ids, *lengths, tree.steps, *arrays):
         tree.follow(np.unique(wanted[:count]))
     classes, where = _classes(paths, tokens, map_), (paths.rows, paths.begins, paths.true_ids)
     return _Walked(*where, classes, states, levels, is_open, tokens.ids)

@@ -68,7 +68,7 @@ class _ToyValidation(Validation):
     """A validation that measures nothing."""
 
     def __init__(self) -> None:
-        self._encoded = []
+        """No text is read."""
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         return {"mean": 1.0}

@@ -24,9 +24,6 @@ class Validation:
         )
         self._batch_tokens = recipe.evaluation.batch_tokens
 
-    def __len__(self) -> int:
-        return len(self._encoded)
-
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Bits per byte by domain, and their mean as "mean".
 
