@@ -68,9 +68,8 @@ def check(
         print(json_text(checked))
         return
     # Models of one folder differ in the end of their path.
-    folded = (Column(one, overflow="fold") for one in ("name", "model", "architecture"))
-    columns = (*folded, "tokens", "context", "every block fits")
-    models = table(*columns, title=f"{recipe}: all found")
+    folded = [Column(one, overflow="fold") for one in ("name", "model", "architecture")]
+    models = table(*folded, "tokens", "context", "every block fits", title=f"{recipe}: all found")
     for name, model in checked["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
