@@ -182,7 +182,9 @@ def _adapters_of(layer: Any) -> tuple[_Adapter, ...]:
     Raises:
         ModelError: they are of another kind.
     """
-    kinds = {type(layer).__module__.split(".")[-2]}  # peft.tuners.KIND.layer
+    # FSDP2 makes a class of its own of each sharded layer's: PEFT's is among those it is of.
+    modules = [one.__module__.split(".") for one in type(layer).__mro__]
+    kinds = {next(one[2] for one in modules if one[:2] == ["peft", "tuners"])}  # …KIND.layer
     names = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", ())]
     variants = getattr(layer, "lora_variant", {})
     kinds |= {type(variants[name]).__name__ for name in names if name in variants}
