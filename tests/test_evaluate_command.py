@@ -159,6 +159,11 @@ def test_only_bits_per_byte_where_nothing_else_is_asked_for(run: Path, command: 
     assert not (run / SUITES).exists()
 
 
+def state_of_suites(command: Command, run: Path) -> dict[str, Any]:
+    states = json.loads(command("status", run, "--json"))
+    return next(state for state in states if state["stage"] == SUITES)
+
+
 def test_an_interrupted_evaluation_goes_on(
     run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +180,7 @@ def test_an_interrupted_evaluation_goes_on(
     code, _, errors = command.tried("evaluate", run, *SMALL)
     assert code == 130
     assert "the same command goes on from here" in errors
-    states = json.loads(command("status", run, "--json"))
-    (state,) = (one for one in states if one["stage"] == SUITES)
+    state = state_of_suites(command, run)
     assert (state["stage"], state["complete"], state["shards"]) == (SUITES, False, 4)
     assert "smoke" not in command("report", run)
     ran.insert(0, ("", ""))
@@ -187,7 +191,7 @@ def test_an_interrupted_evaluation_goes_on(
         ("second", "recall"),
         *((model, task) for model in ("clm", "fused") for task in TASKS),
     ]
-    state = json.loads(command("status", run, "--json"))[-1]
+    state = state_of_suites(command, run)
     assert (state["complete"], state["shards"]) == (True, 15)
 
 
