@@ -480,7 +480,7 @@ def test_it_is_what_the_definition_says(source: str, target: str) -> None:
 # Random texts
 
 PER_PAIR = int(os.environ.get("FUSELLM_RANDOM_TEXTS", "300"))
-"""Of random texts, for each of 30 pairs. 6,700 are 201,000 in all, and take half an hour."""
+"""Of random texts, for each of 30 pairs. 6,700 are 201,000 in all, some 20 minutes."""
 POOLS = (
     "0123456789",
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ_",
