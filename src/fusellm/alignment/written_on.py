@@ -118,7 +118,8 @@ class WrittenOn:
         self._outcome = np.where(outcome < 0, translation.outcomes, outcome)
         sizes = (self.sets.stops - self.sets.starts)[: translation.outcomes + 1]
         self.shared = sizes > 1
-        self.shared[translation.outcomes] = False
+        self._classless = translation.outcomes
+        self.shared[self._classless] = False
         self.source_lengths = np.array([len(token) for token in self._source], dtype=np.int64)
         self.target_lengths = target.vocabulary.lengths
         self._first_byte = np.array([token[0] if token else NOTHING for token in self._source])
@@ -215,8 +216,10 @@ class WrittenOn:
         # that begins so: the first set that has all is the smallest.
         above = [spelling[:n] for n in range(len(spelling), 0, -1)]
         wider = (table.get(some) for some in above for table in (self._fronts, self._nodes))
-        for chosen in (*wider, int(self._outcome[firsts[0]])):
-            if chosen is not None and self._has_all(chosen, ranks):
+        whole = int(self._outcome[firsts[0]])
+        for chosen in (*wider, whole):
+            # What has no class is told by `fusion.refine`: it may be in no outcome.
+            if chosen is not None and chosen != self._classless and self._has_all(chosen, ranks):
                 return chosen
         return NOTHING
 

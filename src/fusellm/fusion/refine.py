@@ -12,8 +12,8 @@ that begins so, and goes to what the target would read of it first
 (`fusellm.alignment.written_on`); the last one to u, which is what the target reads of this text.
 The path ends where no token of the target goes on any further. If the block ends before, it is open
 whether u is read or a longer token, and the two are one outcome. All other classes stay as they
-are. If v1 is of another class than u (*crossed*,
-*beyond*), both classes are split: that the target reads u is known of this text.
+are. If v1 is of another class than u (*crossed*, *beyond*), both classes are split: that the target
+reads u is known of this text.
 
 qk(vk) is the probability that is stored with the text, exact. The others share what it leaves in
 proportion to what was kept of them and of the tail, whose share is in no outcome. Of draws that is

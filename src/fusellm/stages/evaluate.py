@@ -76,7 +76,8 @@ class EvaluateStage(FilledStage):
         for name, model in models.items():
             twin = measured.setdefault(_twin(model.located, model.encoder), name)
             if _shard(twin) not in folder.shards:
-                nats = self._measured_before(name, blocks) or self._measure(name, model, blocks)
+                before = self._measured_before(name, folder.identity, blocks)
+                nats = before or self._measure(name, model, blocks)
                 columns: dict[str, list[Any]] = {
                     "block": [block.number for block in blocks],
                     "nats": nats,
@@ -106,18 +107,19 @@ class EvaluateStage(FilledStage):
         folder.write_text(RESULTS, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         folder.finish(notes)
 
-    def _measured_before(self, name: str, blocks: Sequence[Block]) -> list[np.ndarray] | None:
+    def _measured_before(
+        self, name: str, identity: Identity, blocks: Sequence[Block]
+    ) -> list[np.ndarray] | None:
         """What a model's blocks cost it in results that were set aside, if it is still the same.
 
         Where a training is made anew, its sources need not be asked again.
         """
-        inputs, aside = self.identity().inputs, self.context.run / ASIDE
-        for path in sorted(aside.glob("*/evaluate"), key=lambda path: path.stat().st_mtime)[::-1]:
+        for path in sorted((self.context.run / ASIDE).glob("*/evaluate")):
             try:
                 require_inside(path, self.context.run)
                 former = StageFolder(path)
-                had = former.identity.inputs
-                if all(had.get(key) == inputs[key] for key in ("corpus", name)):
+                had, has = former.identity.inputs, identity.inputs
+                if all(had.get(key) == has[key] for key in ("corpus", name)):
                     return _read(former, _shard(name), blocks)
             except StoreError:  # what is damaged, or was not finished, is measured anew
                 continue

@@ -4,6 +4,7 @@ What does not would train on the wrong tokens in silence, or fail hours later.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,17 @@ class Fit:
         self._require_tokens(name, rows)
         self._require_distributions(name, rows)
 
+    @cached_property
+    def _own_encoder(self) -> Encoder:
+        """The model's own tokenizer; datasets are measured many times in a training."""
+        assert self._tokenizer is not None
+        return as_encoder(self._tokenizer, self._model.config.get_text_config().vocab_size)
+
     def _require_tokens(self, name: str, rows: Rows) -> None:
         encoder: Encoder | None = getattr(rows, "encoder", None)
         if encoder is None or self._tokenizer is None or self._tokenizer is encoder.tokenizer:
             return
-        own = as_encoder(self._tokenizer, self._model.config.get_text_config().vocab_size)
+        own = self._own_encoder
         other = differing_id(encoder, own)
         if other is not None:
             raise ArgumentError(
