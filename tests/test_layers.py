@@ -338,6 +338,21 @@ def test_an_empty_block_is_its_defaults() -> None:
     assert fault_of(raw() | {"corpus": None}) == "corpus is missing"
 
 
+def test_every_domain_has_a_route_to_a_source_that_teaches() -> None:
+    entries = {"documents": [{"builtin": "prose"}, {"builtin": "cpp"}]}
+    two = [{"name": "a", "model": "x"}, {"name": "b", "model": "y", "referee": True}]
+
+    def fault(**routes: str) -> str:
+        fusion = {"function": "route", "routes": routes}
+        return fault_of(raw(corpus=entries, sources=two, fusion=fusion))
+
+    assert "the corpus has no domain 'python'; it has prose, cpp" in fault(python="a")
+    assert "fusion.routes.cpp: 'b' is no source that teaches" in fault(prose="a", cpp="b")
+    assert "the domain 'cpp' has no source; name one of a" in fault(prose="a")
+    routes = {"function": "route", "routes": {"prose": "a", "cpp": "a"}}
+    check_recipe(raw(corpus=entries, sources=two, fusion=routes), "here")
+
+
 def test_two_sources_of_one_name_are_refused() -> None:
     same = [{"name": "twin", "model": model} for model in ("zoo/prose", "zoo/cpp")]
     assert "two are named 'twin'" in fault_of(raw(sources=same))
@@ -394,6 +409,15 @@ WITHOUT_MEANING = [
     ),
     ({"refine": "path", "strategy": "bytes"}, {}, "refine: path belongs to strategy partition"),
     ({"refine": "none", "strategy": "bpm"}, {}, "refine: none does not go with strategy bpm"),
+    ({"function": "best", "hindsight": False}, {}, "go with function: best, which sees the true"),
+    ({"function": "avgce_paper", "hindsight": False}, {}, "avgce_paper, which is of whole blocks"),
+    (
+        {"cross_entropy": "nats_per_token", "granularity": "block", "hindsight": False},
+        {},
+        "hindsight: false does not go with cross_entropy: nats_per_token",
+    ),
+    ({"function": "route"}, {}, "function: route needs fusion.routes, a source for each domain"),
+    ({"routes": {"prose": "a"}}, {}, "fusion.routes has no meaning with function: mince"),
     (
         {"lambda_schedule": "linear"},
         {},

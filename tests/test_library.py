@@ -325,6 +325,66 @@ def test_a_fusion_function_of_ones_own(
     assert sum(mean.won.values()) == pytest.approx(1)
 
 
+def test_each_text_is_routed_to_a_source(
+    target: tuple[PreTrainedModel, fusellm.Tokenizer], read: dict[str, fusellm.SourceDistributions]
+) -> None:
+    names = [list(read)[n % 2] for n in range(len(TEXTS))]
+    routed = fusellm.fuse(TEXTS, target[1], read, "route", routes=names)
+    alone = {n: fusellm.fuse(TEXTS, target[1], {n: d}, "uniform") for n, d in read.items()}
+    for text, name in enumerate(names):
+        mine, its = routed.block(text), alone[name].block(text)
+        for column in ("ids", "parts", "lengths", "outcomes", "masses", "rest"):
+            assert np.array_equal(mine[column], its[column]), (text, column)
+    for given, message in {
+        (): "needs routes, the name of a source for each of the",
+        (*names[1:], "neo"): "'neo' is no source that teaches; known: ",
+    }.items():
+        with pytest.raises(ArgumentError, match=message):
+            fusellm.fuse(TEXTS, target[1], read, "route", routes=given)
+    with pytest.raises(ArgumentError, match="routes belong to function='route'"):
+        fusellm.fuse(TEXTS, target[1], read, routes=names)
+    with pytest.raises(ArgumentError, match="is no source that teaches"):
+        fusellm.fuse(TEXTS, target[1], read, "route", routes=names, referees=names[:1])
+
+
+@pytest.mark.parametrize("function", ["mince", "avgce", "bayes"])
+def test_without_hindsight_a_source_is_chosen_by_what_stands_before(
+    world: Path, target: tuple[PreTrainedModel, fusellm.Tokenizer], function: str
+) -> None:
+    """Two texts of one beginning: up to where they part, the sources have the same weights."""
+    shared = code(2, 4)
+    texts = [shared + code(5, 4), shared + prose(7, 30)]
+    model, tokenizer = fusellm.load_pretrained(str(world / "neox"), device="cpu")
+    read = {"neox": fusellm.read_distributions(model, tokenizer, texts)}
+    with torch.no_grad():
+        for weights_of_layer in model.parameters():
+            weights_of_layer *= 1.1
+    read["other"] = fusellm.read_distributions(model, tokenizer, texts)
+    ids = [encoded.ids.tolist() for encoded in target[1].encode(texts)]
+    parted = next(n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
+    same = parted - 3  # nearer to it a source may cut otherwise
+    assert same > 20
+
+    def weights(hindsight: bool) -> list[list[float]]:
+        fused = fusellm.fuse(texts, target[1], read, function, hindsight=hindsight, beta=1.0)
+        return [weights_of(fused.block(text), "neox", list(read))[:same] for text in range(2)]
+
+    before, after = weights(False), weights(True)
+    assert before[0] == pytest.approx(before[1], abs=1e-5)
+    if function == "avgce":  # whose weights show the least difference
+        assert after[0] != pytest.approx(after[1], abs=1e-3)
+
+
+def weights_of(row: dict[str, Any], name: str, names: list[str]) -> list[float]:
+    """Weight of one source at each position of a text."""
+    of_part = np.repeat(np.arange(len(row["lengths"])), row["lengths"])
+    part = np.bincount(of_part, row["masses"], len(row["lengths"])) + row["rest"]
+    position = np.repeat(np.arange(len(row["parts"])), row["parts"])
+    mine = np.where(row["source"] == names.index(name), part, 0.0)
+    found: list[float] = np.bincount(position, mine, len(row["parts"])).tolist()
+    return found
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

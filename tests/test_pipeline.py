@@ -279,6 +279,27 @@ def test_another_identity_stops_and_redo_moves_it_aside(
     assert after["externalize/second"] == before["externalize/second"]
 
 
+def test_domains_are_routed_and_a_mixture_hears_all(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("corpus", "externalize"):
+        shutil.copytree(finished / name, run / name)
+    routes = ("fusion.function=route", "fusion.routes={prose: first, code: second}")
+    pipeline(world, run, *routes).execute(["fuse"])
+
+    def wins() -> dict[str, dict[str, float]]:
+        counts = json.loads((run / "fuse" / "counts.json").read_text())["domains"]
+        return {domain: found["wins"] for domain, found in counts.items()}
+
+    of_prose, of_code = wins()["prose"], wins()["code"]
+    assert of_prose["first"] > 100 < of_code["second"]
+    assert of_prose["second"] == of_code["first"] == 0
+    pipeline(world, run, "fusion.function=bayes").execute(["fuse"], redo=True)
+    assert all(min(of_domain.values()) > 0 for of_domain in wins().values())
+
+
 def test_redo_is_for_what_was_finished_and_says_what_it_moved(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

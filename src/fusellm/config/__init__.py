@@ -282,6 +282,7 @@ class Recipe(SettingsBlock):
             raise ValueError(
                 "fusion.compatibility: paper has no referees; leave referee: true out of sources"
             )
+        _check_routes(self)
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
         lora = self.training.lora
@@ -307,6 +308,31 @@ class Recipe(SettingsBlock):
             )
         _check_divergence(self)
         return self
+
+
+def _check_routes(recipe: Recipe) -> None:
+    """Check that every domain has a route, and that it leads to a source that is heard."""
+    routes = recipe.fusion.routes
+    if not routes:
+        return
+    teaching = [source.name for source in recipe.sources if not source.referee]
+    domains = list(dict.fromkeys(entry.domain for entry in recipe.corpus.documents))
+    for domain, name in routes.items():
+        if domain not in domains:
+            raise ValueError(
+                f"fusion.routes: the corpus has no domain {domain!r}; it has {', '.join(domains)}"
+            )
+        if name not in teaching:
+            raise ValueError(
+                f"fusion.routes.{domain}: {name!r} is no source that teaches; there are "
+                f"{', '.join(teaching)}"
+            )
+    missing = [domain for domain in domains if domain not in routes]
+    if missing:
+        raise ValueError(
+            f"fusion.routes: the domain {missing[0]!r} has no source; name one of "
+            f"{', '.join(teaching)}"
+        )
 
 
 def _check_divergence(recipe: Recipe) -> None:

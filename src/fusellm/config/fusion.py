@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusellm.config.base import SettingsBlock
+from fusellm.config.base import Name, SettingsBlock
 
 
 class FusionSettings(SettingsBlock):
@@ -30,16 +30,26 @@ class FusionSettings(SettingsBlock):
     inside_tokens: bool = False
     """Whether a source is asked where the target's boundary is within one of its tokens, by what it
     said of the bytes read since (docs/method.md). Needs token healing."""
-    function: Literal["mince", "avgce", "avgce_paper", "uniform", "best"] = "mince"
+    function: Literal["mince", "avgce", "avgce_paper", "uniform", "best", "bayes", "route"] = (
+        "mince"
+    )
     """`mince`: the distribution of the source with the least cross-entropy against the text;
     `avgce`: the average, weights ∝ exp(−beta · cross-entropy); `avgce_paper`: by the authors'
-    formula; `uniform`: the plain average; `best`: an oracle that sees the true next token."""
+    formula; `uniform`: the plain average; `best`: an oracle that sees the true next token; `bayes`:
+    each source by its probability, given the block so far; `route`: the one that `routes` names."""
+    routes: dict[str, Name] = Field(default_factory=dict)
+    """For `route`: each domain of the corpus with the source that alone is heard there."""
     cross_entropy: Literal["bits_per_byte", "nats_per_token"] = "bits_per_byte"
     """What sources are compared by. Nats per token, the paper's, favours short tokens."""
     granularity: Literal["block", "window"] = "window"
     """Over which text sources are compared: the block (the paper), or a window around it."""
     window_bytes: Annotated[int, Field(gt=0)] = 64
     """The window's reach to each side, in bytes; the next token is part of it."""
+    hindsight: bool = True
+    """Whether what comes after a position counts where sources are compared: the true next token,
+    and the window's or block's text behind it. `false` compares them by what stands before; where
+    positions have not read the same (`mined`, `em`, `inside_tokens`) a source's token that reaches
+    past one counts by its share before it."""
     beta: Annotated[float, Field(ge=0)] = 5.0
     """Sharpness of `avgce`: 0 is the plain average, a large one `mince`."""
 
@@ -73,6 +83,31 @@ class FusionSettings(SettingsBlock):
             raise ValueError(
                 "fusion.cross_entropy: nats_per_token is of whole blocks; add granularity: block"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compares_what_it_can(self) -> Self:
+        if self.function == "route" and not self.routes:
+            raise ValueError(
+                "fusion.function: route needs fusion.routes, a source for each domain: "
+                "{python: coder, prose: writer}"
+            )
+        if self.routes and self.function != "route":
+            raise ValueError(
+                f"fusion.routes has no meaning with function: {self.function}; set function: route"
+            )
+        if self.hindsight:
+            return self
+        for key, value in {
+            "function: best": self.function == "best",
+            "function: avgce_paper": self.function == "avgce_paper",
+            "cross_entropy: nats_per_token": self.cross_entropy == "nats_per_token",
+        }.items():
+            if value:
+                why = "sees the true next token" if "best" in key else "is of whole blocks"
+                raise ValueError(
+                    f"fusion.hindsight: false does not go with {key}, which {why}; leave one out"
+                )
         return self
 
     @property

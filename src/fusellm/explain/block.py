@@ -38,7 +38,7 @@ from fusellm.tokens.encode import Encoder
 _PART = "train"  # that sources read; validation and held_out are kept from them
 _SETTINGS = (
     *("strategy", "compatibility", "token_healing", "inside_tokens", "function"),
-    *("granularity", "window_bytes", "cross_entropy"),
+    *("granularity", "window_bytes", "hindsight", "cross_entropy"),
 )
 
 
@@ -227,8 +227,14 @@ class BlockView:
 def settings_in_words(recipe: Recipe) -> dict[str, str]:
     """How a run's distributions were kept and fused."""
     fusion, kept = recipe.fusion, recipe.externalize
-    over = f"a window of {fusion.window_bytes} bytes to each side"
-    over = over if fusion.granularity == "window" else "the whole block"
+    side = "to each side" if fusion.hindsight else "before the position"
+    over = f"sources compared over a window of {fusion.window_bytes} bytes {side}"
+    if fusion.granularity == "block":
+        over = f"sources compared over the {'whole block' if fusion.hindsight else 'block so far'}"
+    if fusion.function == "bayes":
+        over = "sources by their probability, given the block so far"
+    if fusion.function == "route":
+        over = ", ".join(f"{domain} to {name}" for domain, name in fusion.routes.items())
     scheme = f"{kept.draws} draws" if kept.scheme == "sampled" else f"top {kept.k}"
     rules = [
         *([", healed"] if fusion.heals else []),
@@ -238,7 +244,7 @@ def settings_in_words(recipe: Recipe) -> dict[str, str]:
     paper = ", as the authors" if fusion.compatibility == "paper" else ""
     return {
         "strategy": f"{fusion.strategy}{paper}{''.join(rules)}",
-        "function": f"{fusion.function}, sources compared over {over}",
+        "function": f"{fusion.function}, {over}",
         "kept": f"{scheme} at each position",
     }
 

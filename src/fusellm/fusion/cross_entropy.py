@@ -83,6 +83,7 @@ def _span_nats(
     token_offsets: np.ndarray,
     byte_offsets: np.ndarray,
     reach: int,
+    hindsight: bool,
     nats: np.ndarray,
     scored: np.ndarray,
 ) -> None:
@@ -110,6 +111,8 @@ def _span_nats(
             if reach >= 0:
                 start = max(ends[t] - reach, 0)
                 stop = max(min(ends[t] + reach, length), ends[t + 1])
+            if not hindsight:
+                stop = ends[t]
             for s in range(sources):
                 nats[s, position] = sums[s, stop] - sums[s, start]
             scored[position] = sums[sources, stop] - sums[sources, start]
@@ -123,6 +126,7 @@ def span_nats(
     token_offsets: np.ndarray,
     byte_offsets: np.ndarray,
     reach: int | None,
+    hindsight: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cross-entropy of each source around each target position.
 
@@ -134,9 +138,11 @@ def span_nats(
         ends, token_offsets: the target's boundaries.
         reach: bytes to each side of the position, the next token always included; None for the
             whole block.
+        hindsight: whether bytes after the position count, the true next token's among them.
 
     Returns:
-        (nats [S, N], bytes counted [N]), float64.
+        (nats [S, N], bytes counted [N]), float64. Without hindsight nothing is counted at the
+        beginning of a block.
 
     >>> nats, scored = span_nats(np.array([[1.0, 2.0, 4.0]]), np.ones((1, 1), bool),
     ...                          np.array([0, 1, 3]), np.array([0, 2]), np.array([0, 3]), 0)
@@ -146,5 +152,6 @@ def span_nats(
     positions = int(np.maximum(np.diff(token_offsets) - 1, 0).sum())
     nats, scored = np.zeros((len(by_byte), positions)), np.zeros(positions)
     whole = -1 if reach is None else reach
-    _span_nats(by_byte, read, ends, token_offsets, byte_offsets, whole, nats, scored)
+    where = (by_byte, read, ends, token_offsets, byte_offsets)
+    _span_nats(*where, whole, hindsight, nats, scored)
     return nats, scored

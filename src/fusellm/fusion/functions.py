@@ -20,9 +20,13 @@ class Compared:
     Attributes:
         aligned: [S, N] bool, whether a source has a distribution at a position.
         cross_entropy: [S, N] of each source against the text, by the recipe's measure: bits per
-            byte over the block or a window, or nats per token over the block.
+            byte over the block or a window, or nats per token over the block; without hindsight of
+            what stands before the position alone.
         nats_per_token: [S, N] mean over the source's tokens of the block.
         next_nats: [S, N] of the bytes of the true next token.
+        nats_so_far: [S, N] of the block's bytes before the position.
+        routed: [N] number of the source that alone is to be heard, -1 for none; None without
+            routes.
         beta: sharpness of `avgce`.
     """
 
@@ -30,6 +34,8 @@ class Compared:
     cross_entropy: np.ndarray
     nats_per_token: np.ndarray
     next_nats: np.ndarray
+    nats_so_far: np.ndarray
+    routed: np.ndarray | None
     beta: float
 
 
@@ -85,10 +91,32 @@ def best(compared: Compared) -> np.ndarray:
     return _least(compared.next_nats, compared.aligned)
 
 
+def bayes(compared: Compared) -> np.ndarray:
+    """The Bayes mixture: each source by its probability, given the text of the block so far.
+
+    At first all are equal; then wₛ ∝ exp(−nats so far). It has no setting and no hindsight. Where
+    all are aligned, a block costs the mixture, in nats, no more than the best source and log S
+    (Littlestone and Warmuth 1994).
+    """
+    return _softmax(-compared.nats_so_far, compared.aligned)
+
+
+def route(compared: Compared) -> np.ndarray:
+    """The source that the recipe names for the domain of the text, a control without any measure.
+
+    Where that source is not aligned, none is heard.
+    """
+    assert compared.routed is not None, "the settings do not let `route` go without routes"
+    sources = np.arange(len(compared.aligned))[:, None]
+    return np.where(compared.aligned & (sources == compared.routed), 1.0, 0.0)
+
+
 FUNCTIONS: dict[str, Callable[[Compared], np.ndarray]] = {
     "mince": mince,  # FuseLLM, ICLR 2024
     "avgce": avgce,  # the same section, with a sharpness
     "avgce_paper": avgce_paper,  # the same, as the authors' code has it
     "uniform": uniform,
     "best": best,
+    "bayes": bayes,
+    "route": route,
 }

@@ -90,6 +90,7 @@ class FusionRules:
     Attributes:
         function: the fusion function.
         reach: bytes to each side over which sources are compared; None for whole blocks.
+        hindsight: whether what comes after a position counts in that.
         per_token: compare nats per token over the block (the authors), not bits per byte.
         beta: sharpness of `avgce`.
         as_authors: the authors' rules for collisions (the first id keeps its place, the others
@@ -99,6 +100,7 @@ class FusionRules:
 
     function: Callable[[Compared], np.ndarray]
     reach: int | None = None
+    hindsight: bool = True
     per_token: bool = False
     beta: float = 1.0
     as_authors: bool = False
@@ -114,6 +116,7 @@ def rules_of(settings: FusionSettings, referees: Sequence[bool] = ()) -> FusionR
     return FusionRules(
         FUNCTIONS[settings.function],
         settings.window_bytes if settings.granularity == "window" else None,
+        settings.hindsight,
         settings.cross_entropy == "nats_per_token",
         settings.beta,
         settings.compatibility == "paper",
@@ -133,7 +136,11 @@ together: `blocks`, `positions`, `without_source` and `ties`.
 
 
 def fuse_blocks(
-    target: Tokens, byte_offsets: np.ndarray, sources: Sequence[Reading], rules: FusionRules
+    target: Tokens,
+    byte_offsets: np.ndarray,
+    sources: Sequence[Reading],
+    rules: FusionRules,
+    routed: np.ndarray | None = None,
 ) -> tuple[Fused, Counts, list[Counts]]:
     """Translate and fuse blocks.
 
@@ -141,6 +148,7 @@ def fuse_blocks(
         target: the blocks as the target reads them.
         byte_offsets: [B+1] where each block's bytes are.
         sources: one or more, in the recipe's order.
+        routed: [B] number of the source that `route` gives a block to; -1 for none.
 
     Returns:
         (fused distributions, counts of all sources together, counts of each source)
@@ -153,6 +161,7 @@ def fuse_blocks(
     if rules.as_authors:
         aligned = read[:, block]
     compared = compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
+    compared = replace(compared, routed=None if routed is None else routed[block])
     heard = replace(compared, aligned=_heard(compared, rules.referees))
     weights = rules.function(heard)
     fused = _gather(target, sources, rules, weights, block)
@@ -208,9 +217,10 @@ def compare(
     if rules.per_token:
         cross_entropy = per_token
     else:
-        nats, scored = span_nats(*where, rules.reach)
+        nats, scored = span_nats(*where, rules.reach, rules.hindsight)
         cross_entropy = nats / (np.maximum(scored, 1) * NATS_PER_BIT)
-    return Compared(aligned, cross_entropy, per_token, span_nats(*where, 0)[0], rules.beta)
+    next_nats, so_far = span_nats(*where, 0)[0], span_nats(*where, None, hindsight=False)[0]
+    return Compared(aligned, cross_entropy, per_token, next_nats, so_far, None, rules.beta)
 
 
 def _gather(

@@ -15,7 +15,7 @@ from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.source_distributions import SourceDistributions, tokens_of_texts
 from fusellm.config import FusionSettings
 from fusellm.errors import ArgumentError
-from fusellm.fusion.functions import Compared
+from fusellm.fusion.functions import FUNCTIONS, Compared
 from fusellm.fusion.fuse import Counts, fuse_blocks, rules_of
 from fusellm.fusion.pairing import pair
 from fusellm.progress import Progress
@@ -138,6 +138,8 @@ def fuse(
     strategy: str = "partition",
     granularity: str = "window",
     window_bytes: int = 64,
+    hindsight: bool = True,
+    routes: Sequence[str] = (),
     cross_entropy: str = "bits_per_byte",
     beta: float = 5.0,
     token_healing: bool | None = None,
@@ -153,12 +155,13 @@ def fuse(
         texts: that all sources have read, the same for all.
         target: tokenizer of the model that is to learn from them.
         sources: their distributions by name, from `read_distributions`.
-        function: `mince`, `avgce`, `avgce_paper`, `uniform`, `best`, or a function of one's own: it
-            is given a `fusellm.fusion.functions.Compared` over S sources and N positions, and gives
-            weights [S, N], at each position of sum 1 over the sources that are aligned there, and
-            0 for the others.
-        strategy, granularity, window_bytes, cross_entropy, beta, token_healing, refine,
+        function: `mince`, `avgce`, `avgce_paper`, `uniform`, `best`, `bayes`, `route`, or a
+            function of one's own: it is given a `fusellm.fusion.functions.Compared` over S sources
+            and N positions, and gives weights [S, N], at each position of sum 1 over the sources
+            that are aligned there, and 0 for the others.
+        strategy, granularity, window_bytes, hindsight, cross_entropy, beta, token_healing, refine,
             inside_tokens, compatibility: as in a recipe's `fusion:` block (docs/method.md).
+        routes: for `route`, of each text the name of the source that alone is heard there.
         referees: names of sources that are compared and never taught: where a source costs as much
             as one of them, it is not heard.
         progress: is shown how far vocabulary maps are.
@@ -187,10 +190,11 @@ def fuse(
     (('<0x2E>', '.', './'), 0.1)
     """
     given = {
-        "function": function if isinstance(function, str) else "uniform",
+        "function": function if isinstance(function, str) and function != "route" else "uniform",
         "strategy": strategy,
         "granularity": granularity,
         "window_bytes": window_bytes,
+        "hindsight": hindsight,
         "cross_entropy": cross_entropy,
         "beta": beta,
         "token_healing": token_healing,
@@ -210,10 +214,16 @@ def fuse(
         sets.append(pairing.sets)
         readings.append(pairing.reading(tokens, read.tokens, read.kept))
     rules = rules_of(settings, _are_referees(sources, referees, settings))
+    routed = None
+    if function == "route":  # of texts, where a recipe routes domains
+        routed = _routed(routes, texts, sources, referees)
+        rules = replace(rules, function=FUNCTIONS[function])
+    elif routes:
+        raise ArgumentError("routes belong to function='route'; leave them out")
     if not isinstance(function, str):
         rules = replace(rules, function=_checked(function, list(sources)))
     byte_offsets = offsets_of(np.array([len(text.encode()) for text in texts], dtype=np.int64))
-    fused, _, each = fuse_blocks(tokens, byte_offsets, readings, rules)
+    fused, _, each = fuse_blocks(tokens, byte_offsets, readings, rules, routed)
     counts = dict(zip(sources, each, strict=True))
     return FusedDistributions(
         tuple(texts), encoder, tuple(encoded), tuple(sources), fused, tuple(sets), counts
@@ -236,6 +246,33 @@ def _are_referees(
     if referees and settings.compatibility == "paper":
         raise ArgumentError("compatibility='paper' has no referees; leave them out")
     return [name in referees for name in sources]
+
+
+def _routed(
+    routes: Sequence[str],
+    texts: Sequence[str],
+    sources: Mapping[str, SourceDistributions],
+    referees: Collection[str],
+) -> np.ndarray:
+    """[texts] number of the source that each text goes to.
+
+    Raises:
+        ArgumentError: there is not one for each text, or one is no source that teaches.
+    """
+    if isinstance(routes, str) or len(routes) != len(texts):
+        given = repr(routes) if isinstance(routes, str) else len(routes)
+        raise ArgumentError(
+            f"function='route' needs routes, the name of a source for each of the {len(texts)} "
+            f"texts; got {given}"
+        )
+    teaching = [name for name in sources if name not in referees]
+    stray = next((name for name in routes if name not in teaching), None)
+    if stray is not None:
+        raise ArgumentError(
+            f"routes: {stray!r} is no source that teaches; known: {', '.join(teaching)}"
+        )
+    order = list(sources)
+    return np.array([order.index(name) for name in routes])
 
 
 def _require_same_texts(

@@ -92,6 +92,7 @@ class FuseStage(FilledStage):
                         pairings,
                         prefixes,
                         rules_of(recipe.fusion, [source.referee for source in recipe.sources]),
+                        recipe.fusion.routes,
                         schema,
                     )
                 bar.advance()
@@ -141,6 +142,7 @@ def _fuse_shard(
     pairings: Mapping[str, Pairing],
     prefixes: Mapping[str, int],
     rules: FusionRules,
+    routes: Mapping[str, str],
     schema: pa.Schema,
 ) -> None:
     numbers, ids, read, fused = (
@@ -163,13 +165,23 @@ def _fuse_shard(
             pairings[source].reading(tokens, tokens_of(columns, prefixes[source]), kept_of(columns))
             for source, columns in zip(sources, of_sources, strict=True)
         ]
-        batch, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules)
+        routed = _routed(blocks["domain"], routes, list(sources))
+        batch, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules, routed)
         numbers.append(blocks["block"])
         ids.append(of_target["ids"])
         read.append(np.diff(tokens.offsets) > 0)
         fused.append(batch)
         tally.add(blocks, together, each)
     write_table(folder, name, _columns(numbers, ids, read, fused), schema, tally.as_counts())
+
+
+def _routed(
+    domains: np.ndarray, routes: Mapping[str, str], sources: list[str]
+) -> np.ndarray | None:
+    """[B] number of the source that each block goes to; None without routes."""
+    if not routes:
+        return None
+    return np.array([sources.index(routes[domain]) for domain in domains])
 
 
 def _columns(
