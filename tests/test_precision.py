@@ -56,3 +56,23 @@ def test_nothing_is_said_where_nothing_is_slow(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_product_is_timed() -> None:
     assert 0.001 < times_slower("bfloat16") < 1000
+
+
+@pytest.mark.parametrize(("slower", "expected"), [(0.4, 0.4), (5.0, 5.0)])
+def test_pauses_are_not_taken_for_slowness(
+    monkeypatch: pytest.MonkeyPatch, slower: float, expected: float
+) -> None:
+    """Others at work beside it: the first products in half precision are all interrupted."""
+    count = 0
+
+    def seconds(dtype: torch.dtype) -> float:
+        nonlocal count
+        if dtype == torch.float32:
+            return 1.0
+        count += 1
+        return slower + (10.0 if count < 8 else 0.0)
+
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    times_slower.cache_clear()
+    assert times_slower("bfloat16") == expected
+    times_slower.cache_clear()

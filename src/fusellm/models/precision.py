@@ -1,5 +1,6 @@
 """Whether half precision is any faster here: not every processor has instructions for it."""
 
+import math
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -9,7 +10,7 @@ import torch
 from fusellm.config import ModelSettings
 
 _ROWS, _WIDTH = 128, 1024  # of the product that is timed: a few milliseconds
-_ROUNDS = 3
+_LEAST_ROUNDS, _ROUNDS = 3, 20
 _SLOWER = 1.5
 _TRAINS_IN = {"bfloat16": "bf16", "float16": "fp16"}  # by the names that training has for them
 
@@ -51,16 +52,22 @@ def times_slower(dtype: str) -> float:
     >>> 0.1 < times_slower("float32") < 10
     True
     """
-    return _seconds(getattr(torch, dtype)) / _seconds(torch.float32)
+    kinds = torch.float32, getattr(torch, dtype)
+    for kind in kinds:  # the first one prepares
+        _seconds(kind)
+    # The least of some rounds: others may be at work beside it. A pause of a few milliseconds would
+    # be taken for slowness, so that this is not believed before many rounds say the same.
+    least = [math.inf, math.inf]
+    for round_ in range(_ROUNDS):
+        least = [min(before, _seconds(kind)) for before, kind in zip(least, kinds, strict=True)]
+        if round_ + 1 >= _LEAST_ROUNDS and least[1] <= _SLOWER * least[0]:
+            break
+    return least[1] / least[0]
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    # The least of some rounds: others may be at work beside it.
     given = torch.ones(_ROWS, _WIDTH, dtype=dtype)
     weights = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
-    taken = []
-    for _ in range(_ROUNDS + 1):  # the first one prepares
-        began = time.perf_counter()
-        torch.nn.functional.linear(given, weights)
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
+    began = time.perf_counter()
+    torch.nn.functional.linear(given, weights)
+    return time.perf_counter() - began
