@@ -137,7 +137,13 @@ def settings_of(
         raise ArgumentError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
     known = METHODS[method]
     _require_count(method, models)
-    given = {"weights": weights, "density": density, "scale": scale, "t": t, "seed": seed}
+    given: dict[str, Any] = {
+        "weights": weights,
+        "density": density,
+        "scale": scale,
+        "t": t,
+        "seed": seed,
+    }
     for name, value in given.items():
         if value is not None and name not in known.takes:
             takers = ", ".join(m for m, one in METHODS.items() if name in one.takes)
@@ -145,7 +151,9 @@ def settings_of(
                 f"{_OPTIONS[name]} has no meaning with {method}; it belongs to {takers}. Leave it "
                 "out, or take one of these"
             )
-    filled = {n: _DEFAULTS[n] if given[n] is None else given[n] for n in known.takes}
+    filled: dict[str, Any] = {
+        n: _DEFAULTS[n] if given[n] is None else given[n] for n in known.takes
+    }
     if "density" in filled and density is None:
         filled["density"] = known.density
     if "weights" in filled:
