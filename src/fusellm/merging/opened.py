@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -239,13 +240,29 @@ def _by_own_names(
     heads = set(getattr(kind, "_tied_weights_keys", None) or ())
     if before and not any(name.startswith(before) for name in tensors):
         tensors = {n if n in heads else before + n: entry for n, entry in tensors.items()}
-    unread = [*_BUFFERS, *(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    unread = _unread(located, list(tensors))
     return {
         name: entry
         for name, entry in tensors.items()
-        if not any(re.search(pattern, name) for pattern in unread)
-        and not (name in tied and tied[name] in tensors)
+        if name not in unread and not (name in tied and tied[name] in tensors)
     }
+
+
+def _unread(located: Located, names: Sequence[str]) -> set[str]:
+    """Stored buffers that transformers passes over in silence.
+
+    Its patterns fit weights too (`attn.bias` is in `c_attn.bias`): they are for what the model does
+    not have, so that it is built, without numbers.
+    """
+    kind = class_of(located.config)
+    patterns = [*_BUFFERS, *(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    fitting = {name for name in names if any(re.search(one, name) for one in patterns)}
+    if not fitting or kind is None:
+        return fitting
+    config = located.config.get_text_config()
+    with torch.device("meta"):
+        built = kind(deepcopy(config if kind.config_class is type(config) else located.config))
+    return fitting.difference(built.state_dict())
 
 
 def require_alike(models: Sequence[Opened]) -> list[str]:
