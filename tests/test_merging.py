@@ -370,6 +370,9 @@ def test_a_head_that_one_model_has_for_itself_becomes_one(
     embedding, head = weights(tied)["model.embed_tokens.weight"], weights(own)["lm_head.weight"]
     torch.testing.assert_close(model.lm_head.weight.data, (embedding + head) / 2)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
 def test_old_names_and_buffers_of_gpt_2(tmp_path: Path) -> None:
@@ -502,19 +505,22 @@ def slow_sce(
 
 
 def made(seed: int, models: int, entries: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Some models and their base; every fifth entry is the base's in all of them."""
+    """Some models and their base; two fifths of the entries are alike in all of them.
+
+    Half of those are the base's, and half have learnt the same.
+    """
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(entries, generator=generator)
     tensors = [base + torch.randn(entries, generator=generator) for _ in range(models)]
     for tensor in tensors:
-        tensor[::5] = base[::5]
+        tensor[::5], tensor[1::5] = base[::5], tensors[0][1::5]
     return tensors, base
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 0.8])
 def test_ties_and_sce_are_what_plain_python_makes(seed: int, density: float) -> None:
-    tensors, base = made(seed, 2 + seed % 3, 37)
+    tensors, base = made(seed, 2 + seed % 3, 43)
     rows, under = [tensor.tolist() for tensor in tensors], base.tolist()
     ones = [1.0] * len(rows)
     merged = methods.ties(tensors, base, ones, density, 1.0)
@@ -718,6 +724,20 @@ def test_other_tokenizers_are_refused(family: Path, tmp_path: Path) -> None:
     assert "cut by other rules" in told([family / "a", other], tmp_path / "out")
 
 
+def test_what_is_put_around_a_text_may_differ(family: Path, tmp_path: Path) -> None:
+    """As where a recipe's `prefix` says otherwise; the result keeps to the first model's."""
+    bare = copied(family / "a", tmp_path / "bare")
+    path = bare / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) | {"post_processor": None}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    merge_models([bare, family / "b"], tmp_path / "out", method="linear")
+    lengths = [
+        len(AutoTokenizer.from_pretrained(place)("the model")["input_ids"])
+        for place in (bare, tmp_path / "out", family / "b")
+    ]
+    assert lengths[0] == lengths[1] == lengths[2] - 1
+
+
 def test_a_missing_tensor_is_named(family: Path, tmp_path: Path) -> None:
     torn = copied(family / "b", tmp_path / "torn")
     tensors = load_file(torn / "model.safetensors")
@@ -831,7 +851,9 @@ def test_files_are_laid_out_as_safetensors_wants_them(family: Path, tmp_path: Pa
     with pytest.raises(ModelError, match=r"model.norm.weight of .* is 15, and by its config.json"):
         merge_models(models, tmp_path / "out", method="linear")
     for model in models:
-        change(model, "model.norm.weight", lambda tensor: torch.ones(16).half())
+        tensors = load_file(model / "model.safetensors")
+        tensors |= {"a.odd": torch.ones(3).half(), "model.norm.weight": torch.ones(16)}
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     merge_models(models, tmp_path / "out", method="linear")
     path = tmp_path / "out" / "model.safetensors"
     with safe_open(path, "pt") as file:

@@ -326,7 +326,7 @@ def _agreeing_mean(
     elected = _weighted_sum(changes, elected_by or weights).sign_()
     total, weight_there = torch.zeros_like(elected), torch.zeros_like(elected)
     for change, weight in zip(changes, weights, strict=True):
-        agrees = (change.sign() == elected) & (elected != 0)
+        agrees = change.sign() == elected  # where none is elected, only a 0 does
         total.add_(change * agrees, alpha=weight)
         weight_there.add_(agrees, alpha=weight)
     return torch.where(weight_there > 0, total / weight_there, 0.0)
