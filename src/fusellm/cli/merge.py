@@ -25,77 +25,86 @@ class MergeMethod(StrEnum):  # typer takes Literal from 0.19 on
 
 
 _METHODS = "; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL|RUN…",
+        help="Two or more: folders, names on the hub, zoo/NAME; a run stands for its fused "
+        "model, and RUN/train/clm is a folder like any.",
+        show_default=False,
+    ),
+]
+HowMerged = Annotated[
+    MergeMethod, typer.Option("--method", help=f"{_METHODS}.", show_default=False)
+]
+MergedFolder = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        parser=folder,
+        help="Where the merged model goes; not there yet, or empty.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="What all of them were trained from; for all methods but linear and slerp. Of "
+        "runs that have one target it is that target, if not given.",
+    ),
+]
+Weights = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--weight",
+        metavar="W",
+        help="Give it once for each model, in their order; if not given, each has 1. Not for "
+        "slerp and sce.",
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option(
+        "--density",
+        metavar="SHARE",
+        help="How much of what a model has learnt is kept, in (0, 1]; if not given, 0.2 for "
+        "ties, 0.5 for dare_linear and dare_ties, 0.1 for sce.",
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        "--lambda",
+        metavar="λ",
+        help="What is added to the base is multiplied by it; if not given, 1. For "
+        "task_arithmetic, ties, dare_linear and dare_ties.",
+    ),
+]
+Along = Annotated[
+    float | None,
+    typer.Option(
+        "--t", metavar="T", help="slerp: 0 is the first model, 1 the second; if not given, 0.5."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Of what dare_… draws; if not given, 0."),
+]
 
 
 def merge(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL|RUN…",
-            help="Two or more: folders, names on the hub, zoo/NAME; a run stands for its fused "
-            "model, and RUN/train/clm is a folder like any.",
-            show_default=False,
-        ),
-    ],
-    method: Annotated[
-        MergeMethod, typer.Option("--method", help=f"{_METHODS}.", show_default=False)
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="FOLDER",
-            parser=folder,
-            help="Where the merged model goes; not there yet, or empty.",
-            show_default=False,
-        ),
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="MODEL",
-            help="What all of them were trained from; for all methods but linear and slerp. Of "
-            "runs that have one target it is that target, if not given.",
-        ),
-    ] = None,
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--weight",
-            metavar="W",
-            help="Give it once for each model, in their order; if not given, each has 1. Not for "
-            "slerp and sce.",
-        ),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(
-            "--density",
-            metavar="SHARE",
-            help="How much of what a model has learnt is kept, in (0, 1]; if not given, 0.2 for "
-            "ties, 0.5 for dare_linear and dare_ties, 0.1 for sce.",
-        ),
-    ] = None,
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            "--lambda",
-            metavar="λ",
-            help="What is added to the base is multiplied by it; if not given, 1. For "
-            "task_arithmetic, ties, dare_linear and dare_ties.",
-        ),
-    ] = None,
-    t: Annotated[
-        float | None,
-        typer.Option(
-            "--t", metavar="T", help="slerp: 0 is the first model, 1 the second; if not given, 0.5."
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", help="Of what dare_… draws; if not given, 0."),
-    ] = None,
+    models: Models,
+    method: HowMerged,
+    out: MergedFolder,
+    base: Base = None,
+    weight: Weights = None,
+    density: Density = None,
+    scale: Scale = None,
+    t: Along = None,
+    seed: Seed = None,
     as_json: Json = False,
 ) -> None:
     """Merge the weights of models of one architecture and one tokenizer into one model.

@@ -107,13 +107,7 @@ def merge_models(
         method, len(names), weights=weights, density=density, scale=scale, t=t, seed=seed
     )
     place = require_free(Path(out))
-    over = _base_of(settings, names, None if base is None else fspath(base), shown)
-    opened = [open_model(name, settings_of_place(name)) for name in names]
-    opened_base = None if over is None else open_model(*over)
-    everyone = opened if opened_base is None else [*opened, opened_base]
-    for line in require_alike(everyone):
-        shown.say(f"{line}; the merged model has that of {names[0]}")
-    merge = _Merge(settings, opened, opened_base)
+    merge = _opened(settings, names, None if base is None else fspath(base), shown)
     require_room(place, merge.plan)
     total = sum(_entries(header) for file in merge.plan.values() for header in file.values())
     with whole_folder(place) as folder:
@@ -121,7 +115,20 @@ def merge_models(
             write_weights(folder, merge.plan, lambda name: merge.tensor(name, bar))
         _write_rest(folder, merge)
     count = sum(len(file) for file in merge.plan.values())
-    return MergedModel(place, settings, None if over is None else over[0], count, total)
+    over = None if merge.base is None else merge.base.name
+    return MergedModel(place, settings, over, count, total)
+
+
+def _opened(
+    settings: MergeSettings, names: Sequence[str], base: str | None, progress: Progress
+) -> "_Merge":
+    """The models of a merge, found and compared; no numbers are read yet."""
+    over = _base_of(settings, names, base, progress)
+    models = [open_model(name, settings_of_place(name)) for name in names]
+    opened_base = None if over is None else open_model(*over)
+    for line in require_alike(models if opened_base is None else [*models, opened_base]):
+        progress.say(f"{line}; the merged model has that of {names[0]}")
+    return _Merge(settings, models, opened_base)
 
 
 def _base_of(
