@@ -252,7 +252,7 @@ def test_schema_names_the_recipes_keys(
     assert "lambda" in schema["$defs"]["ObjectiveSettings"]["properties"]
 
 
-@pytest.mark.parametrize("command", ["run", "check", "clean", "zoo", "tokenizers"])
+@pytest.mark.parametrize("command", ["run", "check", "clean", "zoo", "tokenizers", "merge"])
 def test_help_teaches(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

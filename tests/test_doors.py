@@ -101,6 +101,11 @@ def bring_code(model: Path, folder: Path) -> None:
         (["evaluate", "", "--suite", "lm"], 1, "Read it, then give --trust-remote-code"),
         (["evaluate", "/model", "--suite", "smoke"], 1, "comes with code of its own"),
         (["tokenizers", "/model", "/model"], 0, "cut every text alike"),
+        (
+            ["merge", "/model", "/model", "--method=slerp", "--out=no"],
+            1,
+            "which a merge does not run",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

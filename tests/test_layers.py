@@ -17,7 +17,17 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 WORDS = ("errors", "config", "recipe_file", "progress", "compiled", "text_table")
 MATHS = ("tokens", "arrays", "alignment", "fusion", "objective")
-EDGES = ("store", "models", "reading", "zoo", "corpus", "evaluation", "training", "preflight")
+EDGES = (
+    "store",
+    "models",
+    "merging",
+    "reading",
+    "zoo",
+    "corpus",
+    "evaluation",
+    "training",
+    "preflight",
+)
 DOORS = ("pipeline", "run", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", "explain", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""

@@ -17,6 +17,7 @@ from fusellm.cli.evaluate import evaluate
 from fusellm.cli.init import init
 from fusellm.cli.inspect import inspect
 from fusellm.cli.launch import parting
+from fusellm.cli.merge import merge
 from fusellm.cli.run import check, corpus, demo, externalize, fuse, report, run, train
 from fusellm.cli.status import clean, status
 from fusellm.cli.store import store_app
@@ -72,7 +73,7 @@ def schema(
 
 
 _RUNS = (demo, run, corpus, externalize, fuse, train, evaluate, report)
-for _command in (tokenizers, *_RUNS, check, inspect, init, status, clean, schema):
+for _command in (tokenizers, *_RUNS, merge, check, inspect, init, status, clean, schema):
     app.command()(_command)  # in the order of `fusellm --help`
 
 
