@@ -114,8 +114,7 @@ def ties(
 
     - The authors trim a model's whole task vector at once. Here, as in PEFT and mergekit, each
       tensor is trimmed by itself, so that no model has to be in memory.
-    - An entry as large as the last one kept is kept too, as by the authors; PEFT and mergekit drop
-      some of them.
+    - An entry as large as the last one kept is kept too; PEFT and mergekit drop some of them.
     - The mean is by weight, as in mergekit. PEFT divides by the number that agree.
     - Where the sum is exactly 0 no sign is elected and the base stays, as the equation says. PEFT
       and mergekit elect + there.
