@@ -11,6 +11,7 @@ import fusellm
 from fusellm.config import RESERVED_NAMES, ObjectiveSettings, Recipe
 from fusellm.errors import RecipeError
 from fusellm.recipe_file import check_recipe, load_recipe
+from fusellm.study.plan import load_study
 
 ROOT = Path(fusellm.__file__).resolve().parent
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -28,7 +29,7 @@ EDGES = (
     "training",
     "preflight",
 )
-DOORS = ("pipeline", "run", "cli", "__main__")
+DOORS = ("pipeline", "run", "study", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", "explain", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
 
@@ -241,9 +242,15 @@ def fault_of(recipe: dict[str, Any]) -> str:
     return message.removeprefix("some.yaml: ")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_recipes(path: Path) -> None:
-    assert load_recipe(path).name == path.stem
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_and_studies(path: Path) -> None:
+    if path.name.startswith("study-"):
+        assert load_study(path).settings.name == path.stem
+    else:
+        assert load_recipe(path).name == path.stem
 
 
 def test_the_least_recipe() -> None:

@@ -22,6 +22,8 @@ from fusellm.config import (
 from fusellm.config.yaml_text import read_yaml
 from fusellm.errors import ArgumentError, RecipeError, StoreError
 
+Block = TypeVar("Block", bound=BaseModel)
+
 RECIPE = "recipe.yaml"
 """The recipe's name in the folder of a run."""
 
@@ -42,9 +44,41 @@ def load_recipe(path: str | PathLike[str], changes: Sequence[str] = ()) -> Recip
             path in the file.
     """
     path = Path(path)
+    raw = _mapping_of(path)
+    for change in changes:
+        _apply(_spelled_out(raw), change)
+    return check_recipe(raw, str(path))
+
+
+def checked_file(path: Path, kind: type[Block], what: str) -> Block:
+    """A file that holds one block of settings and is no recipe.
+
+    Args:
+        what: it is called, "study".
+
+    Raises:
+        RecipeError: as `load_recipe` does.
+    """
+    raw = _mapping_of(path, what)
+    _require_no_secret(raw, str(path))
+    try:
+        return kind.model_validate({key: value for key, value in raw.items() if value is not None})
+    except ValidationError as error:
+        faults = "; ".join(_explain(fault) for fault in error.errors())
+        raise RecipeError(f"{path}: {faults}") from None
+
+
+def _mapping_of(path: Path, what: str | None = None) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or has something else.
+    """
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if what is not None:
+            raise RecipeError(f"there is no {what} {path}; check the path") from None
         if path.suffix not in (".yaml", ".yml"):
             raise RecipeError(
                 f"there is no {path}, neither as a recipe nor as a run; check the path. `fusellm "
@@ -60,14 +94,12 @@ def load_recipe(path: str | PathLike[str], changes: Sequence[str] = ()) -> Recip
     except RecipeError as error:
         raise RecipeError(f"{path}, {error}") from None
     if not isinstance(raw, dict):
-        what = "is empty" if raw is None else f"is a {_YAML_KINDS.get(type(raw), 'single value')}"
+        given = "is empty" if raw is None else f"is a {_YAML_KINDS.get(type(raw), 'single value')}"
         raise RecipeError(
-            f"{path} must have keys with values, like name: my-run, and {what}; `fusellm init` "
+            f"{path} must have keys with values, like name: my-run, and {given}; `fusellm init` "
             "writes an example"
         )
-    for change in changes:
-        _apply(_spelled_out(raw), change)
-    return check_recipe(raw, str(path))
+    return raw
 
 
 def open_recipe(place: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -101,9 +133,6 @@ def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors())
         raise RecipeError(f"{where}: {faults}") from None
-
-
-Block = TypeVar("Block", bound=BaseModel)
 
 
 def checked_settings(kind: type[Block], given: Mapping[str, Any]) -> Block:

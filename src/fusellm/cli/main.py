@@ -21,6 +21,7 @@ from fusellm.cli.merge import merge
 from fusellm.cli.run import check, corpus, demo, externalize, fuse, report, run, train
 from fusellm.cli.status import clean, status
 from fusellm.cli.store import store_app
+from fusellm.cli.study import study
 from fusellm.cli.tokenizers import tokenizers
 from fusellm.cli.zoo import zoo_app
 from fusellm.config.page import recipe_page
@@ -73,7 +74,7 @@ def schema(
 
 
 _RUNS = (demo, run, corpus, externalize, fuse, train, evaluate, report)
-for _command in (tokenizers, *_RUNS, merge, check, inspect, init, status, clean, schema):
+for _command in (tokenizers, *_RUNS, study, merge, check, inspect, init, status, clean, schema):
     app.command()(_command)  # in the order of `fusellm --help`
 
 

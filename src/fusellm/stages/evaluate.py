@@ -18,6 +18,7 @@ from fusellm.evaluation.text.nats import blocks_nats, without_context
 from fusellm.models.load import Located, default_device, load_model, locate
 from fusellm.models.readers import Reader
 from fusellm.preflight import require_comparable
+from fusellm.progress import Progress
 from fusellm.stages.stage import Context, FilledStage, Stage
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.externalized import TARGET
@@ -37,14 +38,18 @@ def evaluated_models(context: Context) -> dict[str, Reader]:
     """The models of the results table, in its order."""
     names = [source.name for source in context.recipe.sources]
     models = {name: context.readers[name] for name in (*names, TARGET)}
-    target = context.target
     for which in (CLM, FUSED) if context.recipe.training.clm_baseline else (FUSED,):
-        # What was trained is a folder with everything in it, whatever it was trained from.
-        at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
-        at |= {"model": str(trained_folder(context.run, which))}
-        located = locate(context.recipe.target.model_copy(update=at), context.trusted)
-        models[which] = Reader(located, target.encoder, target.tokenizer_fingerprint)
+        models[which] = trained_model(context, which)
     return models
+
+
+def trained_model(context: Context, which: str) -> Reader:
+    """What a run has trained, FUSED or CLM."""
+    # A folder with everything in it, whatever it was trained from.
+    at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
+    at |= {"model": str(trained_folder(context.run, which))}
+    located = locate(context.recipe.target.model_copy(update=at), context.trusted)
+    return Reader(located, context.target.encoder, context.target.tokenizer_fingerprint)
 
 
 class EvaluateStage(FilledStage):
@@ -77,18 +82,15 @@ class EvaluateStage(FilledStage):
             twin = measured.setdefault(_twin(model.located, model.encoder), name)
             if _shard(twin) not in folder.shards:
                 before = self._measured_before(name, folder.identity, blocks)
-                nats = before or self._measure(name, model, blocks)
-                columns: dict[str, list[Any]] = {
-                    "block": [block.number for block in blocks],
-                    "nats": nats,
-                }
-                write_table(folder, _shard(name), columns, NATS_SCHEMA)
+                batch_tokens, progress = recipe.evaluation.batch_tokens, self.context.progress
+                nats = before or measured_nats(name, model, blocks, batch_tokens, progress)[0]
+                write_nats(folder, _shard(name), blocks, nats)
         shards = {
             name: _shard(measured[_twin(model.located, model.encoder)])
             for name, model in models.items()
         }
-        read = {name: _read(folder, shard, blocks) for name, shard in shards.items()}
-        scores = _common(blocks, read)
+        read = {name: read_nats(folder, shard, blocks) for name, shard in shards.items()}
+        scores = over_common_bytes(blocks, read)
         unread = {name: [len(row) == 0 for row in rows] for name, rows in read.items()}
         require_comparable(
             [block.domain for block in blocks],
@@ -120,23 +122,39 @@ class EvaluateStage(FilledStage):
                 former = StageFolder(path)
                 had, has = former.identity.inputs, identity.inputs
                 if all(had.get(key) == has[key] for key in ("corpus", name)):
-                    return _read(former, _shard(name), blocks)
+                    return read_nats(former, _shard(name), blocks)
             except StoreError:  # what is damaged, or was not finished, is measured anew
                 continue
         return None
 
-    def _measure(self, name: str, reader: Reader, blocks: Sequence[Block]) -> list[np.ndarray]:
-        """The nats of each block's bytes; none of one that the model could not read."""
-        model = load_model(reader.located, default_device())
-        texts = [block.text for block in blocks]
-        encoded = reader.encoder.encode(texts, [block.last for block in blocks])
-        lengths = [len(text.encode()) for text in texts]
-        batch_tokens = self.context.recipe.evaluation.batch_tokens
-        shown = self.context.progress.start(f"evaluating {name}", len(blocks), "blocks")
-        with shown as bar:
-            nats = blocks_nats(model, encoded, lengths, batch_tokens, bar.advance)
-        scored = without_context(nats, [block.context for block in blocks])
-        return [np.zeros(0) if of_block is None else of_block for of_block in scored]
+
+def measured_nats(
+    name: str,
+    reader: Reader,
+    blocks: Sequence[Block],
+    batch_tokens: int | None,
+    progress: Progress,
+) -> tuple[list[np.ndarray], int]:
+    """What a model's blocks cost it.
+
+    Returns:
+        (the nats of each block's bytes, none of one that it could not read; its parameters)
+    """
+    model = load_model(reader.located, default_device())
+    encoded = reader.encoder.encode([block.text for block in blocks], [b.last for b in blocks])
+    lengths = [len(block.text.encode()) for block in blocks]
+    with progress.start(f"evaluating {name}", len(blocks), "blocks") as bar:
+        nats = blocks_nats(model, encoded, lengths, batch_tokens, bar.advance)
+    scored = without_context(nats, [block.context for block in blocks])
+    return [np.zeros(0) if own is None else own for own in scored], model.num_parameters()
+
+
+def write_nats(
+    folder: StageWriter, name: str, blocks: Sequence[Block], nats: Sequence[np.ndarray]
+) -> None:
+    """Write what blocks cost a model."""
+    columns: dict[str, Any] = {"block": [block.number for block in blocks], "nats": list(nats)}
+    write_table(folder, name, columns, NATS_SCHEMA)
 
 
 class SuitesStage(Stage):
@@ -206,7 +224,7 @@ def _shard(name: str) -> str:
     return f"{name}.arrow"
 
 
-def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
+def read_nats(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.ndarray]:
     """The nats of each block's bytes; none of one that the model could not read."""
     shard = Shard(folder, name, NATS)
     rows = [shard.block(n)["nats"].astype(np.float64) for n in range(len(shard))]
@@ -218,7 +236,7 @@ def _read(folder: StageFolder, name: str, blocks: Sequence[Block]) -> list[np.nd
     return rows
 
 
-def _common(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -> Scores:
+def over_common_bytes(blocks: Sequence[Block], nats: Mapping[str, Sequence[np.ndarray]]) -> Scores:
     """Sums per document over the bytes that every model scored."""
     number: dict[tuple[str, str], int] = {}
     for block in blocks:

@@ -63,26 +63,39 @@ def records(
         resamplings: subsets of documents that are drawn for intervals.
         differences: pairs (a, b) for which a − b is given as model `a-b`.
     """
+    by_task, sizes = estimates_of(scores, resamplings, seed, differences)
+    return [
+        _record(model, task, of_model[model], sizes[task])
+        for model in next(iter(by_task.values()))
+        for task, of_model in by_task.items()
+    ]
+
+
+def estimates_of(
+    scores: Scores, resamplings: int, seed: int, differences: Sequence[tuple[str, str]] = ()
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
+    """What `records` tells of, with p of each difference.
+
+    Returns:
+        (by domain, the mean over domains last, by model; documents of each)
+    """
     labels = np.array(scores.domains)
     nats = dict(scores.nats) | {f"{a}-{b}": scores.nats[a] - scores.nats[b] for a, b in differences}
-    by_task: dict[str, list[Estimate]] = {}
+    columns: dict[str, list[Estimate]] = {}
     sizes: dict[str, int] = {}
     for place, domain in enumerate(dict.fromkeys(scores.domains)):
         chosen = (labels == domain) & (scores.scored_bytes > 0)
         sizes[domain] = int(chosen.sum())
         bits = np.stack([of_model[chosen] for of_model in nats.values()], axis=1) / NATS_PER_BIT
         rng = np.random.default_rng([seed, place])
-        by_task[domain] = estimates(bits, scores.scored_bytes[chosen], resamplings, rng)
-    by_task[MEAN] = [
+        columns[domain] = estimates(bits, scores.scored_bytes[chosen], resamplings, rng)
+    columns[MEAN] = [
         mean_of(parts, resamplings, np.random.default_rng([seed, len(sizes)]))
-        for parts in zip(*by_task.values(), strict=True)
+        for parts in zip(*columns.values(), strict=True)
     ]
     sizes[MEAN] = sum(sizes.values())
-    return [
-        _record(model, task, one, sizes[task])
-        for model, of_model in zip(nats, zip(*by_task.values(), strict=True), strict=True)
-        for task, one in zip(by_task, of_model, strict=True)
-    ]
+    by_task = {task: dict(zip(nats, column, strict=True)) for task, column in columns.items()}
+    return by_task, sizes
 
 
 def _record(model: str, task: str, estimate: Estimate, n: int) -> Record:

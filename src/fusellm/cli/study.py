@@ -1,0 +1,127 @@
+"""`fusellm study`: many trainings that differ in a few settings each, and one page of it all."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusellm.cli import options
+from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
+from fusellm.cli.draw import table
+
+if TYPE_CHECKING:
+    from fusellm.study.plan import Study
+    from fusellm.study.results import StudyResults
+
+PAGE, JSON = "study.md", "study.json"
+
+
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.yaml", help="The study's file.", show_default=False)
+    ],
+    out: options.Out = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm", metavar="NAME", help="Only this arm and the reference; may be repeated."
+        ),
+    ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            min=1,
+            help="Trainings at a time, each in a process of its own. With GPUs each has one of "
+            "them, in turn; without, the cores are divided.",
+        ),
+    ] = 1,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Check the study, say what it would train, and stop.")
+    ] = False,
+    redo: options.Redo = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a recipe in several ways, and compare them: arms, seeds, searched learning rates.
+
+    Each arm is the base recipe with some settings changed. What arms have in common is made once:
+    a source that has been read is not read again. Finished trainings are kept: after an
+    interruption, or with another arm in the file, give the same command again.
+
+    A study of two arms:
+
+        name: hindsight
+        recipe: recipes/demo.yaml
+        seeds: [0, 1, 2]
+        rates: [5.0e-4, 2.0e-3]
+        arms:
+          clm: {train: clm}
+          fused: {}
+          before: {set: {fusion.hindsight: false}}
+
+    It ends in a page, study.md, and in study.json: bits per byte of held-out text with intervals,
+    paired differences, tokens and computing. docs/study.md explains each key.
+    """
+    from fusellm.study.plan import load_study
+
+    loaded = load_study(file, arms or [])
+    if plan:
+        _say_plan(loaded, as_json)
+        return
+    from fusellm.models.remote_code import require_trusted
+    from fusellm.store.files import write_text
+    from fusellm.study.execute import Execution
+    from fusellm.study.page import study_page
+    from fusellm.study.results import results_of
+
+    progress = Terminal(STDERR)
+    for model in (loaded.base.target, *loaded.base.sources):
+        require_trusted(model, trust_remote_code, progress)
+    folder = out or Path("runs") / loaded.settings.name
+    work = Execution(loaded, folder, progress, jobs=jobs, redo=redo, trusted=trust_remote_code)
+    results = results_of(work.run())
+    page = study_page(loaded, results)
+    write_text(folder / PAGE, page)
+    write_text(folder / JSON, json_text(results.as_json()) + "\n")
+    if as_json:
+        print(json_text(results.as_json()))
+        return
+    _show(results)
+    STDOUT.say(f"The page: {folder / PAGE}; all figures: {folder / JSON}")
+
+
+def _show(results: "StudyResults") -> None:
+    """The mean over domains of each arm, and its difference from the reference."""
+    from fusellm.evaluation.compare.statistics import MEAN
+    from fusellm.study.page import interval, verdict
+
+    beside = {one.arm: one for one in results.differences if one.other == results.reference}
+    shown = table("", ">bits per byte", f">less {results.reference}", ">p", "")
+    for name, by_task in results.untrained.items():
+        shown.add_row(name, interval(by_task[MEAN]))
+    for name, arm in results.arms.items():
+        one = beside.get(name)
+        told = ("", "", "")
+        if one is not None:
+            p = "" if one.corrected is None else f"{one.corrected:.3f}"
+            told = (interval(one.by_task[MEAN]), p, verdict(one))
+        shown.add_row(name, interval(arm.by_task[MEAN]), *told)
+    STDOUT.print(shown)
+
+
+def _say_plan(loaded: "Study", as_json: bool) -> None:
+    seeds = len(loaded.settings.seeds)
+    rows = [
+        (name, loaded.arm(name).train, len(loaded.rates(name)), seeds - 1) for name in loaded.chosen
+    ]
+    if as_json:
+        keys = ("arm", "train", "trainings_to_find_the_rate", "trainings_of_other_seeds")
+        print(json_text([dict(zip(keys, row, strict=True)) for row in rows]))
+        return
+    shown = table("arm", "trains", ">to find the rate", ">other seeds", title=loaded.settings.name)
+    for name, train, rates, others in rows:
+        shown.add_row(name, train, str(rates), str(others))
+    STDOUT.print(shown)
+    STDOUT.say(f"{sum(row[2] + row[3] for row in rows)} trainings")

@@ -1,0 +1,56 @@
+"""What an arm computes, its sources' reading included.
+
+In floating-point operations, by the usual estimate: a forward pass takes 2 for each parameter and
+token, a training step 6 (Kaplan et al. 2020, section 2.1). All parameters are counted, tables of
+embeddings too, which a small model has many of; fusing and validating are not.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fusellm.pipeline import Pipeline
+from fusellm.store.externalized import TARGET
+from fusellm.store.manifest import StageFolder
+from fusellm.store.run_folder import FUSED
+
+_FORWARD, _STEP = 2, 6
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Floating-point operations.
+
+    Attributes:
+        reading: of the sources, once over the text.
+        training: of the target.
+    """
+
+    reading: int
+    training: int
+
+    @property
+    def total(self) -> int:
+        """Both.
+
+        >>> Compute(1, 2).total
+        3
+        """
+        return self.reading + self.training
+
+
+def compute_of(
+    pipeline: Pipeline, which: str, tokens: int, parameters: Mapping[str, int]
+) -> Compute:
+    """What a training has computed.
+
+    Args:
+        which: FUSED, or CLM, for which no source is read.
+        tokens: that it was trained on.
+        parameters: of each model by name, the target's as "target".
+    """
+    reading = 0
+    if which == FUSED:
+        for source in pipeline.recipe.sources:
+            counts = StageFolder(pipeline.run / "externalize" / source.name).counts
+            reading += _FORWARD * parameters[source.name] * int(counts["tokens"])
+    return Compute(reading, _STEP * parameters[TARGET] * tokens)

@@ -1,0 +1,242 @@
+"""The order of a study's work, and what of it can be done at a time."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusellm.errors import RecipeError
+from fusellm.models.readers import Reader
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Progress
+from fusellm.stages.evaluate import measured_nats, read_nats, trained_model, write_nats
+from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.store.externalized import TARGET
+from fusellm.store.identity import Identity, digest
+from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.run_folder import FUSED, trained_folder
+from fusellm.store.writer import StageWriter, set_aside
+from fusellm.study.compute import Compute, compute_of
+from fusellm.study.plan import Study, Unit
+from fusellm.study.results import Answers, Trained
+from fusellm.study.trainings import Outcome, Trainings, best_rate, discard, identity_of, train_apart
+
+_BASE = "base"
+_NATS = "nats.arrow"
+
+
+class Execution:
+    """A study at work in its folder."""
+
+    def __init__(
+        self,
+        study: Study,
+        out: Path,
+        progress: Progress,
+        *,
+        jobs: int = 1,
+        redo: bool = False,
+        trusted: bool = False,
+    ) -> None:
+        """Find what all arms need; nothing is written.
+
+        Args:
+            jobs: trainings at a time, each in a process of its own if there are several.
+            redo: move what was made from other settings aside, in place of an error.
+            trusted: whether code that models bring along may run.
+
+        Raises:
+            FusellmError: an arm's models or settings cannot be used.
+        """
+        self._study, self._out, self._progress = study, out, progress
+        self._jobs, self._redo, self._trusted = jobs, redo, trusted
+        self._trainings = Trainings(out, progress, trusted)
+        self._base = self._trainings.pipeline(study.base, _BASE)
+        for arm in study.chosen:
+            unit = Unit(arm, study.settings.seeds[0], study.rates(arm)[0])
+            self._trainings.pipeline(study.recipe(unit), unit.folder)
+        self._blocks: list[Block] = []
+        self._pipelines: dict[Unit, Pipeline] = {}
+        self._parameters: dict[str, int] = {}
+        self._outcomes: dict[Unit, Outcome] = {}
+        self._computes: dict[Unit, Compute] = {}
+
+    def run(self) -> Answers:
+        """Do what is not done yet, and gather what there is.
+
+        Raises:
+            FusellmError: something is missing, or an arm cannot be as the study has it.
+        """
+        self._trainings.share(self._base, ["corpus"], self._redo)
+        self._blocks = read_part(open_corpus(self._base.run), "held_out")
+        nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
+        rates: dict[str, float | None] = {}
+        for arms in self._rounds():
+            first = self._study.settings.seeds[0]
+            units = [Unit(arm, first, rate) for arm in arms for rate in self._study.rates(arm)]
+            self._train(units)
+            for arm in arms:
+                of_arm = [unit for unit in units if unit.arm == arm]
+                rates[arm] = best_rate([(unit.rate, self._outcomes[unit]) for unit in of_arm])
+                for unit in of_arm:
+                    if unit.rate != rates[arm]:
+                        discard(self._out / unit.folder, self._study.which(arm))
+            seeds = self._study.settings.seeds[1:]
+            self._train([Unit(arm, seed, rates[arm]) for arm in arms for seed in seeds])
+        trained: dict[str, list[Trained]] = {}
+        for arm in self._study.chosen:
+            units = [Unit(arm, seed, rates[arm]) for seed in self._study.settings.seeds]
+            trained[arm] = [self._measured(unit) for unit in units]
+        tried: dict[str, dict[float | None, float]] = {
+            arm: {rate: self._outcomes[Unit(arm, first, rate)].validation for rate in all_rates}
+            for arm in self._study.chosen
+            if len(all_rates := self._study.rates(arm)) > 1
+        }
+        return Answers(self._study, self._blocks, nats, trained, rates, tried)
+
+    def _rounds(self) -> list[list[str]]:
+        """Arms that can be trained at a time; those that have another's computing come after it."""
+        later = [name for name in self._study.chosen if self._study.arm(name).compute_of]
+        sooner = [name for name in self._study.chosen if name not in later]
+        return [arms for arms in (sooner, later) if arms]
+
+    def _untrained(self, name: str, reader: Reader) -> list[np.ndarray]:
+        """Nats of a source or of the target before; how many parameters it has is known then."""
+        folder = self._out / "measured" / name
+        precision = reader.located.settings.precision
+        told = [reader.located.fingerprint, precision, reader.tokenizer_fingerprint]
+        counts = self._measure(folder, digest(told), name, lambda: reader)
+        self._parameters[name] = int(counts["parameters"])
+        return read_nats(StageFolder(folder), _NATS, self._blocks)
+
+    def _measure(
+        self, folder: Path, model: str, name: str, find: Callable[[], Reader]
+    ) -> Mapping[str, Any]:
+        """Measure a model, unless it has been, and give what was counted.
+
+        Args:
+            model: digest of what it is.
+        """
+        inputs = {"model": model, "held_out": _digest_of(self._blocks)}
+        identity = Identity("measured", {}, inputs)
+        if (folder / MANIFEST).exists() and StageFolder(folder).identity != identity:
+            set_aside(self._out, [folder])  # minutes of work, of a model that is not asked for now
+        with StageWriter.open(folder, identity) as writer:
+            if not writer.complete:
+                tokens, progress = self._study.base.evaluation.batch_tokens, self._progress
+                nats, size = measured_nats(name, find(), self._blocks, tokens, progress)
+                write_nats(writer, _NATS, self._blocks, nats)
+                writer.finish({"parameters": size})
+            return dict(writer.counts)
+
+    def _prepare(self, unit: Unit) -> Pipeline:
+        """A unit's run, with all that its training reads.
+
+        Raises:
+            RecipeError: its held-out text is not that of the others.
+        """
+        if unit in self._pipelines:
+            return self._pipelines[unit]
+        recipe = self._study.recipe(unit, self._budget(unit))
+        pipeline = self._trainings.pipeline(recipe, unit.folder)
+        self._trainings.share(pipeline, ["corpus"], self._redo)
+        if _digest_of(read_part(open_corpus(pipeline.run), "held_out")) != _digest_of(self._blocks):
+            raise RecipeError(
+                f"{self._study.file}: arm {unit.arm} changes corpus: so that its held-out text is "
+                "another one, which cannot be compared; change train_bytes or train_tokens alone"
+            )
+        reads = [f"externalize/{TARGET}"]
+        if self._study.which(unit.arm) == FUSED:
+            reads += [*(f"externalize/{source.name}" for source in recipe.sources), "fuse"]
+        self._trainings.share(pipeline, reads, self._redo)
+        self._pipelines[unit] = pipeline
+        return pipeline
+
+    def _budget(self, unit: Unit) -> dict[str, Any]:
+        """How long an arm trains that has another one's computing; nothing for others."""
+        other = self._study.arm(unit.arm).compute_of
+        if other is None:
+            return {}
+        spent = next(c for u, c in self._computes.items() if u.arm == other)
+        training = self._study.recipe(unit).training
+        given = training.arguments | training.clm
+        times = spent.total / spent.training
+        if given.get("max_steps", -1) > 0:
+            return {"max_steps": max(1, round(given["max_steps"] * times))}
+        return {"num_train_epochs": round(float(given.get("num_train_epochs", 3.0)) * times, 4)}
+
+    def _train(self, units: Sequence[Unit]) -> None:
+        """Train those units that are not trained yet, and know what came of all."""
+        pending: list[tuple[Unit, Pipeline]] = []
+        for unit in units:
+            pipeline = self._prepare(unit)
+            found = self._trainings.outcome(pipeline, self._study.which(unit.arm))
+            if found is None:
+                pending.append((unit, pipeline))
+            else:
+                self._know(unit, pipeline, found)
+        if self._jobs > 1 and len(pending) > 1:
+            self._train_apart(pending)
+        for number, (unit, pipeline) in enumerate(pending):
+            if self._jobs == 1:
+                what = f"training {number + 1} of {len(pending)}: {unit.folder}"
+                self._progress.say(what)
+            found = self._trainings.train(pipeline, self._study.which(unit.arm), self._redo)
+            self._know(unit, pipeline, found)
+
+    def _train_apart(self, pending: Sequence[tuple[Unit, Pipeline]]) -> None:
+        """Train several at a time; each goes on where it was interrupted."""
+        gpus = torch.cuda.device_count()
+        threads = max(1, (os.cpu_count() or 1) // self._jobs)
+        context = multiprocessing.get_context("spawn")
+        with (
+            ProcessPoolExecutor(self._jobs, context) as pool,
+            self._progress.start("training", len(pending), "models") as bar,
+        ):
+            futures: list[Future[None]] = [
+                pool.submit(
+                    train_apart,
+                    pipeline.recipe,
+                    pipeline.run,
+                    self._study.which(unit.arm),
+                    self._trusted,
+                    threads,
+                    n % gpus if gpus else None,
+                )
+                for n, (unit, pipeline) in enumerate(pending)
+            ]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.advance()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _know(self, unit: Unit, pipeline: Pipeline, found: Outcome) -> None:
+        which = self._study.which(unit.arm)
+        self._outcomes[unit] = found
+        self._computes[unit] = compute_of(pipeline, which, found.tokens, self._parameters)
+
+    def _measured(self, unit: Unit) -> Trained:
+        """What held-out text costs a trained model."""
+        which, pipeline = self._study.which(unit.arm), self._prepare(unit)
+        folder = self._out / "measured" / unit.folder.removeprefix("arms/").replace("/", "-")
+        measured = (folder / MANIFEST).exists() and StageFolder(folder).complete
+        if not (measured or (trained_folder(pipeline.run, which) / MANIFEST).exists()):
+            self._trainings.train(pipeline, which, self._redo)  # its rate was not taken before
+        made_from = identity_of(pipeline, which)
+        self._measure(
+            folder, made_from, unit.folder, lambda: trained_model(pipeline.context, which)
+        )
+        nats = read_nats(StageFolder(folder), _NATS, self._blocks)
+        return Trained(unit, nats, self._outcomes[unit], self._computes[unit])
+
+
+def _digest_of(blocks: Sequence[Block]) -> str:
+    return digest([[block.domain, block.document, block.text] for block in blocks])

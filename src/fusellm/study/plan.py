@@ -1,0 +1,147 @@
+"""A study's file: what is to be trained, and the recipe of each training."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusellm.config import Recipe
+from fusellm.config.study import ArmSettings, StudySettings
+from fusellm.errors import RecipeError
+from fusellm.recipe_file import check_recipe, checked_file, load_recipe, resolve_paths
+from fusellm.store.externalized import TARGET
+from fusellm.store.run_folder import CLM, FUSED
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training of a study.
+
+    Attributes:
+        arm: its name.
+        seed: of the training.
+        rate: learning rate; None for the recipe's.
+    """
+
+    arm: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where its run is, in the study's folder.
+
+        >>> Unit("bayes", 1, 2e-3).folder
+        'arms/bayes/seed-1-rate-0.002'
+        """
+        rate = "" if self.rate is None else f"-rate-{self.rate:g}"
+        return f"arms/{self.arm}/seed-{self.seed}{rate}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that can be run.
+
+    Attributes:
+        settings: what its file says.
+        file: where that is.
+        base: the base recipe with what all arms have, local paths made absolute.
+        chosen: names of the arms that are wanted, in the file's order.
+    """
+
+    settings: StudySettings
+    file: Path
+    base: Recipe
+    chosen: tuple[str, ...]
+
+    def arm(self, name: str) -> ArmSettings:
+        """What an arm is."""
+        return self.settings.arms[name]
+
+    def rates(self, arm: str) -> Sequence[float | None]:
+        """The learning rates that an arm tries."""
+        own = self.arm(arm).rates
+        return (self.settings.rates if own is None else own) or [None]
+
+    def in_order(self) -> list[str]:
+        """The chosen arms, those last that have another one's computing."""
+        return sorted(self.chosen, key=lambda name: self.arm(name).compute_of is not None)
+
+    def which(self, arm: str) -> str:
+        """What the arm's runs train: FUSED or CLM."""
+        return CLM if self.arm(arm).train == "clm" else FUSED
+
+    def recipe(self, unit: Unit, more: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe of one training.
+
+        Args:
+            more: further settings, by their dotted names.
+
+        Raises:
+            RecipeError: what the arm changes gives no recipe; its name is told.
+        """
+        arm, which = self.arm(unit.arm), self.which(unit.arm)
+        of_baseline = "training.clm." if which == CLM else "training."
+        settings = {**arm.set, "training.seed": unit.seed, "training.clm_baseline": which == CLM}
+        if unit.rate is not None:
+            settings[f"{of_baseline}learning_rate"] = unit.rate
+        settings |= {f"{of_baseline}{key}": value for key, value in (more or {}).items()}
+        where = f"{self.file}: arm {unit.arm}"
+        try:
+            recipe = _loaded(self.file, self.settings, settings)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        if arm.sources is None:
+            return recipe
+        known = [source.name for source in recipe.sources]
+        unknown = next((name for name in arm.sources if name not in known), None)
+        if unknown is not None:
+            raise RecipeError(
+                f"{where}: the base recipe has no source {unknown!r}; it has {', '.join(known)}"
+            )
+        raw = recipe.model_dump(by_alias=True)
+        raw["sources"] = [source for source in raw["sources"] if source["name"] in arm.sources]
+        return check_recipe(raw, where)
+
+
+def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
+    """Read and check a study, and the recipe of each of its arms.
+
+    Args:
+        arms: only these, the reference and whatever they need; all if empty.
+
+    Raises:
+        RecipeError: it is missing, no study, or an arm gives no recipe; every fault is named with
+            its place.
+    """
+    settings = checked_file(file, StudySettings, "study")
+    unknown = next((name for name in arms if name not in settings.arms), None)
+    if unknown is not None:
+        raise RecipeError(
+            f"{file}: there is no arm {unknown!r}; there are {', '.join(settings.arms)}"
+        )
+    wanted = {*(arms or settings.arms), settings.reference}
+    wanted |= {other for name in wanted if (other := settings.arms[name].compute_of) is not None}
+    base = _loaded(file, settings, {})
+    names = [source.name for source in base.sources]
+    clash = next((name for name in settings.arms if name in (*names, TARGET)), None)
+    if clash is not None:
+        raise RecipeError(f"{file}: arms.{clash}: a source has that name; give the arm another")
+    study = Study(settings, file, base, tuple(name for name in settings.arms if name in wanted))
+    for name in study.chosen:
+        for rate in study.rates(name):
+            recipe = study.recipe(Unit(name, settings.seeds[0], rate))
+            if recipe.training.validations == 0:
+                raise RecipeError(
+                    f"{file}: arm {name}: training.validations: 0 leaves nothing to compare rates "
+                    "and curves by; set 1 or more"
+                )
+    return study
+
+
+def _loaded(file: Path, settings: StudySettings, changes: Mapping[str, Any]) -> Recipe:
+    """The base recipe with what all arms have, and then some more."""
+    path = file.parent / settings.recipe
+    spelled = [f"{key}={json.dumps(value)}" for key, value in {**settings.set, **changes}.items()]
+    return resolve_paths(load_recipe(path, spelled), path.parent)

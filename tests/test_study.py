@@ -1,0 +1,320 @@
+"""A study: arms, seeds and rates, what they share, what interrupts them, and the page."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fusellm.cli.study import study
+from fusellm.errors import FusellmError, RecipeError
+from fusellm.progress import Silent
+from fusellm.study import trainings
+from fusellm.study.compute import compute_of
+from fusellm.study.execute import Execution
+from fusellm.study.page import study_page
+from fusellm.study.plan import Unit, load_study
+from fusellm.study.results import StudyResults, results_of
+
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
+ARMS: dict[str, Any] = {
+    "clm": {"train": "clm"},
+    "fused": {},
+    "before": {"set": {"fusion.hindsight": False}},
+}
+SMALL = {
+    "training.max_steps": 4,
+    "training.logging_steps": 2,
+    "training.save_steps": 2,
+    "corpus.shard_blocks": 64,
+}
+
+
+def write(folder: Path, world: Path, **changes: Any) -> Path:
+    raw = {
+        "name": "tried",
+        "recipe": str(world / "recipe.yaml"),
+        "set": SMALL,
+        "seeds": [0, 1],
+        "rates": [1e-3, 1e-2],
+        "arms": ARMS,
+    }
+    file = folder / "study.yaml"
+    kept = {key: value for key, value in (raw | changes).items() if value is not None}
+    file.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def done(file: Path, out: Path, **how: Any) -> tuple[str, StudyResults]:
+    study = load_study(file)
+    results = results_of(Execution(study, out, Silent(), **how).run())
+    return study_page(study, results), results
+
+
+@pytest.fixture(scope="module")
+def finished(
+    world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, str, StudyResults]:
+    """(file, folder, page, results) of a study."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusellm.training.rehearsal.rehearse", lambda *_: None)
+        file = write(folder, world)
+        return file, folder / "out", *done(file, folder / "out")
+
+
+def test_a_study_measures_every_arm_and_compares_it(
+    finished: tuple[Path, Path, str, StudyResults],
+) -> None:
+    _, out, page, results = finished
+    assert list(results.arms) == list(ARMS)
+    assert list(results.untrained) == ["target", "first", "second"]
+    assert [(one.arm, one.other) for one in results.differences] == [
+        ("fused", "clm"),
+        ("before", "clm"),
+    ]
+    for name, arm in results.arms.items():
+        assert arm.rate in (1e-3, 1e-2)
+        assert len(arm.by_seed) == 2
+        assert arm.by_task["mean"].value == pytest.approx(np.mean(arm.by_seed))
+        assert arm.deviation == pytest.approx(np.std(arm.by_seed, ddof=1))
+        assert f"`{name}`" in page
+        tried = results.tried[name]
+        assert min(tried, key=tried.__getitem__) == f"{arm.rate:g}"
+    for one in results.differences:
+        both = [results.arms[name].by_task["mean"].value for name in (one.arm, one.other)]
+        assert one.by_task["mean"].value == pytest.approx(both[0] - both[1])
+        assert one.by_task["mean"].value == pytest.approx(np.mean(one.by_seed))
+        assert one.p is not None
+        assert one.corrected is not None
+        assert one.p <= one.corrected <= 2 * one.p
+    assert results.arms["clm"].compute.reading == 0 < results.arms["fused"].compute.reading
+    json.dumps(results.as_json())
+    assert len(list((out / "made").glob("externalize-*"))) == 3  # the target's tokens, two sources
+    assert len(list((out / "made").glob("fuse-*"))) == 2
+
+
+def test_the_weights_of_rates_that_were_not_taken_are_gone(
+    finished: tuple[Path, Path, str, StudyResults],
+) -> None:
+    _, out, _, results = finished
+    for name, arm in results.arms.items():
+        kept = {path.parents[2].name for path in out.glob(f"arms/{name}/*/train/*/config.json")}
+        assert kept == {f"seed-{seed}-rate-{arm.rate:g}" for seed in (0, 1)}
+        assert len(list(out.glob(f"arms/{name}/*/outcome.json"))) == 3
+
+
+def test_another_arm_redoes_nothing_else(
+    finished: tuple[Path, Path, str, StudyResults],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, out, page, results = finished
+    shutil.copytree(out, tmp_path / "out")
+    trained = _recorded(monkeypatch)
+    same, _ = done(write(tmp_path, world), tmp_path / "out")
+    assert same == page
+    assert trained == []
+    file = write(tmp_path, world, arms={**ARMS, "alone": {"sources": ["second"]}})
+    _, more = done(file, tmp_path / "out")
+    assert {name.split("/")[1] for name in trained} == {"alone"}
+    assert len(trained) == 3
+    for name, arm in results.arms.items():
+        assert more.arms[name] == arm
+    fused, alone = (more.arms[name].compute for name in ("fused", "alone"))
+    assert 0 < alone.reading < fused.reading
+    assert alone.training == fused.training
+
+
+def _recorded(monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> list[str]:
+    """The folders that are trained from now on; the n-th training is interrupted."""
+    folders: list[str] = []
+    real = trainings.Trainings.train
+
+    def train(self: Any, pipeline: Any, which: str, redo: bool = False) -> Any:
+        folders.append(str(pipeline.run.relative_to(self.out)))
+        if len(folders) == fails_at:
+            raise KeyboardInterrupt
+        return real(self, pipeline, which, redo)
+
+    monkeypatch.setattr(trainings.Trainings, "train", train)
+    return folders
+
+
+@pytest.mark.parametrize("fails_at", [1, 4, 8])
+def test_an_interrupted_study_goes_on_to_the_same_page(
+    finished: tuple[Path, Path, str, StudyResults],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails_at: int,
+) -> None:
+    file = write(tmp_path, world)
+    with monkeypatch.context() as patch:
+        first = _recorded(patch, fails_at)
+        with pytest.raises(KeyboardInterrupt):
+            done(file, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        rest = _recorded(patch)
+        page, _ = done(file, tmp_path / "out")
+    assert page == finished[2]
+    assert not set(first[:-1]) & set(rest)
+    assert len(first) - 1 + len(rest) == 9
+
+
+@pytest.mark.slow
+def test_trainings_at_a_time_give_the_same(
+    finished: tuple[Path, Path, str, StudyResults], world: Path, tmp_path: Path
+) -> None:
+    page, _ = done(write(tmp_path, world), tmp_path / "out", jobs=2)
+    assert page == finished[2]
+
+
+def test_plain_training_may_spend_what_fusion_does(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {**ARMS, "as-much": {"train": "clm", "compute_of": "fused"}}
+    del arms["before"]
+    steps = SMALL | {"training.max_steps": 8}
+    _, results = done(
+        write(tmp_path, world, arms=arms, seeds=[0], rates=None, set=steps), tmp_path / "out"
+    )
+    fused, as_much = results.arms["fused"].compute, results.arms["as-much"].compute
+    assert as_much.reading == 0
+    step = results.arms["fused"].compute.training / 8
+    assert abs(as_much.training - fused.total) <= 2 * step
+    assert results.arms["as-much"].rate is None
+    assert results.arms["fused"].deviation is None
+    assert results.tried == {}
+    with monkeypatch.context() as patch:
+        assert _recorded(patch) == []
+        done(write(tmp_path, world, arms=arms, seeds=[0], rates=None, set=steps), tmp_path / "out")
+
+
+def test_other_settings_are_an_error_or_redone(
+    finished: tuple[Path, Path, str, StudyResults], world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[1], tmp_path / "out")
+    arms = {**ARMS, "fused": {"set": {"objective.lambda": 0.9}}}
+    file = write(tmp_path, world, arms=arms)
+    with pytest.raises(FusellmError, match=r"train/fused was made from something else.*lambda"):
+        done(file, tmp_path / "out")
+    _, results = done(file, tmp_path / "out", redo=True)
+    assert results.arms["before"] == finished[3].arms["before"]
+    assert results.arms["fused"].by_seed != finished[3].arms["fused"].by_seed
+
+
+def test_held_out_text_is_one_for_all_and_known_before_any_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {**ARMS, "other": {"set": {"corpus.held_out_share": 0.3}}}
+    file = write(tmp_path, world, arms=arms, seeds=[0], rates=None)
+    trained = _recorded(monkeypatch)
+    with pytest.raises(RecipeError, match=r"arm other changes corpus: so that its held-out text"):
+        done(file, tmp_path / "out")
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"arms": {}}, "arms: "),
+        ({"arms": {"fused": {}}}, "reference: there is no arm 'clm'; there are fused"),
+        ({"reference": "plain"}, "reference: there is no arm 'plain'; there are clm, fused"),
+        ({"compare": [["fused", "best"]]}, "compare: there is no arm 'best'"),
+        ({"seeds": [1, 1]}, "seeds: one is named twice"),
+        ({"seeds": []}, "seeds: "),
+        ({"rates": [-1]}, "rates.0: "),
+        ({"arms": ARMS | {"x": {"train": "clm", "sources": ["first"]}}}, "reads none; leave out"),
+        ({"arms": ARMS | {"x": {"compute_of": "fused"}}}, "belongs to an arm with train: clm"),
+        (
+            {"arms": ARMS | {"x": {"train": "clm", "compute_of": "y"}}},
+            "arms.x.compute_of: there is no arm 'y'",
+        ),
+        ({"arms": ARMS | {"x": {"train": "clm", "compute_of": "x"}}}, "that is the arm itself"),
+        ({"arms": ARMS | {"x": {"sources": ["third"]}}}, "no source 'third'; it has first, second"),
+        ({"arms": ARMS | {"first": {}}}, "arms.first: a source has that name"),
+        ({"arms": ARMS | {"x": {"set": {"fusion.functon": "bayes"}}}}, "did you mean"),
+        ({"arms": ARMS | {"x": {"set": {"fusion.function": "bays"}}}}, "arm x: "),
+        ({"set": {"training.validations": 0}}, "validations: 0 leaves nothing to compare"),
+        ({"recipe": "none.yaml"}, "there is no recipe"),
+        ({"seed": 1}, "unknown key seed; did you mean seeds?"),
+    ],
+)
+def test_what_is_no_study_is_refused(
+    world: Path, tmp_path: Path, changes: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_study(write(tmp_path, world, **changes))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_some_arms(world: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, world)
+    assert load_study(file, ["before"]).chosen == ("clm", "before")
+    with pytest.raises(RecipeError, match="there is no arm 'none'; there are clm, fused, before"):
+        load_study(file, ["none"])
+    with pytest.raises(RecipeError, match="there is no study"):
+        load_study(tmp_path / "other.yaml")
+
+
+def test_the_command_says_its_plan_and_shows_what_it_found(
+    finished: tuple[Path, Path, str, StudyResults],
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished[1], tmp_path / "out")
+    file = write(tmp_path, world)
+    study(file, plan=True)
+    assert "9 trainings" in capsys.readouterr().out
+    study(file, plan=True, as_json=True)
+    plan = json.loads(capsys.readouterr().out)
+    assert [one["trainings_to_find_the_rate"] for one in plan] == [2, 2, 2]
+    assert not (tmp_path / "out" / "study.md").exists()
+    study(file, out=tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*ARMS, "first", "second", "target"))
+    assert (tmp_path / "out" / "study.md").read_text(encoding="utf-8") == finished[2]
+    study(file, out=tmp_path / "out", as_json=True)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
+    assert figures["arms"]["fused"]["by_task"]["mean"]["value"] == pytest.approx(
+        finished[3].arms["fused"].by_task["mean"].value
+    )
+
+
+def test_a_damaged_outcome_is_told(
+    finished: tuple[Path, Path, str, StudyResults], world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[1], tmp_path / "out")
+    outcome = next(tmp_path.glob("out/arms/fused/*/outcome.json"))
+    outcome.write_text('{"identity": 3}')
+    with pytest.raises(FusellmError, match=r"outcome\.json is damaged"):
+        done(write(tmp_path, world), tmp_path / "out")
+
+
+def test_computing_is_counted(world: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, world, seeds=[0], rates=None)
+    work = Execution(load_study(file), tmp_path / "out", Silent())
+    answers = work.run()
+    one = answers.trained["fused"][0]
+    run = tmp_path / "out" / one.unit.folder
+    counts = {
+        name: json.loads((run / "externalize" / name / "manifest.json").read_text())["counts"]
+        for name in ("first", "second")
+    }
+    sizes = {"target": 7, "first": 3, "second": 5}
+    pipeline = trainings.Trainings(tmp_path / "out", Silent()).pipeline(
+        load_study(file).recipe(Unit("fused", 0)), one.unit.folder
+    )
+    found = compute_of(pipeline, "fused", 100, sizes)
+    assert found.training == 6 * 7 * 100
+    assert found.reading == 2 * (3 * counts["first"]["tokens"] + 5 * counts["second"]["tokens"])
+    assert compute_of(pipeline, "clm", 100, sizes).reading == 0
