@@ -678,4 +678,19 @@ def test_a_bar_without_a_budget_has_no_total(
     assert "/0" not in shown
 
 
+def test_what_was_done_before_tells_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training that went on at step 45 of 119 said 2.9 steps a second, which were 0.2."""
+    monkeypatch.setattr("fusellm.cli.console._PLAIN_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr("rich.progress.Task.elapsed", 10.0)
+    with Terminal(SafeConsole()).start("training", 0, "steps") as bar:
+        bar.resize(119, 45)
+        bar.advance(0)
+        bar.advance(2)
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == "training: 45/119 steps"
+    assert second == "training: 47/119 steps, 0.2 steps/s, 360 s left"
+
+
 assert sys.getrecursionlimit() < 100_000  # or the deep files above are none

@@ -15,8 +15,8 @@ class Bar(Protocol):
     def advance(self, amount: float = 1, note: str = "") -> None:
         """`amount` more units are done; `note` is shown beside the bar."""
 
-    def resize(self, total: float) -> None:
-        """The number of units is known now."""
+    def resize(self, total: float, done: float = 0) -> None:
+        """The number of units is known now, and how many were done before: they tell no rate."""
 
 
 class Progress(Protocol):
@@ -33,7 +33,7 @@ class _Nothing:
     def advance(self, amount: float = 1, note: str = "") -> None:
         pass
 
-    def resize(self, total: float) -> None:
+    def resize(self, total: float, done: float = 0) -> None:
         pass
 
 

@@ -64,8 +64,20 @@ def checked_file(path: Path, kind: type[Block], what: str) -> Block:
     try:
         return kind.model_validate({key: value for key, value in raw.items() if value is not None})
     except ValidationError as error:
-        faults = "; ".join(_explain(fault) for fault in error.errors())
+        known = [_keys_of(kind, fault["loc"][:-1]) for fault in error.errors()]
+        told = zip(error.errors(), known, strict=True)
+        faults = "; ".join(_explain(fault, False, keys) for fault, keys in told)
         raise RecipeError(f"{path}: {faults}") from None
+
+
+def _keys_of(kind: type[BaseModel], steps: Sequence[Any]) -> list[str]:
+    """The keys of a block, or of a block in a mapping of blocks inside it."""
+    if not steps:
+        return list(kind.model_fields)
+    field = kind.model_fields.get(str(steps[0]))
+    kinds = get_args(field.annotation) if field is not None else ()
+    inner = [one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)]
+    return _keys_of(inner[0], steps[2:]) if inner else []
 
 
 def _mapping_of(path: Path, what: str | None = None) -> dict[str, Any]:
@@ -247,16 +259,21 @@ def _outside(change: str, entries: list[Any]) -> RecipeError:
     )
 
 
-def _explain(fault: Any, in_recipe: bool = True) -> str:
+def _explain(fault: Any, in_recipe: bool = True, keys: Sequence[str] | None = None) -> str:
+    """A fault in one line.
+
+    Args:
+        keys: that there are at its place, of what is no recipe.
+    """
     steps, kind = list(fault["loc"]), None
     if steps[:2] == ["corpus", "documents"] and len(steps) > 3:
         kind = steps.pop(3)  # pydantic's tag of the union, which is not in the file
     place = ".".join(str(step) for step in steps)
     if fault["type"] == "extra_forbidden":
         key = str(steps[-1])
-        known = _known_keys(steps[:-1], kind)
+        known = list(keys) if keys is not None else _known_keys(steps[:-1], kind)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        if steps[:-1] == ["fusion"] and key in _known_keys(["objective"], None):
+        if keys is None and steps[:-1] == ["fusion"] and key in _known_keys(["objective"], None):
             near = [f"objective.{key}, which train reads"]  # it was here once
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"
         outer = _further_out(steps) if in_recipe else None

@@ -111,6 +111,7 @@ class _Bar:
         self._console, self._progress = console, progress
         self._id = progress.add_task(what, total=total or None, unit=unit, note="")
         self._task, self._said = progress.tasks[0], time.monotonic()
+        self._before = 0.0
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         task = self._task
@@ -119,8 +120,11 @@ class _Bar:
             self._said = time.monotonic()
             self._say(_done(task.completed, task.total, task.fields["unit"]) + self._left())
 
-    def resize(self, total: float) -> None:
-        self._progress.update(self._id, total=total)
+    def resize(self, total: float, done: float = 0) -> None:
+        self._before = done
+        if done:
+            self._progress.update(self._id, completed=done)
+        self._progress.update(self._id, total=total)  # and rich forgets how fast it went so far
 
     def finish(self) -> None:
         done, unit = self._task.completed, self._task.fields["unit"]
@@ -134,9 +138,10 @@ class _Bar:
 
     def _left(self) -> str:
         task = self._task
-        if not task.completed or not task.total:
+        here = task.completed - self._before
+        if not here or not task.total:
             return ""
-        rate = task.completed / (task.elapsed or 1)
+        rate = here / (task.elapsed or 1)
         left = max(task.total - task.completed, 0) / rate
         return f", {_short(rate)} {task.fields['unit']}/s, {left:.0f} s left"
 

@@ -24,8 +24,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show what a resumed training has done."""
-        self._bar.resize(state.max_steps)
-        self._bar.advance(state.global_step)
+        self._bar.resize(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Show a step; the last one is logged whatever its number."""
