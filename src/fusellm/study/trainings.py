@@ -77,6 +77,8 @@ class Trainings:
             made = self._made(stage)
             if not stage.complete and (made / MANIFEST).exists():
                 self._link(made, stage.folder)
+            elif not stage.complete:
+                self._progress.say(f"{pipeline.run.relative_to(self.out)}: {stage.name}")
             pipeline.execute([stage.name], redo)
             if not made.exists():
                 self._link(stage.folder, made)
