@@ -186,7 +186,7 @@ def test_plain_training_may_spend_what_fusion_does(
     fused, as_much = results.arms["fused"].compute, results.arms["as-much"].compute
     assert as_much.reading == 0
     assert as_much.training == pytest.approx(fused.total, rel=0.05)
-    assert as_much.training > 2 * fused.training
+    assert as_much.training > 1.5 * fused.training
     assert results.arms["as-much"].rate is None
     assert results.arms["fused"].deviation is None
     assert results.tried == {}
