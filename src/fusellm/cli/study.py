@@ -100,14 +100,14 @@ def _show(results: "StudyResults") -> None:
     beside = {one.arm: one for one in results.differences if one.other == results.reference}
     shown = table("", ">bits per byte", f">less {results.reference}", ">p", "")
     for name, by_task in results.untrained.items():
-        shown.add_row(name, interval(by_task[MEAN]))
+        shown.add_row(name, f"{by_task[MEAN].value:.4f}")
     for name, arm in results.arms.items():
         one = beside.get(name)
         told = ("", "", "")
         if one is not None:
             p = "" if one.corrected is None else f"{one.corrected:.3f}"
             told = (interval(one.by_task[MEAN]), p, verdict(one))
-        shown.add_row(name, interval(arm.by_task[MEAN]), *told)
+        shown.add_row(name, f"{arm.by_task[MEAN].value:.4f}", *told)
     STDOUT.print(shown)
 
 

@@ -6,7 +6,8 @@ from fusellm.evaluation.compare.statistics import LEVEL, MEAN
 from fusellm.study.plan import Study
 from fusellm.study.results import ArmResult, Difference, StudyResults, Value
 
-_PETA = 1e15
+_POWERS = {12: "10¹²", 15: "10¹⁵", 18: "10¹⁸", 21: "10²¹", 24: "10²⁴"}
+_SHOWN_FASTER = 1.05
 
 
 def study_page(study: Study, results: StudyResults) -> str:
@@ -31,7 +32,7 @@ def verdict(difference: Difference) -> str:
 
     >>> value = {"mean": Value(-0.02, -0.03, -0.01)}
     >>> verdict(Difference("fused", "clm", value, [-0.02], 0.001, 0.004))
-    'fused is better than clm'
+    'better'
     >>> verdict(Difference("fused", "clm", value, [-0.02], 0.04, 0.08))
     'no difference shown'
     """
@@ -39,8 +40,7 @@ def verdict(difference: Difference) -> str:
         return "too few documents"
     if difference.corrected > LEVEL:
         return "no difference shown"
-    better = "better" if difference.by_task[MEAN].value < 0 else "worse"
-    return f"{difference.arm} is {better} than {difference.other}"
+    return "better" if difference.by_task[MEAN].value < 0 else "worse"
 
 
 def _head(study: Study, results: StudyResults) -> Iterator[str]:
@@ -82,7 +82,7 @@ def _differences(results: StudyResults) -> list[str]:
         [
             f"{_code(one.arm)} − {_code(one.other)}",
             *_cells(one.by_task),
-            ", ".join(f"{value:+.4f}" for value in one.by_seed),
+            ", ".join(_signed(value) for value in one.by_seed),
             "" if one.corrected is None else f"{one.corrected:.4f}",
             verdict(one),
         ]
@@ -96,29 +96,29 @@ def _differences(results: StudyResults) -> list[str]:
 
 
 def _costs(results: StudyResults) -> list[str]:
-    rows = [
-        [
-            _code(name),
-            f"{arm.tokens:,}",
-            f"{arm.steps:,}",
-            f"{arm.compute.training / _PETA:.3f}",
-            f"{arm.compute.reading / _PETA:.3f}",
-            f"{arm.compute.total / _PETA:.3f}",
-            _reached(arm, results.arms[results.reference]),
-        ]
-        for name, arm in results.arms.items()
-    ]
+    most = max(arm.compute.total for arm in results.arms.values())
+    power = max((p for p in _POWERS if most >= 10**p), default=min(_POWERS))
+    rows = []
+    for name, arm in results.arms.items():
+        spent = arm.compute.training, arm.compute.reading, arm.compute.total
+        reached = "" if name == results.reference else _reached(arm, results)
+        cells = [f"{operations / 10**power:.2f}" for operations in spent]
+        rows.append([_code(name), f"{arm.tokens:,}", f"{arm.steps:,}", *cells, reached])
     goal = f"tokens to {results.reference}'s last validation"
-    told = "10¹⁵ floating-point operations: 2 a parameter and token read, 6 a parameter and token"
+    told = (
+        f"{_POWERS[power]} floating-point operations: 2 for each parameter and token that is read, "
+        "6 for each that is trained on."
+    )
     head = ["", "tokens", "steps", "training", "reading sources", "together", goal]
-    return [f"{told} trained on.", "", *_table(head, rows)]
+    return [told, "", *_table(head, rows)]
 
 
-def _reached(arm: ArmResult, reference: ArmResult) -> str:
+def _reached(arm: ArmResult, results: StudyResults) -> str:
     if arm.tokens_to_reference is None:
         return "never"
-    times = reference.curve[-1][0] / max(arm.tokens_to_reference, 1)
-    return f"{arm.tokens_to_reference:,} ({times:.1f} times fewer)"
+    times = results.arms[results.reference].curve[-1][0] / max(arm.tokens_to_reference, 1)
+    fewer = f" ({times:.1f} times fewer)" if times > _SHOWN_FASTER else ""
+    return f"{arm.tokens_to_reference:,}{fewer}"
 
 
 def _curves(results: StudyResults) -> list[str]:
@@ -153,8 +153,12 @@ def interval(value: Value) -> str:
     '1.5000 (1.2500 to 1.7500)'
     """
     if value.low is None or value.high is None:
-        return f"{value.value:.4f}"
-    return f"{value.value:.4f} ({value.low:.4f} to {value.high:.4f})"
+        return _signed(value.value)
+    return f"{_signed(value.value)} ({_signed(value.low)} to {_signed(value.high)})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:.4f}".replace("-", "−")
 
 
 def _code(text: str) -> str:
