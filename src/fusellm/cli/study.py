@@ -24,7 +24,9 @@ def study(
     arms: Annotated[
         list[str] | None,
         typer.Option(
-            "--arm", metavar="NAME", help="Only this arm and the reference; may be repeated."
+            "--arm",
+            metavar="NAME",
+            help="Only this arm and the reference, also on the page; may be repeated.",
         ),
     ] = None,
     jobs: Annotated[
