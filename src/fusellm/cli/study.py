@@ -52,7 +52,7 @@ def study(
     a source that has been read is not read again. Finished trainings are kept: after an
     interruption, or with another arm in the file, give the same command again.
 
-    A study of two arms:
+    A study looks like this:
 
         name: hindsight
         recipe: recipes/demo.yaml
