@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
 PAGE, JSON = "study.md", "study.json"
 
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        help="Trainings at a time, each in a process of its own. With GPUs each has one of "
+        "them, in turn; without, the cores are divided.",
+    ),
+]
+
 
 def study(
     file: Annotated[
@@ -29,16 +40,7 @@ def study(
             help="Only this arm and the reference, also on the page; may be repeated.",
         ),
     ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option(
-            "--jobs",
-            metavar="N",
-            min=1,
-            help="Trainings at a time, each in a process of its own. With GPUs each has one of "
-            "them, in turn; without, the cores are divided.",
-        ),
-    ] = 1,
+    jobs: Jobs = 1,
     plan: Annotated[
         bool, typer.Option("--plan", help="Check the study, say what it would train, and stop.")
     ] = False,
@@ -72,6 +74,17 @@ def study(
     if plan:
         _say_plan(loaded, as_json)
         return
+    folder = out or Path("runs") / loaded.settings.name
+    results = _run(loaded, folder, jobs, redo, trust_remote_code)
+    if as_json:
+        print(json_text(results.as_json()))
+        return
+    _show(results)
+    STDOUT.say(f"The page: {folder / PAGE}; all figures: {folder / JSON}")
+
+
+def _run(loaded: "Study", folder: Path, jobs: int, redo: bool, trusted: bool) -> "StudyResults":
+    """Train what is not trained yet, and write the page and the figures."""
     from fusellm.models.remote_code import require_trusted
     from fusellm.store.files import write_text
     from fusellm.study.execute import Execution
@@ -80,18 +93,12 @@ def study(
 
     progress = Terminal(STDERR)
     for model in (loaded.base.target, *loaded.base.sources):
-        require_trusted(model, trust_remote_code, progress)
-    folder = out or Path("runs") / loaded.settings.name
-    work = Execution(loaded, folder, progress, jobs=jobs, redo=redo, trusted=trust_remote_code)
+        require_trusted(model, trusted, progress)
+    work = Execution(loaded, folder, progress, jobs=jobs, redo=redo, trusted=trusted)
     results = results_of(work.run())
-    page = study_page(loaded, results)
-    write_text(folder / PAGE, page)
+    write_text(folder / PAGE, study_page(loaded, results))
     write_text(folder / JSON, json_text(results.as_json()) + "\n")
-    if as_json:
-        print(json_text(results.as_json()))
-        return
-    _show(results)
-    STDOUT.say(f"The page: {folder / PAGE}; all figures: {folder / JSON}")
+    return results
 
 
 def _show(results: "StudyResults") -> None:

@@ -24,7 +24,14 @@ from fusellm.store.writer import StageWriter, set_aside
 from fusellm.study.compute import Compute, compute_of
 from fusellm.study.plan import Study, Unit
 from fusellm.study.results import Answers, Trained
-from fusellm.study.trainings import Outcome, Trainings, best_rate, discard, identity_of, train_apart
+from fusellm.study.trainings import (
+    TrainingOutcome,
+    Trainings,
+    best_rate,
+    discard,
+    identity_of,
+    train_apart,
+)
 
 _BASE = "base"
 _NATS = "nats.arrow"
@@ -63,7 +70,7 @@ class Execution:
         self._blocks: list[Block] = []
         self._pipelines: dict[Unit, Pipeline] = {}
         self._parameters: dict[str, int] = {}
-        self._outcomes: dict[Unit, Outcome] = {}
+        self._outcomes: dict[Unit, TrainingOutcome] = {}
         self._computes: dict[Unit, Compute] = {}
 
     def run(self) -> Answers:
@@ -175,19 +182,19 @@ class Execution:
         pending: list[tuple[Unit, Pipeline]] = []
         for unit in units:
             pipeline = self._prepare(unit)
-            found = self._trainings.outcome(pipeline, self._study.which(unit.arm))
-            if found is None:
+            outcome = self._trainings.outcome(pipeline, self._study.which(unit.arm))
+            if outcome is None:
                 pending.append((unit, pipeline))
             else:
-                self._know(unit, pipeline, found)
+                self._know(unit, pipeline, outcome)
         if self._jobs > 1 and len(pending) > 1:
             self._train_apart(pending)
         for number, (unit, pipeline) in enumerate(pending):
             if self._jobs == 1:
                 what = f"training {number + 1} of {len(pending)}: {unit.folder}"
                 self._progress.say(what)
-            found = self._trainings.train(pipeline, self._study.which(unit.arm), self._redo)
-            self._know(unit, pipeline, found)
+            outcome = self._trainings.train(pipeline, self._study.which(unit.arm), self._redo)
+            self._know(unit, pipeline, outcome)
 
     def _train_apart(self, pending: Sequence[tuple[Unit, Pipeline]]) -> None:
         """Train several at a time; each goes on where it was interrupted."""
@@ -218,10 +225,10 @@ class Execution:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _know(self, unit: Unit, pipeline: Pipeline, found: Outcome) -> None:
+    def _know(self, unit: Unit, pipeline: Pipeline, outcome: TrainingOutcome) -> None:
         which = self._study.which(unit.arm)
-        self._outcomes[unit] = found
-        self._computes[unit] = compute_of(pipeline, which, found.tokens, self._parameters)
+        self._outcomes[unit] = outcome
+        self._computes[unit] = compute_of(pipeline, which, outcome.tokens, self._parameters)
 
     def _measured(self, unit: Unit) -> Trained:
         """What held-out text costs a trained model."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fusellm.evaluation.compare.statistics import LEVEL, MEAN
 from fusellm.study.plan import Study
-from fusellm.study.results import ArmResult, Difference, StudyResults, Value
+from fusellm.study.results import ArmDifference, ArmResult, Interval, StudyResults
 
 _POWERS = {12: "10¹²", 15: "10¹⁵", 18: "10¹⁸", 21: "10²¹", 24: "10²⁴"}
 _SHOWN_FASTER = 1.05
@@ -27,13 +27,13 @@ def study_page(study: Study, results: StudyResults) -> str:
     )
 
 
-def verdict(difference: Difference) -> str:
+def verdict(difference: ArmDifference) -> str:
     """What the mean over domains says of one arm beside another.
 
-    >>> value = {"mean": Value(-0.02, -0.03, -0.01)}
-    >>> verdict(Difference("fused", "clm", value, [-0.02], 0.001, 0.004))
+    >>> value = {"mean": Interval(-0.02, -0.03, -0.01)}
+    >>> verdict(ArmDifference("fused", "clm", value, [-0.02], 0.001, 0.004))
     'better'
-    >>> verdict(Difference("fused", "clm", value, [-0.02], 0.04, 0.08))
+    >>> verdict(ArmDifference("fused", "clm", value, [-0.02], 0.04, 0.08))
     'no difference shown'
     """
     if difference.corrected is None:
@@ -72,7 +72,7 @@ def _measured(results: StudyResults) -> list[str]:
     return _table(["", "over seeds", *tasks], rows)
 
 
-def _cells(by_task: Mapping[str, Value]) -> list[str]:
+def _cells(by_task: Mapping[str, Interval]) -> list[str]:
     return [interval(value) for value in by_task.values()]
 
 
@@ -146,10 +146,10 @@ def _commands(study: Study) -> list[str]:
     return [f"    fusellm study {file} --arm {name}" for name in study.chosen]
 
 
-def interval(value: Value) -> str:
+def interval(value: Interval) -> str:
     """A value with its interval.
 
-    >>> interval(Value(1.5, 1.25, 1.75))
+    >>> interval(Interval(1.5, 1.25, 1.75))
     '1.5000 (1.2500 to 1.7500)'
     """
     if value.low is None or value.high is None:

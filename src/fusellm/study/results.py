@@ -13,7 +13,7 @@ from fusellm.stages.evaluate import over_common_bytes
 from fusellm.store.blocks import Block
 from fusellm.study.compute import Compute
 from fusellm.study.plan import Study, Unit
-from fusellm.study.trainings import Outcome
+from fusellm.study.trainings import TrainingOutcome
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Trained:
 
     unit: Unit
     nats: Sequence[np.ndarray]
-    outcome: Outcome
+    outcome: TrainingOutcome
     compute: Compute
 
 
@@ -51,7 +51,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Value:
+class Interval:
     """A number with its 95 % interval over documents, where it has one."""
 
     value: float
@@ -60,7 +60,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ArmDifference:
     """One arm's bits per byte less another's, paired by document, the mean over their seeds.
 
     Attributes:
@@ -72,7 +72,7 @@ class Difference:
 
     arm: str
     other: str
-    by_task: Mapping[str, Value]
+    by_task: Mapping[str, Interval]
     by_seed: Sequence[float]
     p: float | None
     corrected: float | None
@@ -92,7 +92,7 @@ class ArmResult:
     """
 
     rate: float | None
-    by_task: Mapping[str, Value]
+    by_task: Mapping[str, Interval]
     by_seed: Sequence[float]
     deviation: float | None
     tokens: int
@@ -115,9 +115,9 @@ class StudyResults:
     reference: str
     seeds: Sequence[int]
     documents: Mapping[str, int]
-    untrained: Mapping[str, Mapping[str, Value]]
+    untrained: Mapping[str, Mapping[str, Interval]]
     arms: Mapping[str, ArmResult]
-    differences: Sequence[Difference]
+    differences: Sequence[ArmDifference]
     tried: Mapping[str, Mapping[str, float]]
 
     def as_json(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def results_of(answers: Answers) -> StudyResults:
     by_task, documents = estimates_of(scored, evaluation.resamplings, study.base.seed, asked)
     tasks = [MEAN, *(task for task in by_task if task != MEAN)]
 
-    def values(model: str) -> dict[str, Value]:
+    def values(model: str) -> dict[str, Interval]:
         return {task: _value(by_task[task][model]) for task in tasks}
 
     whole = by_task[MEAN]
@@ -163,7 +163,7 @@ def results_of(answers: Answers) -> StudyResults:
     known = holm([p for p in p_values if p is not None])
     corrected = iter(known)
     differences = [
-        Difference(
+        ArmDifference(
             a,
             b,
             values(f"{a}-{b}"),
@@ -189,9 +189,9 @@ def _of_seed(arm: str, seed: int) -> str:
     return f"{arm} seed {seed}"  # a space, which no arm's name has
 
 
-def _value(estimate: Estimate) -> Value:
+def _value(estimate: Estimate) -> Interval:
     low, high = estimate.interval or (None, None)
-    return Value(estimate.value, low, high)
+    return Interval(estimate.value, low, high)
 
 
 def _p(estimate: Estimate) -> float | None:
@@ -210,7 +210,7 @@ def _curve(models: Sequence[Trained]) -> list[tuple[int, float]]:
 def _arm(
     answers: Answers,
     arm: str,
-    by_task: Mapping[str, Value],
+    by_task: Mapping[str, Interval],
     by_seed: Sequence[float],
     goal: float,
 ) -> ArmResult:

@@ -33,7 +33,7 @@ OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What is known of a training, once it is finished.
 
     Attributes:
@@ -98,7 +98,7 @@ class Trainings:
         shutil.copytree(folder, half, copy_function=_linked)
         half.rename(place)
 
-    def outcome(self, pipeline: Pipeline, which: str) -> Outcome | None:
+    def outcome(self, pipeline: Pipeline, which: str) -> TrainingOutcome | None:
         """Of a training that is finished, as the recipe has it now; None if it is not.
 
         Raises:
@@ -109,19 +109,21 @@ class Trainings:
             return None
         try:
             raw = from_json(file.read_text(encoding="utf-8"))
-            found = Outcome(**raw | {"curve": [(int(n), float(v)) for n, v in raw["curve"]]})
+            outcome = TrainingOutcome(
+                **raw | {"curve": [(int(n), float(v)) for n, v in raw["curve"]]}
+            )
         except (TypeError, ValueError, KeyError) as error:
             raise StoreError(
                 f"{file} is damaged ({error}); delete it, and the training is looked at anew"
             ) from None
-        return found if found.identity == identity_of(pipeline, which) else None
+        return outcome if outcome.identity == identity_of(pipeline, which) else None
 
-    def train(self, pipeline: Pipeline, which: str, redo: bool = False) -> Outcome:
+    def train(self, pipeline: Pipeline, which: str, redo: bool = False) -> TrainingOutcome:
         """Train, or go on with it; what it reads has been shared."""
         pipeline.execute([f"train/{which}"], redo)
-        found = _outcome_of(pipeline, which)
-        write_text(pipeline.run / OUTCOME, json.dumps(asdict(found), indent=1) + "\n")
-        return found
+        outcome = _outcome_of(pipeline, which)
+        write_text(pipeline.run / OUTCOME, json.dumps(asdict(outcome), indent=1) + "\n")
+        return outcome
 
 
 def discard(run: Path, which: str) -> None:
@@ -165,16 +167,16 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _outcome_of(pipeline: Pipeline, which: str) -> Outcome:
+def _outcome_of(pipeline: Pipeline, which: str) -> TrainingOutcome:
     folder = trained_folder(pipeline.run, which)
     counts: Mapping[str, Any] = StageFolder(folder).counts
     lines = [
         json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     curve = [(line["tokens"], line["validation"]["mean"]) for line in lines if "validation" in line]
-    return Outcome(identity_of(pipeline, which), counts["tokens"], counts["steps"], curve)
+    return TrainingOutcome(identity_of(pipeline, which), counts["tokens"], counts["steps"], curve)
 
 
-def best_rate(outcomes: Sequence[tuple[float | None, Outcome]]) -> float | None:
+def best_rate(outcomes: Sequence[tuple[float | None, TrainingOutcome]]) -> float | None:
     """The learning rate with the least bits per byte of validation text; of equals the first."""
     return min(outcomes, key=lambda one: one[1].validation)[0]
