@@ -71,7 +71,7 @@ Density = Annotated[
         "--density",
         metavar="SHARE",
         help="How much of what a model has learnt is kept, in (0, 1]; if not given, 0.2 for "
-        "ties, 0.5 for dare_linear and dare_ties, 0.1 for sce.",
+        "ties, 0.5 for dare_linear and dare_ties, all for sce.",
     ),
 ]
 Scale = Annotated[

@@ -75,7 +75,7 @@ METHODS = {
         "FuseChat, Wan et al. 2024, arXiv 2408.07990",
         over_base=True,
         takes=("density",),
-        density=0.1,
+        density=1.0,
     ),
 }
 """The methods by their names, the plain ones first."""
