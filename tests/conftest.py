@@ -5,7 +5,8 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,9 +25,12 @@ from transformers import (
     MptForCausalLM,
 )
 
+from fusellm.cli.main import main
 from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
 
 pytest_plugins = ["hubs", "toolchains"]  # fixtures
+
+Command = Callable[..., tuple[int, str, str]]
 
 # What a shell starts in the background ignores these two, and commands leave them ignored; tests
 # of stopping would wait for ever under `nohup make test &`.
@@ -123,6 +127,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSELLM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """A command in this process: its exit code, and what it wrote on stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fusellm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

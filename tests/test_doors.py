@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.table import Table
 
+from conftest import Command
 from fusellm.cli import ending
 from fusellm.cli.console import SafeConsole, Terminal, json_text, shown
 from fusellm.cli.main import main
@@ -28,21 +28,6 @@ from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
 
 PATIENCE_SECONDS = 240  # until a command trains, on a machine that has much else to do
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """A command in this process: its exit code, and what it wrote on stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fusellm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 # Whose code runs

@@ -28,8 +28,7 @@ from transformers import (
 )
 
 import ggufs
-from conftest import code, prose
-from fusellm.cli.main import main
+from conftest import Command, code, prose
 from fusellm.cli.merge import MergeMethod
 from fusellm.config import ModelSettings
 from fusellm.errors import ArgumentError, FusellmError, ModelError, NumericsError, StoreError
@@ -47,7 +46,6 @@ from fusellm.store.manifest import Manifest
 from fusellm.zoo.tokenizers import byte_level_bpe, sentencepiece_like_bpe
 from hubs import FIRST, put_in_cache
 
-Command = Callable[..., tuple[int, str, str]]
 OVER_BASE = [name for name, method in METHODS.items() if method.over_base]
 TEXTS = [prose(n) + code(n) for n in range(40)]
 
@@ -87,20 +85,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate("abc", 1):
         save(root / name, seed)
     return root
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """A command in this process: its exit code, and what it wrote on stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fusellm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -827,7 +811,7 @@ def test_one_process_writes_at_a_time(
 
     monkeypatch.setattr(merging, "merge_tensors", again)
     merge_models(models, out, method="linear")
-    assert messages == [f"another process is writing {out}; wait for it, or give another --out"]
+    assert messages == [f"another process is writing in {out}; wait for it or stop it"]
     same(out, merge_models(models, tmp_path / "more", method="linear").folder)
 
 

@@ -8,6 +8,7 @@ import typer
 from fusellm.cli import options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import table
+from fusellm.cli.launch import require_one_process
 
 if TYPE_CHECKING:
     from fusellm.study.plan import Study
@@ -68,6 +69,7 @@ def study(
     It ends in a page, study.md, and in study.json: bits per byte of held-out text with intervals,
     paired differences, tokens and computing. docs/study.md explains each key.
     """
+    require_one_process("study")
     from fusellm.study.plan import load_study
 
     loaded = load_study(file, arms or [])

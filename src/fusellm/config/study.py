@@ -40,7 +40,9 @@ class StudySettings(SettingsBlock):
     """The base recipe, relative to the study's folder."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of the recipe that all arms have, by their dotted names."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]  # noqa: RUF012
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0]
+    )
     """Seeds of the trainings."""
     rates: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
     """Learning rates that every arm tries with the first seed; the best by bits per byte of the

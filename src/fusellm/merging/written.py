@@ -5,7 +5,6 @@ bytes, the header in JSON, and the numbers of each tensor one after another, so 
 written with one tensor in memory.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from fusellm.errors import StoreError
 from fusellm.models.headers import TensorHeader
 from fusellm.models.weights import INDEX
 from fusellm.store.files import require_writable, sync_files, sync_folder
+from fusellm.store.writer import take_lock
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -92,14 +92,7 @@ def whole_folder(place: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(hidden, error) from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"another process is writing {place}; wait for it, or give another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        take_lock(lock, place)
         try:
             _empty(hidden)
             yield hidden

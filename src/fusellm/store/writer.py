@@ -183,7 +183,7 @@ def _locked(folder: Path) -> Iterator[None]:
             # A link in its place is not followed, and nothing is emptied.
             lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            _lock(lock, folder)
+            take_lock(lock, folder)
             # The one before may have removed the file between our opening and locking it.
             if _is_at(lock, path):
                 try:
@@ -195,7 +195,14 @@ def _locked(folder: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def take_lock(descriptor: int, folder: Path) -> None:
+    """Lock an open file or folder, so that one process alone writes in `folder`.
+
+    On a file system without locks nothing keeps others from it.
+
+    Raises:
+        StoreError: another process has it, or it could not be locked.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

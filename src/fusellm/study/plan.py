@@ -64,10 +64,6 @@ class Study:
         own = self.arm(arm).rates
         return (self.settings.rates if own is None else own) or [None]
 
-    def in_order(self) -> list[str]:
-        """The chosen arms, those last that have another one's computing."""
-        return sorted(self.chosen, key=lambda name: self.arm(name).compute_of is not None)
-
     def which(self, arm: str) -> str:
         """What the arm's runs train: FUSED or CLM."""
         return CLM if self.arm(arm).train == "clm" else FUSED
