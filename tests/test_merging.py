@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ from transformers import (
 
 import ggufs
 from conftest import Command, code, prose
-from fusellm.cli.merge import MergeMethod
 from fusellm.config import ModelSettings
+from fusellm.config.merging import MergeMethod
 from fusellm.errors import ArgumentError, FusellmError, ModelError, NumericsError, StoreError
 from fusellm.merging import merge as merging
 from fusellm.merging import methods, opened
@@ -230,7 +230,7 @@ def test_names_are_shown_in_the_card_as_they_are(family: Path, tmp_path: Path) -
 
 
 def test_the_methods_of_the_command_are_those_of_the_function() -> None:
-    assert [one.value for one in MergeMethod] == list(METHODS)
+    assert list(get_args(MergeMethod)) == list(METHODS)
 
 
 # What comes out
@@ -620,17 +620,17 @@ def test_nothing_that_is_given_is_changed() -> None:
     [
         (1, {}, "one model is named, and a merge is of two or more"),
         (2, {"method": "median"}, "there is no method 'median'; there are linear, slerp"),
-        (2, {"weights": [1]}, "1 weights are given (1) for 2 models; give --weight once for each"),
+        (2, {"weights": [1]}, "1 weights are given (1) for 2 models; give one for each"),
         (2, {"weights": [1, -1]}, "the weights 1, -1 sum to 0, and linear divides by their sum"),
         (2, {"weights": [1, math.nan]}, "the weights 1, nan are not all numbers"),
         (2, {"method": "ties", "weights": [2, -1]}, "are not all 0 or more, and ties takes a mean"),
         (2, {"method": "ties", "density": 0}, "density 0 is not in (0, 1]"),
         (2, {"method": "sce", "density": 1.5}, "density 1.5 is not in (0, 1]"),
         (2, {"method": "ties", "density": math.nan}, "density nan is not in (0, 1]"),
-        (2, {"density": 0.5}, "--density has no meaning with linear; it belongs to ties, dare_"),
-        (2, {"method": "sce", "weights": [1, 1]}, "--weight has no meaning with sce"),
-        (2, {"method": "slerp", "scale": 1}, "--lambda has no meaning with slerp"),
-        (2, {"method": "ties", "seed": 1}, "--seed has no meaning with ties; it belongs to dare_"),
+        (2, {"density": 0.5}, "density has no meaning with linear; it belongs to ties, dare_"),
+        (2, {"method": "sce", "weights": [1, 1]}, "a weight has no meaning with sce"),
+        (2, {"method": "slerp", "scale": 1}, "lambda has no meaning with slerp"),
+        (2, {"method": "ties", "seed": 1}, "seed has no meaning with ties; it belongs to dare_"),
         (3, {"method": "slerp"}, "slerp goes from one model to another, and 3 are named"),
         (2, {"method": "slerp", "t": 1.5}, "t 1.5 is not in [0, 1]"),
         (2, {"method": "ties", "scale": math.inf}, "lambda inf is no number"),

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from fusellm.cli.study import study
 from fusellm.errors import FusellmError, RecipeError
 from fusellm.progress import Silent
 from fusellm.study import trainings
-from fusellm.study.compute import compute_of
+from fusellm.study.compute import Compute, compute_of
 from fusellm.study.execute import Execution
 from fusellm.study.page import study_page
 from fusellm.study.plan import Unit, load_study
@@ -198,6 +200,76 @@ def test_plain_training_may_spend_what_fusion_does(
     assert work.run().trained["as-much"][0].outcome.steps > 2 * 4
 
 
+PAIRWISE: dict[str, Any] = {
+    "clm": {"train": "clm"},
+    "one": {"sources": ["first"]},
+    "two": {"sources": ["second"]},
+    "mean": {"merge": {"of": ["one", "two"], "method": "linear", "weights": [3, 1]}},
+    "with-clm": {"merge": {"of": ["clm", "one"], "method": "ties", "lambda": 0.5}},
+}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_arms_can_be_merged(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, world, arms=PAIRWISE, rates=None, compare=[["mean", "one"]])
+    out = tmp_path / "out"
+    page, results = done(file, out)
+    for seed in (0, 1):
+        of = {name: out / f"arms/{name}/seed-{seed}" for name in PAIRWISE}
+        one, two = (weights_of(of[name] / "train/fused") for name in ("one", "two"))
+        for name, merged in weights_of(of["mean"] / "merged").items():
+            torch.testing.assert_close(merged, 0.75 * one[name] + 0.25 * two[name])
+        assert "arms/clm/seed" not in (of["with-clm"] / "merged/README.md").read_text()
+    costs = {name: results.arms[name].compute for name in PAIRWISE}
+    for merge, a, b in (("mean", "one", "two"), ("with-clm", "clm", "one")):
+        assert costs[merge] == Compute(
+            costs[a].reading + costs[b].reading, costs[a].training + costs[b].training
+        )
+        arm = results.arms[merge]
+        assert (arm.rate, list(arm.curve), arm.tokens_to_reference) == (None, [], None)
+        assert arm.deviation > 0
+    assert results.differences[-1].arm == "mean"
+    assert "never" not in next(line for line in page.splitlines() if "| `mean` |" in line)
+
+    trained, merged_anew = _recorded(monkeypatch), []
+    monkeypatch.setattr(trainings, "merge_models", lambda *_, **how: merged_anew.append(how))
+    assert done(file, out) == (page, results)
+    assert trained == merged_anew == []
+    assert load_study(file, ["with-clm"]).chosen == ("clm", "one", "with-clm")
+
+
+def test_a_merge_of_other_numbers_is_made_anew_and_the_former_one_kept(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"rates": None, "seeds": [0]}
+    out = tmp_path / "out"
+    done(write(tmp_path, world, arms=PAIRWISE, **small), out)
+    before = weights_of(out / "arms/mean/seed-0/merged")
+    trained = _recorded(monkeypatch)
+    even = {"merge": PAIRWISE["mean"]["merge"] | {"weights": [1, 1]}}
+    file = write(tmp_path, world, arms=PAIRWISE | {"mean": even}, **small)
+    with monkeypatch.context() as patch:  # the power is cut before the outcome is written
+
+        def fail(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(trainings, "write_text", fail)
+        with pytest.raises(KeyboardInterrupt):
+            done(file, out)
+    done(file, out)
+    assert trained == []
+    after = weights_of(out / "arms/mean/seed-0/merged")
+    name = "model.embed_tokens.weight"
+    one = weights_of(out / "arms/one/seed-0/train/fused")[name]
+    two = weights_of(out / "arms/two/seed-0/train/fused")[name]
+    torch.testing.assert_close(after[name], (one + two) / 2)
+    kept = [weights_of(path)[name] for path in out.glob("aside/*/arms/mean/seed-0/merged")]
+    assert any(torch.equal(one_kept, before[name]) for one_kept in kept)
+
+
 def test_other_settings_are_an_error_or_redone(
     finished: tuple[Path, Path, str, StudyResults], world: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +311,43 @@ def test_held_out_text_is_one_for_all_and_known_before_any_training(
             "arms.x.compute_of: there is no arm 'y'",
         ),
         ({"arms": ARMS | {"x": {"train": "clm", "compute_of": "x"}}}, "that is the arm itself"),
+        (
+            {"arms": ARMS | {"x": {"merge": {"of": ["clm", "y"], "method": "sce"}}}},
+            "arms.x.merge.of: there is no arm 'y'; there are clm, fused, before, x",
+        ),
+        (
+            {"arms": PAIRWISE | {"x": {"merge": {"of": ["clm", "mean"], "method": "sce"}}}},
+            "arms.x.merge.of: mean is a merge itself; name an arm that it names",
+        ),
+        (
+            {"arms": PAIRWISE | {"x": {"train": "clm", "compute_of": "mean"}}},
+            "arms.x.compute_of: mean is a merge itself",
+        ),
+        ({"arms": PAIRWISE, "reference": "mean"}, "reference: mean is a merge, which has no curve"),
+        (
+            {"arms": ARMS | {"x": {"rates": [1], "merge": PAIRWISE["mean"]["merge"]}}},
+            "rates has no meaning with merge, which trains nothing",
+        ),
+        (
+            {"arms": ARMS | {"x": {"merge": {"of": ["clm"], "method": "sce"}}}},
+            "arms.x.merge.of: ",
+        ),
+        (
+            {"arms": ARMS | {"x": {"merge": {"of": ["clm", "fused"], "method": "median"}}}},
+            "arms.x.merge.method: ",
+        ),
+        (
+            {"arms": ARMS | {"x": {"merge": {"of": ["clm", "fused"], "method": "sce", "t": 1}}}},
+            "arms.x.merge: t has no meaning with sce; it belongs to slerp",
+        ),
+        (
+            {
+                "arms": ARMS
+                | {"other": {"set": {"target.dtype": "bfloat16"}}}
+                | {"x": {"merge": {"of": ["clm", "other"], "method": "sce"}}}
+            },
+            "arms.x.merge: clm and other are of two targets, whose weights do not belong together",
+        ),
         ({"arms": ARMS | {"x": {"sources": ["third"]}}}, "no source 'third'; it has first, second"),
         ({"arms": ARMS | {"first": {}}}, "arms.first: a source has that name"),
         ({"arms": ARMS | {"x": {"set": {"fusion.functon": "bayes"}}}}, "did you mean"),

@@ -1,28 +1,16 @@
 """`fusellm merge`: the weights of models of one architecture and one tokenizer as one model."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.launch import require_one_process
 from fusellm.cli.options import Json, folder
+from fusellm.cli.setting_options import SettingOptions
+from fusellm.config.merging import MergeMethod, MergeNumbers
 from fusellm.merging.settings import METHODS, settings_of
-
-
-class MergeMethod(StrEnum):  # typer takes Literal from 0.19 on
-    """What `--method` takes."""
-
-    LINEAR = "linear"
-    SLERP = "slerp"
-    TASK_ARITHMETIC = "task_arithmetic"
-    TIES = "ties"
-    DARE_LINEAR = "dare_linear"
-    DARE_TIES = "dare_ties"
-    SCE = "sce"
-
 
 _METHODS = "; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
 Models = Annotated[
@@ -56,55 +44,22 @@ Base = Annotated[
         "runs that have one target it is that target, if not given.",
     ),
 ]
-Weights = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--weight",
-        metavar="W",
-        help="Give it once for each model, in their order; if not given, each has 1. Not for "
-        "slerp and sce.",
-    ),
-]
-Density = Annotated[
-    float | None,
-    typer.Option(
-        "--density",
-        metavar="SHARE",
-        help="How much of what a model has learnt is kept, in (0, 1]; if not given, 0.2 for "
-        "ties, 0.5 for dare_linear and dare_ties, all for sce.",
-    ),
-]
-Scale = Annotated[
-    float | None,
-    typer.Option(
-        "--lambda",
-        metavar="λ",
-        help="What is added to the base is multiplied by it; if not given, 1. For "
-        "task_arithmetic, ties, dare_linear and dare_ties.",
-    ),
-]
-Along = Annotated[
-    float | None,
-    typer.Option(
-        "--t", metavar="T", help="slerp: 0 is the first model, 1 the second; if not given, 0.5."
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Of what dare_… draws; if not given, 0."),
-]
+numbers = SettingOptions(
+    MergeNumbers,
+    ("weights", "density", "scale", "t", "seed"),
+    flags={"weights": "--weight", "scale": "--lambda"},
+    metavars={"weights": "W", "density": "SHARE", "scale": "λ", "t": "T"},
+)
 
 
+@numbers
 def merge(
+    *,
     models: Models,
     method: HowMerged,
     out: MergedFolder,
     base: Base = None,
-    weight: Weights = None,
-    density: Density = None,
-    scale: Scale = None,
-    t: Along = None,
-    seed: Seed = None,
+    given: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """Merge the weights of models of one architecture and one tokenizer into one model.
@@ -125,25 +80,13 @@ def merge(
     Then `fusellm evaluate DIR A B --suite smoke` measures them side by side.
     """
     require_one_process("merge")
-    settings_of(  # what is wrong with these is told before torch is imported
-        method.value, len(models), weights=weight, density=density, scale=scale, t=t, seed=seed
-    )
+    settings_of(method, len(models), **given)  # what is wrong is told before torch is imported
     from fusellm.merging.merge import merge_models
 
-    merged = merge_models(
-        models,
-        out,
-        method=method.value,
-        base=base,
-        weights=weight,
-        density=density,
-        scale=scale,
-        t=t,
-        seed=seed,
-        progress=Terminal(STDERR),
-    )
+    shown = Terminal(STDERR)
+    merged = merge_models(models, out, method=method, base=base, progress=shown, **given)
     if as_json:
-        said = {"folder": str(merged.folder), "method": method.value, "base": merged.base}
+        said = {"folder": str(merged.folder), "method": method, "base": merged.base}
         print(json_text(said | {"tensors": merged.tensors, "parameters": merged.parameters}))
         return
     STDOUT.say(f"The merged model: {out}")

@@ -1,9 +1,8 @@
 """Options and arguments that several commands have."""
 
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,13 +69,7 @@ Nproc = Annotated[
 _engine_option = partial(typer.Option, rich_help_panel="Where sources are read")
 
 
-class EngineName(StrEnum):  # typer takes Literal from 0.19 on
-    """What `--engine` takes."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
+EngineName = Literal["local", "ray"]
 Engine = Annotated[
     EngineName,
     _engine_option(

@@ -132,7 +132,7 @@ def _execute(
     push_to_hub: options.PushToHub = None,
     nproc: options.Nproc = 1,
     trust_remote_code: options.TrustRemoteCode = False,
-    engine: options.Engine = options.EngineName.LOCAL,
+    engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     workers: options.Workers = None,
     worker_cpus: options.WorkerCpus = None,
@@ -146,7 +146,7 @@ def _execute(
     from fusellm.training.launch import require_devices, train_on
 
     stages = stages or STAGES
-    settings = EngineSettings(engine.value, ray_address, workers, worker_cpus, worker_gpus)
+    settings = EngineSettings(engine, ray_address, workers, worker_cpus, worker_gpus)
     if stages != ("train",):
         launch.require_one_process(stages[0] if len(stages) == 1 else "run")
     require_devices(nproc)

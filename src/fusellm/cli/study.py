@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from fusellm.study.plan import Study
     from fusellm.study.results import StudyResults
 
-PAGE, JSON = "study.md", "study.json"
-
 Jobs = Annotated[
     int,
     typer.Option(
@@ -72,35 +70,27 @@ def study(
     require_one_process("study")
     from fusellm.study.plan import load_study
 
-    loaded = load_study(file, arms or [])
+    loaded = load_study(file, arms or [])  # what is wrong is told before torch is imported
     if plan:
         _say_plan(loaded, as_json)
         return
+    from fusellm.study.run import JSON, PAGE, run_study
+
     folder = out or Path("runs") / loaded.settings.name
-    results = _run(loaded, folder, jobs, redo, trust_remote_code)
+    results = run_study(
+        file,
+        folder,
+        arms=arms or [],
+        jobs=jobs,
+        redo=redo,
+        trust_remote_code=trust_remote_code,
+        progress=Terminal(STDERR),
+    )
     if as_json:
         print(json_text(results.as_json()))
         return
     _show(results)
     STDOUT.say(f"The page: {folder / PAGE}; all figures: {folder / JSON}")
-
-
-def _run(loaded: "Study", folder: Path, jobs: int, redo: bool, trusted: bool) -> "StudyResults":
-    """Train what is not trained yet, and write the page and the figures."""
-    from fusellm.models.remote_code import require_trusted
-    from fusellm.store.files import write_text
-    from fusellm.study.execute import Execution
-    from fusellm.study.page import study_page
-    from fusellm.study.results import results_of
-
-    progress = Terminal(STDERR)
-    for model in (loaded.base.target, *loaded.base.sources):
-        require_trusted(model, trusted, progress)
-    work = Execution(loaded, folder, progress, jobs=jobs, redo=redo, trusted=trusted)
-    results = results_of(work.run())
-    write_text(folder / PAGE, study_page(loaded, results))
-    write_text(folder / JSON, json_text(results.as_json()) + "\n")
-    return results
 
 
 def _show(results: "StudyResults") -> None:
@@ -124,9 +114,13 @@ def _show(results: "StudyResults") -> None:
 
 def _say_plan(loaded: "Study", as_json: bool) -> None:
     seeds = len(loaded.settings.seeds)
-    rows = [
-        (name, loaded.arm(name).train, len(loaded.rates(name)), seeds - 1) for name in loaded.chosen
-    ]
+    rows = []
+    for name in loaded.chosen:
+        arm = loaded.arm(name)
+        if arm.merge is not None:
+            rows.append((name, f"merges {', '.join(arm.merge.of)}", 0, 0))
+        else:
+            rows.append((name, arm.train, len(loaded.rates(name)), seeds - 1))
     if as_json:
         keys = ("arm", "train", "trainings_to_find_the_rate", "trainings_of_other_seeds")
         print(json_text([dict(zip(keys, row, strict=True)) for row in rows]))

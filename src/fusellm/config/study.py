@@ -5,6 +5,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from fusellm.config.base import Name, SettingsBlock
+from fusellm.config.merging import MergeMethod, MergeNumbers
+
+
+class ArmMerge(MergeNumbers):
+    """Arms whose weights are merged; what all are trained from is the base."""
+
+    of: Annotated[list[Name], Field(min_length=2)]
+    """Names of the arms, of each the model with the same seed."""
+    method: MergeMethod
+    """As `fusellm merge --method` has it."""
 
 
 class ArmSettings(SettingsBlock):
@@ -21,9 +31,23 @@ class ArmSettings(SettingsBlock):
     sources included. It trains for more epochs then."""
     rates: list[Annotated[float, Field(gt=0)]] | None = None
     """Learning rates to search, where they are not the study's."""
+    merge: ArmMerge | None = None
+    """Nothing is trained: the weights of other arms are merged. `{of: [a, b], method: sce}`."""
+
+    @property
+    def needs(self) -> list[str]:
+        """Arms that have to be there before it."""
+        one = [] if self.compute_of is None else [self.compute_of]
+        return one if self.merge is None else self.merge.of
 
     @model_validator(mode="after")
     def _plain_training_reads_no_source(self) -> Self:
+        said = sorted(self.model_fields_set - {"merge"})
+        if self.merge is not None and said:
+            raise ValueError(
+                f"{said[0]} has no meaning with merge, which trains nothing; leave it out, and say "
+                "it of the arms that are merged"
+            )
         if self.train == "clm" and self.sources is not None:
             raise ValueError("sources have no meaning with train: clm, which reads none; leave out")
         if self.train == "fused" and self.compute_of is not None:
@@ -61,21 +85,28 @@ class StudySettings(SettingsBlock):
             if one not in self.arms:
                 key = "reference" if one == self.reference else "compare"
                 raise ValueError(f"{key}: there is no arm {one!r}; there are {known}")
+        if self.arms[self.reference].merge is not None:
+            raise ValueError(
+                f"reference: {self.reference} is a merge, which has no curve that others could "
+                "reach; name an arm that is trained"
+            )
         for name, arm in self.arms.items():
-            other = self.arms.get(arm.compute_of or name)
-            if other is None:
-                raise ValueError(
-                    f"arms.{name}.compute_of: there is no arm {arm.compute_of!r}; there are {known}"
-                )
-            if other is not arm and other.compute_of is not None:
-                raise ValueError(
-                    f"arms.{name}.compute_of: {arm.compute_of} has a compute_of itself; name the "
-                    "arm that it names"
-                )
-            if arm.compute_of == name:
-                raise ValueError(f"arms.{name}.compute_of: that is the arm itself")
+            for other in arm.needs:
+                self._require_trained(name, other, known)
         for key in ("seeds", "rates"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: one is named twice; name each once")
         return self
+
+    def _require_trained(self, name: str, other: str, known: str) -> None:
+        """Refuse an arm that needs another which is not there, or needs one itself."""
+        merged = self.arms[name].merge is not None
+        where = f"arms.{name}.{'merge.of' if merged else 'compute_of'}"
+        if other not in self.arms:
+            raise ValueError(f"{where}: there is no arm {other!r}; there are {known}")
+        if other == name:
+            raise ValueError(f"{where}: that is the arm itself")
+        if self.arms[other].needs and not (merged and self.arms[other].merge is None):
+            what = "is a merge itself" if self.arms[other].merge else "has a compute_of itself"
+            raise ValueError(f"{where}: {other} {what}; name an arm that it names")

@@ -148,8 +148,8 @@ def settings_of(
         if value is not None and name not in known.takes:
             takers = ", ".join(m for m, one in METHODS.items() if name in one.takes)
             raise ArgumentError(
-                f"{_OPTIONS[name]} has no meaning with {method}; it belongs to {takers}. Leave it "
-                "out, or take one of these"
+                f"{_CALLED.get(name, name)} has no meaning with {method}; it belongs to {takers}. "
+                "Leave it out, or take one of these"
             )
     filled: dict[str, Any] = {
         n: _DEFAULTS[n] if given[n] is None else given[n] for n in known.takes
@@ -163,8 +163,8 @@ def settings_of(
     return settings
 
 
-_OPTIONS = {name: f"--{name}" for name in ("density", "t", "seed")}
-_OPTIONS |= {"weights": "--weight", "scale": "--lambda"}
+_CALLED = {"scale": "lambda", "weights": "a weight"}
+"""How a user calls what is called otherwise in Python."""
 
 
 def _require_count(method: str, models: int) -> None:
@@ -184,8 +184,8 @@ def _weights(method: str, models: int, given: Sequence[float] | None) -> tuple[f
     shown = ", ".join(f"{weight:g}" for weight in given)
     if len(given) != models:
         raise ArgumentError(
-            f"{len(given)} weights are given ({shown}) for {models} models; give --weight once for "
-            "each, in their order (the base has none)"
+            f"{len(given)} weights are given ({shown}) for {models} models; give one for each, in "
+            "their order (the base has none)"
         )
     if not all(math.isfinite(weight) for weight in given):
         raise ArgumentError(f"the weights {shown} are not all numbers; give plain ones, like 0.5")

@@ -45,9 +45,12 @@ def evaluated_models(context: Context) -> dict[str, Reader]:
 
 def trained_model(context: Context, which: str) -> Reader:
     """What a run has trained, FUSED or CLM."""
-    # A folder with everything in it, whatever it was trained from.
-    at = dict.fromkeys(("revision", "gguf_file", "tokenizer"))
-    at |= {"model": str(trained_folder(context.run, which))}
+    return like_the_target(context, trained_folder(context.run, which))
+
+
+def like_the_target(context: Context, folder: Path) -> Reader:
+    """A model that was made from a run's target, in a folder with everything in it."""
+    at = dict.fromkeys(("revision", "gguf_file", "tokenizer")) | {"model": str(folder)}
     located = locate(context.recipe.target.model_copy(update=at), context.trusted)
     return Reader(located, context.target.encoder, context.target.tokenizer_fingerprint)
 

@@ -12,6 +12,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.store.externalized import TARGET
 from fusellm.store.manifest import StageFolder
 from fusellm.store.run_folder import FUSED
+from fusellm.study.trainings import digest_of
 
 _FORWARD, _STEP = 2, 6
 
@@ -48,9 +49,20 @@ def compute_of(
         tokens: that it was trained on.
         parameters: of each model by name, the target's as "target".
     """
-    reading = 0
-    if which == FUSED:
-        for source in pipeline.recipe.sources:
-            counts = StageFolder(pipeline.run / "externalize" / source.name).counts
-            reading += _FORWARD * parameters[source.name] * int(counts["tokens"])
+    reading = sum(reading_of(pipeline, which, parameters).values())
     return Compute(reading, _STEP * parameters[TARGET] * tokens)
+
+
+def reading_of(pipeline: Pipeline, which: str, parameters: Mapping[str, int]) -> dict[str, int]:
+    """What the sources of a training have computed, by what their distributions are made from.
+
+    What several trainings have read is counted once where these are joined.
+    """
+    if which != FUSED:
+        return {}
+    spent: dict[str, int] = {}
+    for source in pipeline.recipe.sources:
+        store = StageFolder(pipeline.run / "externalize" / source.name)
+        read = _FORWARD * parameters[source.name] * int(store.counts["tokens"])
+        spent[digest_of(store.identity)] = read
+    return spent

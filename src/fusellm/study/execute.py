@@ -14,14 +14,14 @@ from fusellm.errors import RecipeError
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Progress
-from fusellm.stages.evaluate import measured_nats, read_nats, trained_model, write_nats
+from fusellm.stages.evaluate import like_the_target, measured_nats, read_nats, write_nats
 from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import FUSED, trained_folder
 from fusellm.store.writer import StageWriter, set_aside
-from fusellm.study.compute import Compute, compute_of
+from fusellm.study.compute import Compute, compute_of, reading_of
 from fusellm.study.plan import Study, Unit
 from fusellm.study.results import Answers, Trained
 from fusellm.study.trainings import (
@@ -29,7 +29,6 @@ from fusellm.study.trainings import (
     Trainings,
     best_rate,
     discard,
-    identity_of,
     train_apart,
 )
 
@@ -64,7 +63,10 @@ class Execution:
         self._jobs, self._redo, self._trusted = jobs, redo, trusted
         self._trainings = Trainings(out, progress, trusted)
         self._base = self._trainings.pipeline(study.base, _BASE)
+        self._merges = [name for name in study.chosen if study.arm(name).merge is not None]
         for arm in study.chosen:
+            if arm in self._merges:
+                continue
             unit = Unit(arm, study.settings.seeds[0], study.rates(arm)[0])
             self._trainings.pipeline(study.recipe(unit), unit.folder)
         self._blocks: list[Block] = []
@@ -83,8 +85,8 @@ class Execution:
         self._blocks = read_part(open_corpus(self._base.run), "held_out")
         nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
         rates: dict[str, float | None] = {}
+        first = self._study.settings.seeds[0]
         for arms in self._rounds():
-            first = self._study.settings.seeds[0]
             units = [Unit(arm, first, rate) for arm in arms for rate in self._study.rates(arm)]
             self._train(units)
             for arm in arms:
@@ -95,10 +97,14 @@ class Execution:
                         discard(self._out / unit.folder, self._study.which(arm))
             seeds = self._study.settings.seeds[1:]
             self._train([Unit(arm, seed, rates[arm]) for arm in arms for seed in seeds])
+        for arm in self._merges:
+            rates[arm] = None
+            for seed in self._study.settings.seeds:
+                self._know_merged(Unit(arm, seed), rates)
         trained: dict[str, list[Trained]] = {}
         for arm in self._study.chosen:
             units = [Unit(arm, seed, rates[arm]) for seed in self._study.settings.seeds]
-            trained[arm] = [self._measured(unit) for unit in units]
+            trained[arm] = [self._measured(unit, rates) for unit in units]
         tried: dict[str, dict[float | None, float]] = {
             arm: {rate: self._outcomes[Unit(arm, first, rate)].validation for rate in all_rates}
             for arm in self._study.chosen
@@ -109,7 +115,7 @@ class Execution:
     def _rounds(self) -> list[list[str]]:
         """Arms that can be trained at a time; those that have another's computing come after it."""
         later = [name for name in self._study.chosen if self._study.arm(name).compute_of]
-        sooner = [name for name in self._study.chosen if name not in later]
+        sooner = [name for name in self._study.chosen if name not in (*later, *self._merges)]
         return [arms for arms in (sooner, later) if arms]
 
     def _untrained(self, name: str, reader: Reader) -> list[np.ndarray]:
@@ -230,19 +236,52 @@ class Execution:
         self._outcomes[unit] = outcome
         self._computes[unit] = compute_of(pipeline, which, outcome.tokens, self._parameters)
 
-    def _measured(self, unit: Unit) -> Trained:
-        """What held-out text costs a trained model."""
-        which, pipeline = self._study.which(unit.arm), self._prepare(unit)
+    def _know_merged(self, unit: Unit, rates: Mapping[str, float | None]) -> None:
+        """What a merge is made from, and what its parts cost together; nothing is merged yet."""
+        parts = self._parts(unit, rates)
+        outcomes = [self._outcomes[part] for part in parts]
+        merge = self._study.arm(unit.arm).merge
+        assert merge is not None
+        told = [merge.method, merge.numbers, [outcome.identity for outcome in outcomes]]
+        tokens, steps = sum(o.tokens for o in outcomes), sum(o.steps for o in outcomes)
+        self._outcomes[unit] = TrainingOutcome(digest(told), tokens, steps, [])
+        reading: dict[str, int] = {}
+        for part in parts:
+            which = self._study.which(part.arm)
+            reading |= reading_of(self._prepare(part), which, self._parameters)
+        training = sum(self._computes[part].training for part in parts)
+        self._computes[unit] = Compute(sum(reading.values()), training)
+
+    def _parts(self, unit: Unit, rates: Mapping[str, float | None]) -> list[Unit]:
+        arms = self._study.trained_for(unit.arm)
+        return [Unit(arm, unit.seed, rates[arm]) for arm in arms]
+
+    def _measured(self, unit: Unit, rates: Mapping[str, float | None]) -> Trained:
+        """What held-out text costs a trained model, or a merged one."""
         folder = self._out / "measured" / unit.folder.removeprefix("arms/").replace("/", "-")
-        measured = (folder / MANIFEST).exists() and StageFolder(folder).complete
-        if not (measured or (trained_folder(pipeline.run, which) / MANIFEST).exists()):
-            self._trainings.train(pipeline, which, self._redo)  # its rate was not taken before
-        made_from = identity_of(pipeline, which)
-        self._measure(
-            folder, made_from, unit.folder, lambda: trained_model(pipeline.context, which)
-        )
+        parts = self._parts(unit, rates)
+        context = self._prepare(parts[0]).context
+
+        def find() -> Reader:
+            models = [self._weights(part) for part in parts]
+            merge, outcome = self._study.arm(unit.arm).merge, self._outcomes[unit]
+            if merge is None:
+                return like_the_target(context, models[0])
+            place = self._out / unit.folder
+            merged = self._trainings.merge(models, place, merge, outcome)
+            return like_the_target(context, merged)
+
+        self._measure(folder, self._outcomes[unit].identity, unit.folder, find)
         nats = read_nats(StageFolder(folder), _NATS, self._blocks)
         return Trained(unit, nats, self._outcomes[unit], self._computes[unit])
+
+    def _weights(self, unit: Unit) -> Path:
+        """The folder of a trained model, which is made again if its rate was not taken before."""
+        which, pipeline = self._study.which(unit.arm), self._prepare(unit)
+        folder = trained_folder(pipeline.run, which)
+        if not (folder / MANIFEST).exists():
+            self._trainings.train(pipeline, which, self._redo)
+        return folder
 
 
 def _digest_of(blocks: Sequence[Block]) -> str:

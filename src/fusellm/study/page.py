@@ -101,7 +101,8 @@ def _costs(results: StudyResults) -> list[str]:
     rows = []
     for name, arm in results.arms.items():
         spent = arm.compute.training, arm.compute.reading, arm.compute.total
-        reached = "" if name == results.reference else _reached(arm, results)
+        known = arm.curve and name != results.reference
+        reached = _reached(arm, results) if known else ""
         cells = [f"{operations / 10**power:.2f}" for operations in spent]
         rows.append([_code(name), f"{arm.tokens:,}", f"{arm.steps:,}", *cells, reached])
     goal = f"tokens to {results.reference}'s last validation"
@@ -125,6 +126,7 @@ def _curves(results: StudyResults) -> list[str]:
     rows = [
         [_code(name), " → ".join(f"{value:.4f} ({tokens:,})" for tokens, value in arm.curve)]
         for name, arm in results.arms.items()
+        if arm.curve
     ]
     return _table(["", "bits per byte of validation text (after so many tokens)"], rows)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from fusellm.config import Recipe
 from fusellm.config.study import ArmSettings, StudySettings
-from fusellm.errors import RecipeError
+from fusellm.errors import ArgumentError, RecipeError
+from fusellm.merging.settings import settings_of
 from fusellm.recipe_file import check_recipe, checked_file, load_recipe, resolve_paths
 from fusellm.store.externalized import TARGET
 from fusellm.store.run_folder import CLM, FUSED
@@ -68,6 +69,11 @@ class Study:
         """What the arm's runs train: FUSED or CLM."""
         return CLM if self.arm(arm).train == "clm" else FUSED
 
+    def trained_for(self, arm: str) -> tuple[str, ...]:
+        """The arms whose trainings an arm's model is made of: itself, or those that it merges."""
+        merge = self.arm(arm).merge
+        return (arm,) if merge is None else tuple(merge.of)
+
     def recipe(self, unit: Unit, more: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe of one training.
 
@@ -118,7 +124,8 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
             f"{file}: there is no arm {unknown!r}; there are {', '.join(settings.arms)}"
         )
     wanted = {*(arms or settings.arms), settings.reference}
-    wanted |= {other for name in wanted if (other := settings.arms[name].compute_of) is not None}
+    for _ in range(2):  # a merge needs an arm that may need another one's computing
+        wanted |= {other for name in wanted for other in settings.arms[name].needs}
     base = _loaded(file, settings, {})
     names = [source.name for source in base.sources]
     clash = next((name for name in settings.arms if name in (*names, TARGET)), None)
@@ -126,6 +133,9 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
         raise RecipeError(f"{file}: arms.{clash}: a source has that name; give the arm another")
     study = Study(settings, file, base, tuple(name for name in settings.arms if name in wanted))
     for name in study.chosen:
+        if study.arm(name).merge is not None:
+            _require_mergeable(study, name)
+            continue
         for rate in study.rates(name):
             recipe = study.recipe(Unit(name, settings.seeds[0], rate))
             if recipe.training.validations == 0:
@@ -134,6 +144,24 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
                     "and curves by; set 1 or more"
                 )
     return study
+
+
+def _require_mergeable(study: Study, name: str) -> None:
+    """Check what a merge is asked for, and that its models are of one target."""
+    merge = study.arm(name).merge
+    assert merge is not None
+    where = f"{study.file}: arms.{name}.merge"
+    try:
+        settings_of(merge.method, len(merge.of), **merge.numbers)
+    except ArgumentError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    first, *others = (study.recipe(Unit(arm, study.settings.seeds[0])) for arm in merge.of)
+    for arm, recipe in zip(merge.of[1:], others, strict=True):
+        if recipe.target != first.target:
+            raise RecipeError(
+                f"{where}: {merge.of[0]} and {arm} are of two targets, whose weights do not belong "
+                "together; merge arms of one target"
+            )
 
 
 def _loaded(file: Path, settings: StudySettings, changes: Mapping[str, Any]) -> Recipe:

@@ -86,7 +86,8 @@ class ArmResult:
         by_task: bits per byte by domain, and their mean; the mean over its seeds.
         by_seed: of the mean over domains.
         deviation: of these; None for one seed.
-        curve: [(tokens, bits per byte of the validation part, mean over seeds)].
+        tokens, steps: of a merge, those of its parts together.
+        curve: [(tokens, bits per byte of the validation part, mean over seeds)]; none of a merge.
         tokens_to_reference: after how many tokens the curve is first at the reference's last value
             or below; None if never.
     """

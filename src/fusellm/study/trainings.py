@@ -5,7 +5,8 @@ The study's folder:
     made/STAGE-DIGEST/    corpus, stores and fused distributions, by what they are made from
     arms/ARM/seed-S[-rate-R]/
                           a run, with hard links to what is in made/; `outcome.json` once it is
-                          trained. The weights of rates that were not taken are deleted
+                          trained. The weights of rates that were not taken are deleted; of an
+                          arm that is a merge, `merged/`
     measured/…            nats of held-out text of sources, target and trained models
 """
 
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 
 from fusellm.config import Recipe
+from fusellm.config.study import ArmMerge
 from fusellm.errors import StoreError
+from fusellm.merging.merge import merge_models
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Progress, Silent
 from fusellm.stages.stage import Stage
@@ -28,6 +31,7 @@ from fusellm.store.files import from_json, make_folder, write_text
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import trained_folder
+from fusellm.store.writer import set_aside
 
 OUTCOME = "outcome.json"
 
@@ -124,6 +128,29 @@ class Trainings:
         outcome = _outcome_of(pipeline, which)
         write_text(pipeline.run / OUTCOME, json.dumps(asdict(outcome), indent=1) + "\n")
         return outcome
+
+    def merge(
+        self, models: Sequence[Path], folder: Path, how: ArmMerge, outcome: TrainingOutcome
+    ) -> Path:
+        """Merge trained models, unless that has been done.
+
+        Args:
+            folder: gets `merged/`, and `outcome.json` once that is there.
+            outcome: says what the merged model is made from.
+
+        Returns:
+            The folder of the merged model.
+        """
+        file, merged = folder / OUTCOME, folder / "merged"
+        told = json.dumps(asdict(outcome), indent=1) + "\n"
+        if file.exists() and file.read_text(encoding="utf-8") == told and merged.exists():
+            return merged
+        set_aside(self.out, [folder])  # of other parts or numbers
+        make_folder(folder)
+        numbers = how.numbers
+        merge_models(models, merged, method=how.method, progress=self._progress, **numbers)
+        write_text(file, told)
+        return merged
 
 
 def discard(run: Path, which: str) -> None:
