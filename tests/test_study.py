@@ -11,9 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import fusellm
+from fusellm import Ensemble, load_pretrained
 from fusellm.cli.study import study
 from fusellm.errors import FusellmError, RecipeError
 from fusellm.progress import Silent
+from fusellm.store.blocks import open_corpus, read_part
 from fusellm.study import trainings
 from fusellm.study.compute import Compute, compute_of
 from fusellm.study.execute import Execution
@@ -241,6 +244,40 @@ def test_arms_can_be_merged(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert load_study(file, ["with-clm"]).chosen == ("clm", "one", "with-clm")
 
 
+def test_arms_can_be_ensembles(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = PAIRWISE | {
+        "all": {"ensemble": {}},
+        "two-of-them": {"sources": ["second"], "ensemble": {"weights": "bayes"}},
+        "trained": {"sources": ["second"], "ensemble": {"model": "clm"}},
+        "merged": {"sources": ["second"], "ensemble": {"model": "mean"}},
+    }
+    file, out = write(tmp_path, world, arms=arms, rates=None), tmp_path / "out"
+    page, results = done(file, out)
+    models = {name: load_pretrained(str(world / name), device="cpu") for name in ("llama", "neox")}
+    blocks = read_part(open_corpus(out / "base"), "held_out")
+    texts, last = [b.text for b in blocks], [b.last for b in blocks]
+    expected = Ensemble(models["llama"], {"second": models["neox"]}, "bayes").nats(texts, last)
+    measured = Execution(load_study(file), out, Silent()).run().trained["two-of-them"]
+    for row, nats in zip(measured[1].nats, expected, strict=True):
+        np.testing.assert_allclose(row, nats, rtol=1e-5)
+    by_arm = {name: arm.by_task["mean"].value for name, arm in results.arms.items()}
+    assert results.arms["all"].deviation == 0
+    assert results.arms["all"].compute.total == 0
+    assert results.arms["trained"].compute == results.arms["clm"].compute
+    assert results.arms["trained"].deviation > 0
+    assert (
+        len({round(by_arm[name], 6) for name in ("all", "two-of-them", "trained", "merged")}) == 4
+    )
+
+    trained, measured_anew = _recorded(monkeypatch), []
+    monkeypatch.setattr(Ensemble, "nats", lambda *_: measured_anew.append(1))
+    assert done(file, out) == (page, results)
+    assert trained == measured_anew == []
+    assert load_study(file, ["merged"]).chosen == ("clm", "one", "two", "mean", "merged")
+
+
 def test_a_merge_of_other_numbers_is_made_anew_and_the_former_one_kept(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,13 +354,16 @@ def test_held_out_text_is_one_for_all_and_known_before_any_training(
         ),
         (
             {"arms": PAIRWISE | {"x": {"merge": {"of": ["clm", "mean"], "method": "sce"}}}},
-            "arms.x.merge.of: mean is a merge itself; name an arm that it names",
+            "arms.x.merge.of: mean is no training; name an arm that is trained",
         ),
         (
             {"arms": PAIRWISE | {"x": {"train": "clm", "compute_of": "mean"}}},
-            "arms.x.compute_of: mean is a merge itself",
+            "arms.x.compute_of: mean is no training; name an arm that is trained",
         ),
-        ({"arms": PAIRWISE, "reference": "mean"}, "reference: mean is a merge, which has no curve"),
+        (
+            {"arms": PAIRWISE, "reference": "mean"},
+            "reference: mean is not trained, and has no curve",
+        ),
         (
             {"arms": ARMS | {"x": {"rates": [1], "merge": PAIRWISE["mean"]["merge"]}}},
             "rates has no meaning with merge, which trains nothing",
@@ -348,6 +388,18 @@ def test_held_out_text_is_one_for_all_and_known_before_any_training(
             },
             "arms.x.merge: clm and other are of two targets, whose weights do not belong together",
         ),
+        (
+            {"arms": ARMS | {"x": {"ensemble": {}}, "y": {"ensemble": {"model": "x"}}}},
+            "arms.y.ensemble.model: x is no training; name an arm that is trained",
+        ),
+        (
+            {"arms": ARMS | {"x": {"ensemble": {}, "set": {"seed": 1}}}},
+            "set has no meaning with ensemble, which trains nothing",
+        ),
+        (
+            {"arms": ARMS | {"x": {"ensemble": {}, "sources": ["third"]}}},
+            "arm x: the base recipe has no source 'third'; it has first, second",
+        ),
         ({"arms": ARMS | {"x": {"sources": ["third"]}}}, "no source 'third'; it has first, second"),
         ({"arms": ARMS | {"first": {}}}, "arms.first: a source has that name"),
         ({"arms": ARMS | {"x": {"set": {"fusion.functon": "bayes"}}}}, "did you mean"),
@@ -365,6 +417,12 @@ def test_what_is_no_study_is_refused(
         load_study(write(tmp_path, world, **changes))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["study-zoo", "study-small"])
+def test_the_studies_that_come_with_fusellm_are_studies(name: str) -> None:
+    study = load_study(Path(fusellm.__file__).parent / "recipes" / f"{name}.yaml")
+    assert {study.arm(arm).kind for arm in study.chosen} == {"training", "merge", "ensemble"}
 
 
 def test_only_some_arms(world: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ _FROM = {
     "Distribution": "fusellm.arrays.read_block",
     "DistributionStore": "fusellm.store.opened",
     "Divergence": "fusellm.objective.divergence",
+    "Ensemble": "fusellm.evaluation.text.ensemble",
     "evaluate": "fusellm.evaluation.models",
     "fuse": "fusellm.fusion.texts",
     "FusedDataset": "fusellm.training.dataset",

@@ -10,6 +10,7 @@ from fusellm.config import Recipe as Recipe
 from fusellm.errors import FusellmError as FusellmError
 from fusellm.evaluation.models import evaluate as evaluate
 from fusellm.evaluation.text.bits_per_byte import bits_per_byte as bits_per_byte
+from fusellm.evaluation.text.ensemble import Ensemble as Ensemble
 from fusellm.explain.tokenizers import compare_tokenizers as compare_tokenizers
 from fusellm.fusion.texts import FusedDistributions as FusedDistributions
 from fusellm.fusion.texts import fuse as fuse

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fusellm.arrays.outcome_sets import OutcomeSets
-from fusellm.arrays.ragged import offsets_of
 from fusellm.tokens.encode import Encoder
 
 # What a token is encoded after. Each is a context in which one kind of token stands alone; the
@@ -58,9 +57,7 @@ class VocabularyMap:
     def sets(self) -> OutcomeSets:
         """The target ids of each outcome, U + 1 sets; those of the last have no outcome."""
         outcome = np.where(self.outcome_of_target < 0, self.outcomes, self.outcome_of_target)
-        ids = np.argsort(outcome, kind="stable").astype(np.int64)
-        offsets = offsets_of(np.bincount(outcome, minlength=self.outcomes + 1))
-        return OutcomeSets(offsets[:-1], offsets[1:], ids)
+        return OutcomeSets.of(outcome, self.outcomes + 1)
 
 
 class Continuation(NamedTuple):

@@ -37,6 +37,21 @@ class OutcomeSets:
     ids: np.ndarray
 
     @classmethod
+    def of(cls, outcome: np.ndarray, count: int) -> "OutcomeSets":
+        """The ids of each of `count` outcomes.
+
+        Args:
+            outcome: [V] of each id, from 0 to below `count`.
+
+        >>> sets = OutcomeSets.of(np.array([1, 0, 1]), 3)
+        >>> [sets[n].tolist() for n in range(3)]
+        [[1], [0, 2], []]
+        """
+        ids = np.argsort(outcome, kind="stable").astype(np.int64)
+        offsets = offsets_of(np.bincount(outcome, minlength=count))
+        return cls(offsets[:-1], offsets[1:], ids)
+
+    @classmethod
     def concat(cls, several: Sequence["OutcomeSets"]) -> "OutcomeSets":
         """The sets of several, one after another. Each keeps an order of ids of its own."""
         base = np.cumsum([0, *(len(one.ids) for one in several)])[:-1]

@@ -74,7 +74,7 @@ def study(
     if plan:
         _say_plan(loaded, as_json)
         return
-    from fusellm.study.run import JSON, PAGE, run_study
+    from fusellm.study.run import run_study
 
     folder = out or Path("runs") / loaded.settings.name
     results = run_study(
@@ -86,18 +86,18 @@ def study(
         trust_remote_code=trust_remote_code,
         progress=Terminal(STDERR),
     )
-    if as_json:
-        print(json_text(results.as_json()))
-        return
-    _show(results)
-    STDOUT.say(f"The page: {folder / PAGE}; all figures: {folder / JSON}")
+    _show(results, folder, as_json)
 
 
-def _show(results: "StudyResults") -> None:
+def _show(results: "StudyResults", folder: Path, as_json: bool) -> None:
     """The mean over domains of each arm, and its difference from the reference."""
     from fusellm.evaluation.compare.statistics import MEAN
     from fusellm.study.page import interval, verdict
+    from fusellm.study.run import JSON, PAGE
 
+    if as_json:
+        print(json_text(results.as_json()))
+        return
     beside = {one.arm: one for one in results.differences if one.other == results.reference}
     shown = table("", ">bits per byte", f">less {results.reference}", ">p", "")
     for name, by_task in results.untrained.items():
@@ -110,6 +110,7 @@ def _show(results: "StudyResults") -> None:
             told = (interval(one.by_task[MEAN]), p, verdict(one))
         shown.add_row(name, f"{arm.by_task[MEAN].value:.4f}", *told)
     STDOUT.print(shown)
+    STDOUT.say(f"The page: {folder / PAGE}; all figures: {folder / JSON}")
 
 
 def _say_plan(loaded: "Study", as_json: bool) -> None:
@@ -117,10 +118,11 @@ def _say_plan(loaded: "Study", as_json: bool) -> None:
     rows = []
     for name in loaded.chosen:
         arm = loaded.arm(name)
-        if arm.merge is not None:
-            rows.append((name, f"merges {', '.join(arm.merge.of)}", 0, 0))
-        else:
+        if arm.kind == "training":
             rows.append((name, arm.train, len(loaded.rates(name)), seeds - 1))
+        else:
+            of = f" of {', '.join(arm.needs)}" if arm.needs else ""
+            rows.append((name, f"{arm.kind}{of}", 0, 0))
     if as_json:
         keys = ("arm", "train", "trainings_to_find_the_rate", "trainings_of_other_seeds")
         print(json_text([dict(zip(keys, row, strict=True)) for row in rows]))

@@ -17,6 +17,16 @@ class ArmMerge(MergeNumbers):
     """As `fusellm merge --method` has it."""
 
 
+class ArmEnsemble(SettingsBlock):
+    """The target and the sources as one model, at inference; nothing is trained."""
+
+    weights: Literal["uniform", "bayes"] = "uniform"
+    """`uniform`: all count alike; `bayes`: by how likely each found the text that was read so far
+    (docs/method.md)."""
+    model: Name | None = None
+    """An arm whose model takes the target's place; the target as it is if not said."""
+
+
 class ArmSettings(SettingsBlock):
     """One arm: the base recipe with some settings changed."""
 
@@ -34,19 +44,33 @@ class ArmSettings(SettingsBlock):
     merge: ArmMerge | None = None
     """Nothing is trained: the weights of other arms are merged. `{of: [a, b], method: sce}`."""
 
+    ensemble: ArmEnsemble | None = None
+    """Nothing is trained: the sources join the target when text is predicted. {} is all of them,
+    equally weighted."""
+
     @property
     def needs(self) -> list[str]:
         """Arms that have to be there before it."""
-        one = [] if self.compute_of is None else [self.compute_of]
-        return one if self.merge is None else self.merge.of
+        if self.merge is not None:
+            return self.merge.of
+        named = self.compute_of if self.ensemble is None else self.ensemble.model
+        return [] if named is None else [named]
+
+    @property
+    def kind(self) -> Literal["training", "merge", "ensemble"]:
+        """What its model is."""
+        if self.merge is not None:
+            return "merge"
+        return "training" if self.ensemble is None else "ensemble"
 
     @model_validator(mode="after")
     def _plain_training_reads_no_source(self) -> Self:
-        said = sorted(self.model_fields_set - {"merge"})
-        if self.merge is not None and said:
+        may_say = {"merge": {"merge"}, "ensemble": {"ensemble", "sources"}}
+        said = sorted(self.model_fields_set - may_say.get(self.kind, self.model_fields_set))
+        if said:
             raise ValueError(
-                f"{said[0]} has no meaning with merge, which trains nothing; leave it out, and say "
-                "it of the arms that are merged"
+                f"{said[0]} has no meaning with {self.kind}, which trains nothing; leave it out, "
+                "and say it of an arm that is trained"
             )
         if self.train == "clm" and self.sources is not None:
             raise ValueError("sources have no meaning with train: clm, which reads none; leave out")
@@ -85,28 +109,34 @@ class StudySettings(SettingsBlock):
             if one not in self.arms:
                 key = "reference" if one == self.reference else "compare"
                 raise ValueError(f"{key}: there is no arm {one!r}; there are {known}")
-        if self.arms[self.reference].merge is not None:
+        if self.arms[self.reference].kind != "training":
             raise ValueError(
-                f"reference: {self.reference} is a merge, which has no curve that others could "
-                "reach; name an arm that is trained"
+                f"reference: {self.reference} is not trained, and has no curve that others could "
+                "reach; name an arm that is"
             )
         for name, arm in self.arms.items():
             for other in arm.needs:
-                self._require_trained(name, other, known)
+                self._require_other(name, other, known)
         for key in ("seeds", "rates"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: one is named twice; name each once")
         return self
 
-    def _require_trained(self, name: str, other: str, known: str) -> None:
-        """Refuse an arm that needs another which is not there, or needs one itself."""
-        merged = self.arms[name].merge is not None
-        where = f"arms.{name}.{'merge.of' if merged else 'compute_of'}"
+    def _require_other(self, name: str, other: str, known: str) -> None:
+        """Refuse an arm that needs another which is not there, or which comes after it."""
+        key = {"merge": "merge.of", "ensemble": "ensemble.model"}
+        kind = self.arms[name].kind
+        where = f"arms.{name}.{key.get(kind, 'compute_of')}"
         if other not in self.arms:
             raise ValueError(f"{where}: there is no arm {other!r}; there are {known}")
         if other == name:
             raise ValueError(f"{where}: that is the arm itself")
-        if self.arms[other].needs and not (merged and self.arms[other].merge is None):
-            what = "is a merge itself" if self.arms[other].merge else "has a compute_of itself"
-            raise ValueError(f"{where}: {other} {what}; name an arm that it names")
+        needed = self.arms[other]
+        order = ("training", "merge", "ensemble")
+        if needed.kind != "training" and order.index(needed.kind) >= order.index(kind):
+            raise ValueError(f"{where}: {other} is no training; name an arm that is trained")
+        if kind == "training" and needed.needs:
+            raise ValueError(
+                f"{where}: {other} has a compute_of itself; name the arm that it names"
+            )

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from fusellm.errors import RecipeError
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Progress
-from fusellm.stages.evaluate import like_the_target, measured_nats, read_nats, write_nats
-from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.stages.evaluate import like_the_target
+from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.externalized import TARGET
-from fusellm.store.identity import Identity, digest
-from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.identity import digest
+from fusellm.store.manifest import MANIFEST
 from fusellm.store.run_folder import FUSED, trained_folder
-from fusellm.store.writer import StageWriter, set_aside
 from fusellm.study.compute import Compute, compute_of, reading_of
+from fusellm.study.measured import Measurements, digest_of_blocks
 from fusellm.study.plan import Study, Unit
 from fusellm.study.results import Answers, Trained
 from fusellm.study.trainings import (
@@ -33,7 +33,6 @@ from fusellm.study.trainings import (
 )
 
 _BASE = "base"
-_NATS = "nats.arrow"
 
 
 class Execution:
@@ -63,13 +62,9 @@ class Execution:
         self._jobs, self._redo, self._trusted = jobs, redo, trusted
         self._trainings = Trainings(out, progress, trusted)
         self._base = self._trainings.pipeline(study.base, _BASE)
-        self._merges = [name for name in study.chosen if study.arm(name).merge is not None]
-        for arm in study.chosen:
-            if arm in self._merges:
-                continue
+        for arm in study.of_kind("training"):
             unit = Unit(arm, study.settings.seeds[0], study.rates(arm)[0])
             self._trainings.pipeline(study.recipe(unit), unit.folder)
-        self._blocks: list[Block] = []
         self._pipelines: dict[Unit, Pipeline] = {}
         self._parameters: dict[str, int] = {}
         self._outcomes: dict[Unit, TrainingOutcome] = {}
@@ -82,7 +77,9 @@ class Execution:
             FusellmError: something is missing, or an arm cannot be as the study has it.
         """
         self._trainings.share(self._base, ["corpus"], self._redo)
-        self._blocks = read_part(open_corpus(self._base.run), "held_out")
+        blocks = read_part(open_corpus(self._base.run), "held_out")
+        tokens = self._study.base.evaluation.batch_tokens
+        self._measurements = Measurements(self._out, blocks, tokens, self._progress)
         nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
         rates: dict[str, float | None] = {}
         first = self._study.settings.seeds[0]
@@ -97,10 +94,11 @@ class Execution:
                         discard(self._out / unit.folder, self._study.which(arm))
             seeds = self._study.settings.seeds[1:]
             self._train([Unit(arm, seed, rates[arm]) for arm in arms for seed in seeds])
-        for arm in self._merges:
-            rates[arm] = None
-            for seed in self._study.settings.seeds:
-                self._know_merged(Unit(arm, seed), rates)
+        for kind, know in (("merge", self._know_merged), ("ensemble", self._know_ensemble)):
+            for arm in self._study.of_kind(kind):
+                rates[arm] = None
+                for seed in self._study.settings.seeds:
+                    know(Unit(arm, seed), rates)
         trained: dict[str, list[Trained]] = {}
         for arm in self._study.chosen:
             units = [Unit(arm, seed, rates[arm]) for seed in self._study.settings.seeds]
@@ -110,42 +108,20 @@ class Execution:
             for arm in self._study.chosen
             if len(all_rates := self._study.rates(arm)) > 1
         }
-        return Answers(self._study, self._blocks, nats, trained, rates, tried)
+        return Answers(self._study, blocks, nats, trained, rates, tried)
 
     def _rounds(self) -> list[list[str]]:
         """Arms that can be trained at a time; those that have another's computing come after it."""
-        later = [name for name in self._study.chosen if self._study.arm(name).compute_of]
-        sooner = [name for name in self._study.chosen if name not in (*later, *self._merges)]
+        trained = self._study.of_kind("training")
+        later = [name for name in trained if self._study.arm(name).compute_of]
+        sooner = [name for name in trained if name not in later]
         return [arms for arms in (sooner, later) if arms]
 
     def _untrained(self, name: str, reader: Reader) -> list[np.ndarray]:
         """Nats of a source or of the target before; how many parameters it has is known then."""
-        folder = self._out / "measured" / name
-        precision = reader.located.settings.precision
-        told = [reader.located.fingerprint, precision, reader.tokenizer_fingerprint]
-        counts = self._measure(folder, digest(told), name, lambda: reader)
-        self._parameters[name] = int(counts["parameters"])
-        return read_nats(StageFolder(folder), _NATS, self._blocks)
-
-    def _measure(
-        self, folder: Path, model: str, name: str, find: Callable[[], Reader]
-    ) -> Mapping[str, Any]:
-        """Measure a model, unless it has been, and give what was counted.
-
-        Args:
-            model: digest of what it is.
-        """
-        inputs = {"model": model, "held_out": _digest_of(self._blocks)}
-        identity = Identity("measured", {}, inputs)
-        if (folder / MANIFEST).exists() and StageFolder(folder).identity != identity:
-            set_aside(self._out, [folder])  # minutes of work, of a model that is not asked for now
-        with StageWriter.open(folder, identity) as writer:
-            if not writer.complete:
-                tokens, progress = self._study.base.evaluation.batch_tokens, self._progress
-                nats, size = measured_nats(name, find(), self._blocks, tokens, progress)
-                write_nats(writer, _NATS, self._blocks, nats)
-                writer.finish({"parameters": size})
-            return dict(writer.counts)
+        nats, size = self._measurements.of_model(name, _told(reader), lambda: reader)
+        self._parameters[name] = size
+        return nats
 
     def _prepare(self, unit: Unit) -> Pipeline:
         """A unit's run, with all that its training reads.
@@ -158,7 +134,8 @@ class Execution:
         recipe = self._study.recipe(unit, self._budget(unit))
         pipeline = self._trainings.pipeline(recipe, unit.folder)
         self._trainings.share(pipeline, ["corpus"], self._redo)
-        if _digest_of(read_part(open_corpus(pipeline.run), "held_out")) != _digest_of(self._blocks):
+        held_out = read_part(open_corpus(pipeline.run), "held_out")
+        if digest_of_blocks(held_out) != digest_of_blocks(self._measurements.blocks):
             raise RecipeError(
                 f"{self._study.file}: arm {unit.arm} changes corpus: so that its held-out text is "
                 "another one, which cannot be compared; change train_bytes or train_tokens alone"
@@ -252,28 +229,53 @@ class Execution:
         training = sum(self._computes[part].training for part in parts)
         self._computes[unit] = Compute(sum(reading.values()), training)
 
+    def _know_ensemble(self, unit: Unit, rates: Mapping[str, float | None]) -> None:
+        """What an ensemble is made from; what its target has cost, if that is an arm's model."""
+        arm = self._study.arm(unit.arm)
+        assert arm.ensemble is not None
+        target = [self._outcomes[part] for part in self._parts(unit, rates)]
+        told = [_told(self._base.readers[name]) for name in (TARGET, *self._study.heard(unit.arm))]
+        made_from = digest([arm.ensemble.weights, told, [one.identity for one in target]])
+        tokens, steps = sum(o.tokens for o in target), sum(o.steps for o in target)
+        self._outcomes[unit] = TrainingOutcome(made_from, tokens, steps, [])
+        costs = [self._computes[part] for part in self._parts(unit, rates)]
+        self._computes[unit] = costs[0] if costs else Compute(0, 0)
+
     def _parts(self, unit: Unit, rates: Mapping[str, float | None]) -> list[Unit]:
-        arms = self._study.trained_for(unit.arm)
+        arms = self._study.made_of(unit.arm)
         return [Unit(arm, unit.seed, rates[arm]) for arm in arms]
 
     def _measured(self, unit: Unit, rates: Mapping[str, float | None]) -> Trained:
-        """What held-out text costs a trained model, or a merged one."""
-        folder = self._out / "measured" / unit.folder.removeprefix("arms/").replace("/", "-")
-        parts = self._parts(unit, rates)
+        """What held-out text costs an arm's model."""
+        ensemble, outcome = self._study.arm(unit.arm).ensemble, self._outcomes[unit]
+        parts, of = self._parts(unit, rates), unit
+        if ensemble is not None and not parts:
+            of = Unit(unit.arm, self._study.settings.seeds[0])  # one for all, as nothing is trained
+        name = of.folder.removeprefix("arms/").replace("/", "-")
+        if ensemble is None:
+            nats, _ = self._measurements.of_model(
+                name, outcome.identity, lambda: self._reader(unit, rates)
+            )
+        else:
+            sources = {one: self._base.readers[one] for one in self._study.heard(unit.arm)}
+            nats = self._measurements.of_ensemble(
+                name,
+                outcome.identity,
+                ensemble,
+                lambda: self._reader(parts[0], rates) if parts else self._base.readers[TARGET],
+                sources,
+            )
+        return Trained(unit, nats, outcome, self._computes[unit])
+
+    def _reader(self, unit: Unit, rates: Mapping[str, float | None]) -> Reader:
+        """The model of an arm that is trained or merged."""
+        parts, merge = self._parts(unit, rates), self._study.arm(unit.arm).merge
+        models = [self._weights(part) for part in parts]
         context = self._prepare(parts[0]).context
-
-        def find() -> Reader:
-            models = [self._weights(part) for part in parts]
-            merge, outcome = self._study.arm(unit.arm).merge, self._outcomes[unit]
-            if merge is None:
-                return like_the_target(context, models[0])
-            place = self._out / unit.folder
-            merged = self._trainings.merge(models, place, merge, outcome)
-            return like_the_target(context, merged)
-
-        self._measure(folder, self._outcomes[unit].identity, unit.folder, find)
-        nats = read_nats(StageFolder(folder), _NATS, self._blocks)
-        return Trained(unit, nats, self._outcomes[unit], self._computes[unit])
+        if merge is None:
+            return like_the_target(context, models[0])
+        place, outcome = self._out / unit.folder, self._outcomes[unit]
+        return like_the_target(context, self._trainings.merge(models, place, merge, outcome))
 
     def _weights(self, unit: Unit) -> Path:
         """The folder of a trained model, which is made again if its rate was not taken before."""
@@ -284,5 +286,7 @@ class Execution:
         return folder
 
 
-def _digest_of(blocks: Sequence[Block]) -> str:
-    return digest([[block.domain, block.document, block.text] for block in blocks])
+def _told(reader: Reader) -> str:
+    """What a model is that nothing was trained of."""
+    precision = reader.located.settings.precision
+    return digest([reader.located.fingerprint, precision, reader.tokenizer_fingerprint])

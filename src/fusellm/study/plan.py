@@ -69,10 +69,19 @@ class Study:
         """What the arm's runs train: FUSED or CLM."""
         return CLM if self.arm(arm).train == "clm" else FUSED
 
-    def trained_for(self, arm: str) -> tuple[str, ...]:
-        """The arms whose trainings an arm's model is made of: itself, or those that it merges."""
-        merge = self.arm(arm).merge
-        return (arm,) if merge is None else tuple(merge.of)
+    def of_kind(self, kind: str) -> list[str]:
+        """The wanted arms of a kind, in the file's order."""
+        return [name for name in self.chosen if self.arm(name).kind == kind]
+
+    def made_of(self, arm: str) -> list[str]:
+        """The arms whose models an arm's model is made of; of one that is trained, itself."""
+        return [arm] if self.arm(arm).kind == "training" else self.arm(arm).needs
+
+    def heard(self, arm: str) -> list[str]:
+        """The sources of an arm; no referees, who only compare."""
+        own = self.arm(arm).sources
+        teaching = [source.name for source in self.base.sources if not source.referee]
+        return teaching if own is None else own
 
     def recipe(self, unit: Unit, more: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe of one training.
@@ -96,12 +105,7 @@ class Study:
             raise RecipeError(f"{where}: {error}") from None
         if arm.sources is None:
             return recipe
-        known = [source.name for source in recipe.sources]
-        unknown = next((name for name in arm.sources if name not in known), None)
-        if unknown is not None:
-            raise RecipeError(
-                f"{where}: the base recipe has no source {unknown!r}; it has {', '.join(known)}"
-            )
+        _require_source(self, unit.arm, [source.name for source in recipe.sources])
         raw = recipe.model_dump(by_alias=True)
         raw["sources"] = [source for source in raw["sources"] if source["name"] in arm.sources]
         return check_recipe(raw, where)
@@ -124,7 +128,7 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
             f"{file}: there is no arm {unknown!r}; there are {', '.join(settings.arms)}"
         )
     wanted = {*(arms or settings.arms), settings.reference}
-    for _ in range(2):  # a merge needs an arm that may need another one's computing
+    for _ in range(3):  # an ensemble may need a merge, that an arm, and that another's computing
         wanted |= {other for name in wanted for other in settings.arms[name].needs}
     base = _loaded(file, settings, {})
     names = [source.name for source in base.sources]
@@ -133,8 +137,11 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
         raise RecipeError(f"{file}: arms.{clash}: a source has that name; give the arm another")
     study = Study(settings, file, base, tuple(name for name in settings.arms if name in wanted))
     for name in study.chosen:
-        if study.arm(name).merge is not None:
-            _require_mergeable(study, name)
+        arm = study.arm(name)
+        if arm.kind != "training":
+            _require_source(study, name, [source.name for source in base.sources])
+            if arm.merge is not None:
+                _require_mergeable(study, name)
             continue
         for rate in study.rates(name):
             recipe = study.recipe(Unit(name, settings.seeds[0], rate))
@@ -144,6 +151,16 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
                     "and curves by; set 1 or more"
                 )
     return study
+
+
+def _require_source(study: Study, name: str, known: Sequence[str]) -> None:
+    """Check that the sources of an arm are some of the base's."""
+    unknown = next((one for one in study.arm(name).sources or () if one not in known), None)
+    if unknown is not None:
+        raise RecipeError(
+            f"{study.file}: arm {name}: the base recipe has no source {unknown!r}; it has "
+            f"{', '.join(known)}"
+        )
 
 
 def _require_mergeable(study: Study, name: str) -> None:
