@@ -1,7 +1,7 @@
 """`fusellm study`: many trainings that differ in a few settings each, and one page of it all."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -77,15 +77,8 @@ def study(
     from fusellm.study.run import run_study
 
     folder = out or Path("runs") / loaded.settings.name
-    results = run_study(
-        file,
-        folder,
-        arms=arms or [],
-        jobs=jobs,
-        redo=redo,
-        trust_remote_code=trust_remote_code,
-        progress=Terminal(STDERR),
-    )
+    how: dict[str, Any] = {"jobs": jobs, "redo": redo, "trust_remote_code": trust_remote_code}
+    results = run_study(file, folder, arms=arms or [], progress=Terminal(STDERR), **how)
     _show(results, folder, as_json)
 
 
