@@ -21,7 +21,7 @@ from fusellm.store.identity import digest
 from fusellm.store.manifest import MANIFEST
 from fusellm.store.run_folder import FUSED, trained_folder
 from fusellm.study.compute import Compute, compute_of, reading_of
-from fusellm.study.measured import Measurements, digest_of_blocks
+from fusellm.study.measured import Measurements, digest_of_held_out
 from fusellm.study.plan import Study, Unit
 from fusellm.study.results import Answers, Trained
 from fusellm.study.trainings import (
@@ -135,7 +135,7 @@ class Execution:
         pipeline = self._trainings.pipeline(recipe, unit.folder)
         self._trainings.share(pipeline, ["corpus"], self._redo)
         held_out = read_part(open_corpus(pipeline.run), "held_out")
-        if digest_of_blocks(held_out) != digest_of_blocks(self._measurements.blocks):
+        if digest_of_held_out(held_out) != digest_of_held_out(self._measurements.blocks):
             raise RecipeError(
                 f"{self._study.file}: arm {unit.arm} changes corpus: so that its held-out text is "
                 "another one, which cannot be compared; change train_bytes or train_tokens alone"

@@ -36,7 +36,7 @@ class Measurements:
         """
         self._out, self._progress = out, progress
         self.blocks, self._batch_tokens = blocks, batch_tokens
-        self._held_out = digest_of_blocks(blocks)
+        self._held_out = digest_of_held_out(blocks)
 
     def of_model(
         self, name: str, model: str, find: Callable[[], Reader]
@@ -101,6 +101,6 @@ def _member(reader: Reader) -> Member:
     return Member(reader.encoder, lambda: load_model(reader.located, default_device()))
 
 
-def digest_of_blocks(blocks: Sequence[Block]) -> str:
+def digest_of_held_out(blocks: Sequence[Block]) -> str:
     """Equal for the same text in the same blocks."""
     return digest([[block.domain, block.document, block.text] for block in blocks])
