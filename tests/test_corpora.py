@@ -164,6 +164,42 @@ def test_records_are_the_same_whatever_they_are_in(tmp_path: Path, name: str, pa
     assert texts(path, text_field="body") == TEXTS
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_only_records_with_a_label_are_read(tmp_path: Path, name: str) -> None:
+    """Each keeps its own number, so that one label's documents are never another one's."""
+    path = put(tmp_path, name, FILES[name])
+    for n in (1, len(TEXTS) - 1):
+        entry = FileDocuments(files=str(path), text_field="body", where={"id": n})
+        assert [(one, record.text) for one, record in file_records(entry)] == [
+            (f"{name}:{n}", TEXTS[n])
+        ]
+        corpus = {"documents": [{"files": str(path), "text_field": "body", "where": {"id": n}}]}
+        (facts,) = look_at(CorpusSettings.model_validate(corpus), Silent())
+        assert facts.first == TEXTS[n]
+    assert texts(path, text_field="body", where={"body": TEXTS[2], "id": 2}) == [TEXTS[2]]
+    assert texts(path, text_field="body", where={"body": TEXTS[2], "id": 1}) == []
+    with pytest.raises(CorpusError, match=r"no (field|column) 'lang'.*where"):
+        texts(path, text_field="body", where={"lang": "python"})
+
+
+def test_a_label_gives_domains_and_no_other_corpus_changes(tmp_path: Path) -> None:
+    rows = [{"text": f"{text} {n}", "lang": lang} for n, text in enumerate(TEXTS) for lang in "ab"]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    put(tmp_path, "a.jsonl", data)
+    entries = [
+        {"files": str(tmp_path / "a.jsonl"), "where": {"lang": lang}, "domain": lang}
+        for lang in "ab"
+    ]
+    parts = cut_up(tmp_path, entries, validation_share=0.3, held_out_share=0.3)
+    blocks = [block for part in parts.values() for block in part]
+    assert {block.domain for block in blocks} == {"a", "b"}
+    numbers = {d: {b.document for b in blocks if b.domain == d} for d in "ab"}
+    assert not numbers["a"] & numbers["b"]
+    plain = FileDocuments(files="x", text_field="body")
+    assert "where" not in plain.identity()
+    assert FileDocuments(files="x", where={"a": 1}).identity()["where"] == {"a": 1}
+
+
 @pytest.mark.parametrize("packed", PACK)
 @pytest.mark.parametrize("name", ["a.txt", "README.md", "b.PY", "c.h", "page.html"])
 def test_text_is_one_document_a_file(tmp_path: Path, name: str, packed: str) -> None:
@@ -275,6 +311,8 @@ def test_a_column_of_numbers_and_text_with_fields_are_refused(tmp_path: Path) ->
         read(put(tmp_path, "a.parquet", as_parquet()), text_field="id")
     with pytest.raises(CorpusError, match="is text without fields, and text_field names some"):
         read(put(tmp_path, "a.txt", b"text"), text_field="body")
+    with pytest.raises(CorpusError, match="is text without fields, and where names some"):
+        read(put(tmp_path, "a.txt", b"text"), where={"lang": "python"})
 
 
 @pytest.mark.parametrize(

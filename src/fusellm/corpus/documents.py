@@ -92,8 +92,9 @@ def hub_records(entry: HubDocuments, split: str) -> Iterator[Named]:
             entry.hub, entry.config, split=split, revision=entry.revision, streaming=entry.streaming
         )
         for number, row in enumerate(rows):
-            record = FileRecord(*fields.text(row, f"{entry.hub}:{split}:{number}"))
-            yield f"{entry.hub}/{entry.config or ''}/{split}:{number}", record
+            record = FileRecord.of(fields, row, f"{entry.hub}:{split}:{number}")
+            if record.wanted:
+                yield f"{entry.hub}/{entry.config or ''}/{split}:{number}", record
     except _HUB_FAULTS as error:
         reason = " ".join(str(error).split())[:300]
         raise CorpusError(
@@ -112,4 +113,5 @@ def file_records(entry: FileDocuments) -> Iterator[Named]:
     for path, name in zip(paths, relative_names(paths), strict=True):
         records = read_records(path, kind_of(path, entry.format), fields)
         for number, record in enumerate(records):
-            yield f"{name}:{number}", record
+            if record.wanted:
+                yield f"{name}:{number}", record

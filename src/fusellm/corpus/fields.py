@@ -16,23 +16,44 @@ _KINDS |= {int: "a number", float: "a number"}
 class Fields:
     """Names of the fields, in order; `context` are those that a model is not asked to predict.
 
-    Between two fields stands the separator, which belongs to the one before it.
+    Between two fields stands the separator, which belongs to the one before it. `where` has fields
+    and the values that a record must have in them to be read.
     """
 
     names: tuple[str, ...]
     context: frozenset[str]
     separator: str
+    where: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, entry: FileDocuments | HubDocuments) -> "Fields":
         """As an entry of the corpus has them."""
         names = (entry.text_field,) if isinstance(entry.text_field, str) else entry.text_field
-        return cls(tuple(names), frozenset(entry.context_fields), entry.field_separator)
+        where = tuple((name, str(value)) for name, value in entry.where.items())
+        return cls(tuple(names), frozenset(entry.context_fields), entry.field_separator, where)
 
     @property
     def are_named(self) -> bool:
         """Whether they are others than those of an entry that says nothing of fields."""
-        return self.names != ("text",)
+        return self.names != ("text",) or bool(self.where)
+
+    @property
+    def columns(self) -> list[str]:
+        """All that are looked at."""
+        return list(dict.fromkeys((*self.names, *(name for name, _ in self.where))))
+
+    def want(self, row: object, place: str) -> bool:
+        """Whether a record has the values that are asked for.
+
+        Raises:
+            CorpusError: it has no such field.
+        """
+        for name, value in self.where:
+            if not isinstance(row, Mapping) or name not in row:
+                raise _missing(row, name, place, "where")
+            if str(row[name]) != value:
+                return False
+        return True
 
     def text(self, row: object, place: str) -> tuple[str, Spans]:
         """A record's text, and which of its bytes in UTF-8 are context.
@@ -56,8 +77,7 @@ class Fields:
 
 def _value(row: object, name: str, place: str) -> str:
     if not isinstance(row, Mapping) or name not in row:
-        known = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no fields"
-        raise CorpusError(f"{place} has no field {name!r} (it has: {known}); set text_field")
+        raise _missing(row, name, place, "text_field")
     value = row[name]
     if value is None:
         return ""
@@ -68,3 +88,8 @@ def _value(row: object, name: str, place: str) -> str:
             "of it first"
         )
     return value
+
+
+def _missing(row: object, name: str, place: str, key: str) -> CorpusError:
+    known = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no fields"
+    return CorpusError(f"{place} has no field {name!r} (it has: {known}); set {key}")

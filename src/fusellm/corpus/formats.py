@@ -79,12 +79,25 @@ class FileRecord(NamedTuple):
         context: bytes of its text in UTF-8 that a model is not asked to predict.
         is_utf8: whether all of its bytes were UTF-8; those that were not are U+FFFD.
         ends: whether the document ends with it.
+        wanted: whether it is one that the entry asks for; of others nothing else is known.
     """
 
     text: str
     context: Spans = ()
     is_utf8: bool = True
     ends: bool = True
+    wanted: bool = True
+
+    @classmethod
+    def of(cls, fields: Fields, row: object, place: str, is_utf8: bool = True) -> "FileRecord":
+        """A record by its fields.
+
+        Raises:
+            CorpusError: a field is missing, or holds no text.
+        """
+        if not fields.want(row, place):
+            return cls("", wanted=False)
+        return cls(*fields.text(row, place), is_utf8)
 
 
 def kind_of(path: Path, given: str | None = None) -> FileKind:
@@ -189,7 +202,7 @@ class _Utf8:
 
 def _text(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
     if fields.are_named:
-        key = "context_fields" if fields.context else "text_field"
+        key = "context_fields" if fields.context else "where" if fields.where else "text_field"
         raise CorpusError(
             f"{path} is text without fields, and {key} names some; leave it out of files"
         )
@@ -229,7 +242,7 @@ def _jsonl(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]
                 row = json.loads(utf8.decode(line))
             except (ValueError, RecursionError) as error:
                 raise CorpusError(f"{place} is not JSON: {error}; mend or drop the line") from None
-            yield FileRecord(*fields.text(row, place), utf8.was_good())
+            yield FileRecord.of(fields, row, place, utf8.was_good())
 
 
 def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
@@ -262,7 +275,7 @@ def _json(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
             is_utf8 = _NO_UTF8.search(text, at, end) is None
             if not is_utf8:
                 row = json.loads(_with_marks(text[at:end]))
-            yield FileRecord(*fields.text(row, place), is_utf8)
+            yield FileRecord.of(fields, row, place, is_utf8)
             at, number = end, number + 1
     if lists:
         raise CorpusError(f"{path} ends inside a list: it is cut off; fetch or make it anew")
@@ -293,7 +306,7 @@ def _csv(stream: BinaryIO, path: Path, fields: Fields, delimiter: str) -> Iterat
             )
         if row:
             values = dict(zip(names, row, strict=True))
-            yield FileRecord(*fields.text(values, place), utf8.was_good())
+            yield FileRecord.of(fields, values, place, utf8.was_good())
 
 
 # Columns
@@ -314,7 +327,7 @@ def _unpacked(path: Path, kind: FileKind, fields: Fields) -> Iterator[FileRecord
 def _parquet(place: Path, path: Path, fields: Fields) -> Iterator[FileRecord]:
     with pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES) as file:
         _require_columns(file.schema_arrow, path, fields)
-        for batch in file.iter_batches(batch_size=_ROWS, columns=list(fields.names)):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=fields.columns):
             yield from _rows(batch, path, fields)
 
 
@@ -335,12 +348,13 @@ def _arrow(place: Path, path: Path, fields: Fields) -> Iterator[FileRecord]:
 
 
 def _require_columns(schema: pa.Schema, path: Path, fields: Fields) -> None:
-    for name in fields.names:
+    for name in fields.columns:
+        key = "text_field" if name in fields.names else "where"
         if name not in schema.names:
             raise CorpusError(
-                f"{path} has no column {name!r}; it has {', '.join(schema.names)} (set text_field)"
+                f"{path} has no column {name!r}; it has {', '.join(schema.names)} (set {key})"
             )
-        if not _is_text(schema.field(name).type):
+        if name in fields.names and not _is_text(schema.field(name).type):
             raise CorpusError(
                 f"{path}: column {name!r} holds {schema.field(name).type} and no text; set "
                 "text_field"
@@ -361,7 +375,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRecord]:
     utf8 = _Utf8()
-    for values in zip(*(_as_bytes(batch.column(name)) for name in fields.names), strict=True):
+    labels = [name for name, _ in fields.where]
+    for name in labels:
+        batch.column(name).validate(full=True)
+    of_label = [batch.column(name).to_pylist() for name in labels]
+    columns = (_as_bytes(batch.column(name)) for name in fields.names)
+    for n, values in enumerate(zip(*columns, strict=True)):
         texts = [value.as_py() for value in values]
         if sum(len(text or b"") for text in texts) > _RECORD_BYTES:
             raise _too_long(f"a record of {path}")
@@ -369,7 +388,9 @@ def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRec
             name: None if text is None else utf8.decode(text)
             for name, text in zip(fields.names, texts, strict=True)
         }
-        yield FileRecord(*fields.text(row, str(path)), utf8.was_good())
+        # A label that is a text as well is looked at as a text.
+        told = {name: column[n] for name, column in zip(labels, of_label, strict=True)}
+        yield FileRecord.of(fields, told | row, str(path), utf8.was_good())
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:

@@ -66,7 +66,8 @@ def _look_at_files(entry: FileDocuments, progress: Progress) -> EntryFacts:
     first = None
     with shown.start("looking at the corpus", len(paths), "files") as bar:
         for path, kind in zip(paths, kinds, strict=True):
-            record = next(read_records(path, kind, fields), None)
+            records = read_records(path, kind, fields)
+            record = next((one for one in records if one.wanted), None)
             if first is None and record is not None:
                 first = record.text
             bar.advance()
