@@ -108,7 +108,7 @@ def _show(results: "StudyResults", folder: Path, as_json: bool) -> None:
 
 def _say_plan(loaded: "Study", as_json: bool) -> None:
     seeds = len(loaded.settings.seeds)
-    rows = []
+    rows: list[tuple[str, str, int, int]] = []
     for name in loaded.chosen:
         arm = loaded.arm(name)
         if arm.kind == "training":
