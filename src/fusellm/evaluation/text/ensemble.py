@@ -233,8 +233,9 @@ class Ensemble:
         """The most probable continuation, token by token (greedy).
 
         Each token asks every model anew from the prompt's beginning: for looking at, not for
-        serving. A source sleeps where its tokenizer cannot read the text so far, as within a
-        character.
+        serving. A source reads the text so far as its tokenizer cuts that, though it may cut it
+        otherwise once the text goes on (no token healing); where it cannot read it, as within a
+        character, it sleeps.
 
         Args:
             prompt: text that all members read.
