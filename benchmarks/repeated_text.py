@@ -70,9 +70,8 @@ def repeated(train: Sequence[Block], held_out: Sequence[Block], window: int) -> 
         place = np.minimum(np.searchsorted(table, asked), len(table) - 1)
         ends = np.zeros(sum(map(len, texts)), dtype=np.bool_)
         ends[window - 1 : window - 1 + len(asked)] = table[place] == asked
-        for n, part in zip(
-            numbers, np.split(ends, np.cumsum([len(t) for t in texts])), strict=False
-        ):
+        cuts = np.cumsum([len(text) for text in texts])[:-1]
+        for n, part in zip(numbers, np.split(ends, cuts), strict=True):
             marks[n] = part
     return marks
 
