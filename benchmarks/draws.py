@@ -7,15 +7,16 @@ against all of it: the k most probable tokens, their rest as one outcome (`bucke
 or left out and the others scaled up (the paper's); and n draws.
 
     SCHEME_mass      mass of the tokens that are kept
-    SCHEME_ids       how many are kept
-    SCHEME_bytes     bytes a position in the store, token ids and boundaries included
+    SCHEME_ids       how many are kept (of buckets and draws; the paper's has as many as a bucket)
+    SCHEME_bytes     bytes a position in the store, of what is kept alone (likewise)
     SCHEME_kl        KL(kept ‖ p) in nats; a bucket's mass is spread as the learner's own
     SCHEME_cosine    between the gradient that a learner gets and that of the whole distribution,
                      summed over 1,024 positions: the mean over such batches, and
     SCHEME_spread    their standard deviation
     SCHEME_single    the same of single positions, the mean
 
-The learner q is the same model where it has read at most 32 tokens. The gradient of the objective
+The learner q is the same model where it has read at most 32 tokens; the first 32 of a block, where
+it knows as much as the model, are left out. The gradient of the objective
 to its logits is q − p, and to a linear layer under the head Wᵀ(q − p) hᵀ, a sum over positions: the
 cosine is of that [d, d] matrix. What is random in draws cancels in the sum; what a top k leaves out
 does not.
@@ -27,19 +28,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from figures import command_line, show
 from fusellm import load_pretrained
 from fusellm.arrays.distributions import Kept
-from fusellm.arrays.ragged import Ragged
 from fusellm.config import ExternalizeSettings
 from fusellm.models.heads import head_of
 from fusellm.objective.chunked import Head
 from fusellm.reading.batches import read_blocks
 from fusellm.reading.draws import systematic_draws
 from fusellm.reading.selection import Selected, kept_of_host
-from fusellm.store.externalized import kept_columns, source_schema, token_columns
+from fusellm.store.externalized import kept_columns, source_schema
 from fusellm.store.tables import encode_table
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.encode import Encoded, Encoder
@@ -198,21 +199,16 @@ def _settings(name: str) -> ExternalizeSettings:
     return ExternalizeSettings(scheme="top", k=number, mass=None)
 
 
-def stored_bytes(name: str, kept: Kept, encoded: Sequence[Encoded], vocabulary: int) -> float:
-    """Bytes a position of a shard of the store."""
+def stored_bytes(name: str, kept: Kept, vocabulary: int) -> float:
+    """Bytes a position of a shard of the store, in rows of 512 positions."""
     settings = _settings(name)
     sampled = settings.scheme == "sampled"
-    columns = token_columns(
-        np.arange(len(encoded)),
-        np.ones(len(encoded), dtype=np.bool_),
-        Ragged.of([block.ids for block in encoded]),
-        Ragged.of([block.ends for block in encoded if block.ends is not None]),
-    )
-    offsets = np.cumsum([0, *(len(block.ids) - 1 for block in encoded)])
+    positions = len(kept.tail)
+    columns = kept_columns(kept, np.append(np.arange(0, positions, 512), positions), sampled)
     most = settings.draws if sampled else settings.k
     schema = source_schema(vocabulary, settings.scheme, most)
-    table = encode_table(columns | kept_columns(kept, offsets, sampled), schema)
-    return len(table.data) / int(offsets[-1])
+    own = pa.schema([column for column in schema if column.name in columns])
+    return len(encode_table(columns, own).data) / positions
 
 
 def main() -> None:
@@ -232,11 +228,13 @@ def main() -> None:
     rows = [block.ids for block in encoded]
     hidden, learner = hidden_of(model, rows), hidden_of(model, short(rows))
     measured = Measured(head_of(model), len(encoder.vocabulary))
+    later = torch.cat([torch.arange(len(row) - 1) >= _CONTEXT for row in rows])
+    hidden, learner = hidden[later], learner[later]
     shift = torch.rand(len(hidden), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dtype = measured.head.weight.dtype
-    for start in range(0, len(hidden), _BATCH):
-        for first in range(start, min(start + _BATCH, len(hidden)), _ROWS):
-            here = slice(first, min(first + _ROWS, start + _BATCH))
+    for start in range(0, len(hidden) - _BATCH + 1, _BATCH):  # whole batches
+        for first in range(start, start + _BATCH, _ROWS):
+            here = slice(first, first + _ROWS)
             measured.add(hidden[here].to(dtype), learner[here].to(dtype), shift[here])
         measured.end_batch()
     found: dict[str, float] = {"positions": measured.positions}
@@ -249,7 +247,7 @@ def main() -> None:
         if seen.kept:
             kept = Kept.concat(seen.kept)
             found[f"{name}_ids"] = len(kept.ids) / measured.positions
-            found[f"{name}_bytes"] = stored_bytes(name, kept, encoded, measured.vocabulary)
+            found[f"{name}_bytes"] = stored_bytes(name, kept, measured.vocabulary)
     show(found, arguments.json)
 
 

@@ -177,9 +177,24 @@ def test_only_records_with_a_label_are_read(tmp_path: Path, name: str) -> None:
         (facts,) = look_at(CorpusSettings.model_validate(corpus), Silent())
         assert facts.first == TEXTS[n]
     assert texts(path, text_field="body", where={"body": TEXTS[2], "id": 2}) == [TEXTS[2]]
-    assert texts(path, text_field="body", where={"body": TEXTS[2], "id": 1}) == []
+    with pytest.raises(CorpusError, match=r"no record of .* has id: 99; there are id: 0, id: 1"):
+        texts(path, text_field="body", where={"id": 99})
     with pytest.raises(CorpusError, match=r"no (field|column) 'lang'.*where"):
         texts(path, text_field="body", where={"lang": "python"})
+
+
+def test_a_label_may_be_true_or_a_number_that_others_write_otherwise(tmp_path: Path) -> None:
+    rows = [{"text": "a", "ok": True, "n": 1.0}, {"text": "b", "ok": False, "n": None}]
+    put(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    put(tmp_path, "a.csv", b"text,ok,n\na,True,1\nb,False,\n")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        for where in ({"ok": True}, {"n": 1}, {"ok": True, "n": 1}):
+            assert texts(tmp_path / name, where=where) == ["a"], (name, where)
+        assert texts(tmp_path / name, where={"ok": False}) == ["b"]
+    odd = pa.array([b"a\xff", b"b"]).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"text": odd}), tmp_path / "b.parquet")
+    assert texts(tmp_path / "b.parquet", where={"text": "b"}) == ["b"]
 
 
 def test_a_label_gives_domains_and_no_other_corpus_changes(tmp_path: Path) -> None:

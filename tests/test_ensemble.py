@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 import fusellm
 from conftest import code, prose
 from fusellm import Ensemble
-from fusellm.errors import ArgumentError
+from fusellm.alignment.translation import as_continuations
+from fusellm.errors import ArgumentError, NumericsError
 from fusellm.evaluation.text.nats import blocks_nats
 
 TEXTS = [code(3)[:150], prose(5)[:120], "naïve – 🙂🙂 = 12345;\n", prose(1000)[:90]]
@@ -37,11 +39,16 @@ def after(loaded: Loaded, ids: np.ndarray) -> np.ndarray:
 
 
 def in_tokens_of(target: Loaded, source: Loaded, own: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """[Vt] a source's distribution, each class divided as the target divides it."""
+    """[Vt] a source's distribution, each class divided as the target divides it.
+
+    Special tokens of the source but EOS are none of the text, and get no part.
+    """
     map_ = fusellm.vocabulary_map(source[1], target[1])
+    spelled, eos = source[1].vocabulary.token_bytes, source[1].vocabulary.eos_id
     by_class: dict[int, float] = {}
     for id_, class_ in enumerate(map_.outcome_of_source.tolist()):
-        by_class[class_] = by_class.get(class_, 0.0) + said[id_]
+        if spelled[id_] is not None or id_ == eos:
+            by_class[class_] = by_class.get(class_, 0.0) + said[id_]
     classes = map_.outcome_of_target.tolist()
     whole: dict[int, float] = {}
     for id_, class_ in enumerate(classes):
@@ -50,6 +57,19 @@ def in_tokens_of(target: Loaded, source: Loaded, own: np.ndarray, said: np.ndarr
     return np.array(
         [by_class.get(c, 0.0) / there * own[v] / whole[c] for v, c in enumerate(classes)]
     )
+
+
+def spanned(source: Loaded, read: Any, text: str, end: int) -> np.ndarray | None:
+    """What a source says within one of its tokens, asked after its last 32 whole ones."""
+    whole = [j for j, its in enumerate(read.ends.tolist()) if its <= end]
+    begin = read.ends[whole[-1]] if whole else 0
+    rest = text.encode()[begin:end]
+    told = as_continuations(source[1], [rest])[rest] if rest else None
+    if told is None:
+        return None
+    prefix = list(read.ids[: read.prefix_tokens])
+    before = list(read.ids[read.prefix_tokens : len(whole)])[-32:]
+    return after(source, np.array([*prefix, *before, *told.ids]))[-1]
 
 
 def members_at(
@@ -61,17 +81,25 @@ def members_at(
     readings = []
     for source in sources:
         (read,) = source[1].encode([text], [last])
+        if read.ends is None:
+            readings.append((read, {}, None))
+            continue
         by_end = {end: j for j, end in enumerate(read.ends.tolist()[:-1])}
-        readings.append((by_end, after(source, read.ids)))
+        readings.append((read, by_end, after(source, read.ids)))
     ends = block.ends.tolist()
     for i, (end, following) in enumerate(pairwise(ends)):
         given: list[np.ndarray | None] = [own[i]]
-        for source, (by_end, said) in zip(sources, readings, strict=True):
+        for source, (read, by_end, said) in zip(sources, readings, strict=True):
             marked = source[1].vocabulary.space_mark or target[1].vocabulary.space_mark
-            asleep = end not in by_end or (i + 1 < len(ends) - 1 and end == following)
-            asleep |= bool(marked) and end == 0
-            said_here = None if asleep else in_tokens_of(target, source, own[i], said[by_end[end]])
-            given.append(said_here)
+            repeated = i + 1 < len(ends) - 1 and end == following
+            says = None
+            if said is None or repeated or (marked and end == 0):
+                pass
+            elif end in by_end:
+                says = said[by_end[end]]
+            elif end > 0:
+                says = spanned(source, read, text, end)
+            given.append(None if says is None else in_tokens_of(target, source, own[i], says))
         if i + 1 >= block.prefix_tokens:
             yield int(block.ids[i + 1]), given
 
@@ -97,23 +125,30 @@ def cost(target: Loaded, sources: list[Loaded], text: str, last: bool, how: str)
 def test_it_is_what_the_definition_says(models: dict[str, Loaded], target: str, how: Any) -> None:
     others = {name: one for name, one in models.items() if name != target}
     nats = Ensemble(models[target], others, how).nats(TEXTS, LAST, batch_tokens=128)
+    slept = woken = 0
     for text, last, row in zip(TEXTS, LAST, nats, strict=True):
+        for _, given in members_at(models[target], list(others.values()), text, last):
+            slept += sum(one is None for one in given)
+            woken += sum(one is not None for one in given[1:])
         assert row is not None
         assert len(row) == len(text.encode())
         expected = cost(models[target], list(others.values()), text, last, how)
         assert np.nansum(row) == pytest.approx(expected, rel=1e-4)
+    assert slept < woken / 4  # within characters, and before a dummy space
 
 
 def test_the_target_alone_or_with_itself_is_the_target(models: dict[str, Loaded]) -> None:
     model, tokenizer = models["llama"]
     encoded = tokenizer.encode(TEXTS, LAST)
     plain = blocks_nats(model, encoded, [len(text.encode()) for text in TEXTS], None)
-    for sources in ({}, {"itself": models["llama"]}):
-        for how in ("uniform", "bayes"):
-            for own, row in zip(
-                plain, Ensemble(models["llama"], sources, how).nats(TEXTS, LAST), strict=True
-            ):
-                np.testing.assert_allclose(row, own, rtol=1e-4, atol=1e-6)
+    for how in ("uniform", "bayes"):
+        alone = Ensemble(models["llama"], {}, how).nats(TEXTS, LAST)
+        twice = Ensemble(models["llama"], {"itself": models["llama"]}, how).nats(TEXTS, LAST)
+        for own, row, more in zip(plain, alone, twice, strict=True):
+            np.testing.assert_allclose(row, own, rtol=1e-4, atol=1e-6)
+            # As a source it gives special tokens nothing, and so the others a little more.
+            np.testing.assert_allclose(more, own, rtol=1e-2, atol=1e-6)
+            assert (more < own + 1e-6).all()
 
 
 def test_bayes_costs_little_more_than_the_best(models: dict[str, Loaded]) -> None:
@@ -146,7 +181,35 @@ def test_it_writes_what_is_most_probable(models: dict[str, Loaded]) -> None:
     assert first is not None
     written = Ensemble(target, sources).generate(prompt, max_new_tokens=1)
     assert written == first.decode("utf-8", "replace")
-    assert isinstance(Ensemble(target, sources, "bayes").generate(prompt, max_new_tokens=2), str)
+
+    # By Bayes' rule, the weights after the prompt.
+    positions = members_at(target, list(sources.values()), prompt, last=False)
+    weights = np.ones(3)
+    for true, said in positions:
+        there = np.array([one is not None for one in said])
+        p = np.array([0.0 if one is None else one[true] for one in said])
+        mean = (weights * p)[there].sum() / weights[there].sum()
+        weights[there] *= p[there] / mean
+    assert abs(weights - 1).max() > 0.5
+    chosen = int((weights[:, None] * np.array(given)).sum(axis=0).argmax())
+    first = target[1].vocabulary.token_bytes[chosen]
+    assert first is not None
+    written = Ensemble(target, sources, "bayes").generate(prompt, max_new_tokens=1)
+    assert written == first.decode("utf-8", "replace")
+
+
+def test_a_source_that_cannot_read_a_text_sleeps_and_a_target_gives_none(
+    models: dict[str, Loaded],
+) -> None:
+    target, source = models["llama"], models["neox"]
+    model, tokenizer = source
+    lower = copy.deepcopy(tokenizer.tokenizer)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    text = ["Not In Lower Case 12"]
+    alone = Ensemble(target, {}).nats(text)[0]
+    asleep = Ensemble(target, {"lower": (model, lower)}).nats(text)[0]
+    np.testing.assert_allclose(asleep, alone, rtol=1e-5)
+    assert Ensemble((model, lower), {"llama": target}).nats(text) == [None]
 
 
 def test_it_goes_on_where_a_text_ends_within_a_character(
@@ -166,9 +229,22 @@ def test_it_goes_on_where_a_text_ends_within_a_character(
 def test_what_cannot_be_an_ensemble_is_told(models: dict[str, Loaded]) -> None:
     with pytest.raises(ArgumentError, match="no weights 'equal'; known: uniform, bayes"):
         Ensemble(models["llama"], {}, "equal")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"this is a int; give \(model, tokenizer\)"):
-        Ensemble(models["llama"], {"neox": 3})  # type: ignore[dict-item]
+    model, tokenizer = models["llama"]
+    for wrong, kind in (
+        (3, "int"),
+        ((tokenizer, model), "Tokenizer and LlamaForCausalLM"),
+        (("a", tokenizer), "str and Tokenizer"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"the model first, .*; this is {kind}"):
+            Ensemble(models["llama"], {"neox": wrong})  # type: ignore[dict-item]
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(NumericsError, match="neox gives NaN or infinity"):
+        Ensemble(models["mpt"], {"neox": (broken, tokenizer)}).nats(TEXTS)
     with pytest.raises(ArgumentError, match="cannot read the prompt ''"):
         Ensemble(models["llama"], {}).generate("")
     with pytest.raises(ArgumentError, match="the model's context is"):
         Ensemble(models["llama"], {}).nats([prose(1) * 200])
+    with pytest.raises(ArgumentError, match="the model's context is"):
+        Ensemble(models["mpt"], {"llama": models["llama"]}).generate(prose(1) * 200)
+    assert Ensemble(models["llama"], {"neox": models["neox"]}).nats([]) == []

@@ -244,6 +244,49 @@ def test_arms_can_be_merged(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert load_study(file, ["with-clm"]).chosen == ("clm", "one", "with-clm")
 
 
+def test_rates_are_searched_by_trainings_alone_and_a_name_is_no_difference(
+    world: Path, tmp_path: Path
+) -> None:
+    """An arm called as the difference of two others keeps its own value."""
+    arms = {
+        "clm": {"train": "clm"},
+        "one": {"sources": ["first"]},
+        "one-clm": {"merge": {"of": ["one", "clm"], "method": "linear"}},
+        "all": {"ensemble": {"model": "one-clm"}},
+    }
+    file = write(tmp_path, world, arms=arms, seeds=[0])
+    page, results = done(file, tmp_path / "out")
+    assert set(results.tried) == {"clm", "one"}
+    value = results.arms["one-clm"].by_task["mean"].value
+    assert 0.5 < value < 20
+    row = next(line for line in page.splitlines() if line.startswith("| `one-clm` |"))
+    assert f"{value:.4f}" in row
+    assert load_study(file, ["all"]).chosen == ("clm", "one", "one-clm", "all")
+
+
+def test_a_model_whose_weights_were_discarded_is_trained_again_and_may_be_interrupted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, small = tmp_path / "out", {"arms": {"clm": {"train": "clm"}}, "seeds": [0]}
+    _, results = done(write(tmp_path, world, **small), out)
+    (other,) = {1e-3, 1e-2} - {results.arms["clm"].rate}
+    file = write(tmp_path, world, **small | {"rates": [other]})
+    with monkeypatch.context() as patch:
+        patch.setattr("fusellm.training.run_trainer.ObjectiveTrainer.train", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            done(file, out)
+    begun = out / f"arms/clm/seed-0-rate-{other:g}/train/clm"
+    assert (begun / "manifest.json").exists()
+    page, results = done(file, out)
+    assert results.arms["clm"].rate == other
+    assert (begun / "model.safetensors").exists()
+    assert done(file, out)[0] == page
+
+
+def _interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_arms_can_be_ensembles(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,14 +331,11 @@ def test_a_merge_of_other_numbers_is_made_anew_and_the_former_one_kept(
     trained = _recorded(monkeypatch)
     even = {"merge": PAIRWISE["mean"]["merge"] | {"weights": [1, 1]}}
     file = write(tmp_path, world, arms=PAIRWISE | {"mean": even}, **small)
-    with monkeypatch.context() as patch:  # the power is cut before the outcome is written
-
-        def fail(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(trainings, "write_text", fail)
-        with pytest.raises(KeyboardInterrupt):
-            done(file, out)
+    for name in ("write_text", "merge_models"):  # the power is cut
+        with monkeypatch.context() as patch:
+            patch.setattr(trainings, name, _interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                done(file, out)
     done(file, out)
     assert trained == []
     after = weights_of(out / "arms/mean/seed-0/merged")
@@ -361,6 +401,14 @@ def test_held_out_text_is_one_for_all_and_known_before_any_training(
             "arms.x.compute_of: mean is no training; name an arm that is trained",
         ),
         (
+            {"arms": PAIRWISE | {"x": {"merge": {"of": ["clm", "clm"], "method": "linear"}}}},
+            "arms.x.merge: of: clm, clm names one twice; name each once",
+        ),
+        (
+            {"arms": PAIRWISE, "set": SMALL | {"training.lora": {"merge": False}}},
+            "arms.mean.merge: one saves adapters alone (training.lora.merge: false), and a merge",
+        ),
+        (
             {"arms": PAIRWISE, "reference": "mean"},
             "reference: mean is not trained, and has no curve",
         ),
@@ -422,7 +470,11 @@ def test_what_is_no_study_is_refused(
 @pytest.mark.parametrize("name", ["study-zoo", "study-small"])
 def test_the_studies_that_come_with_fusellm_are_studies(name: str) -> None:
     study = load_study(Path(fusellm.__file__).parent / "recipes" / f"{name}.yaml")
-    assert {study.arm(arm).kind for arm in study.chosen} == {"training", "merge", "ensemble"}
+    wanted = {"clm", "clm-as-much", "fused", "before", "bayes", "route"}
+    assert wanted <= set(study.of_kind("training"))
+    assert "pairwise" in study.of_kind("merge")
+    assert len(study.of_kind("ensemble")) >= 2
+    assert len(study.settings.seeds) >= 2
 
 
 def test_only_some_arms(world: Path, tmp_path: Path) -> None:

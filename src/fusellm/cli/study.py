@@ -36,7 +36,8 @@ def study(
         typer.Option(
             "--arm",
             metavar="NAME",
-            help="Only this arm and the reference, also on the page; may be repeated.",
+            help="Only this arm, the reference and what they need, also on the page; may be "
+            "repeated.",
         ),
     ] = None,
     jobs: Jobs = 1,

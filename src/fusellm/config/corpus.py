@@ -35,9 +35,9 @@ class _Records(SettingsBlock):
     they are left out of the losses, and of bits per byte. A record should fit into a block."""
     field_separator: str = "\n"
     """What stands between two fields; it belongs to the one before it."""
-    where: dict[str, str | int] = Field(default_factory=dict)
-    """Only records whose fields have these values: `{lang: python}`. With an entry for each value
-    of a label, each is a domain of its own, which `fusion.routes` can send to a source."""
+    where: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Only records whose fields have these values: `{lang: python}`. With an entry and a `domain`
+    for each value of a label, `fusion.routes` can send each to a source."""
 
     @model_validator(mode="after")
     def _something_to_predict(self) -> "_Records":

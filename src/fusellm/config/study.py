@@ -16,13 +16,19 @@ class ArmMerge(MergeNumbers):
     method: MergeMethod
     """As `fusellm merge --method` has it."""
 
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.of)) < len(self.of):
+            raise ValueError(f"of: {', '.join(self.of)} names one twice; name each once")
+        return self
+
 
 class ArmEnsemble(SettingsBlock):
     """The target and the sources as one model, at inference; nothing is trained."""
 
     weights: Literal["uniform", "bayes"] = "uniform"
     """`uniform`: all count alike; `bayes`: by how likely each found the text that was read so far
-    (docs/method.md)."""
+    (docs/study.md)."""
     model: Name | None = None
     """An arm whose model takes the target's place; the target as it is if not said."""
 

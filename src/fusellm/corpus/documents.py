@@ -4,6 +4,7 @@ Each reader yields documents in a fixed order; what is odd about them is handled
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from fusellm.errors import CorpusError
 from fusellm.progress import Progress
 from fusellm.zoo import text as zoo_text
 
+_NAMED = 5  # files, or labels, that a message names
 _HUB_FAULTS = (OSError, ValueError, RuntimeError, DatasetsError)
 """What `datasets` raises where a dataset is missing, damaged or out of reach."""
 
@@ -80,8 +82,11 @@ def _hub(entry: HubDocuments, corpus: CorpusSettings, counts: Counter[str]) -> I
     yield from in_parts(lambda: hub_records(entry, entry.split), corpus, counts, apart)
 
 
-def hub_records(entry: HubDocuments, split: str) -> Iterator[Named]:
+def hub_records(entry: HubDocuments, split: str, most: int | None = None) -> Iterator[Named]:
     """Name and record of every document of a split of a dataset on the hub.
+
+    Args:
+        most: rows that are looked at; all if None.
 
     Raises:
         CorpusError: it cannot be read, or a record lacks a field.
@@ -91,10 +96,17 @@ def hub_records(entry: HubDocuments, split: str) -> Iterator[Named]:
         rows: Iterable[Any] = datasets.load_dataset(
             entry.hub, entry.config, split=split, revision=entry.revision, streaming=entry.streaming
         )
-        for number, row in enumerate(rows):
-            record = FileRecord.of(fields, row, f"{entry.hub}:{split}:{number}")
-            if record.wanted:
-                yield f"{entry.hub}/{entry.config or ''}/{split}:{number}", record
+        named = (
+            (
+                f"{entry.hub}/{entry.config or ''}/{split}:{number}",
+                FileRecord.of(fields, row, f"{entry.hub}:{split}:{number}"),
+            )
+            for number, row in enumerate(itertools.islice(rows, most))
+        )
+        if most is None:
+            yield from _chosen(named, fields, f"dataset {entry.hub!r}, split {split!r},")
+        else:
+            yield from (one for one in named if one[1].wanted)
     except _HUB_FAULTS as error:
         reason = " ".join(str(error).split())[:300]
         raise CorpusError(
@@ -110,8 +122,27 @@ def file_records(entry: FileDocuments) -> Iterator[Named]:
         CorpusError: a file is missing, damaged or of no known kind, or a record lacks a field.
     """
     paths, fields = files_of(entry), Fields.of(entry)
-    for path, name in zip(paths, relative_names(paths), strict=True):
-        records = read_records(path, kind_of(path, entry.format), fields)
-        for number, record in enumerate(records):
-            if record.wanted:
-                yield f"{name}:{number}", record
+    named = (
+        (f"{name}:{number}", record)
+        for path, name in zip(paths, relative_names(paths), strict=True)
+        for number, record in enumerate(read_records(path, kind_of(path, entry.format), fields))
+    )
+    yield from _chosen(named, fields, ", ".join(map(str, paths[:_NAMED])))
+
+
+def _chosen(named: Iterator[Named], fields: Fields, place: str) -> Iterator[Named]:
+    """Those records that the entry asks for.
+
+    Raises:
+        CorpusError: there are records, and none of them.
+    """
+    labels: dict[str, None] = {}
+    chosen = False
+    for name, record in named:
+        if record.wanted:
+            chosen = True
+            yield name, record
+        elif len(labels) < _NAMED:
+            labels[record.text] = None
+    if labels and not chosen:
+        raise fields.none_chosen(place, list(labels))

@@ -1,6 +1,6 @@
 """The fields of a record that are its text, and those of them that are context."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusellm.config import FileDocuments, HubDocuments
@@ -29,7 +29,7 @@ class Fields:
     def of(cls, entry: FileDocuments | HubDocuments) -> "Fields":
         """As an entry of the corpus has them."""
         names = (entry.text_field,) if isinstance(entry.text_field, str) else entry.text_field
-        where = tuple((name, str(value)) for name, value in entry.where.items())
+        where = tuple((name, _label(value)) for name, value in entry.where.items())
         return cls(tuple(names), frozenset(entry.context_fields), entry.field_separator, where)
 
     @property
@@ -42,8 +42,8 @@ class Fields:
         """All that are looked at."""
         return list(dict.fromkeys((*self.names, *(name for name, _ in self.where))))
 
-    def want(self, row: object, place: str) -> bool:
-        """Whether a record has the values that are asked for.
+    def other_label(self, row: object, place: str) -> str | None:
+        """The first value of a record that is not the one that is asked for; None if all are.
 
         Raises:
             CorpusError: it has no such field.
@@ -51,9 +51,21 @@ class Fields:
         for name, value in self.where:
             if not isinstance(row, Mapping) or name not in row:
                 raise _missing(row, name, place, "where")
-            if str(row[name]) != value:
-                return False
-        return True
+            if _label(row[name]) != value:
+                return f"{name}: {_label(row[name])}"
+        return None
+
+    def none_chosen(self, place: str, labels: Sequence[str]) -> CorpusError:
+        """What is wrong where no record has the values that are asked for.
+
+        Args:
+            labels: some that records have.
+        """
+        asked = ", ".join(f"{name}: {value}" for name, value in self.where)
+        return CorpusError(
+            f"corpus.documents: no record of {place} has {asked}; there are {', '.join(labels)}. "
+            "Set where to one of these, or leave the entry out"
+        )
 
     def text(self, row: object, place: str) -> tuple[str, Spans]:
         """A record's text, and which of its bytes in UTF-8 are context.
@@ -93,3 +105,15 @@ def _value(row: object, name: str, place: str) -> str:
 def _missing(row: object, name: str, place: str, key: str) -> CorpusError:
     known = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no fields"
     return CorpusError(f"{place} has no field {name!r} (it has: {known}); set {key}")
+
+
+def _label(value: object) -> str:
+    """A value as it is compared: true of JSON and of CSV are one, and so are 1 and 1.0.
+
+    >>> _label(True), _label("True"), _label(1.0), _label("python")
+    ('true', 'true', '1', 'python')
+    """
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value)
+    return text.lower() if text in ("True", "False") else text

@@ -79,7 +79,7 @@ class FileRecord(NamedTuple):
         context: bytes of its text in UTF-8 that a model is not asked to predict.
         is_utf8: whether all of its bytes were UTF-8; those that were not are U+FFFD.
         ends: whether the document ends with it.
-        wanted: whether it is one that the entry asks for; of others nothing else is known.
+        wanted: whether it is one that the entry asks for; of others the text is the label.
     """
 
     text: str
@@ -95,8 +95,9 @@ class FileRecord(NamedTuple):
         Raises:
             CorpusError: a field is missing, or holds no text.
         """
-        if not fields.want(row, place):
-            return cls("", wanted=False)
+        label = fields.other_label(row, place)
+        if label is not None:
+            return cls(label, wanted=False)
         return cls(*fields.text(row, place), is_utf8)
 
 
@@ -375,7 +376,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRecord]:
     utf8 = _Utf8()
-    labels = [name for name, _ in fields.where]
+    labels = [name for name, _ in fields.where if name not in fields.names]
     for name in labels:
         batch.column(name).validate(full=True)
     of_label = [batch.column(name).to_pylist() for name in labels]
@@ -388,7 +389,6 @@ def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRec
             name: None if text is None else utf8.decode(text)
             for name, text in zip(fields.names, texts, strict=True)
         }
-        # A label that is a text as well is looked at as a text.
         told = {name: column[n] for name, column in zip(labels, of_label, strict=True)}
         yield FileRecord.of(fields, told | row, str(path), utf8.was_good())
 

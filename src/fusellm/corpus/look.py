@@ -12,6 +12,7 @@ from fusellm.corpus.formats import kind_of, read_records
 from fusellm.corpus.paths import files_of
 from fusellm.progress import Progress, Silent
 
+_LOOKED_AT = 100  # records of a file that may have another label
 _SHOWN_FROM_FILES = 500  # a look takes some milliseconds a file
 
 
@@ -36,6 +37,8 @@ class EntryFacts:
 def look_at(corpus: CorpusSettings, progress: Progress) -> list[EntryFacts]:
     """Read the first record of every file, and of every dataset on the hub that is streamed.
 
+    Where an entry asks for a label, the first with it, if it is among the first hundred of a file.
+
     Raises:
         CorpusError: a file is missing, damaged, of no known kind or no text, a record lacks a
             field, or a dataset cannot be reached.
@@ -53,7 +56,7 @@ def _look(entry: Documents, progress: Progress) -> EntryFacts:
             record.text
             for split in splits
             if split is not None
-            for _, record in itertools.islice(hub_records(entry, split), 1)
+            for _, record in itertools.islice(hub_records(entry, split, _LOOKED_AT), 1)
         ]
         first = next(iter(texts), None)
     return EntryFacts(entry.domain, {}, 0, first)
@@ -67,7 +70,8 @@ def _look_at_files(entry: FileDocuments, progress: Progress) -> EntryFacts:
     with shown.start("looking at the corpus", len(paths), "files") as bar:
         for path, kind in zip(paths, kinds, strict=True):
             records = read_records(path, kind, fields)
-            record = next((one for one in records if one.wanted), None)
+            few = itertools.islice(records, _LOOKED_AT if fields.where else 1)
+            record = next((one for one in few if one.wanted), None)
             if first is None and record is not None:
                 first = record.text
             bar.advance()

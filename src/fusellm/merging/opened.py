@@ -115,13 +115,31 @@ def settings_of_place(name: str) -> ModelSettings:
     if run is not None and (folder / MANIFEST).exists() and not StageFolder(folder).complete:
         raise StoreError(f"the training of {name} is unfinished; `fusellm run {run}` goes on")
     settings = ModelSettings(model=name)
+    _require_no_code(settings)
+    return settings
+
+
+def _require_no_code(settings: ModelSettings) -> None:
     code = code_of(settings)
     if code:
         raise ModelError(
-            f"{name} comes with code of its own ({', '.join(code[:3])}), which a merge does not "
-            "run; merge models of an architecture that transformers has"
+            f"{settings.model} comes with code of its own ({', '.join(code[:3])}), which a merge "
+            "does not run; merge models of an architecture that transformers has"
         )
-    return settings
+
+
+def require_target(target: ModelSettings, over_base: bool) -> None:
+    """Check before any training that what is trained from a target can be merged.
+
+    Args:
+        over_base: whether the target is the base that is merged over.
+
+    Raises:
+        ModelError: it comes with code; or it is the base, and no model whose tensors can be read.
+    """
+    _require_no_code(target)
+    if over_base:
+        open_model(target.model, _as_base(target))
 
 
 def run_of(name: str) -> Path | None:
@@ -141,8 +159,13 @@ def common_target(names: Sequence[str]) -> ModelSettings | None:
     targets = [open_recipe(run).target for run in runs if run is not None]
     if not targets or len(targets) < len(names) or any(t != targets[0] for t in targets):
         return None
+    return _as_base(targets[0])
+
+
+def _as_base(target: ModelSettings) -> ModelSettings:
+    """The model alone, without how a recipe loads it."""
     kept = {"model", "revision", "gguf_file", "tokenizer", "prefix"}
-    return ModelSettings(**targets[0].model_dump(include=kept))
+    return ModelSettings(**target.model_dump(include=kept))
 
 
 def open_model(name: str, settings: ModelSettings) -> Opened:

@@ -11,14 +11,17 @@ import numpy as np
 import torch
 
 from fusellm.errors import RecipeError
+from fusellm.merging.opened import require_target
+from fusellm.merging.settings import METHODS
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
+from fusellm.preflight import require_fits
 from fusellm.progress import Progress
 from fusellm.stages.evaluate import like_the_target
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.identity import digest
-from fusellm.store.manifest import MANIFEST
+from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import FUSED, trained_folder
 from fusellm.study.compute import Compute, compute_of, reading_of
 from fusellm.study.measured import Measurements, digest_of_held_out
@@ -65,6 +68,11 @@ class Execution:
         for arm in study.of_kind("training"):
             unit = Unit(arm, study.settings.seeds[0], study.rates(arm)[0])
             self._trainings.pipeline(study.recipe(unit), unit.folder)
+        for arm in study.of_kind("merge"):
+            merge = study.arm(arm).merge
+            assert merge is not None
+            target = study.recipe(Unit(merge.of[0], study.settings.seeds[0])).target
+            require_target(target, METHODS[merge.method].over_base)
         self._pipelines: dict[Unit, Pipeline] = {}
         self._parameters: dict[str, int] = {}
         self._outcomes: dict[Unit, TrainingOutcome] = {}
@@ -78,6 +86,8 @@ class Execution:
         """
         self._trainings.share(self._base, ["corpus"], self._redo)
         blocks = read_part(open_corpus(self._base.run), "held_out")
+        for name, reader in self._base.readers.items():
+            require_fits(self._base.run, name, reader, self._study.base.corpus, self._progress)
         tokens = self._study.base.evaluation.batch_tokens
         self._measurements = Measurements(self._out, blocks, tokens, self._progress)
         nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
@@ -119,7 +129,7 @@ class Execution:
 
     def _untrained(self, name: str, reader: Reader) -> list[np.ndarray]:
         """Nats of a source or of the target before; how many parameters it has is known then."""
-        nats, size = self._measurements.of_model(name, _told(reader), lambda: reader)
+        nats, size = self._measurements.of_model(f"as-it-is/{name}", _told(reader), lambda: reader)
         self._parameters[name] = size
         return nats
 
@@ -281,7 +291,7 @@ class Execution:
         """The folder of a trained model, which is made again if its rate was not taken before."""
         which, pipeline = self._study.which(unit.arm), self._prepare(unit)
         folder = trained_folder(pipeline.run, which)
-        if not (folder / MANIFEST).exists():
+        if not ((folder / MANIFEST).exists() and StageFolder(folder).complete):
             self._trainings.train(pipeline, which, self._redo)
         return folder
 

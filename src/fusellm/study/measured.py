@@ -102,5 +102,7 @@ def _member(reader: Reader) -> Member:
 
 
 def digest_of_held_out(blocks: Sequence[Block]) -> str:
-    """Equal for the same text in the same blocks."""
-    return digest([[block.domain, block.document, block.text] for block in blocks])
+    """Equal for the same text in the same blocks, of which the same is context."""
+    rows = [[block.domain, block.document, block.text] for block in blocks]
+    context = [[block.number, *map(list, block.context)] for block in blocks if block.context]
+    return digest([rows, context] if context else rows)

@@ -61,7 +61,9 @@ class Study:
         return self.settings.arms[name]
 
     def rates(self, arm: str) -> Sequence[float | None]:
-        """The learning rates that an arm tries."""
+        """The learning rates that an arm tries; of one that is not trained, none but None."""
+        if self.arm(arm).kind != "training":
+            return [None]
         own = self.arm(arm).rates
         return (self.settings.rates if own is None else own) or [None]
 
@@ -173,6 +175,13 @@ def _require_mergeable(study: Study, name: str) -> None:
     except ArgumentError as error:
         raise RecipeError(f"{where}: {error}") from None
     first, *others = (study.recipe(Unit(arm, study.settings.seeds[0])) for arm in merge.of)
+    for arm, recipe in zip(merge.of, (first, *others), strict=True):
+        lora = recipe.training.lora
+        if lora is not None and not lora.merge:
+            raise RecipeError(
+                f"{where}: {arm} saves adapters alone (training.lora.merge: false), and a merge is "
+                "of whole weights; set training.lora.merge: true"
+            )
     for arm, recipe in zip(merge.of[1:], others, strict=True):
         if recipe.target != first.target:
             raise RecipeError(

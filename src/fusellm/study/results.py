@@ -86,8 +86,10 @@ class ArmResult:
         by_task: bits per byte by domain, and their mean; the mean over its seeds.
         by_seed: of the mean over domains.
         deviation: of these; None for one seed.
-        tokens, steps: of a merge, those of its parts together.
-        curve: [(tokens, bits per byte of the validation part, mean over seeds)]; none of a merge.
+        tokens, steps: of a merge, those of its parts together; of an ensemble, those of the arm
+            in its target's place.
+        curve: [(tokens, bits per byte of the validation part, mean over seeds)]; none of a merge
+            and an ensemble.
         tokens_to_reference: after how many tokens the curve is first at the reference's last value
             or below; None if never.
     """
@@ -140,12 +142,13 @@ def results_of(answers: Answers) -> StudyResults:
     nats = dict(scores.nats)
     for arm, models in answers.trained.items():
         of_seeds = [nats[_of_seed(arm, model.unit.seed)] for model in models]
-        nats[arm] = np.mean(of_seeds, axis=0)
+        nats[_of_all(arm)] = np.mean(of_seeds, axis=0)
     seeds = study.settings.seeds
     pairs = [(arm, study.settings.reference) for arm in study.chosen]
     pairs += [(a, b) for a, b in study.settings.compare if {a, b} <= set(study.chosen)]
     pairs = [(a, b) for a, b in dict.fromkeys(pairs) if a != b]
-    asked = pairs + [(_of_seed(a, s), _of_seed(b, s)) for a, b in pairs for s in seeds]
+    asked = [(_of_all(a), _of_all(b)) for a, b in pairs]
+    asked += [(_of_seed(a, s), _of_seed(b, s)) for a, b in pairs for s in seeds]
     evaluation = study.base.evaluation
     scored = Scores(scores.domains, scores.scored_bytes, nats)
     by_task, documents = estimates_of(scored, evaluation.resamplings, study.base.seed, asked)
@@ -157,17 +160,19 @@ def results_of(answers: Answers) -> StudyResults:
     whole = by_task[MEAN]
     goal = _curve(answers.trained[study.settings.reference])[-1][1]
     arms = {
-        arm: _arm(answers, arm, values(arm), [whole[_of_seed(arm, s)].value for s in seeds], goal)
+        arm: _arm(
+            answers, arm, values(_of_all(arm)), [whole[_of_seed(arm, s)].value for s in seeds], goal
+        )
         for arm in study.chosen
     }
-    p_values = [_p(whole[f"{a}-{b}"]) for a, b in pairs]
+    p_values = [_p(whole[f"{_of_all(a)}-{_of_all(b)}"]) for a, b in pairs]
     known = holm([p for p in p_values if p is not None])
     corrected = iter(known)
     differences = [
         ArmDifference(
             a,
             b,
-            values(f"{a}-{b}"),
+            values(f"{_of_all(a)}-{_of_all(b)}"),
             [whole[f"{_of_seed(a, s)}-{_of_seed(b, s)}"].value for s in seeds],
             p,
             None if p is None else next(corrected),
@@ -184,6 +189,10 @@ def results_of(answers: Answers) -> StudyResults:
         differences,
         {a: {f"{rate:g}": v for rate, v in by.items()} for a, by in answers.tried.items()},
     )
+
+
+def _of_all(arm: str) -> str:
+    return f"{arm} all"  # a space: an arm may be called a-b, as the difference of two others is
 
 
 def _of_seed(arm: str, seed: int) -> str:

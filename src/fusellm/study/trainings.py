@@ -33,7 +33,7 @@ from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import trained_folder
 from fusellm.store.writer import set_aside
 
-OUTCOME = "outcome.json"
+OUTCOME, _MERGED_FROM = "outcome.json", "merged.json"
 
 
 @dataclass(frozen=True)
@@ -135,27 +135,29 @@ class Trainings:
         """Merge trained models, unless that has been done.
 
         Args:
-            folder: gets `merged/`, and `outcome.json` once that is there.
-            outcome: says what the merged model is made from.
+            folder: gets `merged/`, and before it `merged.json`, which says what it is made from.
+            outcome: of the merge.
 
         Returns:
             The folder of the merged model.
         """
-        file, merged = folder / OUTCOME, folder / "merged"
+        file, merged = folder / _MERGED_FROM, folder / "merged"
         told = json.dumps(asdict(outcome), indent=1) + "\n"
-        if file.exists() and file.read_text(encoding="utf-8") == told and merged.exists():
-            return merged
-        set_aside(self.out, [folder])  # of other parts or numbers
-        make_folder(folder)
-        numbers = how.numbers
-        merge_models(models, merged, method=how.method, progress=self._progress, **numbers)
-        write_text(file, told)
+        if not file.exists() or file.read_text(encoding="utf-8") != told:
+            set_aside(self.out, [merged])  # of other parts or numbers
+            make_folder(folder)
+            write_text(file, told)
+        if not merged.exists():  # it is there whole, or not at all
+            numbers = how.numbers
+            merge_models(models, merged, method=how.method, progress=self._progress, **numbers)
         return merged
 
 
 def discard(run: Path, which: str) -> None:
     """Delete a model that is no longer asked for; its outcome stays."""
-    shutil.rmtree(trained_folder(run, which), ignore_errors=True)
+    folder = trained_folder(run, which)
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: half a model must not be taken for one
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def train_apart(

@@ -7,52 +7,61 @@ mass that it gives the class, divided inside it as the target divides it:
     p_s(v) = P_s(c) · p_t(v) / P_t(c)
 
 where P_s(c) is a sum over the source's tokens of the class, and P_t(c) over the target's. Mass on
-tokens whose class no token of the target is in (the source's special tokens, as a rule) is left out
-beforehand. Over all v these sum to one, as the P_s(c) do over all classes. The ensemble is the mean
+special tokens of the source (but EOS), and on classes that no token of the target is in, is left
+out beforehand. Over all v these sum to one, as the P_s(c) do. The ensemble is the mean
 
     p(v) = Σ_m w_m p_m(v) / Σ_m w_m
 
-over the target and those sources that have read the same bytes; the others sleep at this position.
-`uniform`: all w are equal. `bayes`: all begin equal, and after each token those that were awake are
-multiplied by p_m(v) / p(v), which leaves their sum as it is; who sleeps keeps its weight
-(specialists that sleep: Freund et al. 1997, doi 10.1145/258533.258616). Where none ever sleeps that
-is Bayes' rule: the ensemble costs at most log(M) nats more for a text than the best of M members.
+over the target and the sources that are awake. `uniform`: all w are equal. `bayes`: all begin
+equal, and after each token those that were awake are multiplied by p_m(v) / p(v), which leaves
+their sum as it is; who sleeps keeps its weight (specialists that sleep: Freund et al. 1997, doi
+10.1145/258533.258616). Where none ever sleeps that is Bayes' rule: the ensemble costs at most
+log(M) nats more for a text than the best of M members.
 
 *Example.* A source gives the class {`·re`, `·rep`} 0.5, the target 0.4, of which `·rep` has 0.1.
 Then the source's p(`·rep`) is 0.5 · 0.1 / 0.4 = 0.125, and the plain mean 0.1125.
 
-Which of a source's tokens end where the target's do is seen in the whole text, as for fusion: the
-bytes that come next have a small say in who is awake.
+What a source says may depend on nothing but the text so far, or the ensemble would know part of
+what it is to predict. Where the source has no boundary, as its token spans the place, it is asked
+all the same: after its last tokens, and the rest of the bytes as its tokenizer would spell them if
+the text ended there. It sleeps only within a character, where no text ends, and where it cannot
+read a text at all. One trace is left: where its own tokens end before that rest is seen in the
+whole text.
 
-M members, the target first; N positions of the target, all texts one after another; Q questions to
-a model.
+M members, the target first; N positions of the target, all texts one after another.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fusellm.alignment.strategies import boundary_aligner, vocabulary_map
-from fusellm.alignment.translation import VocabularyMap
+from fusellm.alignment.translation import VocabularyMap, as_continuations
 from fusellm.arrays.outcome_sets import OutcomeSets
+from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.arrays.tokens import Tokens
-from fusellm.errors import ArgumentError
+from fusellm.errors import ArgumentError, NumericsError
+from fusellm.evaluation.text.masses import SetQuestions, log_masses
 from fusellm.fusion.cross_entropy import nats_by_byte
 from fusellm.models.adapters import without_adapters
+from fusellm.models.configurations import context_tokens
 from fusellm.models.heads import head_of, hidden_states, input_device, left_as_it_was
-from fusellm.objective.chunked import Head
 from fusellm.progress import Progress, Silent
-from fusellm.reading.batches import read_blocks
 from fusellm.reading.encoded_texts import encoded_for
-from fusellm.tokens.encode import Encoder, as_encoder
+from fusellm.tokens.encode import Encoded, Encoder, as_encoder
 
-_TINY = float(np.finfo(float).tiny)
 Weights = Literal["uniform", "bayes"]
+
+_RECALLED = 32  # tokens that a source reads before a rest of bytes that its own token spans
+_TINY = float(np.finfo(float).tiny)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +80,24 @@ class Member:
     def of(
         cls, given: "Member | tuple[PreTrainedModel, Encoder | PreTrainedTokenizerBase]"
     ) -> "Member":
-        """One that is a member already, or a loaded model with its tokenizer."""
+        """One that is a member already, or a loaded model with its tokenizer.
+
+        Raises:
+            ArgumentError: it is neither.
+        """
         if isinstance(given, Member):
             return given
-        try:
-            model, tokenizer = given
-        except (TypeError, ValueError):
+        pair = given if isinstance(given, tuple) and len(given) == 2 else (None, None)
+        model, tokenizer = pair
+        base = None if model is None else without_adapters(model)
+        if not isinstance(base, PreTrainedModel) or tokenizer is None:
+            kinds = [type(one).__name__ for one in pair if one is not None]
             raise ArgumentError(
-                f"a member is a model with its tokenizer, and this is a {type(given).__name__}; "
-                "give (model, tokenizer), as fusellm.load_pretrained does"
-            ) from None
-        rows = without_adapters(model).config.get_text_config().vocab_size
-        return cls(as_encoder(tokenizer, rows), lambda: model)
+                "a member is (model, tokenizer), the model first, as fusellm.load_pretrained gives "
+                f"them; this is {' and '.join(kinds) or type(given).__name__}"
+            )
+        rows = base.config.get_text_config().vocab_size
+        return cls(as_encoder(tokenizer, rows), lambda: pair[0])
 
 
 class Ensemble:
@@ -128,8 +143,8 @@ class Ensemble:
         self.weights, self._progress = weights, progress or Silent()
         self._target = Member.of(target)
         self._sources = {name: Member.of(source) for name, source in sources.items()}
-        self._maps = {
-            name: vocabulary_map(source.encoder, self._target.encoder, progress=progress)
+        self._voices = {
+            name: _Voice.of(source.encoder, self._target.encoder, self._progress)
             for name, source in self._sources.items()
         }
 
@@ -152,82 +167,105 @@ class Ensemble:
 
         Raises:
             ArgumentError: a text is too long for a member.
+            NumericsError: a member gives NaN or infinity.
         """
-        encoder = self._target.encoder
-        encoded = encoder.encode(texts, last)
+        encoded = self._target.encoder.encode(texts, last)
         tokens = tokens_of_texts(encoded)
-        log_probs, asked = self._log_probs(texts, last, tokens, batch_tokens)
-        mixed = np.zeros(log_probs.shape[1])
-        for start, stop in zip(tokens.position_offsets, tokens.position_offsets[1:], strict=False):
-            weights = np.zeros(len(log_probs))
-            for n in range(start, stop):
-                mixed[n], after = _mixed(log_probs[:, n], weights)
-                if self.weights == "bayes" and asked[n]:
-                    weights = after
-        lengths = np.array([len(text.encode()) for text in texts])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        said = self._said(texts, last, tokens, batch_tokens)
+        mixed = np.zeros(said.log_probs.shape[1])
+        bounds = tokens.position_offsets.tolist()
+        for start, stop in pairwise(bounds):
+            mixed[start:stop] = self._mixed(said, range(start, stop))[0]
+        offsets = offsets_of(np.array([len(text.encode()) for text in texts], dtype=np.int64))
         by_byte = nats_by_byte(tokens.ends, tokens.offsets, mixed, offsets, tokens.prefix_tokens)
         return [
             None if block.ends is None else by_byte[offsets[n] : offsets[n + 1]]
             for n, block in enumerate(encoded)
         ]
 
-    def _log_probs(
+    def _mixed(self, said: "_Said", positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(log p of the true tokens at a text's positions, [M] log-weights after them)."""
+        weights = np.zeros(len(said.log_probs))
+        means = np.zeros(len(positions))
+        for place, n in enumerate(positions):
+            means[place], after = _mean(said.log_probs[:, n], said.awake[:, n], weights)
+            if self.weights == "bayes" and said.asked[n]:
+                weights = after
+        return means, weights
+
+    def _said(
         self,
         texts: Sequence[str],
         last: Sequence[bool] | None,
         tokens: Tokens,
         batch_tokens: int | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """([M, N] log p_m of the true next token, NaN where a member sleeps; [N] tokens.asked)."""
-        block = np.repeat(np.arange(len(texts)), np.diff(tokens.position_offsets))
+    ) -> "_Said":
+        """What every member gives the true next token of each position."""
         true = tokens.ids[tokens.predicting + 1]
-        every = np.arange(len(true))
         single = np.arange(len(self._target.encoder.vocabulary))
-        about_target = [_Question(every, true, OutcomeSets(single, single + 1, single))]
-        of_source, nowhere = [], []
-        for name, source in self._sources.items():
-            map_, read = self._maps[name], tokens_of_texts(source.encoder.encode(texts, last))
-            aligned = boundary_aligner(source.encoder, self._target.encoder, map_)(tokens, read)
-            there = np.flatnonzero(aligned.source >= 0)
-            rows = read.position_offsets[block[there]] + aligned.source[there]
-            classes = _class_of(map_.outcome_of_target, map_)[true[there]]
-            about_target.append(_Question(there, classes, map_.sets))
-            of_source.append((there, _Question(rows, classes, _source_sets(map_))))
-            nowhere.append(_Question(rows, np.ones_like(rows), _without_target(map_)))
-        own, *of_classes = self._ask(
-            "the target", self._target, texts, last, about_target, batch_tokens
-        )
-        log_probs = np.full((1 + len(of_source), len(true)), np.nan)
-        log_probs[0] = own
-        for m, (name, source) in enumerate(self._sources.items()):
-            there, question = of_source[m]
-            asked = [question, nowhere[m]]
-            of_class, lost = self._ask(name, source, texts, last, asked, batch_tokens)
-            said = of_class - np.log1p(-np.exp(lost))
-            log_probs[m + 1, there] = said + own[there] - of_classes[m]
-        return log_probs, tokens.asked
+        questions = [
+            SetQuestions(np.arange(len(true)), true, OutcomeSets(single, single + 1, single))
+        ]
+        places: dict[str, _Places] = {}
+        for name, voice in self._voices.items():
+            encoded = self._sources[name].encoder.encode(texts, last)
+            places[name] = voice.places(texts, encoded, tokens)
+            asked = places[name].positions
+            questions.append(SetQuestions(asked, voice.of_target[true[asked]], voice.target_sets))
+        ids = [block.ids for block in self._target.encoder.encode(texts, last)]
+        read = [row if n else row[:0] for row, n in zip(ids, np.diff(tokens.offsets), strict=True)]
+        own, *of_classes = self._ask("the target", texts, last, read, questions, batch_tokens)
+        log_probs = np.full((1 + len(places), len(true)), -np.inf)
+        awake = np.zeros(log_probs.shape, dtype=np.bool_)
+        log_probs[0], awake[0] = own, True
+        for m, (name, there) in enumerate(places.items(), start=1):
+            voice, order = self._voices[name], np.argsort(there.rows, kind="stable")
+            rows, numbers = there.rows[order], voice.of_target[true[there.positions[order]]]
+            lost = np.full_like(numbers, voice.lost)
+            asked_of_source = [
+                SetQuestions(rows, numbers, voice.source_sets),
+                SetQuestions(rows, lost, voice.source_sets),
+            ]
+            answers = self._ask(name, texts, last, there.ids, asked_of_source, batch_tokens)
+            of_class, of_lost = (answer[np.argsort(order)] for answer in answers)
+            kept = np.log(np.maximum(1 - np.exp(of_lost), _TINY))
+            positions = there.positions
+            log_probs[m, positions] = of_class - kept + own[positions] - of_classes[m - 1]
+            awake[m, positions] = True
+        return _Said(log_probs, awake, tokens.asked)
 
     def _ask(
         self,
         name: str,
-        member: Member,
         texts: Sequence[str],
         last: Sequence[bool] | None,
-        questions: Sequence["_Question"],
+        ids: Sequence[np.ndarray],
+        questions: Sequence[SetQuestions],
         batch_tokens: int | None,
     ) -> list[np.ndarray]:
+        """What a member answers; `ids` are the rows that it reads, the texts' first.
+
+        Raises:
+            ArgumentError: a text is too long for it.
+            NumericsError: it gives NaN.
+        """
+        member = self._sources.get(name, self._target)
         model = member.load()
-        _, encoded = encoded_for(model, member.encoder, texts, last)
-        ids = [block.ids if block.ends is not None else block.ids[:0] for block in encoded]
-        shown = self._progress.start(f"asking {name}", len(texts), "texts")
+        encoded_for(model, member.encoder, texts, last)
+        # Of a source's head only rows that are tokens count; of the target's all, as where it is
+        # measured alone.
+        vocabulary = len(member.encoder.vocabulary) if name in self._sources else None
+        shown = self._progress.start(f"asking {name}", len(ids), "texts")
         with left_as_it_was(model), shown as bar:
             model.eval()
-            # Of a source's head only rows that are tokens count; of the target's all, as where
-            # it is measured alone.
-            rows = None if member is self._target else len(member.encoder.vocabulary)
-            asked = without_adapters(model), ids, questions, rows, batch_tokens
-            return _answers(*asked, bar.advance)
+            base = without_adapters(model)
+            answers = log_masses(base, ids, questions, vocabulary, batch_tokens, bar.advance)
+        if any(np.isnan(answer).any() for answer in answers):
+            raise NumericsError(
+                f"{name} gives NaN or infinity, so that the ensemble has no bits per byte; load it "
+                "in float32 or bfloat16, or leave it out"
+            )
+        return answers
 
     def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
         """The most probable continuation, token by token (greedy).
@@ -235,14 +273,15 @@ class Ensemble:
         Each token asks every model anew from the prompt's beginning: for looking at, not for
         serving. A source reads the text so far as its tokenizer cuts that, though it may cut it
         otherwise once the text goes on (no token healing); where it cannot read it, as within a
-        character, it sleeps.
+        character or beyond its context, it sleeps.
 
         Args:
             prompt: text that all members read.
-            max_new_tokens: of the target; fewer if it ends the text.
+            max_new_tokens: of the target; fewer if it ends the text, or its context does.
 
         Raises:
-            ArgumentError: the prompt is empty, or the target's tokenizer changes it.
+            ArgumentError: the prompt is empty, the target's tokenizer changes it, or it is too
+                long for a member.
         """
         (block,) = self._target.encoder.encode([prompt], [False])
         if block.ends is None or not prompt:
@@ -250,11 +289,16 @@ class Ensemble:
                 f"the target's tokenizer cannot read the prompt {prompt[:40]!r} as it is; give "
                 "other text"
             )
-        models = [member.load() for member in (self._target, *self._sources.values())]
+        members = [self._target, *self._sources.values()]
+        models = [member.load() for member in members]
+        for model, member in zip(models, members, strict=True):
+            encoded_for(model, member.encoder, [prompt], [False])
         weights = self._weights_after(prompt)
-        vocabulary = self._target.encoder.vocabulary
+        vocabulary, room = self._target.encoder.vocabulary, _room(models[0])
         ids, written = block.ids, b""
         for _ in range(max_new_tokens):
+            if len(ids) > room:
+                break
             given = np.stack(list(self._next(models, ids, prompt.encode() + written)))
             awake = ~np.isnan(given[:, 0])
             share = np.exp(weights[awake] - np.logaddexp.reduce(weights[awake]))
@@ -264,19 +308,17 @@ class Ensemble:
                 break
             if self.weights == "bayes":
                 with np.errstate(divide="ignore"):
-                    weights = _mixed(np.log(given[:, chosen]), weights)[1]
+                    weights = _mean(np.log(given[:, chosen]), awake, weights)[1]
             ids, written = np.append(ids, chosen), written + token
         return written.decode("utf-8", "replace")
 
     def _weights_after(self, prompt: str) -> np.ndarray:
-        weights = np.zeros(1 + len(self._sources))
+        """[M] log-weights."""
         if self.weights == "uniform":
-            return weights
+            return np.zeros(1 + len(self._sources))
         tokens = tokens_of_texts(self._target.encoder.encode([prompt], [False]))
-        log_probs, asked = self._log_probs([prompt], [False], tokens, None)
-        for n in np.flatnonzero(asked):
-            weights = _mixed(log_probs[:, n], weights)[1]
-        return weights
+        said = self._said([prompt], [False], tokens, None)
+        return self._mixed(said, range(len(said.asked)))[1]
 
     @torch.no_grad()
     def _next(
@@ -287,129 +329,167 @@ class Ensemble:
         target = _last_probabilities(models[0], ids)[:size]
         yield target
         for model, (name, source) in zip(models[1:], self._sources.items(), strict=True):
-            map_ = self._maps[name]
-            try:
+            block = None
+            with suppress(UnicodeDecodeError):  # within a character
                 (block,) = source.encoder.encode([text.decode("utf-8")], [False])
-            except UnicodeDecodeError:
+            if block is None or block.ends is None or len(block.ids) > _room(model):
                 yield np.full(size, np.nan)
-                continue
-            if block.ends is None or not len(block.ids):
-                yield np.full(size, np.nan)
-                continue
-            said = _last_probabilities(model, block.ids)[: len(map_.outcome_of_source)]
-            of_source = _class_of(map_.outcome_of_source, map_)[: len(said)]
-            of_target = _class_of(map_.outcome_of_target, map_)[: len(target)]
-            masses = np.bincount(of_source, said, map_.outcomes + 1)
-            own = np.bincount(of_target, target, map_.outcomes + 1)
-            masses[own == 0] = 0
-            yield target * (masses / masses.sum() / np.maximum(own, _TINY))[of_target]
+            else:
+                yield self._voices[name].spoken(_last_probabilities(model, block.ids), target)
 
 
-@dataclass(frozen=True)
-class _Question:
-    """How probable sets of a model's ids are, at some of its positions.
+class _Said(NamedTuple):
+    """What members give the true next tokens.
 
     Attributes:
-        rows: [Q] positions, ascending; of all texts one after another.
-        numbers: [Q] sets.
-        sets: of the model's own ids.
+        log_probs: [M, N] nats; −inf where a member sleeps.
+        awake: [M, N] bool.
+        asked: [N] bool, whether the target is asked for the token there.
     """
 
+    log_probs: np.ndarray
+    awake: np.ndarray
+    asked: np.ndarray
+
+
+class _Places(NamedTuple):
+    """Where a source is asked.
+
+    Attributes:
+        ids: rows of tokens that it reads: the texts, then a row for each place that a token spans.
+        positions: [Q] of the target, ascending.
+        rows: [Q] positions of the source, all rows one after another.
+    """
+
+    ids: list[np.ndarray]
+    positions: np.ndarray
     rows: np.ndarray
-    numbers: np.ndarray
-    sets: OutcomeSets
 
 
-def _class_of(outcome: np.ndarray, map_: VocabularyMap) -> np.ndarray:
-    """The class of each id; those without one are together the last."""
-    return np.where(outcome < 0, map_.outcomes, outcome)
+@dataclass(frozen=True, eq=False)
+class _Voice:
+    """A source beside the target: U classes, and U for what has none.
 
-
-def _source_sets(map_: VocabularyMap) -> OutcomeSets:
-    """The source ids of each class, as `map_.sets` has the target's."""
-    return OutcomeSets.of(_class_of(map_.outcome_of_source, map_), map_.outcomes + 1)
-
-
-def _without_target(map_: VocabularyMap) -> OutcomeSets:
-    """Set 1: the source ids whose class no target id is in; set 0: the others."""
-    there = np.bincount(_class_of(map_.outcome_of_target, map_), minlength=map_.outcomes + 1) > 0
-    of_source = there[_class_of(map_.outcome_of_source, map_)]
-    return OutcomeSets.of((~of_source).astype(np.int64), 2)
-
-
-def _answers(
-    model: PreTrainedModel,
-    ids: Sequence[np.ndarray],
-    questions: Sequence[_Question],
-    rows: int | None,
-    batch_tokens: int | None,
-    advance: Callable[[int], None],
-) -> list[np.ndarray]:
-    """Of each question [Q] float64 log-probabilities.
-
-    Args:
-        rows: of the head that count, from the first on; all if None.
+    Attributes:
+        of_target: [Vt] class of each target id.
+        of_source: [Vs] class of each source id; U + 1 for what is left out.
+        lost: U + 1.
     """
-    head = head_of(model).widened()
-    lengths = np.array([max(len(row) - 1, 0) for row in ids])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    answers = [np.full(len(question.rows), np.nan) for question in questions]
 
-    def use(batch: list[int], hidden: torch.Tensor, _: torch.Tensor) -> None:
-        first = 0
-        for n in batch:
-            stop = first + lengths[n]
-            _answer(head, hidden[first:stop], rows, offsets[n], questions, answers)
-            first = stop
+    source: Encoder
+    target: Encoder
+    map_: VocabularyMap
+    of_target: np.ndarray
+    of_source: np.ndarray
+    lost: int
 
-    for batch, _ in read_blocks(model, ids, batch_tokens, use):
-        advance(len(batch))
-    return answers
+    @classmethod
+    def of(cls, source: Encoder, target: Encoder, progress: Progress) -> "_Voice":
+        """The two by the common partition."""
+        map_ = vocabulary_map(source, target, progress=progress)
+        u = map_.outcomes
+        of_target = np.where(map_.outcome_of_target < 0, u, map_.outcome_of_target)
+        of_source = np.where(map_.outcome_of_source < 0, u, map_.outcome_of_source)
+        special = ~source.vocabulary.is_text & (map_.outcome_of_source < 0)
+        there = np.bincount(of_target, minlength=u + 1) > 0
+        of_source = np.where(special | ~there[of_source], u + 1, of_source)
+        return cls(source, target, map_, of_target, of_source, u + 1)
+
+    @cached_property
+    def target_sets(self) -> OutcomeSets:
+        """The target's ids of each class."""
+        return OutcomeSets.of(self.of_target, self.lost)
+
+    @cached_property
+    def source_sets(self) -> OutcomeSets:
+        """The source's ids of each class, and of what is left out."""
+        return OutcomeSets.of(self.of_source, self.lost + 1)
+
+    def spoken(self, said: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """[Vt] the source's distribution in the target's tokens; NaN if nothing of it is left.
+
+        Args:
+            said: the source's, [Vs] and what more its head has.
+            target: [Vt] the target's.
+        """
+        said = said[: len(self.of_source)]
+        masses = np.bincount(self.of_source[: len(said)], said, self.lost + 1)[: self.lost]
+        of_target = self.of_target[: len(target)]
+        own = np.bincount(of_target, target, self.lost)
+        masses[own == 0] = 0
+        if masses.sum() == 0:
+            return np.full(len(target), np.nan)
+        return np.asarray(target * (masses / masses.sum() / np.maximum(own, _TINY))[of_target])
+
+    def places(self, texts: Sequence[str], encoded: Sequence[Encoded], target: Tokens) -> _Places:
+        """Where the source is asked for what follows the target's positions.
+
+        Args:
+            encoded: the texts as the source reads them.
+            target: the texts as the target does.
+        """
+        read = tokens_of_texts(encoded)
+        aligned = boundary_aligner(self.source, self.target, self.map_)(target, read)
+        block = np.repeat(np.arange(len(texts)), np.diff(target.position_offsets))
+        ids = [row.ids if row.ends is not None else row.ids[:0] for row in encoded]
+        here = np.flatnonzero(aligned.source >= 0)
+        rows = read.position_offsets[block[here]] + aligned.source[here]
+        spanned = self._spanned(texts, encoded, target, block, aligned.source, aligned.first)
+        first = int(read.position_offsets[-1])
+        lengths = np.array([len(row) - 1 for _, row in spanned], dtype=np.int64)
+        ends = first + np.cumsum(lengths) - 1
+        positions = np.concatenate([here, np.array([n for n, _ in spanned], dtype=np.int64)])
+        every = np.concatenate([rows, ends])
+        order = np.argsort(positions, kind="stable")
+        return _Places(ids + [row for _, row in spanned], positions[order], every[order])
+
+    def _spanned(
+        self,
+        texts: Sequence[str],
+        encoded: Sequence[Encoded],
+        target: Tokens,
+        block: np.ndarray,
+        aligned: np.ndarray,
+        first: np.ndarray,
+    ) -> list[tuple[int, np.ndarray]]:
+        """(position, row of the source's tokens) where its token spans the target's boundary.
+
+        The row ends with a token that is not read: a model is asked what comes before it.
+        """
+        ends = target.ends[target.predicting]
+        data = [text.encode() for text in texts]
+        waiting: list[tuple[int, int, int, bytes]] = []
+        for n in np.flatnonzero((aligned < 0) & ~first).tolist():
+            text, end = int(block[n]), int(ends[n])
+            own = encoded[text].ends
+            if own is None or end == 0:
+                continue
+            read = int(np.searchsorted(own, end, side="right"))  # tokens that end there or before
+            begin = int(own[read - 1]) if read else 0
+            if begin < end:  # else a later position of the target has the same bytes
+                waiting.append((n, text, read, data[text][begin:end]))
+        spelled = as_continuations(self.source, {rest for *_, rest in waiting})
+        rows = []
+        for n, text, read, rest in waiting:
+            tail = spelled[rest]
+            if tail is not None:
+                whole, prefix = encoded[text].ids, encoded[text].prefix_tokens
+                before = whole[max(prefix, read - _RECALLED) : read]
+                parts = (whole[:prefix], before, tail.ids, tail.ids[-1:])
+                rows.append((n, np.concatenate(parts).astype(np.int64)))
+        return rows
 
 
-def _answer(
-    head: Head,
-    hidden: torch.Tensor,
-    rows: int | None,
-    first: int,
-    questions: Sequence[_Question],
-    answers: Sequence[np.ndarray],
-) -> None:
-    """Answer what is asked of one text, whose positions begin at `first`."""
-    chunk = head.rows_to_read()
-    for start in range(0, len(hidden), chunk):
-        logits = head.logits(hidden[start : start + chunk])[:, :rows]
-        logits = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-        here = first + start
-        for question, answer in zip(questions, answers, strict=True):
-            low, high = np.searchsorted(question.rows, [here, here + len(logits)])
-            places, numbers = question.rows[low:high] - here, question.numbers[low:high]
-            answer[low:high] = _log_masses(logits, places, numbers, question.sets)
-
-
-def _log_masses(
-    log_probs: torch.Tensor, rows: np.ndarray, numbers: np.ndarray, sets: OutcomeSets
-) -> np.ndarray:
-    """[Q] float64 logs of the sums over sets of ids; −inf of an empty one."""
-    ids, which = sets.take(numbers)
-    known = ids < log_probs.shape[1]  # a tokenizer may have more tokens than a head has rows
-    ids, which = ids[known], which[known]
-    place = log_probs.device
-    asked = torch.from_numpy(rows[which]).to(place), torch.from_numpy(ids).to(place)
-    masses = torch.zeros(len(rows), dtype=torch.float64, device=place)
-    masses.index_add_(0, torch.from_numpy(which).to(place), log_probs[asked].double().exp())
-    result: np.ndarray = masses.log().cpu().numpy()
-    return result
-
-
-def _mixed(log_probs: np.ndarray, log_weights: np.ndarray) -> tuple[float, np.ndarray]:
+def _mean(
+    log_probs: np.ndarray, awake: np.ndarray, log_weights: np.ndarray
+) -> tuple[float, np.ndarray]:
     """(log of the weighted mean over those awake, [M] log-weights after Bayes' rule).
 
-    >>> mean, after = _mixed(np.log([0.2, 0.6, np.nan]), np.zeros(3))
+    >>> awake = np.array([True, True, False])
+    >>> mean, after = _mean(np.log([0.2, 0.6, 1]), awake, np.zeros(3))
     >>> round(float(np.exp(mean)), 3), np.exp(after).round(3).tolist()
     (0.4, [0.5, 1.5, 1.0])
     """
-    awake = ~np.isnan(log_probs)
     own, weights = log_probs[awake], log_weights[awake]
     joint = float(np.logaddexp.reduce(own + weights))
     if joint == -np.inf:
@@ -420,6 +500,11 @@ def _mixed(log_probs: np.ndarray, log_weights: np.ndarray) -> tuple[float, np.nd
     return mean, after
 
 
+def _room(model: PreTrainedModel) -> float:
+    """Tokens that a model reads at most."""
+    return context_tokens(without_adapters(model).config) or float("inf")
+
+
 def _last_probabilities(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """[V] float64 what comes after some tokens."""
     inputs = torch.from_numpy(ids)[None].to(input_device(model))
@@ -427,5 +512,5 @@ def _last_probabilities(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
         model.eval()
         hidden = hidden_states(without_adapters(model), input_ids=inputs)[0, -1:]
         logits = head_of(without_adapters(model)).logits(hidden)[0]
-    result: np.ndarray = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-    return result
+    probabilities: np.ndarray = torch.softmax(logits.double(), dim=-1).cpu().numpy()
+    return probabilities
