@@ -230,6 +230,8 @@ def main() -> None:
     measured = Measured(head_of(model), len(encoder.vocabulary))
     later = torch.cat([torch.arange(len(row) - 1) >= _CONTEXT for row in rows])
     hidden, learner = hidden[later], learner[later]
+    if len(hidden) < _BATCH:
+        parser.error(f"{len(hidden):,} positions are left of this text; {_BATCH:,} are needed")
     shift = torch.rand(len(hidden), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dtype = measured.head.weight.dtype
     for start in range(0, len(hidden) - _BATCH + 1, _BATCH):  # whole batches

@@ -187,11 +187,16 @@ def test_a_label_may_be_true_or_a_number_that_others_write_otherwise(tmp_path: P
     rows = [{"text": "a", "ok": True, "n": 1.0}, {"text": "b", "ok": False, "n": None}]
     put(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     put(tmp_path, "a.csv", b"text,ok,n\na,True,1\nb,False,\n")
+    put(tmp_path, "r.csv", b"text,ok,n\na,TRUE,1.0\nb,FALSE,\n")
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.csv", "a.parquet"):
-        for where in ({"ok": True}, {"n": 1}, {"ok": True, "n": 1}):
+    for name in ("a.jsonl", "a.csv", "r.csv", "a.parquet"):
+        for where in ({"ok": True}, {"n": 1}, {"n": 1.0}, {"n": "1"}, {"ok": True, "n": 1}):
             assert texts(tmp_path / name, where=where) == ["a"], (name, where)
         assert texts(tmp_path / name, where={"ok": False}) == ["b"]
+    long = json.dumps({"text": "a\n" * 99}).encode()
+    with pytest.raises(CorpusError, match=r"there are text: a a a a [a ]+…\. Set") as caught:
+        texts(put(tmp_path, "long.jsonl", long), where={"text": "b"})
+    assert "\n" not in str(caught.value)
     odd = pa.array([b"a\xff", b"b"]).view(pa.string())
     pyarrow.parquet.write_table(pa.table({"text": odd}), tmp_path / "b.parquet")
     assert texts(tmp_path / "b.parquet", where={"text": "b"}) == ["b"]

@@ -15,6 +15,7 @@ import fusellm
 from conftest import code, prose
 from fusellm import Ensemble
 from fusellm.alignment.translation import as_continuations
+from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.errors import ArgumentError, NumericsError
 from fusellm.evaluation.text.nats import blocks_nats
 
@@ -60,15 +61,21 @@ def in_tokens_of(target: Loaded, source: Loaded, own: np.ndarray, said: np.ndarr
 
 
 def spanned(source: Loaded, read: Any, text: str, end: int) -> np.ndarray | None:
-    """What a source says within one of its tokens, asked after its last 32 whole ones."""
+    """What a source says within one of its tokens, asked after its last 64 whole ones."""
     whole = [j for j, its in enumerate(read.ends.tolist()) if its <= end]
     begin = read.ends[whole[-1]] if whole else 0
     rest = text.encode()[begin:end]
+    if begin == 0:
+        try:
+            (start,) = source[1].encode([rest.decode()], [False])
+        except UnicodeDecodeError:
+            return None
+        return after(source, start.ids)[-1]
     told = as_continuations(source[1], [rest])[rest] if rest else None
     if told is None:
         return None
     prefix = list(read.ids[: read.prefix_tokens])
-    before = list(read.ids[read.prefix_tokens : len(whole)])[-32:]
+    before = list(read.ids[read.prefix_tokens : len(whole)])[-64:]
     return after(source, np.array([*prefix, *before, *told.ids]))[-1]
 
 
@@ -135,6 +142,29 @@ def test_it_is_what_the_definition_says(models: dict[str, Loaded], target: str, 
         expected = cost(models[target], list(others.values()), text, last, how)
         assert np.nansum(row) == pytest.approx(expected, rel=1e-4)
     assert slept < woken / 4  # within characters, and before a dummy space
+
+
+def test_what_a_source_says_depends_on_the_text_so_far_alone(models: dict[str, Loaded]) -> None:
+    """Each place is asked for from the whole text, and from the text that ends there.
+
+    The two differ where a source would cut the text so far otherwise than it cuts the whole.
+    """
+    target, sources = models["neox"], {name: models[name] for name in ("llama", "mpt")}
+    ensemble = Ensemble(target, sources)
+    loaded = [target[0], *(model for model, _ in sources.values())]
+    places, equal = 0, 0
+    for text in (TEXTS[0][:90], TEXTS[1][:90]):
+        (block,) = target[1].encode([text], [False])
+        said = ensemble._said([text], [False], tokens_of_texts([block]), None)
+        for n, true in enumerate(block.ids[1:].tolist()):
+            so_far = text.encode()[: block.ends[n]]
+            alone = list(ensemble._next(loaded, block.ids[: n + 1], so_far))
+            for m, one in enumerate(alone):
+                if one is not None and said.awake[m, n]:
+                    places += 1
+                    equal += abs(np.log(one[true]) - said.log_probs[m, n]) < 1e-3
+    assert places > 150
+    assert equal / places > 0.9
 
 
 def test_the_target_alone_or_with_itself_is_the_target(models: dict[str, Loaded]) -> None:
@@ -221,9 +251,9 @@ def test_it_goes_on_where_a_text_ends_within_a_character(
     loaded = [target[0], source[0]]
     ids = target[1].encode(["a"], [False])[0].ids
     awake, asleep = (list(ensemble._next(loaded, ids, text))[1] for text in (b"a", b"a\xf0\x9f"))
-    assert np.isfinite(awake).all()
+    assert awake is not None
     assert awake.sum() == pytest.approx(1, abs=1e-6)
-    assert np.isnan(asleep).all()
+    assert asleep is None
 
 
 def test_what_cannot_be_an_ensemble_is_told(models: dict[str, Loaded]) -> None:
@@ -241,6 +271,8 @@ def test_what_cannot_be_an_ensemble_is_told(models: dict[str, Loaded]) -> None:
     broken.lm_head.weight.data[3] = torch.nan
     with pytest.raises(NumericsError, match="neox gives NaN or infinity"):
         Ensemble(models["mpt"], {"neox": (broken, tokenizer)}).nats(TEXTS)
+    with pytest.raises(NumericsError, match="neox gives NaN or infinity"):
+        Ensemble(models["mpt"], {"neox": (broken, tokenizer)}).generate("a b")
     with pytest.raises(ArgumentError, match="cannot read the prompt ''"):
         Ensemble(models["llama"], {}).generate("")
     with pytest.raises(ArgumentError, match="the model's context is"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from fusellm import Ensemble, load_pretrained
 from fusellm.cli.study import study
 from fusellm.errors import FusellmError, RecipeError
 from fusellm.progress import Silent
-from fusellm.store.blocks import open_corpus, read_part
+from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.store.run_folder import trained_folder
 from fusellm.study import trainings
 from fusellm.study.compute import Compute, compute_of
 from fusellm.study.execute import Execution
+from fusellm.study.measured import digest_of_held_out
 from fusellm.study.page import study_page
 from fusellm.study.plan import Unit, load_study
 from fusellm.study.results import StudyResults, results_of
@@ -285,6 +288,58 @@ def test_a_model_whose_weights_were_discarded_is_trained_again_and_may_be_interr
 
 def _interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_half_a_model_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the power is cut while a model is deleted, its manifest is gone first."""
+    folder = trained_folder(tmp_path, "clm")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    monkeypatch.setattr(shutil, "rmtree", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainings.discard(tmp_path, "clm")
+    assert not (folder / "manifest.json").exists()
+
+
+def test_what_cannot_be_merged_is_told_before_any_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = _recorded(monkeypatch)
+    monkeypatch.setattr("fusellm.merging.opened.stored_quantization", lambda _: {"bits": 4})
+    monkeypatch.setattr("fusellm.merging.opened.method_of", lambda _: "gptq")
+    arms = {name: PAIRWISE[name] for name in ("clm", "one", "with-clm")}
+    file = write(tmp_path, world, arms=arms, rates=None, seeds=[0])
+    with pytest.raises(FusellmError, match=r"is stored quantized \(gptq\), and a merge is"):
+        done(file, tmp_path / "out")
+    assert trained == []
+
+
+def test_held_out_text_with_other_context_is_another_one() -> None:
+    block = Block(0, "d", "prose", True, "a question, an answer")
+    assert digest_of_held_out([block]) == digest_of_held_out([replace(block, number=3)])
+    asked = replace(block, context=((0, 11),))
+    assert digest_of_held_out([block]) != digest_of_held_out([asked])
+    assert digest_of_held_out([asked]) != digest_of_held_out([replace(asked, context=((0, 12),))])
+
+
+def test_what_an_older_rule_has_measured_of_an_ensemble_is_measured_anew(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {"clm": {"train": "clm"}, "all": {"ensemble": {}}}
+    file = write(tmp_path, world, arms=arms, rates=None, seeds=[0])
+    done(file, tmp_path / "out")
+    real, measured = Ensemble.nats, []
+
+    def nats(self: Ensemble, *given: Any) -> Any:
+        measured.append(1)
+        return real(self, *given)
+
+    monkeypatch.setattr(Ensemble, "nats", nats)
+    done(file, tmp_path / "out")
+    assert measured == []
+    monkeypatch.setattr("fusellm.study.execute.RULE", 1_000)
+    done(file, tmp_path / "out")
+    assert measured == [1]
 
 
 def test_arms_can_be_ensembles(

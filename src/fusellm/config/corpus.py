@@ -35,7 +35,7 @@ class _Records(SettingsBlock):
     they are left out of the losses, and of bits per byte. A record should fit into a block."""
     field_separator: str = "\n"
     """What stands between two fields; it belongs to the one before it."""
-    where: dict[str, bool | int | str] = Field(default_factory=dict)
+    where: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Only records whose fields have these values: `{lang: python}`. With an entry and a `domain`
     for each value of a label, `fusion.routes` can send each to a source."""
 

@@ -1,5 +1,6 @@
 """The fields of a record that are its text, and those of them that are context."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ from fusellm.config import FileDocuments, HubDocuments
 from fusellm.errors import CorpusError
 
 Spans = tuple[tuple[int, int], ...]
+
+_WHOLE = re.compile(r"(?<=\d)\.0+$")
+_SHOWN = 40  # characters of a label
 
 _KINDS: dict[type, str] = {list: "a list", dict: "an object", bool: "true or false"}
 _KINDS |= {int: "a number", float: "a number"}
@@ -52,7 +56,8 @@ class Fields:
             if not isinstance(row, Mapping) or name not in row:
                 raise _missing(row, name, place, "where")
             if _label(row[name]) != value:
-                return f"{name}: {_label(row[name])}"
+                label = " ".join(_label(row[name]).split())
+                return f"{name}: {label[:_SHOWN]}{'…' if len(label) > _SHOWN else ''}"
         return None
 
     def none_chosen(self, place: str, labels: Sequence[str]) -> CorpusError:
@@ -64,7 +69,7 @@ class Fields:
         asked = ", ".join(f"{name}: {value}" for name, value in self.where)
         return CorpusError(
             f"corpus.documents: no record of {place} has {asked}; there are {', '.join(labels)}. "
-            "Set where to one of these, or leave the entry out"
+            "Set where to one of these, or leave the entry out (or a split of a dataset)"
         )
 
     def text(self, row: object, place: str) -> tuple[str, Spans]:
@@ -110,10 +115,10 @@ def _missing(row: object, name: str, place: str, key: str) -> CorpusError:
 def _label(value: object) -> str:
     """A value as it is compared: true of JSON and of CSV are one, and so are 1 and 1.0.
 
-    >>> _label(True), _label("True"), _label(1.0), _label("python")
-    ('true', 'true', '1', 'python')
+    >>> _label(True), _label("TRUE"), _label(1.0), _label("1.0"), _label("Python")
+    ('true', 'true', '1', '1', 'Python')
     """
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     text = str(value)
-    return text.lower() if text in ("True", "False") else text
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    return _WHOLE.sub("", text)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from fusellm.errors import RecipeError
+from fusellm.evaluation.text.ensemble import RULE
 from fusellm.merging.opened import require_target
 from fusellm.merging.settings import METHODS
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
-from fusellm.preflight import require_fits
 from fusellm.progress import Progress
 from fusellm.stages.evaluate import like_the_target
 from fusellm.store.blocks import open_corpus, read_part
@@ -86,8 +86,6 @@ class Execution:
         """
         self._trainings.share(self._base, ["corpus"], self._redo)
         blocks = read_part(open_corpus(self._base.run), "held_out")
-        for name, reader in self._base.readers.items():
-            require_fits(self._base.run, name, reader, self._study.base.corpus, self._progress)
         tokens = self._study.base.evaluation.batch_tokens
         self._measurements = Measurements(self._out, blocks, tokens, self._progress)
         nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
@@ -245,7 +243,7 @@ class Execution:
         assert arm.ensemble is not None
         target = [self._outcomes[part] for part in self._parts(unit, rates)]
         told = [_told(self._base.readers[name]) for name in (TARGET, *self._study.heard(unit.arm))]
-        made_from = digest([arm.ensemble.weights, told, [one.identity for one in target]])
+        made_from = digest([RULE, arm.ensemble.weights, told, [one.identity for one in target]])
         tokens, steps = sum(o.tokens for o in target), sum(o.steps for o in target)
         self._outcomes[unit] = TrainingOutcome(made_from, tokens, steps, [])
         costs = [self._computes[part] for part in self._parts(unit, rates)]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusellm.config.study import ArmEnsemble
+from fusellm.errors import CorpusError
 from fusellm.evaluation.text.ensemble import Ensemble, Member
 from fusellm.evaluation.text.nats import without_context
 from fusellm.models.load import default_device, load_model
@@ -50,8 +51,9 @@ class Measurements:
         """
 
         def measure() -> tuple[list[np.ndarray], dict[str, int]]:
-            tokens, progress = self._batch_tokens, self._progress
-            nats, size = measured_nats(name, find(), self.blocks, tokens, progress)
+            tokens, progress, reader = self._batch_tokens, self._progress, find()
+            self._require_room(name, reader)
+            nats, size = measured_nats(name, reader, self.blocks, tokens, progress)
             return nats, {"parameters": size}
 
         nats, counts = self._once(name, model, measure)
@@ -80,6 +82,20 @@ class Measurements:
             return [np.zeros(0) if own is None else own for own in scored], {}
 
         return self._once(name, model, measure)[0]
+
+    def _require_room(self, name: str, reader: Reader) -> None:
+        """Raises CorpusError where a block of held-out text is longer than a model reads."""
+        context = reader.located.context_tokens
+        if context is None:
+            return
+        texts, last = [b.text for b in self.blocks], [b.last for b in self.blocks]
+        for block, encoded in zip(self.blocks, reader.encoder.encode(texts, last), strict=True):
+            if len(encoded.ids) > context:
+                raise CorpusError(
+                    f"block {block.number} of held-out text (document {block.document!r}) has "
+                    f"{len(encoded.ids)} tokens for {name!r}, whose context is {context}; set a "
+                    "smaller corpus.block_bytes"
+                )
 
     def _once(
         self, name: str, model: str, measure: Callable[[], tuple[list[np.ndarray], dict[str, int]]]

@@ -108,8 +108,8 @@ def _costs(results: StudyResults) -> list[str]:
     goal = f"tokens to {results.reference}'s last validation"
     told = (
         f"{_POWERS[power]} floating-point operations: 2 for each parameter and token that is read, "
-        "6 for each that is trained on. A merge has what its parts have cost. An ensemble costs "
-        "nothing before it is used, and all of its models at each token then."
+        "6 for each that is trained on. A merge has what its parts have cost, an ensemble what the "
+        "arm in its target's place has; what it computes when it is used is not counted."
     )
     head = ["", "tokens", "steps", "training", "reading sources", "together", goal]
     return [told, "", *_table(head, rows)]

@@ -22,11 +22,17 @@ log(M) nats more for a text than the best of M members.
 Then the source's p(`·rep`) is 0.5 · 0.1 / 0.4 = 0.125, and the plain mean 0.1125.
 
 What a source says may depend on nothing but the text so far, or the ensemble would know part of
-what it is to predict. Where the source has no boundary, as its token spans the place, it is asked
-all the same: after its last tokens, and the rest of the bytes as its tokenizer would spell them if
-the text ended there. It sleeps only within a character, where no text ends, and where it cannot
-read a text at all. One trace is left: where its own tokens end before that rest is seen in the
-whole text.
+what it is to predict. So it is asked wherever the target is. Where its own token spans the place,
+it reads the 64 tokens before that token, and the rest of the bytes as its tokenizer would spell
+them if the text ended there (`generate` has it read all of the text so). That it is asked with less
+before it there, and where its tokens before the rest end, are traces of what follows, and all that
+is left of it. A source sleeps where no text of its own can end: within a character, beside a dummy
+space that only one of the two writes, before anything is read if nothing is put before a text; and
+where it cannot read a text at all.
+
+What a source says after the rest is not healed: a tokenizer that has `;` and a line end as one
+token is asked, after `;` alone, for what it has never read there. `bayes` learns how far to trust
+it.
 
 M members, the target first; N positions of the target, all texts one after another.
 """
@@ -60,7 +66,9 @@ from fusellm.tokens.encode import Encoded, Encoder, as_encoder
 
 Weights = Literal["uniform", "bayes"]
 
-_RECALLED = 32  # tokens that a source reads before a rest of bytes that its own token spans
+_RECALLED = 64  # tokens that a source reads before a rest of bytes that its own token spans
+RULE = 1
+"""Of how an ensemble's text is predicted: what was measured by another one is measured anew."""
 _TINY = float(np.finfo(float).tiny)
 
 
@@ -210,10 +218,9 @@ class Ensemble:
         for name, voice in self._voices.items():
             encoded = self._sources[name].encoder.encode(texts, last)
             places[name] = voice.places(texts, encoded, tokens)
-            asked = places[name].positions
-            questions.append(SetQuestions(asked, voice.of_target[true[asked]], voice.target_sets))
-        ids = [block.ids for block in self._target.encoder.encode(texts, last)]
-        read = [row if n else row[:0] for row, n in zip(ids, np.diff(tokens.offsets), strict=True)]
+            at = places[name].positions
+            questions.append(SetQuestions(at, voice.of_target[true[at]], voice.target_sets))
+        read = np.split(tokens.ids, tokens.offsets[1:-1])
         own, *of_classes = self._ask("the target", texts, last, read, questions, batch_tokens)
         log_probs = np.full((1 + len(places), len(true)), -np.inf)
         awake = np.zeros(log_probs.shape, dtype=np.bool_)
@@ -221,16 +228,11 @@ class Ensemble:
         for m, (name, there) in enumerate(places.items(), start=1):
             voice, order = self._voices[name], np.argsort(there.rows, kind="stable")
             rows, numbers = there.rows[order], voice.of_target[true[there.positions[order]]]
-            lost = np.full_like(numbers, voice.lost)
-            asked_of_source = [
-                SetQuestions(rows, numbers, voice.source_sets),
-                SetQuestions(rows, lost, voice.source_sets),
-            ]
-            answers = self._ask(name, texts, last, there.ids, asked_of_source, batch_tokens)
-            of_class, of_lost = (answer[np.argsort(order)] for answer in answers)
-            kept = np.log(np.maximum(1 - np.exp(of_lost), _TINY))
+            asked = [SetQuestions(rows, numbers, voice.source_sets)]
+            (answer,) = self._ask(name, texts, last, there.ids, asked, batch_tokens)
+            of_class = answer[np.argsort(order)]
             positions = there.positions
-            log_probs[m, positions] = of_class - kept + own[positions] - of_classes[m - 1]
+            log_probs[m, positions] = of_class + own[positions] - of_classes[m - 1]
             awake[m, positions] = True
         return _Said(log_probs, awake, tokens.asked)
 
@@ -252,19 +254,16 @@ class Ensemble:
         member = self._sources.get(name, self._target)
         model = member.load()
         encoded_for(model, member.encoder, texts, last)
-        # Of a source's head only rows that are tokens count; of the target's all, as where it is
-        # measured alone.
-        vocabulary = len(member.encoder.vocabulary) if name in self._sources else None
-        shown = self._progress.start(f"asking {name}", len(ids), "texts")
+        left_out = None  # of the target nothing, as where it is measured alone
+        base = without_adapters(model)
+        if name in self._voices:
+            left_out = self._voices[name].left_out(len(head_of(base).weight))
+        shown = self._progress.start(f"asking {name}", len(ids), "rows")
         with left_as_it_was(model), shown as bar:
             model.eval()
-            base = without_adapters(model)
-            answers = log_masses(base, ids, questions, vocabulary, batch_tokens, bar.advance)
+            answers = log_masses(base, ids, questions, left_out, batch_tokens, bar.advance)
         if any(np.isnan(answer).any() for answer in answers):
-            raise NumericsError(
-                f"{name} gives NaN or infinity, so that the ensemble has no bits per byte; load it "
-                "in float32 or bfloat16, or leave it out"
-            )
+            raise _broken(name)
         return answers
 
     def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
@@ -282,6 +281,7 @@ class Ensemble:
         Raises:
             ArgumentError: the prompt is empty, the target's tokenizer changes it, or it is too
                 long for a member.
+            NumericsError: a member gives NaN or infinity.
         """
         (block,) = self._target.encoder.encode([prompt], [False])
         if block.ends is None or not prompt:
@@ -299,16 +299,19 @@ class Ensemble:
         for _ in range(max_new_tokens):
             if len(ids) > room:
                 break
-            given = np.stack(list(self._next(models, ids, prompt.encode() + written)))
-            awake = ~np.isnan(given[:, 0])
+            given = list(self._next(models, ids, prompt.encode() + written))
+            awake = np.array([one is not None for one in given])
             share = np.exp(weights[awake] - np.logaddexp.reduce(weights[awake]))
-            chosen = int((share[:, None] * given[awake]).sum(axis=0).argmax())
+            spoken = np.stack([one for one in given if one is not None])
+            chosen = int((share[:, None] * spoken).sum(axis=0).argmax())
             token = vocabulary.token_bytes[chosen]
             if not vocabulary.is_text[chosen] or token is None:
                 break
             if self.weights == "bayes":
+                log_probs = np.zeros(len(given))
                 with np.errstate(divide="ignore"):
-                    weights = _mean(np.log(given[:, chosen]), awake, weights)[1]
+                    log_probs[awake] = np.log(spoken[:, chosen])
+                weights = _mean(log_probs, awake, weights)[1]
             ids, written = np.append(ids, chosen), written + token
         return written.decode("utf-8", "replace")
 
@@ -323,19 +326,20 @@ class Ensemble:
     @torch.no_grad()
     def _next(
         self, models: Sequence[PreTrainedModel], ids: np.ndarray, text: bytes
-    ) -> Iterator[np.ndarray]:
-        """Of each member [Vt] what comes next in the target's tokens; NaN where it sleeps."""
+    ) -> Iterator[np.ndarray | None]:
+        """Of each member [Vt] what comes next in the target's tokens; None where it sleeps."""
         size = len(self._target.encoder.vocabulary)
-        target = _last_probabilities(models[0], ids)[:size]
+        target = _last_probabilities("the target", models[0], ids)[:size]
         yield target
         for model, (name, source) in zip(models[1:], self._sources.items(), strict=True):
             block = None
             with suppress(UnicodeDecodeError):  # within a character
                 (block,) = source.encoder.encode([text.decode("utf-8")], [False])
             if block is None or block.ends is None or len(block.ids) > _room(model):
-                yield np.full(size, np.nan)
+                yield None
             else:
-                yield self._voices[name].spoken(_last_probabilities(model, block.ids), target)
+                said = _last_probabilities(name, model, block.ids)
+                yield self._voices[name].spoken(said, target)
 
 
 class _Said(NamedTuple):
@@ -373,7 +377,7 @@ class _Voice:
     Attributes:
         of_target: [Vt] class of each target id.
         of_source: [Vs] class of each source id; U + 1 for what is left out.
-        lost: U + 1.
+        lost: U + 1, or how many sets of the target's ids there are.
     """
 
     source: Encoder
@@ -405,8 +409,13 @@ class _Voice:
         """The source's ids of each class, and of what is left out."""
         return OutcomeSets.of(self.of_source, self.lost + 1)
 
-    def spoken(self, said: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """[Vt] the source's distribution in the target's tokens; NaN if nothing of it is left.
+    def left_out(self, rows: int) -> np.ndarray:
+        """The source's ids that count for nothing, of a head of so many rows."""
+        known = np.flatnonzero(self.of_source[:rows] == self.lost)
+        return np.concatenate([known, np.arange(len(self.of_source), rows)])
+
+    def spoken(self, said: np.ndarray, target: np.ndarray) -> np.ndarray | None:
+        """[Vt] the source's distribution in the target's tokens; None if nothing of it is left.
 
         Args:
             said: the source's, [Vs] and what more its head has.
@@ -418,7 +427,7 @@ class _Voice:
         own = np.bincount(of_target, target, self.lost)
         masses[own == 0] = 0
         if masses.sum() == 0:
-            return np.full(len(target), np.nan)
+            return None
         return np.asarray(target * (masses / masses.sum() / np.maximum(own, _TINY))[of_target])
 
     def places(self, texts: Sequence[str], encoded: Sequence[Encoded], target: Tokens) -> _Places:
@@ -459,6 +468,7 @@ class _Voice:
         ends = target.ends[target.predicting]
         data = [text.encode() for text in texts]
         waiting: list[tuple[int, int, int, bytes]] = []
+        beginnings: list[tuple[int, bytes]] = []
         for n in np.flatnonzero((aligned < 0) & ~first).tolist():
             text, end = int(block[n]), int(ends[n])
             own = encoded[text].ends
@@ -466,10 +476,12 @@ class _Voice:
                 continue
             read = int(np.searchsorted(own, end, side="right"))  # tokens that end there or before
             begin = int(own[read - 1]) if read else 0
-            if begin < end:  # else a later position of the target has the same bytes
+            if begin == 0:
+                beginnings.append((n, data[text][:end]))
+            elif begin < end:  # where it has a boundary, and no position, a document ends
                 waiting.append((n, text, read, data[text][begin:end]))
+        rows = self._begun(beginnings)
         spelled = as_continuations(self.source, {rest for *_, rest in waiting})
-        rows = []
         for n, text, read, rest in waiting:
             tail = spelled[rest]
             if tail is not None:
@@ -477,6 +489,16 @@ class _Voice:
                 before = whole[max(prefix, read - _RECALLED) : read]
                 parts = (whole[:prefix], before, tail.ids, tail.ids[-1:])
                 rows.append((n, np.concatenate(parts).astype(np.int64)))
+        return rows
+
+    def _begun(self, places: Sequence[tuple[int, bytes]]) -> list[tuple[int, np.ndarray]]:
+        """The same where the token that spans the place is a text's first."""
+        rows = []
+        for n, start in places:
+            with suppress(UnicodeDecodeError):  # within a character
+                (block,) = self.source.encode([start.decode("utf-8")], [False])
+                if block.ends is not None:
+                    rows.append((n, np.append(block.ids, block.ids[-1])))
         return rows
 
 
@@ -505,12 +527,25 @@ def _room(model: PreTrainedModel) -> float:
     return context_tokens(without_adapters(model).config) or float("inf")
 
 
-def _last_probabilities(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    """[V] float64 what comes after some tokens."""
+def _last_probabilities(name: str, model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """[V] float64 what comes after some tokens.
+
+    Raises:
+        NumericsError: that is no distribution.
+    """
     inputs = torch.from_numpy(ids)[None].to(input_device(model))
     with left_as_it_was(model):
         model.eval()
         hidden = hidden_states(without_adapters(model), input_ids=inputs)[0, -1:]
         logits = head_of(without_adapters(model)).logits(hidden)[0]
     probabilities: np.ndarray = torch.softmax(logits.double(), dim=-1).cpu().numpy()
+    if not np.isfinite(probabilities).all():
+        raise _broken(name)
     return probabilities
+
+
+def _broken(name: str) -> NumericsError:
+    return NumericsError(
+        f"{name} gives NaN or infinity, of which no ensemble can be made; load it in float32 or "
+        "bfloat16, or leave it out"
+    )

@@ -36,7 +36,7 @@ def log_masses(
     model: PreTrainedModel,
     ids: Sequence[np.ndarray],
     questions: Sequence[SetQuestions],
-    vocabulary: int | None = None,
+    left_out: np.ndarray | None = None,
     batch_tokens: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[np.ndarray]:
@@ -44,7 +44,8 @@ def log_masses(
 
     Args:
         ids: rows of tokens, each read from its beginning.
-        vocabulary: rows of the head that count, from the first on; all if None.
+        left_out: ids that count for nothing, and are in no set; none if None. Those of the head
+            that no tokenizer has may be among them.
         batch_tokens: of one forward pass, padding included; None for what suits the device.
         advance: is told how many rows more have been read.
 
@@ -54,12 +55,17 @@ def log_masses(
     head = head_of(model).widened()
     offsets = offsets_of(np.array([max(len(row) - 1, 0) for row in ids], dtype=np.int64))
     answers = [np.full(len(question.rows), np.nan) for question in questions]
+    asked = np.unique(np.concatenate([question.rows for question in questions]))
+    without = torch.from_numpy(np.zeros(0, dtype=np.int64) if left_out is None else left_out)
+    without = without.to(head.weight.device)
 
     def use(batch: list[int], hidden: torch.Tensor, _: torch.Tensor) -> None:
         first = 0
         for n in batch:
             stop = first + int(offsets[n + 1] - offsets[n])
-            _answer(head, hidden[first:stop], vocabulary, int(offsets[n]), questions, answers)
+            here = asked[slice(*asked.searchsorted(offsets[n : n + 2]))]
+            own = hidden[first:stop][torch.from_numpy(here - offsets[n]).to(hidden.device)]
+            _answer(head, own, here, without, questions, answers)
             first = stop
 
     for batch, _ in read_blocks(model, ids, batch_tokens, use):
@@ -70,27 +76,28 @@ def log_masses(
 def _answer(
     head: Head,
     hidden: torch.Tensor,
-    vocabulary: int | None,
-    first: int,
+    asked: np.ndarray,
+    left_out: torch.Tensor,
     questions: Sequence[SetQuestions],
     answers: Sequence[np.ndarray],
 ) -> None:
-    """Answer what is asked of one row, whose positions begin at `first`."""
-    stop = first + len(hidden)
-    asked = [
-        question.rows[slice(*question.rows.searchsorted([first, stop]))] for question in questions
-    ]
-    if not any(map(len, asked)):
-        return
+    """Answer what is asked at some positions of one row.
+
+    Args:
+        hidden: [A, d] of these positions.
+        asked: [A] their numbers, ascending.
+    """
     chunk = head.rows_to_read()
-    for start in range(0, len(hidden), chunk):
-        logits = head.logits(hidden[start : start + chunk])[:, :vocabulary]
+    for start in range(0, len(asked), chunk):
+        logits = head.logits(hidden[start : start + chunk])
+        logits[:, left_out] = -torch.inf
         log_probs = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-        here = first + start
+        here = asked[start : start + chunk]
         for question, answer in zip(questions, answers, strict=True):
-            low, high = np.searchsorted(question.rows, [here, here + len(log_probs)])
-            places, numbers = question.rows[low:high] - here, question.numbers[low:high]
-            answer[low:high] = _sums(log_probs, places, numbers, question.sets)
+            low = int(np.searchsorted(question.rows, here[0]))
+            high = int(np.searchsorted(question.rows, here[-1], side="right"))
+            places = np.searchsorted(here, question.rows[low:high])
+            answer[low:high] = _sums(log_probs, places, question.numbers[low:high], question.sets)
 
 
 def _sums(
