@@ -46,9 +46,9 @@ Base = Annotated[
 ]
 numbers = SettingOptions(
     MergeNumbers,
-    ("weights", "density", "scale", "t", "seed"),
-    flags={"weights": "--weight", "scale": "--lambda"},
-    metavars={"weights": "W", "density": "SHARE", "scale": "λ", "t": "T"},
+    ("weights", "density", "lambda_", "t", "seed"),
+    flags={"weights": "--weight", "lambda_": "--lambda"},
+    metavars={"weights": "W", "density": "SHARE", "lambda_": "λ", "t": "T"},
 )
 
 
@@ -80,11 +80,12 @@ def merge(
     Then `fusellm evaluate DIR A B --suite smoke` measures them side by side.
     """
     require_one_process("merge")
-    settings_of(method, len(models), **given)  # what is wrong is told before torch is imported
+    asked = MergeNumbers.model_validate(given).numbers
+    settings_of(method, len(models), **asked)  # what is wrong is told before torch is imported
     from fusellm.merging.merge import merge_models
 
     shown = Terminal(STDERR)
-    merged = merge_models(models, out, method=method, base=base, progress=shown, **given)
+    merged = merge_models(models, out, method=method, base=base, progress=shown, **asked)
     if as_json:
         said = {"folder": str(merged.folder), "method": method, "base": merged.base}
         print(json_text(said | {"tensors": merged.tensors, "parameters": merged.parameters}))

@@ -1,6 +1,6 @@
 """How the weights of models are merged: a method and its numbers, for a command or a study."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ class MergeNumbers(SettingsBlock):
     density: float | None = None
     """How much of what a model has learnt is kept, in (0, 1]; if not given, 0.2 for ties, 0.5 for
     dare_linear and dare_ties, all for sce."""
-    scale: float | None = Field(default=None, alias="lambda")
+    lambda_: Annotated[float | None, Field(alias="lambda")] = None
     """What is added to the base is multiplied by it; if not given, 1. For task_arithmetic, ties,
     dare_linear and dare_ties."""
     t: float | None = None
@@ -31,5 +31,6 @@ class MergeNumbers(SettingsBlock):
     @property
     def numbers(self) -> dict[str, Any]:
         """Those that are given, as `fusellm.merging.merge.merge_models` takes them."""
-        names = MergeNumbers.model_fields
-        return {name: one for name in names if (one := getattr(self, name)) is not None}
+        called = {name: name for name in MergeNumbers.model_fields} | {"lambda_": "scale"}
+        given = {called[name]: getattr(self, name) for name in called}
+        return {name: value for name, value in given.items() if value is not None}

@@ -144,9 +144,7 @@ def results_of(answers: Answers) -> StudyResults:
         of_seeds = [nats[_of_seed(arm, model.unit.seed)] for model in models]
         nats[_of_all(arm)] = np.mean(of_seeds, axis=0)
     seeds = study.settings.seeds
-    pairs = [(arm, study.settings.reference) for arm in study.chosen]
-    pairs += [(a, b) for a, b in study.settings.compare if {a, b} <= set(study.chosen)]
-    pairs = [(a, b) for a, b in dict.fromkeys(pairs) if a != b]
+    pairs = _compared(study)
     asked = [(_of_all(a), _of_all(b)) for a, b in pairs]
     asked += [(_of_seed(a, s), _of_seed(b, s)) for a, b in pairs for s in seeds]
     evaluation = study.base.evaluation
@@ -189,6 +187,13 @@ def results_of(answers: Answers) -> StudyResults:
         differences,
         {a: {f"{rate:g}": v for rate, v in by.items()} for a, by in answers.tried.items()},
     )
+
+
+def _compared(study: Study) -> list[tuple[str, str]]:
+    """Pairs of arms, each once: with the reference, and those that the study names."""
+    pairs = [(arm, study.settings.reference) for arm in study.chosen]
+    pairs += [(a, b) for a, b in study.settings.compare if {a, b} <= set(study.chosen)]
+    return [(a, b) for a, b in dict.fromkeys(pairs) if a != b]
 
 
 def _of_all(arm: str) -> str:
