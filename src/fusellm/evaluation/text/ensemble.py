@@ -118,7 +118,7 @@ class Ensemble:
     >>> alone = Ensemble(target, {})
     >>> text = "for name in names:\\n    print(name)\\n"
     >>> [round(float(np.nansum(one.nats([text])[0]))) for one in (alone, ensemble)]
-    [35, 24]
+    [47, 43]
     >>> ensemble.generate("import numpy as", max_new_tokens=1)
     ' np'
     """
