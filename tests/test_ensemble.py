@@ -257,8 +257,10 @@ def test_it_goes_on_where_a_text_ends_within_a_character(
 
 
 def test_what_cannot_be_an_ensemble_is_told(models: dict[str, Loaded]) -> None:
+    how: Any = "equal"
+    wrong: Any
     with pytest.raises(ArgumentError, match="no weights 'equal'; known: uniform, bayes"):
-        Ensemble(models["llama"], {}, "equal")  # type: ignore[arg-type]
+        Ensemble(models["llama"], {}, how)
     model, tokenizer = models["llama"]
     for wrong, kind in (
         (3, "int"),
@@ -266,7 +268,7 @@ def test_what_cannot_be_an_ensemble_is_told(models: dict[str, Loaded]) -> None:
         (("a", tokenizer), "str and Tokenizer"),
     ):
         with pytest.raises(ArgumentError, match=rf"the model first, .*; this is {kind}"):
-            Ensemble(models["llama"], {"neox": wrong})  # type: ignore[dict-item]
+            Ensemble(models["llama"], {"neox": wrong})
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data[3] = torch.nan
     with pytest.raises(NumericsError, match="neox gives NaN or infinity"):

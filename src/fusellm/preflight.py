@@ -13,7 +13,7 @@ from fusellm.models.headers import weight_problems
 from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
-from fusellm.store.blocks import open_corpus, read_part, read_shard
+from fusellm.store.blocks import Block, open_corpus, read_part, read_shard
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import check_identity
 from fusellm.store.tables import shard_names
@@ -207,16 +207,32 @@ def require_fits(
         return
     with progress.start(f"checking lengths for {name}", len(names), "shards") as bar:
         for shard in names:
-            blocks = read_shard(folder, shard)
-            encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
-            for block, tokens in zip(blocks, encoded, strict=True):
-                if len(tokens.ids) > context:
-                    raise CorpusError(
-                        f"block {block.number} (document {block.document!r}) has "
-                        f"{len(tokens.ids)} tokens for {name!r}, whose context is {context}; "
-                        f"lower corpus.block_bytes (now {corpus.block_bytes})"
-                    )
+            require_blocks_fit(name, reader, read_shard(folder, shard), corpus)
             bar.advance()
+
+
+def require_blocks_fit(
+    name: str, reader: Reader, blocks: Sequence[Block], corpus: CorpusSettings
+) -> None:
+    """Check that blocks fit a model's context.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        CorpusError: one does not.
+    """
+    context = reader.located.context_tokens
+    if context is None:
+        return
+    encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
+    for block, tokens in zip(blocks, encoded, strict=True):
+        if len(tokens.ids) > context:
+            raise CorpusError(
+                f"block {block.number} (document {block.document!r}) has {len(tokens.ids)} tokens "
+                f"for {name!r}, whose context is {context}; lower corpus.block_bytes (now "
+                f"{corpus.block_bytes})"
+            )
 
 
 def described(

@@ -15,8 +15,8 @@ class MergeNumbers(SettingsBlock):
     """The numbers of a merge; which of them a method reads is in `fusellm.merging.settings`."""
 
     weights: list[float] | None = None
-    """How much each model counts, in their order; if not given, each has 1. Not for slerp and
-    sce."""
+    """How much a model counts: one for each, in their order; if not given, each has 1. Not for
+    slerp and sce."""
     density: float | None = None
     """How much of what a model has learnt is kept, in (0, 1]; if not given, 0.2 for ties, 0.5 for
     dare_linear and dare_ties, all for sce."""

@@ -23,10 +23,13 @@ class ArmMerge(MergeNumbers):
         return self
 
 
+EnsembleWeights = Literal["uniform", "bayes"]
+
+
 class ArmEnsemble(SettingsBlock):
     """The target and the sources as one model, at inference; nothing is trained."""
 
-    weights: Literal["uniform", "bayes"] = "uniform"
+    weights: EnsembleWeights = "uniform"
     """`uniform`: all count alike; `bayes`: by how likely each found the text that was read so far
     (docs/study.md)."""
     model: Name | None = None
@@ -49,7 +52,6 @@ class ArmSettings(SettingsBlock):
     """Learning rates to search, where they are not the study's."""
     merge: ArmMerge | None = None
     """Nothing is trained: the weights of other arms are merged. `{of: [a, b], method: sce}`."""
-
     ensemble: ArmEnsemble | None = None
     """Nothing is trained: the sources join the target when text is predicted. {} is all of them,
     equally weighted."""
@@ -70,7 +72,7 @@ class ArmSettings(SettingsBlock):
         return "training" if self.ensemble is None else "ensemble"
 
     @model_validator(mode="after")
-    def _plain_training_reads_no_source(self) -> Self:
+    def _says_what_belongs_to_its_kind(self) -> Self:
         may_say = {"merge": {"merge"}, "ensemble": {"ensemble", "sources"}}
         said = sorted(self.model_fields_set - may_say.get(self.kind, self.model_fields_set))
         if said:

@@ -148,8 +148,13 @@ def measured_nats(
     lengths = [len(block.text.encode()) for block in blocks]
     with progress.start(f"evaluating {name}", len(blocks), "blocks") as bar:
         nats = blocks_nats(model, encoded, lengths, batch_tokens, bar.advance)
+    return scored_nats(nats, blocks), model.num_parameters()
+
+
+def scored_nats(nats: Sequence[np.ndarray | None], blocks: Sequence[Block]) -> list[np.ndarray]:
+    """Nats of each block's bytes without those of context; none of a block that was not read."""
     scored = without_context(nats, [block.context for block in blocks])
-    return [np.zeros(0) if own is None else own for own in scored], model.num_parameters()
+    return [np.zeros(0) if own is None else own for own in scored]
 
 
 def write_nats(

@@ -86,8 +86,7 @@ class Execution:
         """
         self._trainings.share(self._base, ["corpus"], self._redo)
         blocks = read_part(open_corpus(self._base.run), "held_out")
-        tokens = self._study.base.evaluation.batch_tokens
-        self._measurements = Measurements(self._out, blocks, tokens, self._progress)
+        self._measurements = Measurements(self._out, self._study.base, blocks, self._progress)
         nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
         rates: dict[str, float | None] = {}
         first = self._study.settings.seeds[0]

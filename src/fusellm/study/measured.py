@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from fusellm.config import Recipe
 from fusellm.config.study import ArmEnsemble
-from fusellm.errors import CorpusError
 from fusellm.evaluation.text.ensemble import Ensemble, Member
-from fusellm.evaluation.text.nats import without_context
 from fusellm.models.load import default_device, load_model
 from fusellm.models.readers import Reader
+from fusellm.preflight import require_blocks_fit
 from fusellm.progress import Progress
-from fusellm.stages.evaluate import measured_nats, read_nats, write_nats
+from fusellm.stages.evaluate import measured_nats, read_nats, scored_nats, write_nats
 from fusellm.store.blocks import Block
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import MANIFEST, StageFolder
@@ -26,17 +26,17 @@ class Measurements:
     """The folder `measured` of a study."""
 
     def __init__(
-        self, out: Path, blocks: Sequence[Block], batch_tokens: int | None, progress: Progress
+        self, out: Path, base: Recipe, blocks: Sequence[Block], progress: Progress
     ) -> None:
         """Nothing is measured yet.
 
         Args:
             out: the study's folder.
+            base: the base recipe.
             blocks: of held-out text.
-            batch_tokens: of one forward pass; None for what suits the device.
         """
-        self._out, self._progress = out, progress
-        self.blocks, self._batch_tokens = blocks, batch_tokens
+        self._out, self._progress, self._corpus = out, progress, base.corpus
+        self.blocks, self._batch_tokens = blocks, base.evaluation.batch_tokens
         self._held_out = digest_of_held_out(blocks)
 
     def of_model(
@@ -52,7 +52,7 @@ class Measurements:
 
         def measure() -> tuple[list[np.ndarray], dict[str, int]]:
             tokens, progress, reader = self._batch_tokens, self._progress, find()
-            self._require_room(name, reader)
+            require_blocks_fit(name, reader, self.blocks, self._corpus)
             nats, size = measured_nats(name, reader, self.blocks, tokens, progress)
             return nats, {"parameters": size}
 
@@ -78,24 +78,9 @@ class Measurements:
             ensemble = Ensemble(_member(find()), members, how.weights, progress=self._progress)
             texts = [block.text for block in self.blocks]
             nats = ensemble.nats(texts, [block.last for block in self.blocks], self._batch_tokens)
-            scored = without_context(nats, [block.context for block in self.blocks])
-            return [np.zeros(0) if own is None else own for own in scored], {}
+            return scored_nats(nats, self.blocks), {}
 
         return self._once(name, model, measure)[0]
-
-    def _require_room(self, name: str, reader: Reader) -> None:
-        """Raises CorpusError where a block of held-out text is longer than a model reads."""
-        context = reader.located.context_tokens
-        if context is None:
-            return
-        texts, last = [b.text for b in self.blocks], [b.last for b in self.blocks]
-        for block, encoded in zip(self.blocks, reader.encoder.encode(texts, last), strict=True):
-            if len(encoded.ids) > context:
-                raise CorpusError(
-                    f"block {block.number} of held-out text (document {block.document!r}) has "
-                    f"{len(encoded.ids)} tokens for {name!r}, whose context is {context}; set a "
-                    "smaller corpus.block_bytes"
-                )
 
     def _once(
         self, name: str, model: str, measure: Callable[[], tuple[list[np.ndarray], dict[str, int]]]

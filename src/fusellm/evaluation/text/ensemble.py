@@ -42,7 +42,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import offsets_of
 from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.arrays.tokens import Tokens
+from fusellm.config.study import EnsembleWeights
 from fusellm.errors import ArgumentError, NumericsError
 from fusellm.evaluation.text.masses import SetQuestions, log_masses
 from fusellm.fusion.cross_entropy import nats_by_byte
@@ -63,8 +64,6 @@ from fusellm.models.heads import head_of, hidden_states, input_device, left_as_i
 from fusellm.progress import Progress, Silent
 from fusellm.reading.encoded_texts import encoded_for
 from fusellm.tokens.encode import Encoded, Encoder, as_encoder
-
-Weights = Literal["uniform", "bayes"]
 
 _RECALLED = 64  # tokens that a source reads before a rest of bytes that its own token spans
 RULE = 1
@@ -127,7 +126,7 @@ class Ensemble:
         self,
         target: Member | tuple[PreTrainedModel, Encoder | PreTrainedTokenizerBase],
         sources: Mapping[str, Member | tuple[PreTrainedModel, Encoder | PreTrainedTokenizerBase]],
-        weights: Weights = "uniform",
+        weights: EnsembleWeights = "uniform",
         *,
         progress: Progress | None = None,
     ) -> None:
@@ -144,10 +143,9 @@ class Ensemble:
             ArgumentError: there are no such weights, or a member is none.
             TokenizerError: a tokenizer's tokens cannot be told as bytes.
         """
-        if weights not in get_args(Weights):
-            raise ArgumentError(
-                f"there are no weights {weights!r}; known: {', '.join(get_args(Weights))}"
-            )
+        known = get_args(EnsembleWeights)
+        if weights not in known:
+            raise ArgumentError(f"there are no weights {weights!r}; known: {', '.join(known)}")
         self.weights, self._progress = weights, progress or Silent()
         self._target = Member.of(target)
         self._sources = {name: Member.of(source) for name, source in sources.items()}
