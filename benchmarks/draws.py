@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import PreTrainedModel
 
 from figures import command_line, show
 from fusellm import load_pretrained
@@ -63,7 +64,7 @@ class Seen:
     kept: list[Kept] = field(default_factory=list)
 
 
-def hidden_of(model: torch.nn.Module, rows: Sequence[np.ndarray]) -> torch.Tensor:
+def hidden_of(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> torch.Tensor:
     """[N, d] float32 of all positions that predict, row by row."""
     by_row: dict[int, torch.Tensor] = {}
 
