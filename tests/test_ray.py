@@ -35,6 +35,8 @@ from fusellm.recipe_file import load_recipe, resolve_paths
 from fusellm.store.blocks import Block
 from fusellm.store.manifest import StageFolder
 from fusellm.store.writer import StageWriter
+from fusellm.study import apart
+from fusellm.study.run import run_study
 
 SOURCE = "externalize/second"
 SMALL_SHARDS = "corpus.shard_blocks=8"
@@ -538,6 +540,98 @@ def test_a_cluster_that_is_not_there_is_said_at_once(
     with pytest.raises(ClusterError, match=r"the Ray cluster at 127\.0\.0\.1:2 was not reached"):
         pipeline(world, run, EngineSettings("ray")).execute([SOURCE])
     assert time.monotonic() - began < 30
+
+
+@pytest.fixture
+def study_file(world: Path, tmp_path: Path) -> Path:
+    """A study of two arms of the tiny world, with one seed."""
+    few_steps = {"training.max_steps": 2, "training.save_steps": 1, "corpus.shard_blocks": 64}
+    raw = {
+        "name": "on-a-cluster",
+        "recipe": str(world / "recipe.yaml"),
+        "set": few_steps,
+        "seeds": [0],
+        "arms": {"clm": {"train": "clm"}, "fused": {}},
+    }
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(raw), encoding="utf-8")
+    return file
+
+
+@pytest.mark.ray
+def test_a_study_on_a_cluster_gives_the_same_page(
+    tmp_path: Path, study_file: Path, cluster: Any, threads: None
+) -> None:
+    """A worker that is killed while it trains is replaced, and the training goes on."""
+    import ray
+
+    for name, engine in (("here", LOCAL), ("there", on(cluster, 2))):
+        run_study(study_file, tmp_path / name, engine=engine)
+    pages = [(tmp_path / name / "study.md").read_text() for name in ("here", "there")]
+    assert pages[0].replace(str(tmp_path / "here"), "") == pages[1].replace(
+        str(tmp_path / "there"), ""
+    )
+    assert not list((tmp_path / "there").glob(".*"))
+    assert not ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_a_training_whose_worker_is_lost_is_done_by_another(
+    tmp_path: Path, study_file: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying_once(task: Any, cpus: int, place: Any) -> None:
+        died = Path(place.file).with_name(f"died-{task.which}")
+        if not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        task.train(cpus)
+
+    monkeypatch.setattr(apart, "_train_there", dying_once)
+    results = run_study(study_file, tmp_path / "out", engine=on(cluster, 2))
+    assert list(results.arms) == ["clm", "fused"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("died-*")) == [
+        "died-clm",
+        "died-fused",
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("elsewhere", r"does not see .*out: with --engine ray the study's folder must be on"),
+        ("lost", r"workers are lost again and again while they train: .* fewer --workers"),
+        ("wrong", r"^this arm has no rows$"),
+    ],
+)
+def test_what_a_training_on_a_cluster_cannot_have_is_said(
+    tmp_path: Path,
+    study_file: Path,
+    cluster: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    message: str,
+) -> None:
+    real = apart._train_there
+
+    def failing(task: Any, cpus: int, place: Any) -> None:
+        if how == "lost":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "wrong":
+            raise NumericsError("this arm has no rows")
+        Path(place.file).unlink()
+        real(task, cpus, place)
+
+    monkeypatch.setattr(apart, "_train_there", failing)
+    with pytest.raises(FusellmError, match=message):
+        run_study(study_file, tmp_path / "out", engine=on(cluster))
+
+
+def test_a_study_has_workers_or_jobs(study_file: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    with pytest.raises(ClusterError, match=r"--jobs is for this machine; .* set --workers"):
+        run_study(study_file, tmp_path / "out", jobs=2, engine=EngineSettings("ray"))
 
 
 def processes_with(mark: str) -> list[str]:

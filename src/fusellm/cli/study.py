@@ -45,6 +45,11 @@ def study(
         bool, typer.Option("--plan", help="Check the study, say what it would train, and stop.")
     ] = False,
     redo: options.Redo = False,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    workers: options.Workers = None,
+    worker_cpus: options.WorkerCpus = None,
+    worker_gpus: options.WorkerGpus = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -65,6 +70,9 @@ def study(
           fused: {}
           before: {set: {fusion.hindsight: false}}
 
+    With --engine ray a cluster's workers read the sources and train the models; the study's folder
+    must then be where all its machines see it.
+
     It ends in a page, study.md, and in study.json: bits per byte of held-out text with intervals,
     paired differences, tokens and computing. docs/study.md explains each key.
     """
@@ -75,11 +83,14 @@ def study(
     if plan:
         _say_plan(loaded, as_json)
         return
+    from fusellm.reading.engine import EngineSettings
     from fusellm.study.run import run_study
 
+    where = EngineSettings(engine, ray_address, workers, worker_cpus, worker_gpus)
     folder = out or Path("runs") / loaded.settings.name
     how: dict[str, Any] = {"jobs": jobs, "redo": redo, "trust_remote_code": trust_remote_code}
-    results = run_study(file, folder, arms=arms or [], progress=Terminal(STDERR), **how)
+    how |= {"engine": where, "progress": Terminal(STDERR)}
+    results = run_study(file, folder, arms=arms or [], **how)
     _show(results, folder, as_json)
 
 

@@ -1,5 +1,6 @@
 """The Ray cluster that sources are read on: found or started, and how many workers it can have."""
 
+import importlib
 import io
 import logging
 import os
@@ -67,6 +68,23 @@ def set_up_tokens(settings: EngineSettings) -> None:
 
 def _address(settings: EngineSettings) -> str:
     return settings.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextmanager
+def cluster(settings: EngineSettings) -> Iterator[tuple[Any, bool]]:
+    """Be connected to the cluster that is wanted; one within another has the same.
+
+    Gives Ray, and whether the cluster was started for it: it is then shut down in the end.
+
+    Raises:
+        ClusterError: Ray is not there, or the cluster cannot be reached or started.
+    """
+    require_ray(settings)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_up_tokens(settings)
+    ray = importlib.import_module("ray")
+    with connected(ray, settings) as started_here:
+        yield ray, started_here
 
 
 @contextmanager
@@ -186,6 +204,26 @@ def size_of_workers(
             f"{_described(nodes)}. Set --worker-cpus and --worker-gpus to what one has"
         )
     return WorkerSize(settings.workers or room(cpus), cpus, gpus, room(cpus))
+
+
+def no_room_note(size: WorkerSize, started_here: bool) -> str | None:
+    """What the user is told where a cluster has no room for all workers.
+
+    Raises:
+        ClusterError: it was started here, so that more room can never come.
+    """
+    if size.workers <= size.room:
+        return None
+    each = amount(size.cpus, size.gpus)
+    if started_here:
+        raise ClusterError(
+            f"--workers {size.workers}: this machine has room for {size.room}, of {each} each; set "
+            "fewer, or less for each with --worker-cpus and --worker-gpus"
+        )
+    return (
+        f"the cluster has room for {size.room} of {size.workers} workers, of {each} each; the "
+        "others begin when it has more"
+    )
 
 
 def _fitting(node: Mapping[str, float], cpus: int, gpus: float) -> int:

@@ -7,8 +7,6 @@ Ray sends Python objects as pickles, so whoever a cluster listens to can run cod
 started here listens on the loopback device and asks for a token; of others a token is required.
 """
 
-import importlib
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -29,10 +27,9 @@ from fusellm.reading.engine import (
 from fusellm.reading.ray_cluster import (
     WorkerSize,
     amount,
-    connected,
+    cluster,
+    no_room_note,
     one_line,
-    require_ray,
-    set_up_tokens,
     size_of_workers,
 )
 from fusellm.reading.ray_worker import IN_FLIGHT, Ready, RemoteWorker, orders_of
@@ -57,37 +54,19 @@ def read_on_ray(task: ReadingTask, settings: EngineSettings) -> Events:
             or its workers are lost again and again.
         FusellmError: what a worker raises as the engine `local` would.
     """
-    require_ray(settings)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    set_up_tokens(settings)
-    ray = importlib.import_module("ray")
-    with connected(ray, settings) as started_here:
+    with cluster(settings) as (ray, started_here):
         size = size_of_workers(
             [node["Resources"] for node in ray.nodes() if node["Alive"]],
             settings,
             task.located.settings.device_map is not None,
         )
-        if size.workers > size.room:
-            yield _no_room(size, started_here)
+        if (note := no_room_note(size, started_here)) is not None:
+            yield Told(note)
         crew = _Crew(ray, task, size)
         try:
             yield from crew.work()
         finally:
             crew.dismiss()
-
-
-def _no_room(size: WorkerSize, started_here: bool) -> Told:
-    """What the user is told; raises ClusterError where more room can never come."""
-    each = amount(size.cpus, size.gpus)
-    if started_here:
-        raise ClusterError(
-            f"--workers {size.workers}: this machine has room for {size.room}, of {each} each; set "
-            "fewer, or less for each with --worker-cpus and --worker-gpus"
-        )
-    return Told(
-        f"the cluster has room for {size.room} of {size.workers} workers, of {each} each; the "
-        "others begin when it has more"
-    )
 
 
 @dataclass(eq=False)

@@ -83,7 +83,7 @@ class RemoteWorker:
             ModelError: the model is not here, is another one, or cannot be loaded.
         """
         node = platform.node()
-        _check_software(orders.software, node)
+        require_software(orders.software, node)
         os.environ["RAYON_NUM_THREADS"] = str(orders.cpus)  # of the tokenizer
         torch.set_num_threads(orders.cpus)
         if orders.gpus and not torch.cuda.is_available():
@@ -114,8 +114,12 @@ class RemoteWorker:
         return self._worker.finish(prepared, read)
 
 
-def _check_software(wanted: Mapping[str, str], node: str) -> None:
-    """Builds may differ (2.9+cpu and 2.9+cu128); numbers of another release may."""
+def require_software(wanted: Mapping[str, str], node: str) -> None:
+    """Check that a worker has the driver's releases; builds may differ (2.9+cpu and 2.9+cu128).
+
+    Raises:
+        ClusterError: it has others, whose numbers may differ.
+    """
     here = software_versions()
     differing = [
         f"{name} {here[name]} (here {version})"

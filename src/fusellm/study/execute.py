@@ -1,28 +1,27 @@
 """The order of a study's work, and what of it can be done at a time."""
 
-import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fusellm.errors import RecipeError
+from fusellm.errors import ClusterError, RecipeError
 from fusellm.evaluation.text.ensemble import RULE
 from fusellm.merging.opened import require_target
 from fusellm.merging.settings import METHODS
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Progress
+from fusellm.reading.engine import LOCAL, EngineSettings
 from fusellm.stages.evaluate import like_the_target
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.identity import digest
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import FUSED, trained_folder
+from fusellm.study.apart import ApartTraining, train_in_processes, train_on_ray
 from fusellm.study.compute import Compute, compute_of, reading_of
 from fusellm.study.measured import Measurements, digest_of_held_out
 from fusellm.study.plan import Study, Unit
@@ -32,7 +31,6 @@ from fusellm.study.trainings import (
     Trainings,
     best_rate,
     discard,
-    train_apart,
 )
 
 _BASE = "base"
@@ -50,6 +48,7 @@ class Execution:
         jobs: int = 1,
         redo: bool = False,
         trusted: bool = False,
+        engine: EngineSettings = LOCAL,
     ) -> None:
         """Find what all arms need; nothing is written.
 
@@ -57,13 +56,17 @@ class Execution:
             jobs: trainings at a time, each in a process of its own if there are several.
             redo: move what was made from other settings aside, in place of an error.
             trusted: whether code that models bring along may run.
+            engine: where sources are read and models trained; its workers then say how many are
+                trained at a time.
 
         Raises:
             FusellmError: an arm's models or settings cannot be used.
         """
+        if engine.name == "ray" and jobs > 1:
+            raise ClusterError("--jobs is for this machine; with --engine ray, set --workers")
         self._study, self._out, self._progress = study, out, progress
-        self._jobs, self._redo, self._trusted = jobs, redo, trusted
-        self._trainings = Trainings(out, progress, trusted)
+        self._jobs, self._redo, self._trusted, self._engine = jobs, redo, trusted, engine
+        self._trainings = Trainings(out, progress, trusted, engine)
         self._base = self._trainings.pipeline(study.base, _BASE)
         for arm in study.of_kind("training"):
             unit = Unit(arm, study.settings.seeds[0], study.rates(arm)[0])
@@ -177,10 +180,11 @@ class Execution:
                 pending.append((unit, pipeline))
             else:
                 self._know(unit, pipeline, outcome)
-        if self._jobs > 1 and len(pending) > 1:
+        apart = (bool(pending) and self._engine.name == "ray") or self._jobs > 1 < len(pending)
+        if apart:
             self._train_apart(pending)
         for number, (unit, pipeline) in enumerate(pending):
-            if self._jobs == 1:
+            if not apart:
                 what = f"training {number + 1} of {len(pending)}: {unit.folder}"
                 self._progress.say(what)
             outcome = self._trainings.train(pipeline, self._study.which(unit.arm), self._redo)
@@ -188,32 +192,21 @@ class Execution:
 
     def _train_apart(self, pending: Sequence[tuple[Unit, Pipeline]]) -> None:
         """Train several at a time; each goes on where it was interrupted."""
-        gpus = torch.cuda.device_count()
-        threads = max(1, (os.cpu_count() or 1) // self._jobs)
-        context = multiprocessing.get_context("spawn")
-        with (
-            ProcessPoolExecutor(self._jobs, context) as pool,
-            self._progress.start("training", len(pending), "models") as bar,
-        ):
-            futures: list[Future[None]] = [
-                pool.submit(
-                    train_apart,
-                    pipeline.recipe,
-                    pipeline.run,
-                    self._study.which(unit.arm),
-                    self._trusted,
-                    threads,
-                    n % gpus if gpus else None,
-                )
-                for n, (unit, pipeline) in enumerate(pending)
-            ]
-            try:
-                for future in as_completed(futures):
-                    future.result()
+        which, trusted = self._study.which, self._trusted
+        tasks = [
+            ApartTraining(pipeline.recipe, pipeline.run.absolute(), which(unit.arm), trusted)
+            for unit, pipeline in pending
+        ]
+        if self._engine.name == "ray":
+            finished = train_on_ray(tasks, self._out.absolute(), self._engine)
+        else:
+            finished = train_in_processes(tasks, self._jobs)
+        with closing(finished), self._progress.start("training", len(tasks), "models") as bar:
+            for told in finished:
+                if told is None:
                     bar.advance()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+                else:
+                    self._progress.say(told)
 
     def _know(self, unit: Unit, pipeline: Pipeline, outcome: TrainingOutcome) -> None:
         which = self._study.which(unit.arm)

@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fusellm.config import Recipe
 from fusellm.config.study import ArmMerge
 from fusellm.errors import StoreError
 from fusellm.merging.merge import merge_models
 from fusellm.pipeline import Pipeline
-from fusellm.progress import Progress, Silent
+from fusellm.progress import Progress
+from fusellm.reading.engine import LOCAL, EngineSettings
 from fusellm.stages.stage import Stage
 from fusellm.store.files import from_json, make_folder, write_text
 from fusellm.store.identity import Identity, digest
@@ -61,12 +60,20 @@ class TrainingOutcome:
 class Trainings:
     """The runs of a study's folder."""
 
-    def __init__(self, out: Path, progress: Progress, trusted: bool = False) -> None:
-        self.out, self._progress, self._trusted = out, progress, trusted
+    def __init__(
+        self,
+        out: Path,
+        progress: Progress,
+        trusted: bool = False,
+        engine: EngineSettings = LOCAL,
+    ) -> None:
+        """`engine`: where sources are read."""
+        self.out, self._progress, self._trusted, self._engine = out, progress, trusted, engine
 
     def pipeline(self, recipe: Recipe, folder: str) -> Pipeline:
         """A run in the study's folder."""
-        return Pipeline(recipe, self.out / folder, self._progress, trusted=self._trusted)
+        run, trusted = self.out / folder, self._trusted
+        return Pipeline(recipe, run, self._progress, self._engine, trusted=trusted)
 
     def share(self, pipeline: Pipeline, stages: Sequence[str], redo: bool = False) -> None:
         """Make stages, or link them where another run of the study has made the same.
@@ -158,22 +165,6 @@ def discard(run: Path, which: str) -> None:
     folder = trained_folder(run, which)
     (folder / MANIFEST).unlink(missing_ok=True)  # first: half a model must not be taken for one
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def train_apart(
-    recipe: Recipe, run: Path, which: str, trusted: bool, threads: int, device: int | None
-) -> None:
-    """Train in a process of its own, beside others; nothing is shown.
-
-    Args:
-        threads: that it computes with on a CPU.
-        device: number of the GPU that it may see; None where there is none.
-    """
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
-    torch.set_num_threads(threads)
-    trainings = Trainings(run, Silent(), trusted)
-    trainings.train(trainings.pipeline(recipe, "."), which)
 
 
 def digest_of(identity: Identity) -> str:
