@@ -2,6 +2,7 @@
 
     python benchmarks/store.py sizes       bytes a token and source, and error, of each scheme
     python benchmarks/store.py frontier    bytes against what the kept part teaches
+    python benchmarks/store.py epochs      the same draws in every epoch, or others in each
 
 sizes: small models are trained for minutes, or taken from --models where they were kept, with the
 tokenizers beside the project (Llama-2's, V = 32,000; GPT-NeoX's, 50,277), and read Python, prose
@@ -23,6 +24,10 @@ frontier: the same tokenizer, one source (zoo/python), a target that knows prose
 for a fixed budget; validation bits per byte of Python for each scheme, written and read back, and
 for the whole distribution, which is never stored.
 
+epochs: the frontier's lesson with half of its text (--blocks), over 1, 2 and 4 epochs: draws as
+they are stored, the same in each epoch (`fixed`), and draws made with another seed for each
+(`anew`), which no store has; CLM and the whole distribution beside them. NAME_E_bits_per_byte.
+
 `--quick` takes under 40 seconds (a zoo model, a little text, no training for sizes), `--json`
 prints one flat object of figures.
 """
@@ -32,10 +37,11 @@ import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -128,9 +134,9 @@ class Reading:
         encoded = encoder.encode([b.text for b in blocks], [b.last for b in blocks])
         return cls(model, len(encoder.vocabulary), blocks, encoded)
 
-    def read(self, settings: ExternalizeSettings) -> Read:
-        """Run the model."""
-        reader = SourceReader(self.reader_of, self.vocabulary, settings, 0)
+    def read(self, settings: ExternalizeSettings, seed: int = 0) -> Read:
+        """Run the model; `seed`: of the draws."""
+        reader = SourceReader(self.reader_of, self.vocabulary, settings, seed)
         return reader.read([block.text for block in self.blocks], self.encoded)
 
     def encode(self, read: Read, settings: ExternalizeSettings) -> EncodedShard:
@@ -362,7 +368,7 @@ def sizes(quick: bool, models: Path, tokenizers: Path) -> dict[str, float]:
 class _Lesson:
     """A fixed budget of Python for a target, with or without the source's distributions."""
 
-    def __init__(self, quick: bool, models: Path) -> None:
+    def __init__(self, quick: bool, models: Path, blocks: int) -> None:
         self.source, self.encoder = zoo("python")
         place = models / "frontier-target"
         if not (place / "config.json").exists():
@@ -376,29 +382,36 @@ class _Lesson:
             _train(specialist, self.encoder, text, place)
         self._place = place
         if quick:
-            blocks = little_text(40)
-            blocks, self.validation = blocks[:24], blocks[24:]
+            learned, self.validation = little_text(40)[:24], little_text(40)[24:]
         else:
-            blocks = texts("train", ["python"], 500)
+            learned = texts("train", ["python"], blocks)
             self.validation = texts("validation", ["python"], 200)
-        rows = self.encoder.encode([b.text for b in blocks], [False] * len(blocks))
+        rows = self.encoder.encode([b.text for b in learned], [False] * len(learned))
         self.rows = [row for row in rows if row.ends is not None and len(row.ids) > 1]
         self.texts = [
             b.text
-            for b, row in zip(blocks, rows, strict=True)
+            for b, row in zip(learned, rows, strict=True)
             if row.ends is not None and len(row.ids) > 1
         ]
         self.tokens = sum(len(row.ids) for row in self.rows)
+
+    def before(self) -> dict[str, float]:
+        """What is known before any training."""
+        return {
+            "tokens": float(self.tokens),
+            "source": self.bits_per_byte(self.source),
+            "target_before": self.bits_per_byte(self.target().eval()),
+        }
 
     def target(self) -> PreTrainedModel:
         """The target before training."""
         return GPTNeoXForCausalLM.from_pretrained(self._place)
 
-    def stored(self, settings: ExternalizeSettings) -> tuple[list[Kept], float]:
+    def stored(self, settings: ExternalizeSettings, seed: int = 0) -> tuple[list[Kept], float]:
         """(each row's distributions, written and read back; bytes a token)."""
         blocks = [Block(n, "", "python", False, text) for n, text in enumerate(self.texts)]
         reading = Reading(self.source, len(self.encoder.vocabulary), blocks, self.rows)
-        shard = reading.encode(reading.read(settings), settings)
+        shard = reading.encode(reading.read(settings, seed), settings)
         found: list[Kept] = []
         lengths = iter([len(row.ids) - 1 for row in self.rows])
         for part in read_back(shard, reading.layout(settings)):
@@ -411,20 +424,26 @@ class _Lesson:
 
     def teach(
         self,
-        kept: list[Kept] | None,
+        kept: Sequence[list[Kept]],
         clm_weight: float,
         rate: float,
         seed: int,
         renormalize: bool = False,
         whole: bool = False,
+        epochs: int = 1,
     ) -> float:
-        """Validation bits per byte after the budget."""
+        """Validation bits per byte after the budget; each epoch has the next of `kept`, in turn."""
         torch.manual_seed(seed)
         model = self.target().train()
-        plan = plan_batches([len(row.ids) for row in self.rows], 2048)
-        random.Random(seed).shuffle(plan)
+        batches = plan_batches([len(row.ids) for row in self.rows], 2048)
+        order = random.Random(seed)
+        plan = [
+            (epoch, batch)
+            for epoch in range(epochs)
+            for batch in order.sample(batches, len(batches))
+        ]
         optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.1)
-        for step, batch in enumerate(plan):
+        for step, (epoch, batch) in enumerate(plan):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / len(plan))
             ids, mask = pad([self.rows[n].ids for n in batch], _CPU)
@@ -440,8 +459,9 @@ class _Lesson:
                 total = clm_weight * clm - (1 - clm_weight) * (p * log_q).sum()
             else:
                 outcomes = None
-                if kept is not None:
-                    outcomes = _outcomes([kept[n] for n in batch], renormalize)
+                if kept:
+                    now = kept[epoch % len(kept)]
+                    outcomes = _outcomes([now[n] for n in batch], renormalize)
                 total = objective(hidden, head, labels, outcomes, clm_weight).total
             (total / len(labels)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -491,51 +511,76 @@ def _outcomes(rows: list[Kept], renormalize: bool) -> Outcomes:
     )
 
 
-def frontier(quick: bool, models: Path, seeds: int) -> dict[str, float]:
-    """Figures of all schemes: the best of the learning rates for each, mean over seeds."""
-    lesson = _Lesson(quick, models)
-    rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3)
-    found = {
-        "tokens": float(lesson.tokens),
-        "source": lesson.bits_per_byte(lesson.source),
-        "target_before": lesson.bits_per_byte(lesson.target().eval()),
-    }
-    for name, kept, options in _arms(lesson, quick, found):
+class _Arm(NamedTuple):
+    """A way of teaching: CLM, whole distributions, or what is kept of them."""
+
+    name: str
+    kept: Sequence[list[Kept]] = ()
+    epochs: int = 1
+    renormalize: bool = False
+
+    def best(self, lesson: _Lesson, quick: bool, seeds: int) -> dict[str, float]:
+        """The figures at the best learning rate: means over seeds."""
+        rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3)
+        weight, whole = 1.0 if self.name.startswith("clm") else 0.5, self.name.startswith("whole")
         scores = []
         for rate in rates:
             values = [
-                lesson.teach(kept, 1.0 if name == "clm" else 0.5, rate, seed, **options)
+                lesson.teach(self.kept, weight, rate, seed, self.renormalize, whole, self.epochs)
                 for seed in range(seeds)
             ]
             scores.append((statistics.mean(values), rate, values))
-            _SCREEN.print(f"{name} at {rate:g}: " + " ".join(f"{v:.4f}" for v in values))
+            _SCREEN.print(f"{self.name} at {rate:g}: " + " ".join(f"{v:.4f}" for v in values))
         best, rate, values = min(scores)
-        found[f"{name}_bits_per_byte"], found[f"{name}_learning_rate"] = best, rate
+        found = {f"{self.name}_bits_per_byte": best, f"{self.name}_learning_rate": rate}
         if seeds > 1:
-            found[f"{name}_deviation"] = statistics.stdev(values)
-    return found
+            found[f"{self.name}_deviation"] = statistics.stdev(values)
+        return found
 
 
-def _arms(
-    lesson: _Lesson, quick: bool, found: dict[str, float]
-) -> Iterator[tuple[str, list[Kept] | None, dict[str, bool]]]:
-    yield "clm", None, {}
-    yield "whole", None, {"whole": True}
+def frontier(quick: bool, models: Path, seeds: int, blocks: int = 500) -> dict[str, float]:
+    """Figures of all schemes: the best of the learning rates for each, mean over seeds."""
+    lesson = _Lesson(quick, models, blocks)
+    found = lesson.before()
+    for arm in (_Arm("clm"), _Arm("whole")):
+        found |= arm.best(lesson, quick, seeds)
     schemes = {"top10": SCHEMES["top10"], "draws16": SCHEMES["draws16"]} if quick else SCHEMES
     for name, settings in schemes.items():
         kept, found[f"{name}_bytes"] = lesson.stored(settings)
-        yield name, kept, {}
+        found |= _Arm(name, [kept]).best(lesson, quick, seeds)
         if name == "top10":
-            yield "top10_renormalized", kept, {"renormalize": True}
+            scaled = _Arm("top10_renormalized", [kept], renormalize=True)
+            found |= scaled.best(lesson, quick, seeds)
+    return found
+
+
+def epochs(quick: bool, models: Path, seeds: int, blocks: int = 250) -> dict[str, float]:
+    """Figures of text that comes again, with the same draws and with others."""
+    lesson, most = _Lesson(quick, models, blocks), 2 if quick else 4
+    found = lesson.before()
+    sets: dict[int, list[list[Kept]]] = {}
+    for draws in (8,) if quick else (8, 32):
+        settings = ExternalizeSettings(scheme="sampled", draws=draws)
+        sets[draws] = [lesson.stored(settings, seed)[0] for seed in range(most)]
+    for times in (1, 2, 4)[: most // 2 + 1]:
+        arms = [_Arm(f"clm_{times}", (), times), _Arm(f"whole_{times}", (), times)]
+        for draws, kept in sets.items():
+            arms.append(_Arm(f"draws{draws}_fixed_{times}", kept[:1], times))
+            if times > 1:
+                arms.append(_Arm(f"draws{draws}_anew_{times}", kept, times))
+        for arm in arms:
+            found |= arm.best(lesson, quick, seeds)
+    return found
 
 
 def main() -> None:
     """Measure, and print."""
     parser = command_line(__doc__)
     add_tokenizers(parser)
-    parser.add_argument("what", choices=("sizes", "frontier"), nargs="?", default="sizes")
+    parser.add_argument("what", choices=("sizes", "frontier", "epochs"), nargs="?", default="sizes")
     parser.add_argument("--models", type=Path, help="folder to keep trained models in")
-    parser.add_argument("--seeds", type=int, default=2, help="of the frontier")
+    parser.add_argument("--seeds", type=int, default=2, help="of trainings")
+    parser.add_argument("--blocks", type=int, help="of 1,024 bytes, to train on")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as place:
@@ -543,7 +588,10 @@ def main() -> None:
         if arguments.what == "sizes":
             figures = sizes(arguments.quick, models, arguments.tokenizers)
         else:
-            figures = frontier(arguments.quick, models, 1 if arguments.quick else arguments.seeds)
+            taught = frontier if arguments.what == "frontier" else epochs
+            seeds = 1 if arguments.quick else arguments.seeds
+            asked = {"blocks": arguments.blocks} if arguments.blocks else {}
+            figures = taught(arguments.quick, models, seeds, **asked)
     show(figures, arguments.json, ",.4f")
 
 
