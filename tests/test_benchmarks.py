@@ -29,7 +29,11 @@ ELSEWHERE = {
     "sandbox": "needs toolchains: tests/test_sandbox.py",
 }
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_SCRIPTS)
-STUDIES = {"same_results": [str(FOLDER.parent)], "translation": ["measure", "digits", "truth"]}
+STUDIES = {
+    "same_results": [str(FOLDER.parent)],
+    "store": ["sizes", "epochs"],
+    "translation": ["measure", "digits", "truth"],
+}
 RUNS = [
     (name, study) for name in SCRIPTS if name not in ELSEWHERE for study in STUDIES.get(name, [""])
 ]
