@@ -13,7 +13,7 @@ from fusellm.models.headers import weight_problems
 from fusellm.models.load import describe, require_packages
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
-from fusellm.store.blocks import Block, open_corpus, read_part, read_shard
+from fusellm.store.blocks import Block, encode_blocks, open_corpus, read_part, read_shard
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import check_identity
 from fusellm.store.tables import shard_names
@@ -83,7 +83,7 @@ def is_same(folder: Path, identity: Identity, progress: Progress) -> bool:
     return True
 
 
-def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[str]:
+def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[Block]:
     """Some blocks to try tokenizers on, from all over the corpus where it has been cut.
 
     Args:
@@ -95,15 +95,15 @@ def blocks_of(run: Path, corpus: CorpusSettings, cut: bool) -> list[str]:
     names = [name for part in ("train-", "held_out-") for name in shard_names(folder, part)]
     chosen = names[:: math.ceil(len(names) / _SAMPLED_SHARDS)]
     of_each = math.ceil(_SAMPLED_BLOCKS / len(chosen))
-    blocks: list[str] = []
+    blocks: list[Block] = []
     for name in chosen:
-        texts = [block.text for block in read_shard(folder, name)]
-        blocks += texts[:: math.ceil(len(texts) / of_each)]
+        own = read_shard(folder, name)
+        blocks += own[:: math.ceil(len(own) / of_each)]
     return blocks
 
 
 def try_tokenizers(
-    readers: Mapping[str, Reader], blocks: Sequence[str], share: float
+    readers: Mapping[str, Reader], blocks: Sequence[Block], share: float
 ) -> dict[str, Sample]:
     """How much of some blocks each tokenizer can read.
 
@@ -113,13 +113,18 @@ def try_tokenizers(
     Raises:
         TokenizerError: one changes more of them than that.
     """
-    samples = {name: sample(reader.encoder, blocks) for name, reader in readers.items()}
+    texts = [block.text for block in blocks]
+    samples = {
+        name: sample(encode_blocks(reader.encoder, blocks), texts)
+        for name, reader in readers.items()
+    }
     for name, one in samples.items():
         if one.changed_share > share:
+            why = f" ({one.reason})" if one.reason else ""
             raise TokenizerError(
                 f"the tokenizer of {name!r} changes {one.changed} of {one.blocks} blocks that were "
                 f"tried, more than externalize.changed_share: {share:g} allows, and these could "
-                f"not be used; the first begins {one.example!r}. Take a model whose tokenizer "
+                f"not be used; the first begins {one.example!r}{why}. Take a model whose tokenizer "
                 "keeps text as it is, or raise that share"
             )
     return samples
@@ -149,9 +154,8 @@ def require_measurable(run: Path, readers: Mapping[str, Reader]) -> None:
         CorpusError: of a domain no block can be read by all of them.
     """
     blocks = read_part(open_corpus(run), "held_out")
-    texts, last = [block.text for block in blocks], [block.last for block in blocks]
     read = {
-        name: [tokens.ends is not None for tokens in reader.encoder.encode(texts, last)]
+        name: [tokens.ends is not None for tokens in encode_blocks(reader.encoder, blocks)]
         for name, reader in readers.items()
     }
     require_comparable([block.domain for block in blocks], read)
@@ -184,8 +188,11 @@ def require_comparable(domains: Sequence[str], read: Mapping[str, Sequence[bool]
 def fits(reader: Reader, block_bytes: int) -> bool:
     """Whether blocks of at most so many bytes are sure to fit a model's context."""
     context = reader.located.context_tokens
-    most = block_bytes + reader.encoder.prefix_tokens + _MORE_THAN_BYTES
-    return context is None or most <= context
+    if context is None:
+        return True
+    if reader.encoder.said_around:  # a template may put any number of tokens around
+        return False
+    return block_bytes + reader.encoder.prefix_tokens + _MORE_THAN_BYTES <= context
 
 
 def require_fits(
@@ -225,7 +232,7 @@ def require_blocks_fit(
     context = reader.located.context_tokens
     if context is None:
         return
-    encoded = reader.encoder.encode([b.text for b in blocks], [b.last for b in blocks])
+    encoded = encode_blocks(reader.encoder, blocks)
     for block, tokens in zip(blocks, encoded, strict=True):
         if len(tokens.ids) > context:
             raise CorpusError(

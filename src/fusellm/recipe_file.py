@@ -336,6 +336,9 @@ def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
     return [block for part in get_args(annotation) for block in _blocks_in(part)]
 
 
+_PATHS_OF_MODELS = ("model", "tokenizer", "chat_template")
+
+
 def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
     """The recipe with its local paths made absolute, so that a run's copy of it finds them too."""
 
@@ -345,7 +348,7 @@ def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
         return str(local.resolve()) if is_local else name
 
     def model(block: dict[str, Any]) -> dict[str, Any]:
-        given = {key: block[key] for key in ("model", "tokenizer") if block[key] is not None}
+        given = {key: block[key] for key in _PATHS_OF_MODELS if block[key] is not None}
         return block | {key: place(name) for key, name in given.items()}
 
     def documents(entry: dict[str, Any]) -> dict[str, Any]:

@@ -168,15 +168,19 @@ class Run:
             raise StoreError(f"{place} has no finished model yet; first: run.train()")
         return load_pretrained(str(place), device=device, trust_remote_code=self.trusted)
 
-    def block(self, number: int, position: int | None = None) -> BlockView:
+    def block(
+        self, number: int, position: int | None = None, answer: int | None = None
+    ) -> BlockView:
         """One block as all models read it, and what became of one position's distribution.
 
         Args:
             number: of the block, among those that sources read.
             position: of the target; an instructive one if None.
+            answer: of a conversation, which of its answers, from 0; the first if None.
 
         Raises:
-            StoreError: nothing is fused yet, or there is no such block or position.
+            StoreError: nothing is fused yet, or there is no such block, answer or position.
         """
         readers = self._pipeline.readers
-        return inspect_block(self.recipe, self.folder, readers, number, position, self._progress)
+        where = number, position, self._progress, answer
+        return inspect_block(self.recipe, self.folder, readers, *where)

@@ -1,6 +1,7 @@
 """One block or text as a source has read it, for people and programs to look at.
 
-T tokens of it, T − 1 positions that predict; K entries kept at one position.
+T tokens of it, P positions that predict: all but the last, or of a conversation those before what
+is learnt. K entries kept at one position.
 """
 
 import operator
@@ -51,7 +52,9 @@ class StoredBlock:
         reason: why it is not usable.
         ids: [T] int64 token ids, prefix and EOS included; in memory [0] where not usable.
         ends: [T] int64, byte of the block's text where each token ends; [0] where not usable.
-        kept: the distributions at all tokens but the last, each about the token that follows.
+        kept: the distributions at the positions, each about the token that follows.
+        places: of a conversation [P] the number of the token last read at each; None where it is
+            the position's own.
     """
 
     number: int
@@ -60,6 +63,7 @@ class StoredBlock:
     ids: np.ndarray
     ends: np.ndarray
     kept: Kept
+    places: np.ndarray | None = None
 
     def __repr__(self) -> str:
         reads = f"{self.positions:,} distributions" if self.usable else f"not read: {self.reason}"
@@ -67,11 +71,13 @@ class StoredBlock:
 
     @property
     def positions(self) -> int:
-        """How many distributions there are: T − 1, or none."""
+        """How many distributions there are: P, or none."""
         return len(self.kept.tail)
 
     def at(self, position: int) -> Distribution:
-        """The distribution after the token of this number, from 0.
+        """The distribution at the position of this number, from 0.
+
+        Of plain text that is after the token of this number.
 
         Raises:
             StoreError: the block has no such position.
@@ -102,11 +108,12 @@ class StoredBlock:
         else:
             log_probs = kept.log_probs[entries]
             masses = np.exp(log_probs.astype(np.float64))
+        place = position if self.places is None else int(self.places[position])
         return Distribution(
             position,
-            int(self.ids[position]),
-            int(self.ends[position]),
-            int(self.ids[position + 1]),
+            int(self.ids[place]),
+            int(self.ends[place]),
+            int(self.ids[place + 1]),
             float(kept.true_log_prob[position]),
             kept.ids[entries],
             log_probs,

@@ -35,6 +35,7 @@ _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _DIM = (SEPARATOR, GOES_ON, *visible(" \n\t"))
 _LABEL_WIDTH, _PANEL_WIDTH, _BAR_WIDTH = 14, 35, 6
 _TAIL_BYTES = 40
+_ASKED = 300  # characters of what stands before an answer
 _KEPT_ROWS, _OUTCOME_ROWS, _SHARE_ROWS = 10, 8, 6
 
 
@@ -50,6 +51,15 @@ def inspect(
             metavar="P",
             help="Look closely at what comes after the target's token P, from 0; an instructive "
             "one if not given.",
+        ),
+    ] = None,
+    answer: Annotated[
+        int | None,
+        typer.Option(
+            "--answer",
+            metavar="A",
+            help="Of a conversation: which of the assistant's answers, from 0; the first if not "
+            "given.",
         ),
     ] = None,
     as_json: Json = False,
@@ -70,17 +80,22 @@ def inspect(
     from fusellm.explain.block import inspect_block
     from fusellm.models.readers import readers_of
 
-    view = inspect_block(recipe, run, readers_of(recipe), block, position, Terminal(STDERR))
+    view = inspect_block(recipe, run, readers_of(recipe), block, position, Terminal(STDERR), answer)
     if as_json:
         print(json_text({"run": str(run)} | asdict(view)))
         return
     STDOUT.show("", _head(str(run), recipe, view), _sources(view), *_left_out(view))
+    if view.asked:
+        asked = view.asked if len(view.asked) <= _ASKED else "…" + view.asked[-_ASKED:]
+        STDOUT.show(Text(visible(asked), "dim"), "")
     STDOUT.show(*_bands(view, STDOUT.width), _legend(view))
     if view.at is None:
         STDOUT.print(Text("No position of this block predicts anything.", style="bold"))
         return
     STDOUT.show(_read_so_far(view, view.at), _panels(view, view.at, STDOUT.width))
     elsewhere = f"Look elsewhere: --position 0 to {view.positions - 1}"
+    if view.answers > 1:
+        elsewhere += f", --answer 0 to {view.answers - 1}"
     STDOUT.print(Text(f"{elsewhere}, --block 0 to {view.blocks - 1}", "dim"))
 
 
@@ -93,6 +108,8 @@ def _head(run: str, recipe: "Recipe", view: "views.BlockView") -> Table:
         "document": visible(view.document),
         "domain": f"{visible(view.domain)}, {view.bytes:,} bytes",
     }
+    if view.answer is not None:
+        said["answer"] = Text.assemble((str(view.answer), "bold"), f" of {view.answers:,}, from 0")
     return draw.facts((said | settings_in_words(recipe)).items())
 
 

@@ -35,6 +35,11 @@ class ModelSettings(SettingsBlock):
     prefix: list[str] | None = None
     """Tokens that are put before each block in place of those that the tokenizer puts before a text
     by itself, as in ["[gMASK]", "<sop>"]; [] puts none. null leaves it to the tokenizer."""
+    chat_template: str | None = None
+    """Of conversations: file with a chat template in Jinja, relative to the recipe's folder, in
+    place of the one that the model comes with."""
+    system: str | None = None
+    """Of conversations: what this model alone is told as system message, where they have none."""
     dtype: Dtype = "float32"
     """Precision of the weights while the model runs."""
     quantization: Literal["8bit", "4bit"] | None = None

@@ -25,6 +25,10 @@ class BuiltinDocuments(SettingsBlock):
         return self.model_dump()
 
 
+_OF_CONVERSATIONS = {"tools_field": None, "turns": "all", "thinking": "keep"}
+_OF_PLAIN_TEXT = {"text_field": "text", "context_fields": [], "field_separator": "\n"}
+
+
 class _Records(SettingsBlock):
     """Documents whose text is in fields of records."""
 
@@ -38,6 +42,37 @@ class _Records(SettingsBlock):
     where: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Only records whose fields have these values: `{lang: python}`. With an entry and a `domain`
     for each value of a label, `fusion.routes` can send each to a source."""
+
+    messages: str | list[str] | None = None
+    """Records are conversations: the field that holds their messages, as OpenAI or ShareGPT have
+    them, or two, of a prompt and its completion. Every model reads them by its own chat template,
+    and what the assistant says is learnt."""
+    tools_field: str | None = None
+    """Field with the tools that the assistant of a conversation may call, where records have it."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's answers are learnt; the others are read."""
+    thinking: Literal["keep", "drop"] = "keep"
+    """Whether `<think>…</think>` at the beginning of an answer is learnt, or taken away."""
+
+    @model_validator(mode="after")
+    def _conversations_have_no_text(self) -> "_Records":
+        of_other_kind = _OF_CONVERSATIONS if self.messages is None else _OF_PLAIN_TEXT
+        for key, default in of_other_kind.items():
+            if getattr(self, key) != default:
+                raise ValueError(
+                    f"{key} is of conversations; name their field with messages"
+                    if self.messages is None
+                    else f"{key} is of plain text, and messages of conversations; leave one out"
+                )
+        if isinstance(self.messages, list):
+            if len(self.messages) != 2:
+                raise ValueError(
+                    "messages names a field, or two: of the prompt and of its completion; got "
+                    f"{self.messages}"
+                )
+            if self.messages[0] == self.messages[1]:
+                raise ValueError(f"messages names {self.messages[0]!r} twice")
+        return self
 
     @model_validator(mode="after")
     def _something_to_predict(self) -> "_Records":
@@ -56,7 +91,10 @@ class _Records(SettingsBlock):
 
     def identity(self) -> dict[str, Any]:
         """What the documents depend on, in this block; the files count by their content."""
-        return self.model_dump(exclude={"files", *([] if self.where else ["where"])})
+        without = {"files", *([] if self.where else ["where"])}
+        if self.messages is None:
+            return self.model_dump(exclude=without | {"messages", *_OF_CONVERSATIONS})
+        return self.model_dump(exclude=without | set(_OF_PLAIN_TEXT))
 
 
 class HubDocuments(_Records):
@@ -154,6 +192,11 @@ class CorpusSettings(SettingsBlock):
     """Blocks in one shard: the unit of work that is never done twice."""
 
     @property
+    def has_conversations(self) -> bool:
+        """Whether the text is conversations, which each model reads by its chat template."""
+        return any(isinstance(e, _Records) and e.messages is not None for e in self.documents)
+
+    @property
     def has_context(self) -> bool:
         """Whether some text is read and not predicted."""
         return any(isinstance(e, _Records) and e.context_fields for e in self.documents)
@@ -162,6 +205,16 @@ class CorpusSettings(SettingsBlock):
         """The settings that blocks are made from; files count by their content."""
         documents = [entry.identity() for entry in self.documents]
         return {"documents": documents} | self.model_dump(exclude={"documents"})
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "CorpusSettings":
+        plain = [e.domain for e in self.documents if not (isinstance(e, _Records) and e.messages)]
+        if self.has_conversations and plain:
+            raise ValueError(
+                f"documents: {plain[0]!r} is plain text, and others are conversations, whose turns "
+                "end with another token than a text does; train on one kind at a time"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> "CorpusSettings":

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from fusellm.config import HubDocuments, Recipe
+from fusellm.corpus.conversations import within
 from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.fields import Spans
 from fusellm.corpus.parts import MEASURED_BYTES, PARTS, Text
@@ -16,6 +17,7 @@ from fusellm.progress import Bar, Progress
 from fusellm.store.blocks import (
     BLOCKS_SCHEMA,
     BLOCKS_WITH_CONTEXT_SCHEMA,
+    CONVERSATIONS_SCHEMA,
     Block,
     block_columns,
 )
@@ -23,6 +25,7 @@ from fusellm.store.tables import write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.context import spans_within
+from fusellm.tokens.conversation import Conversation
 
 
 def write_corpus(
@@ -38,6 +41,8 @@ def write_corpus(
     """
     corpus = recipe.corpus
     schema = BLOCKS_WITH_CONTEXT_SCHEMA if corpus.has_context else BLOCKS_SCHEMA
+    if corpus.has_conversations:
+        schema = CONVERSATIONS_SCHEMA
     parts = {part: _PartWriter(folder, part, schema, corpus.shard_blocks) for part in PARTS}
     in_tokens = corpus.train_tokens is not None
     measure, unit = (count_tokens, "tokens") if in_tokens else (_utf8_bytes, "bytes")
@@ -88,6 +93,7 @@ class _Cutter:
     parts: "dict[str, _PartWriter]"
     counts: Counter[str] = field(default_factory=Counter)
     _first_invalid: str = ""
+    _first_unusable: str = ""
 
     def take(
         self,
@@ -102,6 +108,9 @@ class _Cutter:
         `measured_first` says that nothing to measure on comes after the first training document.
         """
         for document in texts:
+            if document.unusable is not None:
+                self._leave_out(document, document.unusable)
+                continue
             if not document.text.strip():
                 self.counts["empty_documents"] += 1
                 continue
@@ -110,7 +119,10 @@ class _Cutter:
                 if spent or not any(left > 0 for left in room.values()):
                     break
                 continue
-            size = self._add(document, domain, room[document.part])
+            if document.conversation is None:
+                size = self._add(document, domain, room[document.part])
+            else:
+                size = self._add_conversation(document, document.conversation, domain)
             room[document.part] -= size
             if document.part == "train":
                 bar.advance(size)
@@ -133,11 +145,32 @@ class _Cutter:
             self.parts[document.part].add(document.name, domain, ends, block, context)
             self.counts["context_bytes"] += sum(b - a for a, b in context)
             start = end
+        self._count(document)
+        return size
+
+    def _count(self, document: Text) -> None:
         self.counts[f"documents_{document.part}"] += 1
         if not document.is_utf8:
             self.counts["documents_with_invalid_utf8"] += 1
             self._first_invalid = self._first_invalid or document.name
-        return size
+
+    def _add_conversation(self, document: Text, whole: Conversation, domain: str) -> int:
+        """Take a conversation, or as much of its end as a block has room for; gives its size."""
+        fitting = within(whole, self.block_bytes)
+        if fitting is None:
+            self._leave_out(document, "its last question is longer than corpus.block_bytes")
+            return 0
+        conversation, turns = fitting
+        self.counts["turns_taken_away"] += turns
+        self.counts["answers_cut"] += conversation.cut
+        part, text = document.part, conversation.text
+        self.parts[part].add(document.name, domain, True, text, (), conversation)
+        self._count(document)
+        return self.measure(text) if part == "train" else _utf8_bytes(text)
+
+    def _leave_out(self, document: Text, reason: str) -> None:
+        self.counts["unusable_conversations"] += 1
+        self._first_unusable = self._first_unusable or f"{document.name}: {reason}"
 
     def tell(self, progress: Progress) -> None:
         """Say what a user would want to know of the documents."""
@@ -153,6 +186,18 @@ class _Cutter:
                 f"documents with bytes that are no UTF-8, read as \ufffd (halves of characters in "
                 f"JSON as ?): {invalid}; the first is {self._first_invalid}. If these are more "
                 "than strays, convert the files (iconv -t UTF-8)"
+            )
+        unusable = self.counts["unusable_conversations"]
+        if unusable:
+            progress.say(
+                f"conversations that cannot be learnt from, left out: {unusable:,}; the first is "
+                f"{self._first_unusable}"
+            )
+        turns, cut_short = self.counts["turns_taken_away"], self.counts["answers_cut"]
+        if turns or cut_short:
+            progress.say(
+                f"conversations longer than corpus.block_bytes: {turns:,} of their first turns are "
+                f"taken away, and {cut_short:,} last answers are cut"
             )
         empty = self.counts["empty_documents"]
         if empty:
@@ -175,6 +220,13 @@ def _leading(
 
 def _utf8_bytes(text: str) -> int:
     return len(text.encode())
+
+
+def _longest_bytes(block: Block) -> int:
+    """Of all that a model reads of a block but its template."""
+    if block.conversation is None:
+        return _utf8_bytes(block.text)
+    return len(block.conversation.to_json().encode())
 
 
 def _require_text(recipe: Recipe, parts: dict[str, "_PartWriter"]) -> None:
@@ -200,8 +252,18 @@ class _PartWriter:
         self.blocks = 0
         self.bytes_by_domain: defaultdict[str, int] = defaultdict(int)
 
-    def add(self, document: str, domain: str, last: bool, text: str, context: Spans) -> None:
-        self._pending.append(Block(self.blocks, document, domain, last, text, context))
+    def add(
+        self,
+        document: str,
+        domain: str,
+        last: bool,
+        text: str,
+        context: Spans,
+        conversation: Conversation | None = None,
+    ) -> None:
+        self._pending.append(
+            Block(self.blocks, document, domain, last, text, context, conversation)
+        )
         self.blocks += 1
         self.bytes_by_domain[domain] += _utf8_bytes(text)
         if len(self._pending) == self._shard_blocks:
@@ -214,7 +276,7 @@ class _PartWriter:
     def _write(self) -> None:
         name = f"{self._part}-{self._shards:05d}.arrow"
         columns = block_columns(self._pending, self._schema)
-        most = max(_utf8_bytes(block.text) for block in self._pending)
+        most = max(map(_longest_bytes, self._pending))
         write_table(self._folder, name, columns, self._schema, {"longest_bytes": most})
         self._shards += 1
         self._pending = []

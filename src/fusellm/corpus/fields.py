@@ -1,11 +1,13 @@
-"""The fields of a record that are its text, and those of them that are context."""
+"""The fields of a record that are its text or its conversation, and those that are context."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusellm.config import FileDocuments, HubDocuments
+from fusellm.corpus.conversations import UnusableError, conversation_of
 from fusellm.errors import CorpusError
+from fusellm.tokens.conversation import Conversation
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -17,24 +19,40 @@ _KINDS |= {int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True)
+class Speech:
+    """How a record is a conversation: what of it is learnt, and the field of its tools."""
+
+    turns: str
+    thinking: str
+    tools_field: str | None
+
+
+@dataclass(frozen=True)
 class Fields:
     """Names of the fields, in order; `context` are those that a model is not asked to predict.
 
     Between two fields stands the separator, which belongs to the one before it. `where` has fields
-    and the values that a record must have in them to be read.
+    and the values that a record must have in them to be read. With `speech` records are
+    conversations, and the fields have their messages.
     """
 
     names: tuple[str, ...]
     context: frozenset[str]
     separator: str
     where: tuple[tuple[str, str], ...] = ()
+    speech: Speech | None = None
 
     @classmethod
     def of(cls, entry: FileDocuments | HubDocuments) -> "Fields":
         """As an entry of the corpus has them."""
-        names = (entry.text_field,) if isinstance(entry.text_field, str) else entry.text_field
+        given = entry.text_field if entry.messages is None else entry.messages
+        names = (given,) if isinstance(given, str) else tuple(given)
         where = tuple((name, _label(value)) for name, value in entry.where.items())
-        return cls(tuple(names), frozenset(entry.context_fields), entry.field_separator, where)
+        speech = None
+        if entry.messages is not None:
+            speech = Speech(entry.turns, entry.thinking, entry.tools_field)
+        context = frozenset(entry.context_fields)
+        return cls(names, context, entry.field_separator, where, speech)
 
     @property
     def are_named(self) -> bool:
@@ -44,7 +62,14 @@ class Fields:
     @property
     def columns(self) -> list[str]:
         """All that are looked at."""
-        return list(dict.fromkeys((*self.names, *(name for name, _ in self.where))))
+        tools = self.speech.tools_field if self.speech is not None else None
+        names = (*self.names, *(name for name, _ in self.where), *([tools] if tools else []))
+        return list(dict.fromkeys(names))
+
+    @property
+    def key(self) -> str:
+        """The key of a recipe that names the fields of the text."""
+        return "text_field" if self.speech is None else "messages"
 
     def other_label(self, row: object, place: str) -> str | None:
         """The first value of a record that is not the one that is asked for; None if all are.
@@ -71,6 +96,25 @@ class Fields:
             f"corpus.documents: no record of {place} has {asked}; there are {', '.join(labels)}. "
             "Set where to one of these, or leave the entry out (or a split of a dataset)"
         )
+
+    def conversation(self, row: object, place: str) -> Conversation | str:
+        """A record's conversation; of one that is none that can be learnt from, why.
+
+        Raises:
+            CorpusError: a field is missing.
+        """
+        assert self.speech is not None
+        for name in self.names:
+            if not isinstance(row, Mapping) or name not in row:
+                raise _missing(row, name, place, self.key)
+        assert isinstance(row, Mapping)
+        speech = self.speech
+        tools = None if speech.tools_field is None else row.get(speech.tools_field)
+        values = [row[name] for name in self.names]
+        try:
+            return conversation_of(values, tools, speech.turns, speech.thinking)
+        except UnusableError as error:
+            return str(error)
 
     def text(self, row: object, place: str) -> tuple[str, Spans]:
         """A record's text, and which of its bytes in UTF-8 are context.

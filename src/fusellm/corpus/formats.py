@@ -25,6 +25,7 @@ import pyarrow.parquet
 from fusellm.corpus.fields import Fields, Spans
 from fusellm.errors import CorpusError
 from fusellm.tokens.blocks import cut_point
+from fusellm.tokens.conversation import Conversation
 
 _PACKED = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "xz": "xz"}
 _BEGINS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ"}
@@ -80,6 +81,8 @@ class FileRecord(NamedTuple):
         is_utf8: whether all of its bytes were UTF-8; those that were not are U+FFFD.
         ends: whether the document ends with it.
         wanted: whether it is one that the entry asks for; of others the text is the label.
+        conversation: that it is, if it is one; the text is what is learnt of it.
+        unusable: why it is none, where it was to be one.
     """
 
     text: str
@@ -87,6 +90,8 @@ class FileRecord(NamedTuple):
     is_utf8: bool = True
     ends: bool = True
     wanted: bool = True
+    conversation: Conversation | None = None
+    unusable: str | None = None
 
     @classmethod
     def of(cls, fields: Fields, row: object, place: str, is_utf8: bool = True) -> "FileRecord":
@@ -98,7 +103,12 @@ class FileRecord(NamedTuple):
         label = fields.other_label(row, place)
         if label is not None:
             return cls(label, wanted=False)
-        return cls(*fields.text(row, place), is_utf8)
+        if fields.speech is None:
+            return cls(*fields.text(row, place), is_utf8)
+        found = fields.conversation(row, place)
+        if isinstance(found, str):
+            return cls("", is_utf8=is_utf8, unusable=found)
+        return cls(found.text, is_utf8=is_utf8, conversation=found)
 
 
 def kind_of(path: Path, given: str | None = None) -> FileKind:
@@ -203,7 +213,7 @@ class _Utf8:
 
 def _text(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
     if fields.are_named:
-        key = "context_fields" if fields.context else "where" if fields.where else "text_field"
+        key = "context_fields" if fields.context else "where" if fields.where else fields.key
         raise CorpusError(
             f"{path} is text without fields, and {key} names some; leave it out of files"
         )
@@ -350,12 +360,13 @@ def _arrow(place: Path, path: Path, fields: Fields) -> Iterator[FileRecord]:
 
 def _require_columns(schema: pa.Schema, path: Path, fields: Fields) -> None:
     for name in fields.columns:
-        key = "text_field" if name in fields.names else "where"
+        labels = [label for label, _ in fields.where]
+        key = "where" if name in labels and name not in fields.names else fields.key
         if name not in schema.names:
             raise CorpusError(
                 f"{path} has no column {name!r}; it has {', '.join(schema.names)} (set {key})"
             )
-        if name in fields.names and not _is_text(schema.field(name).type):
+        if fields.speech is None and name in fields.names and not _is_text(schema.field(name).type):
             raise CorpusError(
                 f"{path}: column {name!r} holds {schema.field(name).type} and no text; set "
                 "text_field"
@@ -375,6 +386,14 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRecord]:
+    if fields.speech is not None:
+        batch = batch.select(fields.columns)
+        batch.validate(full=True)  # so that what it points at is its own
+        if batch.nbytes > _RECORD_BYTES and batch.num_rows == 1:
+            raise _too_long(f"a record of {path}")
+        for row in batch.to_pylist():
+            yield FileRecord.of(fields, row, str(path))
+        return
     utf8 = _Utf8()
     labels = [name for name, _ in fields.where if name not in fields.names]
     for name in labels:

@@ -11,6 +11,7 @@ from fusellm.corpus.fields import Spans
 from fusellm.corpus.formats import FileRecord
 from fusellm.tokens.blocks import cut
 from fusellm.tokens.context import spans_within
+from fusellm.tokens.conversation import Conversation
 
 PARTS = ("train", "validation", "held_out")
 
@@ -31,6 +32,8 @@ class Text:
         context: bytes of its text in UTF-8 that a model is not asked to predict.
         is_utf8: whether all of it was UTF-8 where it comes from.
         ends: whether the document ends with it.
+        conversation: that it is, if it is one; the text is what is learnt of it.
+        unusable: why it is none, where it was to be one.
     """
 
     name: str
@@ -39,13 +42,16 @@ class Text:
     context: Spans = ()
     is_utf8: bool = True
     ends: bool = True
+    conversation: Conversation | None = None
+    unusable: str | None = None
 
     @classmethod
     def of(cls, name: str, part: str, record: FileRecord) -> "Text":
         """A whole record; halves of surrogate pairs, which JSON can have, become `?`."""
         text = _whole(record.text)
         is_utf8 = record.is_utf8 and text == record.text
-        return cls(name, part, text, record.context, is_utf8, record.ends)
+        what = record.conversation, record.unusable
+        return cls(name, part, text, record.context, is_utf8, record.ends, *what)
 
 
 def part_by_hash(text: str, corpus: CorpusSettings) -> str:
@@ -70,6 +76,7 @@ def in_parts(
 
     That is the one that its hash says. Where this leaves a part empty, as it must where there is
     one long text, all are cut by place: the last blocks are held out, those before them validate.
+    A conversation is never cut: there the last ones are taken for that.
 
     Args:
         records: gives name and record of every document, anew at each call.
@@ -135,13 +142,16 @@ def _by_place(
             context = spans_within(record.context, start, end)
             is_utf8 = (record.is_utf8 and _whole(record.text) == record.text) or start > 0  # once
             ends = record.ends and end == size
-            yield Text(f"{name}@{start}", part, text, context, is_utf8, ends)
+            what = record.conversation, record.unusable
+            yield Text(f"{name}@{start}", part, text, context, is_utf8, ends, *what)
             start = end
         before += len(blocks)
 
 
 def _blocks(record: FileRecord, corpus: CorpusSettings) -> Iterator[str]:
-    if record.text.strip():
+    if record.conversation is not None:
+        yield record.text
+    elif record.text.strip():
         yield from cut(_whole(record.text), corpus.block_bytes)
 
 

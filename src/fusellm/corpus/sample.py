@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Iterator
 
 from fusellm.config import BuiltinDocuments, CorpusSettings, Documents, HubDocuments
+from fusellm.corpus.conversations import within
 from fusellm.corpus.documents import file_records, hub_records
 from fusellm.corpus.parts import Text
 from fusellm.errors import CorpusError
+from fusellm.store.blocks import Block
 from fusellm.tokens.blocks import cut
 from fusellm.zoo import text as zoo_text
 
@@ -14,7 +16,7 @@ _BLOCKS_OF_AN_ENTRY = 64
 _BLOCKS_OF_A_DOCUMENT = 4  # the beginnings of many documents say more than a few whole ones
 
 
-def first_blocks(corpus: CorpusSettings) -> list[str]:
+def first_blocks(corpus: CorpusSettings) -> list[Block]:
     """Blocks of the first documents of each entry, some 64 of each.
 
     Of a dataset of the hub there are none unless it is streamed: it would be downloaded.
@@ -22,13 +24,13 @@ def first_blocks(corpus: CorpusSettings) -> list[str]:
     Raises:
         CorpusError: a document cannot be read, or there is no text in any.
     """
-    sampled: list[str] = []
+    sampled: list[Block] = []
     for entry in corpus.documents:
         blocks = (
             block
             for text in _texts(entry)
-            if text.strip()  # the corpus leaves the others out
-            for block in itertools.islice(cut(text, corpus.block_bytes), _BLOCKS_OF_A_DOCUMENT)
+            if text.text.strip()  # the corpus leaves the others out
+            for block in _blocks(text, entry.domain, corpus.block_bytes)
         )
         sampled += itertools.islice(blocks, _BLOCKS_OF_AN_ENTRY)
     unread = [
@@ -43,13 +45,25 @@ def first_blocks(corpus: CorpusSettings) -> list[str]:
     return sampled
 
 
-def _texts(entry: Documents) -> Iterator[str]:
+def _blocks(text: Text, domain: str, block_bytes: int) -> Iterator[Block]:
+    """The first blocks of a document; none of them is said to end it."""
+    if text.conversation is not None:
+        fitting = within(text.conversation, block_bytes)
+        if fitting is not None:
+            yield Block(0, text.name, domain, False, fitting[0].text, (), fitting[0])
+        return
+    for block in itertools.islice(cut(text.text, block_bytes), _BLOCKS_OF_A_DOCUMENT):
+        yield Block(0, text.name, domain, False, block)
+
+
+def _texts(entry: Documents) -> Iterator[Text]:
     if isinstance(entry, BuiltinDocuments):
-        return (document.text for document in zoo_text.documents(["train"], [entry.builtin]))
+        documents = zoo_text.documents(["train"], [entry.builtin])
+        return (Text(document.name, "train", document.text) for document in documents)
     if not isinstance(entry, HubDocuments):
         records = file_records(entry)
     elif entry.streaming:
         records = hub_records(entry, entry.split)
     else:
         return iter(())
-    return (Text.of(name, "train", record).text for name, record in records)
+    return (Text.of(name, "train", record) for name, record in records)

@@ -7,7 +7,7 @@ T tokens of one model's reading; N target positions that predict; S sources, in 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 
 from fusellm.alignment.positions import Situation
 from fusellm.alignment.translation import VocabularyMap
+from fusellm.arrays.distributions import Kept
 from fusellm.arrays.fused import Fused
 from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import Ragged, offsets_of
+from fusellm.arrays.spans import Spans
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
@@ -30,7 +32,7 @@ from fusellm.stages.fuse import pairings_of
 from fusellm.store import blocks as corpus_store
 from fusellm.store import externalized as source_store
 from fusellm.store import fused as fused_store
-from fusellm.store.externalized import TARGET
+from fusellm.store.externalized import PREDICTED, TARGET
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.encode import Encoder
@@ -187,6 +189,9 @@ class BlockView:
         positions: N.
         winners: [N] name of the source of most weight, of equals the first; None for none.
         at: the chosen position; None where the block has none.
+        answer: of a conversation, the answer that is shown, from 0, and `answers` how many are
+            learnt; text, bytes and positions are that answer's.
+        asked: what the target has read since the answer before, its template included.
     """
 
     block: int
@@ -201,6 +206,9 @@ class BlockView:
     sources: tuple[SourceView, ...]
     winners: tuple[str | None, ...]
     at: PositionView | None
+    answer: int | None = None
+    answers: int = 0
+    asked: str = ""
 
     @property
     def is_split(self) -> bool:
@@ -256,6 +264,7 @@ def inspect_block(
     number: int,
     position: int | None,
     progress: Progress,
+    answer: int | None = None,
 ) -> BlockView:
     """Gather one block of the part that sources read.
 
@@ -265,10 +274,11 @@ def inspect_block(
         position: to look at closely, from 0 to N - 1; None takes an instructive one with a fused
             distribution: where the winner cuts what follows otherwise, then where the true next
             token is among its outcomes, then where most sources are aligned; the first of these.
+        answer: of a conversation, which of its answers, from 0; the first if None.
 
     Raises:
         StoreError: a stage is not finished, a tokenizer is not the one it was, or there is no
-            such block or position.
+            such block, answer or position.
     """
     if not (fused_store.fused_folder(run) / MANIFEST).exists():
         raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
@@ -281,10 +291,8 @@ def inspect_block(
         name: _columns(folder, corpus, shard, row, len(encoders[name].vocabulary))
         for name, folder in folders.items()
     }
-    read = {
-        name: source_store.tokens_of(columns[name], encoders[name].prefix_tokens)
-        for name in folders
-    }
+    chosen = _Answer.of(block, answer)
+    read = {name: chosen.tokens(columns[name], encoders[name].prefix_tokens) for name in folders}
     positions = len(read[TARGET].predicting)
     if position is not None and not 0 <= position < positions:
         numbers = f", from 0 to {positions - 1}" if positions else ""
@@ -292,14 +300,19 @@ def inspect_block(
             f"there is no position {position}: block {number} has {positions:,}{numbers}"
         )
     readings = {
-        name: pairing.reading(read[TARGET], read[name], source_store.kept_of(columns[name]))
+        name: pairing.reading(read[TARGET], read[name], chosen.kept(columns[name]))
         for name, pairing in pairings_of(recipe, readers, progress).items()
     }
-    stored = _fused(fused, shard, row, columns[TARGET]["ids"].values, positions)
+    stored = _fused(fused, shard, row, columns[TARGET]["ids"].values)
+    stored = chosen.fused(stored, columns[TARGET], positions)
     vocabulary = len(encoders[TARGET].vocabulary)
     sets = {name: fused_store.read_sets(fused, name, vocabulary) for name in readings}
     gathered = _Gathered(read, encoders, readings, stored, sets)
-    return _view(recipe, number, blocks, block, position, gathered)
+    view = _view(recipe, number, blocks, chosen.block, position, gathered)
+    if chosen.number is None:
+        return view
+    said = chosen.asked(columns[TARGET], encoders[TARGET])
+    return replace(view, answer=chosen.number, answers=chosen.answers, asked=said)
 
 
 def _folders(recipe: Recipe, run: Path, readers: Mapping[str, Reader]) -> dict[str, StageFolder]:
@@ -414,14 +427,97 @@ def _columns(
     }
 
 
-def _fused(folder: StageFolder, name: str, row: int, ids: np.ndarray, positions: int) -> Fused:
+@dataclass(frozen=True)
+class _Answer:
+    """What is looked at: a block, or of a conversation an answer as if it were one.
+
+    Attributes:
+        block: its text is the answer's.
+        number: of the answer, from 0; None of plain text.
+        spans: of the conversation.
+    """
+
+    block: corpus_store.Block
+    number: int | None = None
+    spans: Spans | None = None
+
+    @classmethod
+    def of(cls, block: corpus_store.Block, number: int | None) -> "_Answer":
+        """Raises StoreError where there is no such answer."""
+        told = block.conversation
+        if told is None:
+            if number is not None:
+                raise StoreError(f"block {block.number} is plain text and has no answers")
+            return cls(block)
+        ends = np.array(told.span_ends)
+        chosen = 0 if number is None else number
+        if not 0 <= chosen < len(ends):
+            raise StoreError(
+                f"there is no answer {chosen}: {len(ends)} of block {block.number} are learnt, "
+                f"from 0 to {len(ends) - 1}"
+            )
+        said = told.messages[told.learnt[chosen]]["content"]
+        return cls(
+            replace(block, text=said), chosen, Spans.of(Ragged(np.array([0, len(ends)]), ends))
+        )
+
+    @property
+    def answers(self) -> int:
+        """How many there are."""
+        return 0 if self.spans is None else len(self.spans.block)
+
+    def _all(self, columns: Mapping[str, Any], prefix_tokens: int = 1) -> Tokens:
+        of_block = source_store.tokens_of(columns, prefix_tokens)
+        if self.spans is None:
+            return of_block
+        return self.spans.tokens(of_block, columns[PREDICTED].values)
+
+    def tokens(self, columns: Mapping[str, Any], prefix_tokens: int) -> Tokens:
+        """A model's tokens of it."""
+        every = self._all(columns, prefix_tokens)
+        if self.number is None:
+            return every
+        start, end = every.offsets[self.number : self.number + 2]
+        own = slice(start, end)
+        return Tokens(np.array([0, end - start]), every.ids[own], every.ends[own], 1)
+
+    def kept(self, columns: Mapping[str, Any]) -> Kept:
+        """A source's distributions of it."""
+        every = source_store.kept_of(columns)
+        if self.number is None:
+            return every
+        positions = self._all(columns).position_offsets[self.number : self.number + 2]
+        return every.take(np.arange(*positions))
+
+    def fused(self, stored: Fused, columns: Mapping[str, Any], positions: int) -> Fused:
+        """Its fused distributions, of those of a block at all but its last token."""
+        if self.number is None:  # one that the target could not read has positions all the same
+            return stored.between(0, positions)
+        asked = np.flatnonzero(columns[PREDICTED].values) - 1
+        first = int(self._all(columns).position_offsets[self.number])
+        if not positions:
+            return stored.between(0, 0)
+        return stored.between(int(asked[first]), int(asked[first]) + positions)
+
+    def asked(self, columns: Mapping[str, Any], encoder: Encoder) -> str:
+        """What a model has read since the answer before, as its tokenizer writes it."""
+        predicted, ids = columns[PREDICTED].values, columns["ids"].values
+        first = int(self._all(columns).position_offsets[self.number or 0])
+        asked = np.flatnonzero(predicted)
+        if first >= len(asked):
+            return ""
+        end = int(asked[first])
+        start = int(asked[first - 1]) + 1 if first else 0
+        return "".join(encoder.spelled(int(id_)) for id_ in ids[start:end])
+
+
+def _fused(folder: StageFolder, name: str, row: int, ids: np.ndarray) -> Fused:
     """One block's fused distributions, at the target's own tokens."""
     shard = Shard(folder, name, fused_store.layout_of(folder))
     columns = shard.block(row)
     if not np.array_equal(columns["ids"], ids):
         raise shard.damaged(f"block {columns['block']} has other tokens than the target's")
-    # A block that the target could not read has positions all the same, without parts.
-    return Fused.of(columns | {"parts": columns["parts"][:positions]})
+    return Fused.of(columns)
 
 
 def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[SourceView, ...]:

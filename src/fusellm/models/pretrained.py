@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from fusellm.config import ModelSettings
 from fusellm.errors import ArgumentError
-from fusellm.models.load import default_device, load_model
-from fusellm.models.readers import reader_of
+from fusellm.models.load import default_device, load_model, locate
+from fusellm.models.readers import encoder_of
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.recipe_file import checked_settings
 
@@ -58,9 +58,10 @@ def load_pretrained(
             f"device {device!r} is none of torch ({error}); give cpu, cuda, or None for what there "
             "is, and device_map='auto' to spread a model"
         ) from error
-    reader = reader_of(checked_settings(ModelSettings, given), trusted=trust_remote_code)
+    located = locate(checked_settings(ModelSettings, given), trust_remote_code)
+    encoder = encoder_of(located)
     with _quietly():
-        return load_model(reader.located, place), reader.encoder
+        return load_model(located, place), encoder
 
 
 @contextmanager

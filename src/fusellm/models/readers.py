@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusellm.config import ModelSettings, Recipe
-from fusellm.errors import FusellmError, StoreError
+from fusellm.errors import FusellmError, ModelError, StoreError
 from fusellm.models.gguf import read_header
 from fusellm.models.gguf_tokenizer import CHAT_TEMPLATE
 from fusellm.models.load import Located, load_tokenizer, locate
@@ -15,6 +15,8 @@ from fusellm.progress import Progress
 from fusellm.store.externalized import TARGET
 from fusellm.store.facts import StoreFacts
 from fusellm.store.identity import tokenizer_fingerprint
+from fusellm.tokens.chat import ChatEncoder
+from fusellm.tokens.encode import Encoder
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Reader:
     """A model that reads the corpus: found, with its tokenizer, weights not loaded."""
 
     located: Located
-    encoder: Tokenizer
+    encoder: Encoder
     tokenizer_fingerprint: str
 
     @property
@@ -34,18 +36,19 @@ class Reader:
         return path is not None and bool(read_header(path).get(CHAT_TEMPLATE))
 
 
-def reader_of(settings: ModelSettings, trusted: bool = False) -> Reader:
+def reader_of(settings: ModelSettings, trusted: bool = False, chat: bool = False) -> Reader:
     """Find a model and its tokenizer.
 
     Args:
         trusted: whether code that comes with it may run, where the settings want it.
+        chat: whether it is to read conversations, by its chat template.
 
     Raises:
         ModelError: as `locate` and `load_tokenizer` do.
         TokenizerError: its tokens cannot be told as bytes.
     """
     located = locate(settings, trusted)
-    encoder = encoder_of(located)
+    encoder = chat_encoder_of(located) if chat else encoder_of(located)
     return Reader(located, encoder, tokenizer_fingerprint(encoder))
 
 
@@ -55,8 +58,9 @@ def readers_of(recipe: Recipe, trusted: bool = False) -> dict[str, Reader]:
     Raises:
         ModelError, TokenizerError: as `reader_of` does.
     """
-    readers = {TARGET: reader_of(recipe.target, trusted)}
-    return readers | {source.name: reader_of(source, trusted) for source in recipe.sources}
+    chat = recipe.corpus.has_conversations
+    readers = {TARGET: reader_of(recipe.target, trusted, chat)}
+    return readers | {source.name: reader_of(source, trusted, chat) for source in recipe.sources}
 
 
 def encoder_of(located: Located) -> Tokenizer:
@@ -69,7 +73,49 @@ def encoder_of(located: Located) -> Tokenizer:
     return Tokenizer(load_tokenizer(located), located.config.get_text_config().vocab_size)
 
 
-def tokenizer_of_store(facts: StoreFacts) -> Tokenizer:
+def chat_encoder_of(located: Located) -> ChatEncoder:
+    """A located model's tokenizer, which reads conversations by its chat template.
+
+    Raises:
+        ModelError: as `load_tokenizer` does, or a template that the recipe names is not there.
+        TokenizerError: its tokens cannot be told as bytes, or it has no template that serves.
+    """
+    settings, rows = located.settings, located.config.get_text_config().vocab_size
+    template = None if settings.chat_template is None else template_text(settings.chat_template)
+    tokenizer = load_tokenizer(located)
+    if template is None and located.gguf is not None:
+        written = read_header(located.gguf).get(CHAT_TEMPLATE)
+        template = written if isinstance(written, str) else None
+    encoder = ChatEncoder(tokenizer, rows, template, settings.system)
+    tokenizer.chat_template = encoder.template  # saved with what is trained
+    return encoder
+
+
+def template_text(given: str) -> str:
+    """A chat template that a recipe gives: by the name of its file, or itself.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"chat_template {given!r} cannot be read as a file, and is no template in Jinja "
+            f"either: {error}; check the path"
+        ) from None
+
+
+def _as_stored(encoder: Encoder, facts: StoreFacts) -> Encoder:
+    """A tokenizer with the chat template that a store was made with, if it was made with one."""
+    if facts.around is None:
+        return encoder
+    return ChatEncoder(encoder.tokenizer, facts.vocabulary, *facts.around)
+
+
+def tokenizer_of_store(facts: StoreFacts) -> Encoder:
     """The tokenizer that a source's distributions were made with; none of its code is run.
 
     Args:
@@ -79,12 +125,13 @@ def tokenizer_of_store(facts: StoreFacts) -> Tokenizer:
         ModelError, TokenizerError: as `reader_of` does.
         StoreError: it is another one now.
     """
-    reader = reader_of(ModelSettings(model=facts.model, revision=facts.commit))
-    if reader.tokenizer_fingerprint != facts.identity.inputs.get("tokenizer"):
+    located = locate(ModelSettings(model=facts.model, revision=facts.commit))
+    encoder = _as_stored(encoder_of(located), facts)
+    if tokenizer_fingerprint(encoder) != facts.identity.inputs.get("tokenizer"):
         raise StoreError(
             f"the tokenizer of {facts.model} is not the one that the store was made with"
         )
-    return reader.encoder
+    return encoder
 
 
 def load_encoder(
@@ -111,7 +158,7 @@ def load_encoder(
 
 def encoder_of_store(
     path: Path, facts: StoreFacts, given: str | None, progress: Progress
-) -> Tokenizer | None:
+) -> Encoder | None:
     """The tokenizer that a store was made with, if it is at hand; no code of a model is run.
 
     Args:
@@ -126,7 +173,7 @@ def encoder_of_store(
         except FusellmError as error:
             progress.say(f"ids are shown, and with --tokenizer NAME tokens: {error}")
             return None
-    encoder = load_encoder(given, False, progress, facts.vocabulary)
+    encoder = _as_stored(load_encoder(given, False, progress, facts.vocabulary), facts)
     if tokenizer_fingerprint(encoder) != facts.identity.inputs.get("tokenizer"):
         raise StoreError(
             f"--tokenizer {given} is not the one that {path} was made with, so its ids would be "
@@ -137,7 +184,8 @@ def encoder_of_store(
 
 def plain_text_note(readers: Mapping[str, Reader]) -> str | None:
     """What a user should know whose models were tuned for dialogue, and read plain text."""
-    named = [name for name, reader in readers.items() if reader.for_dialogue]
+    plain = {name: one for name, one in readers.items() if not one.encoder.said_around}
+    named = [name for name, reader in plain.items() if reader.for_dialogue]
     if not named:
         return None
     has = "has a chat template" if len(named) == 1 else "have chat templates"

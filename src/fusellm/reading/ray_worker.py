@@ -12,7 +12,7 @@ import torch
 from fusellm.config import ModelSettings, Recipe
 from fusellm.errors import ClusterError, ModelError
 from fusellm.models.load import default_device, locate, weights_digest
-from fusellm.models.readers import encoder_of
+from fusellm.models.readers import chat_encoder_of, encoder_of, template_text
 from fusellm.reading.engine import ReadingTask
 from fusellm.reading.worker import Done, Worker, device_name
 from fusellm.store.blocks import Block
@@ -51,6 +51,9 @@ def orders_of(task: ReadingTask, cpus: int, gpus: float) -> Orders:
     settings = located.settings
     if located.commit is not None:  # a branch may have moved on since
         settings = settings.model_copy(update={"revision": located.commit})
+    if settings.chat_template is not None:  # a file that workers need not have
+        text = template_text(settings.chat_template)
+        settings = settings.model_copy(update={"chat_template": text})
     return Orders(
         task.recipe,
         settings,
@@ -92,7 +95,8 @@ class RemoteWorker:
             )
         try:
             located = locate(orders.settings, orders.runs_code)
-            encoder = encoder_of(located)
+            conversations = orders.recipe.corpus.has_conversations
+            encoder = chat_encoder_of(located) if conversations else encoder_of(located)
         except ModelError as error:
             raise ModelError(f"{error} (on {node}, where a worker runs)") from error
         here = (located.fingerprint, tokenizer_fingerprint(encoder))

@@ -81,7 +81,11 @@ class SourceReader:
 
         def select(batch: list[int], hidden: torch.Tensor, true_ids: torch.Tensor) -> _Copy:
             seeds = (_seed(self._seed, texts[n]) for n in batch)
-            shift = shifts(seeds, [len(readable[n]) - 1 for n in batch]).to(hidden.device)
+            asked = [_asked(encoded[n]) for n in batch]
+            shift = shifts(seeds, [int(one.sum()) for one in asked]).to(hidden.device)
+            if any(encoded[n].predicted is not None for n in batch):
+                at = torch.from_numpy(np.flatnonzero(np.concatenate(asked)))
+                hidden, true_ids = hidden[at.to(hidden.device)], true_ids[at.to(true_ids.device)]
             return _Copy(self._selector.select(hidden, true_ids, shift))
 
         budget = self._settings.batch_tokens
@@ -92,6 +96,13 @@ class SourceReader:
             yield len(batch)
         yield len(texts) - sum(len(batch) for batch, _ in batches)
         return _in_order(batches, encoded)
+
+
+def _asked(block: Encoded) -> np.ndarray:
+    """[T − 1] bool, at which positions of a block a distribution is kept."""
+    if block.predicted is None:
+        return np.ones(max(len(block.ids) - 1, 0), dtype=np.bool_)
+    return block.predicted[1:]
 
 
 def _behind(
@@ -130,7 +141,7 @@ class _Copy:
 
 def _in_order(batches: list[tuple[list[int], Kept]], encoded: Sequence[Encoded]) -> Read:
     """Batches joined, in the order of the blocks, without those that are not finite."""
-    lengths = np.array([max(len(b.ids) - 1, 0) if b.ends is not None else 0 for b in encoded])
+    lengths = np.array([int(_asked(b).sum()) if b.ends is not None else 0 for b in encoded])
     usable = np.array([block.ends is not None for block in encoded], dtype=np.bool_)
     read = [n for batch, _ in batches for n in batch]
     joined = Kept.concat([kept for _, kept in batches])

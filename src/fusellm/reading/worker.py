@@ -15,8 +15,8 @@ from fusellm.config import Recipe
 from fusellm.models.load import Located, load_model
 from fusellm.reading.allocator import keep_flat
 from fusellm.reading.source_reader import Read, SourceReader
-from fusellm.store.blocks import Block, digest_of_blocks
-from fusellm.store.externalized import kept_columns, source_schema, token_columns
+from fusellm.store.blocks import Block, digest_of_blocks, encode_blocks
+from fusellm.store.externalized import PREDICTED, kept_columns, source_schema, token_columns
 from fusellm.store.tables import EncodedShard, encode_table
 from fusellm.tokens.encode import Encoded, Encoder
 
@@ -61,7 +61,8 @@ class Worker:
         self._reader = SourceReader(model, vocabulary, settings, recipe.seed)
         self._sampled = settings.scheme == "sampled"
         most = settings.draws if self._sampled else settings.k
-        self._schema = source_schema(vocabulary, settings.scheme, most)
+        chat = recipe.corpus.has_conversations
+        self._schema = source_schema(vocabulary, settings.scheme, most, chat)
 
     def prepare(self, blocks: list[Block]) -> TokenizedShard:
         """Tokenize a shard's blocks."""
@@ -80,8 +81,10 @@ class Worker:
         columns = columns_of_tokens(prepared.blocks, prepared.encoded, read.usable)
         kept = kept_columns(read.kept, read.position_offsets, self._sampled)
         aside = [
-            [block.number, block.document, NOT_FINITE if n in read.not_finite else WALK_FAILED]
-            for n, block in enumerate(prepared.blocks)
+            [block.number, block.document, _reason(encoded, n in read.not_finite)]
+            for n, (block, encoded) in enumerate(
+                zip(prepared.blocks, prepared.encoded, strict=True)
+            )
             if not read.usable[n]
         ]
         counts = token_counts(prepared.encoded) | {
@@ -94,14 +97,13 @@ class Worker:
         return Done(encode_table(columns | kept, self._schema), counts)
 
 
+def _reason(encoded: Encoded, not_finite: bool) -> str:
+    return NOT_FINITE if not_finite else encoded.reason or WALK_FAILED
+
+
 def device_name(device: torch.device) -> str:
     """What a device is called: a GPU by its model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def encode_blocks(encoder: Encoder, blocks: Sequence[Block]) -> list[Encoded]:
-    """Blocks as a tokenizer cuts them."""
-    return encoder.encode([block.text for block in blocks], [block.last for block in blocks])
 
 
 def columns_of_tokens(
@@ -119,12 +121,21 @@ def columns_of_tokens(
         nothing if block.ends is None or not ok else block.ends
         for block, ok in zip(encoded, usable, strict=True)
     ]
-    return token_columns(
+    columns = token_columns(
         np.array([block.number for block in blocks], dtype=np.int64),
         usable,
         Ragged.of([block.ids for block in encoded]),
         Ragged.of(ends),
     )
+    if any(block.predicted is not None for block in encoded):
+        none = np.zeros(0, dtype=np.bool_)
+        columns[PREDICTED] = Ragged.of(
+            [
+                none if block.predicted is None or not ok else block.predicted
+                for block, ok in zip(encoded, usable, strict=True)
+            ]
+        )
+    return columns
 
 
 def token_counts(encoded: Sequence[Encoded]) -> dict[str, int]:

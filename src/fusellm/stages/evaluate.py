@@ -20,7 +20,7 @@ from fusellm.models.readers import Reader
 from fusellm.preflight import require_comparable
 from fusellm.progress import Progress
 from fusellm.stages.stage import Context, FilledStage, Stage
-from fusellm.store.blocks import Block, open_corpus, read_part
+from fusellm.store.blocks import Block, encode_blocks, open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import from_json, require_inside
 from fusellm.store.identity import Identity, digest
@@ -144,7 +144,7 @@ def measured_nats(
         (the nats of each block's bytes, none of one that it could not read; its parameters)
     """
     model = load_model(reader.located, default_device())
-    encoded = reader.encoder.encode([block.text for block in blocks], [b.last for b in blocks])
+    encoded = encode_blocks(reader.encoder, blocks)
     lengths = [len(block.text.encode()) for block in blocks]
     with progress.start(f"evaluating {name}", len(blocks), "blocks") as bar:
         nats = blocks_nats(model, encoded, lengths, batch_tokens, bar.advance)
@@ -219,12 +219,13 @@ def _tokenizer_told(reader: Reader) -> list[str]:
     """Fingerprint of the tokenizer, where a recipe says which or what it puts before a text."""
     settings = reader.located.settings
     given = settings.tokenizer is not None or settings.prefix is not None
+    given = given or bool(reader.encoder.said_around)
     return [reader.tokenizer_fingerprint] if given else []
 
 
 def _twin(located: Located, encoder: Encoder) -> str:
     """Equal for models that must give equal results."""
-    specials = encoder.vocabulary.prefix_ids, encoder.vocabulary.eos_id
+    specials = encoder.vocabulary.prefix_ids, encoder.vocabulary.eos_id, *encoder.said_around
     return digest([located.fingerprint, located.settings.precision, encoder.rules, *specials])
 
 

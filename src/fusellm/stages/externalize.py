@@ -23,11 +23,10 @@ from fusellm.reading.worker import (
     NOT_FINITE,
     WALK_FAILED,
     columns_of_tokens,
-    encode_blocks,
     token_counts,
 )
 from fusellm.stages.stage import Context, FilledStage
-from fusellm.store.blocks import digest_of_blocks, open_corpus, read_shard
+from fusellm.store.blocks import digest_of_blocks, encode_blocks, open_corpus, read_shard
 from fusellm.store.externalized import TARGET, tokens_schema
 from fusellm.store.identity import Identity
 from fusellm.store.manifest import StageFolder
@@ -74,7 +73,8 @@ class TargetTokensStage(_ExternalizeStage):
         """Tokenize the corpus."""
         encoder, progress = self.reader.encoder, self.context.progress
         corpus = open_corpus(self.context.run)
-        schema = tokens_schema(len(encoder.vocabulary))
+        chat = self.context.recipe.corpus.has_conversations
+        schema = tokens_schema(len(encoder.vocabulary), chat)
         folder.describe({"vocabulary": len(encoder.vocabulary)})
         names = shard_names(corpus, "train-")
         with progress.start("tokenizing for the target", len(names), "shards") as bar:
@@ -133,7 +133,7 @@ class SourceStage(_ExternalizeStage):
             if left:
                 self._read(folder, corpus, left, tally, bar)
         tally.check()
-        _tell_changed(progress, self.model, len(tally.of(WALK_FAILED)), tally.blocks)
+        _tell_changed(progress, self.model, len(tally.changed()), tally.blocks)
         folder.finish(_sum_counts(folder))
 
     def _read(
@@ -184,6 +184,7 @@ def _about(recipe: Recipe, reader: Reader, loaded: ModelLoaded) -> dict[str, Any
     located = reader.located
     model = describe(located)
     del model["fingerprint"]
+    around = reader.encoder.said_around
     return {
         "kind": "distributions",
         **model,
@@ -195,7 +196,7 @@ def _about(recipe: Recipe, reader: Reader, loaded: ModelLoaded) -> dict[str, Any
         "step_nats": STEP_NATS,
         "error_nats": ERROR_NATS,
         "device": loaded.devices,
-    }
+    } | ({"around": list(around)} if around else {})
 
 
 def _tell_changed(progress: Progress, name: str, changed: int, blocks: int) -> None:
@@ -212,19 +213,22 @@ class _Aside:
     def __init__(self, recipe: Recipe, name: str, folder: StageFolder, blocks: int) -> None:
         self._recipe, self._name, self._folder, self.blocks = recipe, name, folder, blocks
 
-    def of(self, reason: str) -> list[tuple[int, str]]:
-        """(number, document) of the blocks that were put aside for a reason."""
-        return [
-            (number, document)
-            for shard in self._folder.shards.values()
-            for number, document, why in shard["counts"].get("aside", [])
-            if why == reason
-        ]
+    def not_finite(self) -> list[tuple[int, str]]:
+        """(number, document) of the blocks in which the model gave NaN or infinity."""
+        return [(number, document) for number, document, why in self._all() if why == NOT_FINITE]
+
+    def changed(self) -> list[tuple[int, str]]:
+        """(number, document) of the blocks whose text its tokenizer or its template changes."""
+        return [(number, document) for number, document, why in self._all() if why != NOT_FINITE]
+
+    def _all(self) -> list[list[Any]]:
+        shards = self._folder.shards.values()
+        return [one for shard in shards for one in shard["counts"].get("aside", [])]
 
     def check(self) -> None:
         """Raises NumericsError or TokenizerError where there are more than the recipe allows."""
         allowed = self._recipe.externalize
-        not_finite, changed = self.of(NOT_FINITE), self.of(WALK_FAILED)
+        not_finite, changed = self.not_finite(), self.changed()
         if len(not_finite) > allowed.not_finite_share * self.blocks:
             raise NumericsError(
                 f"source {self._name!r} gives NaN or infinity on {self._too_many(not_finite)} "
@@ -233,10 +237,13 @@ class _Aside:
                 "anew needs --redo"
             )
         if len(changed) > allowed.changed_share * self.blocks:
+            reasons = {number: why for number, _, why in self._all()}
+            why = reasons[min(changed)[0]]
+            told = "" if why == WALK_FAILED else f" There {why}."
             raise TokenizerError(
                 f"the tokenizer of source {self._name!r} changes {self._too_many(changed)} "
-                f"externalize.changed_share: {allowed.changed_share:g} allows. Take a model whose "
-                "tokenizer keeps text as it is, or raise that share"
+                f"externalize.changed_share: {allowed.changed_share:g} allows.{told} Take a model "
+                "whose tokenizer keeps text as it is, or raise that share"
             )
 
     def _too_many(self, blocks: list[tuple[int, str]]) -> str:

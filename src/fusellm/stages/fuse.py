@@ -7,6 +7,7 @@ aligned a record batch of at most 64 blocks.
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,17 @@ from fusellm.alignment.strategies import STRATEGIES
 from fusellm.alignment.written_on import SPLIT_RULE
 from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import Ragged, offsets_of
+from fusellm.arrays.spans import Spans
+from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
 from fusellm.fusion.fuse import Counts, FusionRules, fuse_blocks, rules_of
 from fusellm.fusion.pairing import Pairing, pair
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.stage import FilledStage
-from fusellm.store.blocks import BLOCKS, open_corpus, text_bytes
+from fusellm.store.blocks import BLOCKS, SPANS, open_corpus, text_bytes
 from fusellm.store.externalized import (
+    PREDICTED,
     TARGET,
     kept_of,
     layout_of,
@@ -160,19 +164,70 @@ def _fuse_shard(
         lengths = text_bytes(blocks)
         for shard, columns in zip(shards, (of_target, *of_sources), strict=True):
             require_text(shard, n, columns, blocks["block"], lengths)
-        tokens = tokens_of(of_target, prefixes[TARGET])
+        texts = _Texts.of(blocks)
+        tokens = texts.tokens(of_target, prefixes[TARGET])
         readings = [
-            pairings[source].reading(tokens, tokens_of(columns, prefixes[source]), kept_of(columns))
+            pairings[source].reading(
+                tokens, texts.tokens(columns, prefixes[source]), kept_of(columns)
+            )
             for source, columns in zip(sources, of_sources, strict=True)
         ]
-        routed = _routed(blocks["domain"], routes, list(sources))
-        batch, together, each = fuse_blocks(tokens, offsets_of(lengths), readings, rules, routed)
+        routed = _routed(texts.domains, routes, list(sources))
+        batch, together, each = fuse_blocks(tokens, texts.byte_offsets, readings, rules, routed)
         numbers.append(blocks["block"])
         ids.append(of_target["ids"])
-        read.append(np.diff(tokens.offsets) > 0)
+        read.append(_with_a_distribution(of_target))
         fused.append(batch)
-        tally.add(blocks, together, each)
+        tally.add(texts, together, each)
     write_table(folder, name, _columns(numbers, ids, read, fused), schema, tally.as_counts())
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is fused by itself: a block, or of a conversation each span that is learnt.
+
+    Attributes:
+        domains: of each.
+        byte_offsets: where its bytes are, of all one after another.
+        data: all of them.
+        spans: of conversations.
+    """
+
+    domains: np.ndarray
+    byte_offsets: np.ndarray
+    data: bytes
+    spans: Spans | None
+
+    @classmethod
+    def of(cls, blocks: Mapping[str, Any]) -> "_Texts":
+        """Those of a record batch of the corpus."""
+        data = "".join(blocks["text"]).encode()
+        if SPANS not in blocks:
+            return cls(blocks["domain"], offsets_of(text_bytes(blocks)), data, None)
+        spans = Spans.of(blocks[SPANS])
+        return cls(blocks["domain"][spans.block], spans.byte_offsets, data, spans)
+
+    def tokens(self, columns: Mapping[str, Any], prefix_tokens: int) -> Tokens:
+        """Their tokens, as a model reads them."""
+        of_blocks = tokens_of(columns, prefix_tokens)
+        if self.spans is None:
+            return of_blocks
+        return self.spans.tokens(of_blocks, columns[PREDICTED].values)
+
+    def beginning(self, number: int) -> str:
+        """Of a text, for people."""
+        start, end = self.byte_offsets[number : number + 2]
+        return self.data[start:end].decode()[:200]
+
+
+def _with_a_distribution(columns: Mapping[str, Any]) -> np.ndarray:
+    """[positions] bool, over all positions of the target, at which something was asked."""
+    there = np.repeat(columns["read"].astype(np.bool_), np.maximum(columns["ids"].lengths - 1, 0))
+    if PREDICTED in columns:
+        predicted = columns[PREDICTED]
+        starts = predicted.offsets[:-1][predicted.lengths > 0]
+        there[there] = np.delete(predicted.values, starts)
+    return there
 
 
 def _routed(
@@ -192,12 +247,12 @@ def _columns(
     Args:
         numbers: of the blocks.
         ids: of the target, of all blocks.
-        read: [blocks] bool, which the target can read. One that it cannot has positions all the
-            same, without parts.
+        read: [positions] bool, where the target was asked. A block that it cannot read has
+            positions all the same, without parts.
     """
     all_ids, all_fused = Ragged.concat(ids), Fused.concat(fused)
     positions = np.maximum(all_ids.lengths - 1, 0)
-    there = np.repeat(np.concatenate(read), positions)
+    there = np.concatenate(read)
     parts = np.zeros(len(there), dtype=np.uint8)
     parts[there] = all_fused.parts
     of_block = offsets_of(positions)
@@ -223,10 +278,10 @@ class _Tally:
         self._domains: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._examples: dict[str, str] = {}
 
-    def add(self, blocks: Mapping[str, Any], together: Counts, each: list[Counts]) -> None:
+    def add(self, texts: _Texts, together: Counts, each: list[Counts]) -> None:
         """Add the counts of a record batch."""
-        for domain in np.unique(blocks["domain"]).tolist():
-            own = blocks["domain"] == domain
+        for domain in np.unique(texts.domains).tolist():
+            own = texts.domains == domain
             sums = self._domains[domain]
             for name, values in together.items():
                 sums[name] += float(values[own].sum())
@@ -235,7 +290,7 @@ class _Tally:
                     sums[f"{source}/{name}"] += float(values[own].sum())
                 unread = np.nonzero(own & (counts["read"] == 0))[0]
                 if len(unread):
-                    example = blocks["text"][unread[0]][:200]
+                    example = texts.beginning(int(unread[0]))
                     self._examples.setdefault(f"{domain}/{source}", example)
 
     def as_counts(self) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from fusellm.arrays.ragged import Ragged
 from fusellm.store.layout import Batch, Layout, Wrong, list_field
 from fusellm.store.manifest import StageFolder
 from fusellm.store.tables import Shard, shard_names
+from fusellm.tokens.chat import ChatEncoder
+from fusellm.tokens.conversation import Conversation
+from fusellm.tokens.encode import Encoded, Encoder
 
-CONTEXT = "context"
+CONTEXT, SPANS, CONVERSATION = "context", "spans", "conversation"
 BLOCKS_SCHEMA = pa.schema(
     [
         ("block", pa.int64()),
@@ -25,6 +28,9 @@ BLOCKS_SCHEMA = pa.schema(
     ]
 )
 BLOCKS_WITH_CONTEXT_SCHEMA = BLOCKS_SCHEMA.append(list_field(CONTEXT, pa.uint32()))
+CONVERSATIONS_SCHEMA = BLOCKS_SCHEMA.append(list_field(SPANS, pa.uint32())).append(
+    pa.field(CONVERSATION, pa.large_string())
+)
 
 
 def _context_is_of_the_text(batch: Batch) -> Wrong | None:
@@ -40,7 +46,40 @@ def _context_is_of_the_text(batch: Batch) -> Wrong | None:
     return None
 
 
-BLOCKS = Layout((BLOCKS_SCHEMA, BLOCKS_WITH_CONTEXT_SCHEMA), (_context_is_of_the_text,))
+def _spans_make_up_the_text(batch: Batch) -> Wrong | None:
+    """What is learnt of a conversation is one span after another, to the end of the text."""
+    if SPANS not in batch:
+        return None
+    spans: Ragged = batch[SPANS]
+    for row, length in enumerate(text_bytes(batch)):
+        ends = spans.values[spans.offsets[row] : spans.offsets[row + 1]].astype(np.int64)
+        if len(ends) == 0 or ends[-1] != length or (np.diff(ends, prepend=0) <= 0).any():
+            what = f"spans that end at {ends.tolist()[:6]} are not a text of {length:,} bytes"
+            return Wrong(row, SPANS, what)
+    return None
+
+
+def _conversations_are_of_the_text(batch: Batch) -> Wrong | None:
+    """What is learnt of a conversation is the text, span by span."""
+    if CONVERSATION not in batch:
+        return None
+    spans: Ragged = batch[SPANS]
+    for row, (told, text) in enumerate(zip(batch[CONVERSATION], batch["text"], strict=True)):
+        try:
+            one = Conversation.from_json(told)
+            ends = spans.values[spans.offsets[row] : spans.offsets[row + 1]]
+            same = one.text == text and [*one.span_ends] == ends.tolist()
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            same = False
+        if not same:
+            return Wrong(row, CONVERSATION, f"{told[:40]!r}… does not say the block's text")
+    return None
+
+
+BLOCKS = Layout(
+    (BLOCKS_SCHEMA, BLOCKS_WITH_CONTEXT_SCHEMA, CONVERSATIONS_SCHEMA),
+    (_context_is_of_the_text, _spans_make_up_the_text, _conversations_are_of_the_text),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +94,7 @@ class Block:
         text: of it.
         context: bytes of it that a model reads and is not asked to predict, each span as (first,
             one more than the last), ascending.
+        conversation: that it is, if it is one; the text is then what is learnt of it.
     """
 
     number: int
@@ -63,6 +103,7 @@ class Block:
     last: bool
     text: str
     context: tuple[tuple[int, int], ...] = ()
+    conversation: Conversation | None = None
 
 
 def corpus_folder(run: Path) -> Path:
@@ -95,6 +136,7 @@ def read_shard(folder: StageFolder, name: str) -> list[Block]:
             row["last"],
             row["text"],
             context_of(row),
+            Conversation.from_json(row[CONVERSATION]) if CONVERSATION in row else None,
         )
         for row in rows
     ]
@@ -119,16 +161,32 @@ def block_columns(blocks: Sequence[Block], schema: pa.Schema) -> dict[str, Seque
         "domain": [block.domain for block in blocks],
         "last": [block.last for block in blocks],
         "text": [block.text for block in blocks],
-        CONTEXT: [np.array(block.context, dtype=np.uint32).ravel() for block in blocks],
     }
+    if CONTEXT in schema.names:
+        spans = [np.array(block.context, dtype=np.uint32).ravel() for block in blocks]
+        columns[CONTEXT] = spans
+    if CONVERSATION in schema.names:
+        told = [block.conversation for block in blocks if block.conversation is not None]
+        columns[SPANS] = [np.array(one.span_ends, dtype=np.uint32) for one in told]
+        columns[CONVERSATION] = [one.to_json() for one in told]
     return {name: columns[name] for name in schema.names}
+
+
+def encode_blocks(encoder: Encoder, blocks: Sequence[Block]) -> list[Encoded]:
+    """Blocks as a tokenizer cuts them; conversations by its chat template."""
+    conversations = [block.conversation for block in blocks if block.conversation is not None]
+    if conversations:
+        assert isinstance(encoder, ChatEncoder)
+        return encoder.encode_conversations(conversations)
+    return encoder.encode([block.text for block in blocks], [block.last for block in blocks])
 
 
 def digest_of_blocks(blocks: Sequence[Block]) -> str:
     """SHA-256 over the texts of blocks and where documents end: what a model reads of them."""
     sha256 = hashlib.sha256()
     for block in blocks:
-        data = block.text.encode()
+        told = block.text if block.conversation is None else block.conversation.to_json()
+        data = told.encode()
         sha256.update(f"{len(data)} {block.last}\n".encode() + data)
     return sha256.hexdigest()
 

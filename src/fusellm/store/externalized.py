@@ -45,28 +45,32 @@ from fusellm.store.quantized import (
 )
 from fusellm.store.tables import Shard
 
-TARGET = "target"
+TARGET, PREDICTED = "target", "predicted"
 _MOST_IDS = 2**32
 
 
-def tokens_schema(vocabulary: int) -> pa.Schema:
-    """Columns of tokens; ids take two bytes where the vocabulary allows."""
-    return pa.schema(
-        [
-            pa.field("block", pa.int64(), nullable=False),
-            pa.field("read", pa.bool_(), nullable=False),
-            list_field("ids", id_type(vocabulary)),
-            list_field("bytes", pa.uint16()),
-        ]
-    )
+def tokens_schema(vocabulary: int, chat: bool = False) -> pa.Schema:
+    """Columns of tokens; ids take two bytes where the vocabulary allows.
+
+    Args:
+        chat: of conversations, of whose tokens some are predicted.
+    """
+    fields = [
+        pa.field("block", pa.int64(), nullable=False),
+        pa.field("read", pa.bool_(), nullable=False),
+        list_field("ids", id_type(vocabulary)),
+        list_field("bytes", pa.uint16()),
+    ]
+    return pa.schema([*fields, *([list_field(PREDICTED, pa.bool_())] if chat else [])])
 
 
-def source_schema(vocabulary: int, scheme: str, most: int) -> pa.Schema:
+def source_schema(vocabulary: int, scheme: str, most: int, chat: bool = False) -> pa.Schema:
     """Columns of a source.
 
     Args:
         scheme: "top" or "sampled".
         most: entries that a position can have.
+        chat: of conversations.
     """
     count = pa.uint8() if most < 256 else pa.uint16()
     if scheme == "sampled":
@@ -77,7 +81,7 @@ def source_schema(vocabulary: int, scheme: str, most: int) -> pa.Schema:
             list_field("drops", pa.uint16()),
             list_field("tail", pa.uint16()),
         ]
-    fields = [*tokens_schema(vocabulary), list_field("kept", count), *own]
+    fields = [*tokens_schema(vocabulary, chat), list_field("kept", count), *own]
     return pa.schema([*fields, list_field("true_log_prob", pa.uint16())])
 
 
@@ -88,13 +92,45 @@ def tokens_layout(vocabulary: int | None) -> Layout:
         vocabulary: ids are below it; None where it is not known, and they may be any.
     """
     if vocabulary is None:
-        any_ids = tokens_schema(1), tokens_schema(_MOST_IDS)
+        sizes = (1, _MOST_IDS)
+        any_ids = tuple(tokens_schema(size, chat) for size in sizes for chat in (False, True))
         return Layout(any_ids, _token_rules(_MOST_IDS))
-    return Layout((tokens_schema(vocabulary),), _token_rules(vocabulary))
+    schemas = tokens_schema(vocabulary), tokens_schema(vocabulary, chat=True)
+    return Layout(schemas, _token_rules(vocabulary))
 
 
 def _token_rules(vocabulary: int) -> tuple[Rule, ...]:
-    return within("ids", 0, vocabulary - 1), as_many("bytes", only_where("read", entries("ids")))
+    return (
+        within("ids", 0, vocabulary - 1),
+        as_many("bytes", only_where("read", entries("ids"))),
+        _prediction_follows_reading,
+    )
+
+
+def _prediction_follows_reading(batch: Batch) -> Wrong | None:
+    """Of a conversation each token is predicted or not, and never the first one."""
+    if PREDICTED not in batch:
+        return None
+    predicted, lengths = batch[PREDICTED], batch["bytes"]
+    if not np.array_equal(predicted.offsets, lengths.offsets):
+        row = int(np.argmax(np.diff(predicted.offsets) != np.diff(lengths.offsets)))
+        return Wrong(row, PREDICTED, "it has not an entry for each token")
+    starts = predicted.offsets[:-1][np.diff(predicted.offsets) > 0]
+    first = predicted.values[starts]
+    if not first.any():
+        return None
+    return wrong_at(batch, PREDICTED, int(starts[np.argmax(first)]), "a first token is predicted")
+
+
+def positions_of(batch: Batch) -> np.ndarray:
+    """[rows] how many distributions each block has: one for each token but the first one.
+
+    Of a conversation, one for each token that is predicted.
+    """
+    if PREDICTED not in batch:
+        return all_but_one("bytes")(batch)
+    predicted = batch[PREDICTED]
+    return sums_of(predicted.values.astype(np.int64), np.diff(predicted.offsets))
 
 
 def source_layout(vocabulary: int, scheme: str, most: int) -> Layout:
@@ -108,14 +144,15 @@ def source_layout(vocabulary: int, scheme: str, most: int) -> Layout:
     own = {"top": _top_rules, "sampled": _sampled_rules}
     rules: tuple[Rule, ...] = (
         *_token_rules(vocabulary),
-        as_many("kept", all_but_one("bytes")),
+        as_many("kept", positions_of),
         within("kept", 1, most),
         as_many("kept_ids", total("kept")),
         within("kept_ids", 0, vocabulary - 1),
         as_many("true_log_prob", entries("kept")),
         *own[scheme](most),
     )
-    return Layout((source_schema(vocabulary, scheme, most),), rules)
+    schemas = (source_schema(vocabulary, scheme, most, chat) for chat in (False, True))
+    return Layout(tuple(schemas), rules)
 
 
 def _sampled_rules(draws: int) -> tuple[Rule, ...]:

@@ -1,7 +1,7 @@
 """What a store's manifest says of a source's distributions."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -43,6 +43,8 @@ class StoreFacts:
         aside: blocks without distributions.
         shards, bytes: files, and their size.
         device, software, seconds: what wrote it, and how long that took.
+        around: of conversations, the chat template that they were read by, and what the model was
+            told first where they have no system message; None of plain text.
     """
 
     identity: Identity
@@ -70,6 +72,7 @@ class StoreFacts:
     device: str
     software: dict[str, str]
     seconds: float
+    around: tuple[str, str | None] | None = None
 
 
 class _Kept(TypedDict):
@@ -95,6 +98,7 @@ class About(TypedDict):
     step_nats: float
     error_nats: float
     device: str
+    around: NotRequired[tuple[str, str | None]]
 
 
 class _Counts(TypedDict):

@@ -25,7 +25,9 @@ def tokenizer_fingerprint(encoder: "Encoder") -> str:
     vocabulary, prefix = encoder.vocabulary, list(encoder.vocabulary.prefix_ids)
     # One token or none stands by itself, as in the stores of the time that knew BOS alone.
     before = prefix if len(prefix) > 1 else next(iter(prefix), None)
-    parts = [encoder.rules, [before, vocabulary.eos_id]]
+    parts: list[Any] = [encoder.rules, [before, vocabulary.eos_id]]
+    if encoder.said_around:
+        parts.append({"around": encoder.said_around})
     return digest([*parts, len(vocabulary)] if encoder.is_cut else parts)
 
 

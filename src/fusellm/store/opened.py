@@ -2,7 +2,8 @@
 
 A store is a folder, `runs/x/externalize/<source>`, and needs nothing outside of it.
 
-T tokens of one block, T − 1 positions that predict; K entries kept at them in all.
+T tokens of one block, T − 1 positions that predict, or of a conversation as many as are learnt; K
+entries kept at them in all.
 """
 
 import operator
@@ -17,12 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusellm.arrays.distributions import Kept
-from fusellm.arrays.ragged import Ragged
+from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.arrays.read_block import Distribution as Distribution
 from fusellm.arrays.read_block import StoredBlock as StoredBlock
 from fusellm.arrays.tokens import Tokens
 from fusellm.errors import StoreError
-from fusellm.store.externalized import TARGET, kept_of, layout_of, tokens_of
+from fusellm.store.externalized import (
+    PREDICTED,
+    TARGET,
+    kept_of,
+    layout_of,
+    positions_of,
+    tokens_of,
+)
 from fusellm.store.facts import StoreFacts, facts_of
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
@@ -45,6 +53,8 @@ class _Batch:
         self._ids: Ragged = columns["ids"]
         self._tokens: Tokens = tokens_of(columns)
         self._kept: Kept = kept_of(columns)
+        self._predicted: Ragged | None = columns.get(PREDICTED)
+        self._positions = offsets_of(positions_of(columns))
 
     def block(self, row: int, reasons: dict[int, str]) -> StoredBlock:
         """One block; its arrays are copies, so that it does not hold the whole batch."""
@@ -52,9 +62,13 @@ class _Batch:
         usable = bool(self._usable[row])
         ids = self._ids.values[self._ids.offsets[row] : self._ids.offsets[row + 1]]
         ends = tokens.ends[tokens.offsets[row] : tokens.offsets[row + 1]].copy()
-        positions = slice(*self._tokens.position_offsets[row : row + 2])
+        kept = self._of(slice(*self._positions[row : row + 2]))
         reason = None if usable else reasons.get(number, "it was not read")
-        return StoredBlock(number, usable, reason, ids.astype(np.int64), ends, self._of(positions))
+        places = None
+        if self._predicted is not None:
+            own = self._predicted.offsets[row : row + 2]
+            places = np.flatnonzero(self._predicted.values[own[0] : own[1]]) - 1
+        return StoredBlock(number, usable, reason, ids.astype(np.int64), ends, kept, places)
 
     def _of(self, positions: slice) -> Kept:
         kept = self._kept

@@ -27,11 +27,15 @@ class Encoded:
         ends: [T] int64 boundaries, in bytes; the prefix has read nothing, EOS the whole block.
             None where the walk failed: the tokenizer changes this text.
         prefix_tokens: how many of them are the prefix, which is read and never predicted.
+        predicted: of a conversation [T] bool, which of them are predicted; None of plain text.
+        reason: of a conversation that could not be read, why.
     """
 
     ids: np.ndarray
     ends: np.ndarray | None
     prefix_tokens: int = 0
+    predicted: np.ndarray | None = None
+    reason: str | None = None
 
 
 class Encoder:
@@ -77,6 +81,11 @@ class Encoder:
     def rules(self) -> str:
         """Tables and rules by which the tokenizer cuts text; equal for those that cut alike."""
         return rules_of(self.tokenizer)
+
+    @property
+    def said_around(self) -> tuple[str | None, ...]:
+        """What is put around text besides: nothing."""
+        return ()
 
     @property
     def prefix_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusellm.tokens.encode import Encoder
+from fusellm.tokens.encode import Encoded
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,14 @@ class Sample:
         changed: those that it changes (lower case, NFC, unknown characters), and so cannot be used.
         example: the beginning of the first of these; empty where there is none.
         longest: tokens of the longest block.
+        reason: of a conversation that is changed, why.
     """
 
     blocks: int
     changed: int
     example: str
     longest: int = 0
+    reason: str | None = None
 
     @property
     def changed_share(self) -> float:
@@ -28,9 +30,11 @@ class Sample:
         return self.changed / max(self.blocks, 1)
 
 
-def sample(encoder: Encoder, blocks: Sequence[str]) -> Sample:
-    """Try a tokenizer on blocks of text; no model is needed."""
-    encoded = encoder.encode(blocks, [False] * len(blocks))
-    changed = [text for text, tokens in zip(blocks, encoded, strict=True) if tokens.ends is None]
+def sample(encoded: Sequence[Encoded], texts: Sequence[str]) -> Sample:
+    """What became of blocks of text; no model is needed."""
+    changed = [n for n, tokens in enumerate(encoded) if tokens.ends is None]
     longest = max((len(tokens.ids) for tokens in encoded), default=0)
-    return Sample(len(blocks), len(changed), changed[0][:60] if changed else "", longest)
+    if not changed:
+        return Sample(len(texts), 0, "", longest)
+    first = changed[0]
+    return Sample(len(texts), len(changed), texts[first][:60], longest, encoded[first].reason)

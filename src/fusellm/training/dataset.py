@@ -110,7 +110,8 @@ class FusedDataset(Rows):
                 raise StoreError(f"{run} is no run: it has no {RECIPE}; check the path")
             recipe = load_recipe(run / RECIPE)
             trusted = bool(getattr(source, "trusted", False))
-            encoder = reader_of(recipe.target, trusted).encoder
+            chat = recipe.corpus.has_conversations
+            encoder = reader_of(recipe.target, trusted, chat).encoder
             self._open(recipe, run, encoder, seed, row_tokens)
             return
         else:

@@ -1,8 +1,8 @@
 """The rows that a training reads, from the fused store or the target's tokens, and their order.
 
 Both stores give the same blocks in the same order. A token all of whose bytes are context is read
-and not predicted, by neither loss; nor is one that the tokenizer puts before a text. T positions of
-a block.
+and not predicted, by neither loss; nor is one that the tokenizer puts before a text, nor of a
+conversation what its template and the others say. T positions of a block.
 
 A store that is kept in memory is shuffled as a whole. A larger one is read by windows of record
 batches, in a shuffled order, each shuffled in itself, so that each is read about once an epoch.
@@ -26,8 +26,9 @@ from fusellm.arrays.ragged import offsets_of
 from fusellm.errors import ArgumentError, CorpusError, StoreError
 from fusellm.store import externalized
 from fusellm.store import fused as fused_store
-from fusellm.store.blocks import BLOCKS, CONTEXT, context_of, text_bytes
+from fusellm.store.blocks import BLOCKS, CONTEXT, CONVERSATION, context_of, text_bytes
 from fusellm.store.externalized import (
+    PREDICTED,
     TARGET,
     open_externalized,
     require_same_blocks,
@@ -62,7 +63,11 @@ class TokenContext:
 
     def of(self, shard: int, row: int) -> np.ndarray:
         """[T] bool of a block; of one that the target cannot tell as bytes, all or nothing."""
-        block, tokens = self._blocks[shard].block(row), self._tokens[shard].block(row)
+        tokens = self._tokens[shard].block(row)
+        if PREDICTED in tokens:
+            read = tokens["read"]
+            return ~tokens[PREDICTED] if read else np.ones(len(tokens["ids"]), dtype=np.bool_)
+        block = self._blocks[shard].block(row)
         spans = context_of(block)
         if not tokens["read"]:
             return np.full(len(tokens["ids"]), bool(spans))
@@ -312,7 +317,7 @@ def stored_blocks(
         layout = externalized.layout_of(folder, vocabulary)
     names = shard_names(corpus, "train-")
     context = None
-    if names and CONTEXT in Shard(corpus, names[0], BLOCKS).schema.names:
+    if names and {CONTEXT, CONVERSATION} & set(Shard(corpus, names[0], BLOCKS).schema.names):
         context = TokenContext(corpus, open_externalized(run, TARGET), names)
     blocks = StoredBlocks(folder, layout, names, context, seed, prefix_tokens)
     if not (blocks.predicted > 0).any():

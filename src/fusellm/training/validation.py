@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
 from fusellm.evaluation.text.nats import blocks_nats, by_domain, without_context
-from fusellm.store.blocks import Block
+from fusellm.store.blocks import Block, encode_blocks
 from fusellm.tokens.encode import Encoded, Encoder
 from fusellm.training import processes
 
@@ -19,9 +19,7 @@ class Validation:
         self._domains = [block.domain for block in blocks]
         self._lengths = [len(block.text.encode()) for block in blocks]
         self._context = [block.context for block in blocks]
-        self._encoded: list[Encoded] = encoder.encode(
-            [block.text for block in blocks], [block.last for block in blocks]
-        )
+        self._encoded: list[Encoded] = encode_blocks(encoder, blocks)
         self._batch_tokens = recipe.evaluation.batch_tokens
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:

@@ -56,11 +56,30 @@ def blocks_nats(
         for n, row in zip(batch, rows, strict=True):
             ends = encoded[n].ends
             assert ends is not None
-            whole = np.array([0, len(ends)]), np.array([0, lengths_bytes[n]])
-            nats[n] = nats_by_byte(ends, whole[0], row, whole[1], encoded[n].prefix_tokens)
+            nats[n] = _by_byte(encoded[n], ends, row, lengths_bytes[n])
             if on_block is not None:
                 on_block()
     return nats
+
+
+def _by_byte(block: Encoded, ends: np.ndarray, nats: np.ndarray, length: int) -> np.ndarray:
+    """[L] nats of a block's bytes; of a conversation, those of what is learnt of it.
+
+    Args:
+        nats: [T − 1] log-probabilities of all tokens but the first.
+    """
+    if block.predicted is None:
+        whole = np.array([0, len(ends)]), np.array([0, length])
+        return nats_by_byte(ends, whole[0], nats, whole[1], block.prefix_tokens)
+    at = np.flatnonzero(block.predicted)
+    runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+    scored = np.full(length, np.nan)
+    for run in runs:  # what one message says, and the end of its turn
+        start, end = ends[run[0] - 1], ends[run[-1]]
+        own = np.concatenate([[0], ends[run] - start])
+        places = np.array([0, len(own)]), np.array([0, end - start])
+        scored[start:end] = nats_by_byte(own, places[0], nats[run - 1], places[1], 1)
+    return scored
 
 
 def without_context(

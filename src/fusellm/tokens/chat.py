@@ -1,0 +1,461 @@
+"""A conversation as one model reads it: its own template around the text that all models share.
+
+The template is rendered twice: as it is, and with a mark in the place of each text that a message
+brings along. Between the marks stands what the template says, and only there special tokens are
+special. A text is then looked for in the first rendering, between what stands around its mark in
+the second. One that the template strips or rewrites is read as the template has it, and not learnt.
+
+What stands between two special tokens is cut into tokens as one text, as the model's tokenizer does
+it. Only where a token would reach over the beginning or the end of a learnt text, that is cut by
+itself, as a model does that writes it. T tokens of a conversation.
+"""
+
+import hashlib
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fusellm.errors import TokenizerError
+from fusellm.tokens.conversation import ASSISTANT, Conversation
+from fusellm.tokens.encode import Encoded, Encoder
+from fusellm.tokens.spelling import TextIds
+from fusellm.tokens.text_ids import text_ids_of
+from fusellm.tokens.walk import walked
+
+CHANGED = "its chat template changes what is said"
+_STRUCTURE = frozenset({"role", "type"})  # what a template asks for, and is no text of anybody
+_PROBE = Conversation(({"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}), (1,))
+
+
+class _UnreadableError(Exception):
+    """A conversation that a model cannot read, and why."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a rendering.
+
+    Attributes:
+        text: of it.
+        message: number of the message whose content it is; None for all else.
+        is_template: whether the template says it, and not a message.
+    """
+
+    text: str
+    message: int | None = None
+    is_template: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a learnt message has of a section's bytes.
+
+    Attributes:
+        start, end: bytes of the section.
+        learnt: its number among the learnt messages.
+        whole: whether it is the message's content as it is.
+    """
+
+    start: int
+    end: int
+    learnt: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A special token, or the text between two of them.
+
+    Attributes:
+        text: of it; of a special token nothing.
+        special: the special token's id.
+        parts: what learnt messages have of it, ascending.
+        is_first: whether nothing stands before it.
+    """
+
+    text: str
+    special: int | None = None
+    parts: tuple[_Part, ...] = ()
+    is_first: bool = False
+
+    @property
+    def cuts(self) -> list[int]:
+        """Bytes at which a learnt message begins or ends within it."""
+        edges = {0, *(edge for part in self.parts for edge in (part.start, part.end))}
+        return [*sorted(edges), len(self.text.encode())]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A section as tokens.
+
+    Attributes:
+        ids: of them.
+        ends: in bytes of the section, where each ends; of tokens that are not the text's bytes the
+            last one has all of them.
+        known: [T] bool, whether its bytes are known.
+    """
+
+    ids: list[int]
+    ends: np.ndarray
+    known: np.ndarray
+
+
+class ChatEncoder(Encoder):
+    """A tokenizer that reads conversations by a chat template.
+
+    Its vocabulary's `eos_id` is the token that ends a turn: the special token, if there is one,
+    that the template has directly behind what an assistant says.
+
+    Attributes:
+        template: in Jinja; transformers renders it in its sandbox.
+        system: what this model is told first where a conversation has no system message.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int | None = None,
+        template: str | None = None,
+        system: str | None = None,
+    ) -> None:
+        """Read a tokenizer's tokens, and try its template.
+
+        Args:
+            rows: as `Encoder` takes them.
+            template: in place of the tokenizer's own.
+
+        Raises:
+            TokenizerError: there is none, it raises on a question and an answer, or it does not
+                say the answer as it is.
+        """
+        super().__init__(tokenizer, rows)
+        self._name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.template, self.system = template or self._own_template(), system
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = {token.content: token for token in special}
+        added = tokenizer.added_tokens_decoder.items()
+        self._ids = {token.content: int(id_) for id_, token in added}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._later_ids = _later_ids_of(tokenizer, self._text_ids)
+        self.vocabulary = replace(self.vocabulary, eos_id=self._end_of_turn(), prefix_ids=())
+
+    def _own_template(self) -> str:
+        own = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(own, Mapping):  # several, by name
+            own = own.get("default")
+        if not isinstance(own, str) or not own:
+            raise TokenizerError(
+                f"{self._name!r} has no chat template, and the corpus is of conversations; give "
+                "this model one in the recipe, as chat_template: FILE.jinja, or leave it out"
+            )
+        return own
+
+    def _end_of_turn(self) -> int | None:
+        try:
+            sections = list(self._sections(_PROBE, self._pieces(_PROBE)))
+        except _UnreadableError as error:
+            raise TokenizerError(f"{self._name!r}: {error}") from None
+        said = [n for n, one in enumerate(sections) if any(part.whole for part in one.parts)]
+        if not said:
+            raise TokenizerError(
+                f"the chat template of {self._name!r} does not say an answer as it is, so that "
+                "nothing can be learnt by it; give this model another one in the recipe, as "
+                "chat_template: FILE.jinja"
+            )
+        last = sections[said[-1]]
+        stands_behind = last.parts[-1].end == len(last.text.encode())
+        after = sections[said[-1] + 1 : said[-1] + 2]
+        return after[0].special if after and stands_behind else None
+
+    @property
+    def said_around(self) -> tuple[str | None, ...]:
+        """The template, and what the model is told first."""
+        return (self.template, self.system)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """One: before each learnt text stands a token that has read nothing of it."""
+        return 1
+
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Encode conversations.
+
+        Returns:
+            Of each the ids of all that is rendered, boundaries in its shared text, and which tokens
+            are predicted: those of learnt messages, and the ends of their turns. Of one that cannot
+            be read `ends` is None, and `reason` says why.
+        """
+        read: list[list[_Section] | str] = []
+        for conversation in conversations:
+            try:
+                read.append(list(self._sections(conversation, self._pieces(conversation))))
+            except _UnreadableError as error:
+                read.append(str(error))
+        cut = iter(self._cut_all([s for one in read if not isinstance(one, str) for s in one]))
+        return [
+            Encoded(np.zeros(0, dtype=np.int64), None, reason=one)
+            if isinstance(one, str)
+            else self._joined(conversation, [(section, next(cut)) for section in one])
+            for conversation, one in zip(conversations, read, strict=True)
+        ]
+
+    def _cut_all(self, sections: Sequence[_Section]) -> list[_Cut]:
+        """Sections as tokens, many at once.
+
+        A section is cut as one text. Where a token would reach over the beginning or the end of a
+        learnt message, what is before, in and behind it are cut each by itself.
+        """
+        wholes = self._tokens([(s.text, s.is_first) for s in sections])
+        apart: list[tuple[int, list[int]]] = []
+        pieces: list[tuple[str, bool]] = []
+        for n, (section, one) in enumerate(zip(sections, wholes, strict=True)):
+            cuts = section.cuts
+            if section.parts and not (one.known.all() and set(cuts) <= {0, *one.ends.tolist()}):
+                apart.append((n, cuts))
+                data = section.text.encode()
+                pieces += [
+                    (data[a:b].decode(), section.is_first and a == 0) for a, b in pairwise(cuts)
+                ]
+        each = iter(self._tokens(pieces))
+        for n, cuts in apart:
+            of_pieces = [(start, next(each)) for start in cuts[:-1]]
+            wholes[n] = _Cut(
+                [id_ for _, one in of_pieces for id_ in one.ids],
+                np.concatenate([start + one.ends for start, one in of_pieces]),
+                np.concatenate([one.known for _, one in of_pieces]),
+            )
+        return wholes
+
+    def _tokens(self, texts: Sequence[tuple[str, bool]]) -> list[_Cut]:
+        """Texts as tokens, each with whether nothing stands before it."""
+        rows = [list[int]() for _ in texts]
+        for first, ids_of in ((True, self._text_ids), (False, self._later_ids)):
+            own = [n for n, (_, is_first) in enumerate(texts) if is_first == first]
+            for n, ids in zip(own, ids_of([texts[n][0] for n in own]), strict=True):
+                rows[n] = list(ids)
+        data = [text.encode() for text, _ in texts]
+        walk = walked(data, rows, self.vocabulary)
+        cut = []
+        for n, ids in enumerate(rows):
+            known = bool(walk.covered[n])
+            ends = walk.ends[walk.offsets[n] : walk.offsets[n + 1]]
+            if not known:
+                ends = np.zeros(len(ids), dtype=np.int64)
+                ends[-1:] = len(data[n])
+            cut.append(_Cut(ids, ends, np.full(len(ids), known)))
+        return cut
+
+    def _joined(self, conversation: Conversation, cut: Sequence[tuple[_Section, _Cut]]) -> Encoded:
+        """Sections with their tokens as one, with boundaries in what is shared."""
+        ids, ends, predicted = list[int](), list[int](), list[bool]()
+        starts, last = (0, *conversation.span_ends), len(conversation.learnt) - 1
+        shared, behind = 0, False  # bytes that have been read; whether an answer was, to its end
+        for section, tokens in cut:
+            if section.special is not None:
+                is_end = behind and section.special == self.vocabulary.eos_id
+                ids.append(section.special)
+                ends.append(shared)
+                predicted.append(is_end)
+                behind = False
+                continue
+            begins = np.concatenate([[0], tokens.ends])[: len(tokens.ids)]
+            own = np.full(len(tokens.ids), shared)
+            asked = np.zeros(len(tokens.ids), dtype=np.bool_)
+            behind = False
+            for part in section.parts:
+                start, shared = starts[part.learnt], starts[part.learnt + 1]
+                inside = (begins >= part.start) & (begins < part.end)
+                own[begins >= part.start] = shared
+                is_read = part.whole and bool(tokens.known[inside].all()) and bool(inside.any())
+                if is_read:
+                    own[inside] = start + tokens.ends[inside] - part.start
+                    asked |= inside
+                is_whole = not (conversation.cut and part.learnt == last)
+                behind = is_read and is_whole and part.end == len(section.text.encode())
+            ids += tokens.ids
+            ends += own.tolist()
+            predicted += asked.tolist()
+        return _encoded(conversation, ids, ends, predicted)
+
+    def _sections(self, conversation: Conversation, pieces: Sequence[_Piece]) -> Iterator[_Section]:
+        """Special tokens, and the texts between them."""
+        number = {message: n for n, message in enumerate(conversation.learnt)}
+        text, parts, strips, is_first = "", list[_Part](), False, True
+        for piece in pieces:
+            at = None if piece.message is None else number.get(piece.message)
+            if at is not None:
+                start = len(text.encode())
+                said = conversation.messages[conversation.learnt[at]]["content"]
+                end = start + len(piece.text.encode())
+                parts.append(_Part(start, end, at, piece.text == said))
+            split = self._cut.split(piece.text) if piece.is_template else [piece.text]
+            for place, part in enumerate(split):
+                if place % 2 == 0:
+                    text += part.lstrip() if strips and piece.is_template else part
+                    strips = strips and not part
+                    continue
+                token = self._special[part]
+                if token.lstrip and not parts:
+                    text = text.rstrip()
+                if text or parts:
+                    yield _Section(text, None, tuple(parts), is_first)
+                yield _Section("", self._ids[part])
+                text, parts, strips, is_first = "", [], bool(token.rstrip), False
+        if text or parts:
+            yield _Section(text, None, tuple(parts), is_first)
+
+    def _pieces(self, conversation: Conversation) -> list[_Piece]:
+        """A rendering, in parts.
+
+        Raises:
+            _UnreadableError: the template raises, or changes the messages in a way that is not
+                known.
+        """
+        messages = list(conversation.messages)
+        told = self.system is not None and all(m["role"] != "system" for m in messages)
+        if told:
+            messages.insert(0, {"role": "system", "content": self.system})
+        given = {"messages": messages, "tools": list(conversation.tools)}
+        rendered = self._render(given)
+        salt = hashlib.sha256(rendered.encode("utf-8", "replace")).hexdigest()[:16]
+        texts: list[tuple[str, int | None]] = []
+        marked = _marked(given, (), salt, texts)
+        skeleton = re.split(rf"(q{salt}n\d+z)", self._render(marked))
+        marks = [int(mark[len(salt) + 2 : -1]) for mark in skeleton[1::2]]
+        fillings = _fillings(rendered, skeleton[::2], [texts[mark][0] for mark in marks])
+        pieces = [_Piece(skeleton[0], is_template=True)]
+        for mark, said, after in zip(marks, fillings, skeleton[2::2], strict=True):
+            of = texts[mark][1]
+            own = None if of is None or (of < told) else of - told
+            pieces += [_Piece(said, own), _Piece(after, is_template=True)]
+        return [piece for piece in pieces if piece.text or piece.message is not None]
+
+    def _render(self, given: Mapping[str, Any]) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                given["messages"],
+                tools=given["tools"] or None,
+                chat_template=self.template,
+                tokenize=False,
+            )
+        except Exception as error:  # whatever Jinja, or what a template calls, may raise
+            reason = " ".join(str(error).split())[:200]
+            raise _UnreadableError(f"its chat template raises: {reason}") from error
+        assert isinstance(rendered, str)
+        return rendered
+
+
+def _encoded(
+    conversation: Conversation, ids: list[int], ends: list[int], predicted: list[bool]
+) -> Encoded:
+    """A conversation's tokens, if anything of it is learnt.
+
+    The bytes of an answer that is not learnt are those of the first token behind it. Of one that is
+    not said at all they are those of the token before the next answer, or of the last one.
+    """
+    whole = len(conversation.text.encode())
+    array = np.array(ids, dtype=np.int64)
+    if not any(predicted) or predicted[0] or (ends[-1] < whole and predicted[-1]):
+        return Encoded(array, None, reason=CHANGED)
+    ends[-1] = whole
+    starts = (0, *conversation.span_ends)
+    for n in range(1, len(ids)):
+        if predicted[n] and not predicted[n - 1] and ends[n] > ends[n - 1]:
+            span = bisect_left(conversation.span_ends, ends[n])
+            ends[n - 1] = starts[span]
+    return Encoded(array, np.array(ends, dtype=np.int64), predicted=np.array(predicted))
+
+
+def _later_ids_of(tokenizer: PreTrainedTokenizerBase, text_ids: TextIds) -> TextIds:
+    """From texts that follow a special token to their ids.
+
+    Some tokenizers put a dummy prefix before the first text alone; here none is first.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return text_ids
+    layout = json.loads(backend.to_str())
+    outer = layout["pre_tokenizer"] or {}
+    steps = [step for step in (outer, *outer.get("pretokenizers", ())) if step]
+    firsts = [step for step in steps if step.get("prepend_scheme") == "first"]
+    if not firsts:
+        return text_ids
+    for step in firsts:
+        step["prepend_scheme"] = "never"
+    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(layout)))
+    return text_ids_of(own)
+
+
+def _marked(
+    value: Any, place: tuple[str | int, ...], salt: str, texts: list[tuple[str, int | None]]
+) -> Any:
+    """A value whose texts are marks; `texts` gets each, with the message whose content it is."""
+    if isinstance(value, str):
+        is_content = len(place) == 3 and place[0] == "messages" and place[2] == "content"
+        texts.append((value, int(place[1]) if is_content else None))
+        return f"q{salt}n{len(texts) - 1}z"
+    if isinstance(value, Mapping):
+        return {
+            key: inner if key in _STRUCTURE else _marked(inner, (*place, key), salt, texts)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_marked(inner, (*place, n), salt, texts) for n, inner in enumerate(value)]
+    return value
+
+
+def _forms(text: str) -> list[str]:
+    """How a template may say a text: as it is, stripped, or as in JSON."""
+    quoted = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
+    return list(dict.fromkeys([text, text.strip(), text.rstrip(), text.lstrip(), *quoted]))
+
+
+def _fillings(rendered: str, between: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """What a rendering has in the places of marks.
+
+    Args:
+        between: [M+1] what stands before, between and after the marks.
+        texts: [M] what was marked.
+
+    Raises:
+        _UnreadableError: no form of the texts fits.
+
+    >>> _fillings("<a> x<b>y ", ["<a>", "<b>", " "], [" x", "y "])
+    [' x', 'y']
+    """
+    if not rendered.startswith(between[0]):
+        raise _UnreadableError(CHANGED)
+    chosen: list[str] = []
+    ends = [len(between[0])]  # where the rendering goes on, after each that is chosen
+    left = [_forms(text) for text in texts[:1]]  # forms that are still to be tried, of each place
+    while len(chosen) < len(texts):
+        if not left:
+            raise _UnreadableError(CHANGED)
+        if not left[-1]:  # none fits here: another one has to be tried at the place before
+            left.pop()
+            if chosen:
+                chosen.pop()
+                ends.pop()
+            continue
+        form = left[-1].pop(0)
+        after = between[len(chosen) + 1]
+        if not rendered.startswith(form + after, ends[-1]):
+            continue
+        end = ends[-1] + len(form) + len(after)
+        if len(chosen) + 1 == len(texts) and end != len(rendered):
+            continue
+        chosen.append(form)
+        ends.append(end)
+        if len(chosen) < len(texts):
+            left.append(_forms(texts[len(chosen)]))
+    return chosen

@@ -1,0 +1,625 @@
+"""Conversations: each model reads them by its own template, and what is said is learnt."""
+
+import json
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chats import ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
+from conftest import Command
+from fusellm.arrays.ragged import Ragged
+from fusellm.arrays.spans import Spans
+from fusellm.arrays.tokens import Tokens
+from fusellm.corpus.conversations import UnusableError, conversation_of, within
+from fusellm.errors import FusellmError, RecipeError, StoreError, TokenizerError
+from fusellm.explain.block import inspect_block
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Silent
+from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
+from fusellm.store.blocks import BLOCKS, encode_blocks, open_corpus, read_part, read_shard
+from fusellm.store.externalized import open_externalized
+from fusellm.store.fused import layout_of, open_fused
+from fusellm.store.opened import open_store
+from fusellm.store.tables import Shard, shard_names
+from fusellm.tokens.chat import ChatEncoder
+from fusellm.tokens.conversation import Conversation
+from fusellm.tokens.encode import Encoded
+
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+REAL = Path("/work/real/models")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(models: Path) -> dict[str, ChatEncoder]:
+    return {name: ChatEncoder(AutoTokenizer.from_pretrained(models / name)) for name in FAMILIES}
+
+
+def spans_of(encoded: Encoded) -> list[list[int]]:
+    """Ids of each run of tokens that are predicted."""
+    assert encoded.predicted is not None
+    runs = groupby(
+        zip(encoded.ids.tolist(), encoded.predicted.tolist(), strict=True), lambda t: t[1]
+    )
+    return [[id_ for id_, _ in run] for predicted, run in runs if predicted]
+
+
+def bare_ids(encoder: ChatEncoder, text: str) -> list[int]:
+    """Ids of a text after a line end, where no dummy prefix is put; joined with it by none."""
+    backend = Tokenizer.from_str(
+        encoder.tokenizer.backend_tokenizer.to_str().replace('scheme":"first"', 'scheme":"never"')
+    )
+    backend.encode_special_tokens = True
+    return list(backend.encode(text, add_special_tokens=False).ids)
+
+
+# A conversation as tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_rendered_is_read_and_what_is_said_is_predicted(
+    encoders: dict[str, ChatEncoder], name: str
+) -> None:
+    encoder = encoders[name]
+    one = asked("Two and two?", "Four, of course.\n\nOr 2 + 2.", "And three?", "Six — or so.")
+    (encoded,) = encoder.encode_conversations([one])
+    assert encoded.ends is not None
+    assert encoded.predicted is not None
+    assert encoder.spelled(encoder.vocabulary.eos_id or -1) == ENDS[name]
+    expected = [[*bare_ids(encoder, said), encoder.vocabulary.eos_id] for said in _answers(one)]
+    assert spans_of(encoded) == expected
+    assert encoded.ends[-1] == len(one.text.encode())
+    assert (np.diff(encoded.ends) >= 0).all()
+    # An answer's tokens end where it does, and all else has no bytes.
+    widths = np.diff(encoded.ends, prepend=0)
+    assert not widths[~encoded.predicted].any()
+    ends_of_turns = encoded.ids == encoder.vocabulary.eos_id
+    assert encoded.ends[ends_of_turns & encoded.predicted].tolist() == list(one.span_ends)
+
+
+def _answers(conversation: Conversation) -> list[str]:
+    return [conversation.messages[n]["content"] for n in conversation.learnt]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama"])
+def test_ids_are_those_of_the_tokenizers_own_rendering(
+    encoders: dict[str, ChatEncoder], name: str
+) -> None:
+    """Where no text begins or ends with what the template's text would be joined with."""
+    encoder = encoders[name]
+    one = asked("Where is it?", "In `list.py`, I think.", "Sure?", "No.")
+    (encoded,) = encoder.encode_conversations([one])
+    whole = encoder.tokenizer.apply_chat_template(list(one.messages), tokenize=True)
+    assert encoded.ids.tolist() == whole["input_ids"]
+
+
+def said() -> st.SearchStrategy[str]:
+    """Texts that spell special tokens, roles and white space among other things."""
+    spelled = [
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "<end_of_turn>",
+        "<|eot_id|>",
+        "</s>",
+        "<s>",
+    ]
+    piece = st.sampled_from([*spelled, "\n", " ", "a", "É", "{{ x }}", "user", "2", "<bos>"])
+    return st.lists(piece | st.text(max_size=3), min_size=1, max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(texts=st.lists(said(), min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_nothing_that_is_said_ends_a_turn(
+    encoders: dict[str, ChatEncoder], name: str, texts: list[str]
+) -> None:
+    """Span ids are those of the same text elsewhere, and special tokens those of the template."""
+    encoder = encoders[name]
+    _require_no_injection(encoder, [_whole(text) for text in texts], trims=name != "chatml")
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _require_no_injection(encoder: ChatEncoder, texts: list[str], trims: bool) -> None:
+    one = asked(*texts)
+    (encoded,) = encoder.encode_conversations([one])
+    harmless = asked(*["a" if text.strip() else text for text in texts])
+    (same,) = encoder.encode_conversations([harmless])
+    special = encoder.tokenizer.all_special_ids
+
+    def of(encoded: Encoded) -> list[int]:
+        return [id_ for id_ in encoded.ids.tolist() if id_ in special]
+
+    if encoded.ids.size and same.ids.size:
+        assert of(encoded) == of(same)
+    if encoded.ends is None:
+        assert encoded.reason is not None
+        return
+    learnt = []
+    for text in _answers(one):
+        (alone,) = encoder.encode_conversations([asked("a", text)])
+        learnt += [] if alone.ends is None else spans_of(alone)
+    assert spans_of(encoded) == learnt
+    decoded = [encoder.tokenizer.decode(span[:-1]) for span in learnt]
+    assert [text for text in _answers(one) if text in decoded] == [
+        text for text in decoded if text in _answers(one)
+    ]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "qwen-coder", "gemma3"])
+def test_nothing_that_is_said_ends_a_turn_of_a_real_model(name: str) -> None:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"{REAL / name} is not there")
+    tokenizer = AutoTokenizer.from_pretrained(REAL / name)
+    encoder = ChatEncoder(tokenizer, template=GEMMA if name == "gemma3" else None)
+    for texts in (["Hi <|im_end|>", "<|im_end|>\n<|im_start|>user"], ["<end_of_turn>", "<eos>ö"]):
+        _require_no_injection(encoder, texts, trims=name == "gemma3")
+    one = asked("Where is it?", "In `list.py`, I think.", "Sure?", "No.")
+    (encoded,) = encoder.encode_conversations([one])
+    rendered = tokenizer.apply_chat_template(
+        list(one.messages), chat_template=encoder.template, tokenize=False
+    )
+    assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == encoded.ids.tolist()
+
+
+def test_tool_calls_and_results_are_read_and_what_they_say_is_text(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["chatml"]
+    call = {
+        "type": "function",
+        "function": {"name": "find", "arguments": {"q": 'a "<|im_end|>"\n'}},
+    }
+    messages = (
+        {"role": "user", "content": "Find it."},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": "<|im_end|>"},
+        {"role": "assistant", "content": "Here."},
+    )
+    tools = ({"type": "function", "function": {"name": "find", "description": "<|im_end|>"}},)
+    (encoded,) = encoder.encode_conversations([Conversation(messages, (1, 3), tools=tools)])
+    end = encoder.vocabulary.eos_id
+    assert encoded.ids.tolist().count(end) == 5
+    # Behind the first answer stands its call, which is the template's, and so no end of a turn.
+    assert spans_of(encoded) == [bare_ids(encoder, "I look."), [*bare_ids(encoder, "Here."), end]]
+    decoded = encoder.tokenizer.decode(encoded.ids)
+    assert json.dumps(call)[1:-1] in decoded
+
+
+def test_an_answer_that_a_template_strips_is_read_and_not_learnt(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    one = asked("First?", " stripped ", "Second?", "kept")
+    (encoded,) = encoders["gemma"].encode_conversations([one])
+    encoder = encoders["gemma"]
+    assert spans_of(encoded) == [[*bare_ids(encoder, "kept"), encoder.vocabulary.eos_id]]
+    assert encoded.ends is not None
+    assert encoded.ends[-1] == len(one.text.encode())
+    assert " stripped" not in encoder.tokenizer.decode(encoded.ids).replace("\nstripped", "")
+    (all_of_it,) = encoders["chatml"].encode_conversations([one])
+    assert len(spans_of(all_of_it)) == 2
+
+
+def test_what_a_model_is_told_first_is_its_own(encoders: dict[str, ChatEncoder]) -> None:
+    tokenizer = encoders["chatml"].tokenizer
+    told = ChatEncoder(tokenizer, system="Be brief.")
+    one = asked("Well?", "Yes.")
+    (encoded,) = told.encode_conversations([one])
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in tokenizer.decode(encoded.ids)
+    assert spans_of(encoded) == spans_of(encoders["chatml"].encode_conversations([one])[0])
+    own = Conversation(({"role": "system", "content": "Be long."}, *one.messages), (2,))
+    (kept,) = told.encode_conversations([own])
+    assert "Be brief" not in tokenizer.decode(kept.ids)
+
+
+def test_an_answer_that_was_cut_ends_no_turn(encoders: dict[str, ChatEncoder]) -> None:
+    for encoder in encoders.values():
+        (encoded,) = encoder.encode_conversations([asked("Q?", "A", "Q?", "B", cut=True)])
+        a, b = spans_of(encoded)
+        assert a == [*bare_ids(encoder, "A"), encoder.vocabulary.eos_id]
+        assert b == bare_ids(encoder, "B")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"has no chat template, .* chat_template: FILE\.jinja"),
+        ("{{ raise_exception('not for you') }}", r"its chat template raises: not for you"),
+        ("{{ messages[0]['content'] }}", r"does not say an answer as it is"),
+        ("{{ messages[1]['content'] | upper }}", r"changes what is said"),
+        ("{{ ''.__class__.__mro__ }}", r"its chat template raises: .*unsafe"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_told(
+    encoders: dict[str, ChatEncoder], template: str | None, message: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoders["gemma"].tokenizer.name_or_path)
+    tokenizer.chat_template = None
+    with pytest.raises(TokenizerError, match=message):
+        ChatEncoder(tokenizer, template=template)
+
+
+def test_a_template_that_raises_leaves_a_conversation_out(encoders: dict[str, ChatEncoder]) -> None:
+    messages = ({"role": "system", "content": "Brief."}, *asked("Q?", "A").messages)
+    bad, good = Conversation(messages, (2,)), asked("Q?", "A")
+    first, second = encoders["gemma"].encode_conversations([bad, good])
+    assert first.ends is None
+    assert first.reason == "its chat template raises: System role not supported"
+    assert second.ends is not None
+
+
+# Records
+
+
+def test_layouts_of_records_give_the_same_conversation() -> None:
+    expected = asked("Q?", "A.", "Q!", "B.")
+    openai = [[{"role": m["role"], "content": m["content"]} for m in expected.messages]]
+    names = {"user": "human", "assistant": "gpt"}
+    sharegpt = [[{"from": names[m["role"]], "value": m["content"]} for m in expected.messages]]
+    parts = [[m | {"content": [{"type": "text", "text": m["content"]}]} for m in openai[0]]]
+    for values in (openai, sharegpt, parts, [json.dumps(openai[0])]):
+        assert conversation_of(values) == expected
+    two = conversation_of([openai[0][:3], openai[0][3:]])
+    assert two == replace(expected, learnt=(3,))
+    assert conversation_of(["Q?", "A."]) == asked("Q?", "A.")
+    assert conversation_of(openai, turns="last").learnt == (3,)
+    unanswered = [[*openai[0], {"role": "user", "content": "And?"}]]
+    assert conversation_of(unanswered) == expected
+
+
+def test_thinking_is_kept_or_dropped() -> None:
+    thought = [
+        {"role": "user", "content": "Q?"},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA."},
+    ]
+    assert conversation_of([thought]).text == "<think>\nHm.\n</think>\n\nA."
+    assert conversation_of([thought], thinking="drop").text == "A."
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "assistant", "content": "A"}], "message 0 is of assistant, after none"),
+        (
+            [*[{"role": "user", "content": "Q"}] * 2, {"role": "assistant", "content": "A"}],
+            "after one of user",
+        ),
+        (
+            [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "  "}],
+            "says nothing",
+        ),
+        ([{"role": "king", "content": "Q"}], "is of 'king', whom nobody knows"),
+        ([{"content": "Q"}], "is of 'None'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "parts that are no text"),
+        ([{"role": "user", "content": 7}], "is a int, and no text"),
+        ("plain", "is text, and no list"),
+        (None, "is no list of messages"),
+        ([1], "is no list of messages"),
+    ],
+)
+def test_what_is_no_conversation_says_why(messages: Any, reason: str) -> None:
+    with pytest.raises(UnusableError, match=reason):
+        conversation_of([messages])
+
+
+def test_long_conversations_are_cut_at_whole_turns_from_the_front() -> None:
+    one = asked("q" * 10, "a" * 10, "r" * 10, "b" * 10)
+    assert within(one, 40) == (one, 0)
+    assert within(one, 39) == (asked("r" * 10, "b" * 10), 1)
+    short = within(one, 15)
+    assert short == (asked("r" * 10, "b" * 5, cut=True), 1)
+    assert within(one, 10) is None
+    system = ({"role": "system", "content": "s" * 5}, *one.messages)
+    told = within(Conversation(system, (2, 4)), 25)
+    assert told is not None
+    assert [m["content"][0] for m in told[0].messages] == ["s", "r", "b"]
+    assert told[0].learnt == (2,)
+
+
+@given(
+    st.lists(st.text(min_size=1, max_size=9), min_size=2, max_size=8).filter(
+        lambda t: len(t) % 2 == 0
+    ),
+    st.integers(1, 60),
+)
+def test_a_cut_conversation_is_the_end_of_the_whole_one(texts: list[str], most: int) -> None:
+    one = asked(*(_whole(text) for text in texts))
+    fitting = within(one, most)
+    if fitting is None:
+        return
+    cut, turns = fitting
+    assert sum(len(m["content"].encode()) for m in cut.messages) <= most
+    assert len(cut.messages) == len(one.messages) - 2 * turns
+    assert cut.messages[:-1] == one.messages[2 * turns : -1]
+    assert one.messages[-1]["content"].startswith(cut.messages[-1]["content"])
+    assert cut.cut == (cut.messages[-1] != one.messages[-1])
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ({"messages": "m", "text_field": "t"}, "text_field is of plain text"),
+        ({"messages": "m", "context_fields": ["m"]}, "is of plain text"),
+        ({"turns": "last"}, "turns is of conversations"),
+        ({"tools_field": "tools"}, "tools_field is of conversations"),
+        ({"messages": ["p", "p"]}, "names 'p' twice"),
+        ({"messages": ["p"]}, "names a field, or two: of the prompt and of its completion"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(documents: dict[str, Any], message: str) -> None:
+    entry = {"files": "x.jsonl"} | documents
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(_raw([entry]), "here")
+
+
+def _raw(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": "r",
+        "target": "zoo/prose",
+        "sources": ["zoo/cpp"],
+        "corpus": {"documents": documents},
+    }
+
+
+def test_plain_text_and_conversations_do_not_mix() -> None:
+    documents = [{"files": "a.jsonl", "messages": "m"}, {"files": "b.txt", "domain": "plain"}]
+    with pytest.raises(RecipeError, match="'plain' is plain text, and others are conversations"):
+        check_recipe(_raw(documents), "here")
+
+
+# Spans as blocks
+
+
+def test_spans_are_tokens_with_one_before_each() -> None:
+    spans = Spans.of(Ragged(np.array([0, 2, 3]), np.array([3, 5, 4])))
+    #         template a  a  end template b  end | template c
+    ids = np.array([1, 10, 11, 2, 3, 12, 2, 1, 4, 13])
+    ends = np.array([0, 1, 3, 3, 3, 5, 5, 0, 0, 4])
+    predicted = np.array([0, 1, 1, 1, 0, 1, 1, 0, 0, 1], dtype=np.bool_)
+    tokens = spans.tokens(Tokens(np.array([0, 7, 10]), ids, ends), predicted)
+    assert tokens.offsets.tolist() == [0, 4, 7, 9]
+    assert tokens.ids.tolist() == [1, 10, 11, 2, 3, 12, 2, 4, 13]
+    assert tokens.ends.tolist() == [0, 1, 3, 3, 0, 2, 2, 0, 4]
+    assert tokens.prefix_tokens == 1
+    predicted[1:4] = False  # the first answer is not learnt from this model
+    without = spans.tokens(Tokens(np.array([0, 7, 10]), ids, np.maximum(ends, 0)), predicted)
+    assert without.offsets.tolist() == [0, 0, 3, 5]
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def recipe_file(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    rows = records(80)
+    rows[3]["messages"][1]["content"] = "  stripped by two templates  "
+    rows.append({"messages": [{"role": "assistant", "content": "first"}]})
+    write_records(folder / "chat.jsonl", rows)
+    raw = {
+        "name": "chat",
+        "target": str(models / "llama"),
+        "sources": [
+            {"model": str(models / "chatml"), "name": "chatml", "system": "Be brief."},
+            {"model": str(models / "gemma"), "name": "gemma"},
+        ],
+        "corpus": {
+            "documents": [{"files": "chat.jsonl", "messages": "messages", "domain": "chat"}],
+            "validation_share": 0.1,
+            "held_out_share": 0.1,
+            "shard_blocks": 16,
+        },
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from its recipe to its report."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusellm.training.rehearsal.rehearse", lambda *_: None)
+        _opened(recipe_file, run).execute()
+    return run
+
+
+def _opened(recipe_file: Path, run: Path) -> Pipeline:
+    return Pipeline(resolve_paths(load_recipe(recipe_file), recipe_file.parent), run, Silent())
+
+
+def test_what_is_stored_is_what_the_model_says(finished: Path, models: Path) -> None:
+    """Log-probabilities of what is learnt, beside those of transformers for the whole."""
+    store = open_store(finished / "externalize" / "chatml")
+    model = AutoModelForCausalLM.from_pretrained(models / "chatml").eval()
+    for block in list(store)[:6]:
+        with torch.no_grad():
+            log_probs = model(torch.tensor(block.ids)[None]).logits[0].log_softmax(-1)
+        for n in range(block.positions):
+            at = block.at(n)
+            place = int(block.places[n]) if block.places is not None else n
+            assert at.token == block.ids[place]
+            assert at.true_id == block.ids[place + 1]
+            expected = float(log_probs[place, at.true_id])
+            assert at.true_log_prob == pytest.approx(expected, abs=0.03)
+            assert at.counts.sum() == 32
+
+
+def test_the_corpus_says_what_it_left_out(finished: Path) -> None:
+    corpus = open_corpus(finished)
+    assert corpus.counts["unusable_conversations"] == 1
+    block = read_shard(corpus, "train-00000.arrow")[0]
+    assert block.conversation is not None
+    assert block.text == block.conversation.text
+
+
+def test_what_is_fused_is_at_what_is_learnt(finished: Path, recipe_file: Path) -> None:
+    """Parts stand where the target predicts, and the end of a turn has an outcome of its own."""
+    pipeline = _opened(recipe_file, finished)
+    encoder = pipeline.readers["target"].encoder
+    corpus, fused = open_corpus(finished), open_fused(finished)
+    tokens = open_externalized(finished, "target")
+    ends = 0
+    for name in shard_names(corpus, "train-"):
+        shard = Shard(fused, name, layout_of(fused))
+        for row, encoded in enumerate(encode_blocks(encoder, read_shard(corpus, name))):
+            block = shard.block(row)
+            assert encoded.predicted is not None
+            assert block["ids"].tolist() == encoded.ids.tolist()
+            there = block["parts"] > 0
+            assert not (there & ~encoded.predicted[1:]).any()
+            is_end = encoded.predicted[1:] & (encoded.ids[1:] == encoder.vocabulary.eos_id)
+            ends += int(there[is_end].sum())
+    assert ends > 50
+    assert tokens.complete
+
+
+def test_bits_per_byte_are_those_of_what_is_learnt(finished: Path, models: Path) -> None:
+    """Held-out nats of a source, beside transformers' loss with labels on what is said alone.
+
+    As of plain text, the end is learnt and not measured: it has no bytes.
+    """
+    body = json.loads((finished / "evaluate" / "results.json").read_text())
+    blocks = read_part(open_corpus(finished), "held_out")
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(models / "gemma"))
+    model = AutoModelForCausalLM.from_pretrained(models / "gemma").eval()
+    nats = scored = 0.0
+    for block, encoded in zip(blocks, encode_blocks(encoder, blocks), strict=True):
+        ids = torch.tensor(encoded.ids)[None]
+        asked = torch.tensor(encoded.predicted)[None] & (ids != encoder.vocabulary.eos_id)
+        labels = torch.where(asked, ids, -100)
+        with torch.no_grad():
+            loss = model(ids, labels=labels).loss
+        nats += float(loss) * int((labels != -100).sum())
+        scored += len(block.text.encode())
+    (record,) = (r for r in body["records"] if r["model"] == "gemma" and r["task"] == "chat")
+    assert record["value"] == pytest.approx(nats / scored / np.log(2), rel=1e-3)
+
+
+def test_the_model_speaks_by_its_template(finished: Path) -> None:
+    folder = finished / "train" / "fused"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == LLAMA
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    asked_for = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Well?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    written = model.generate(**asked_for, max_new_tokens=3, do_sample=False)
+    assert written.shape[1] == asked_for["input_ids"].shape[1] + 3
+
+
+def test_inspect_shows_an_answer(finished: Path, recipe_file: Path, command: Command) -> None:
+    pipeline = _opened(recipe_file, finished)
+    number = next(
+        n
+        for n, b in enumerate(read_shard(open_corpus(finished), "train-00000.arrow"))
+        if b.conversation is not None and len(b.conversation.learnt) > 1
+    )
+    args = pipeline.recipe, finished, pipeline.readers, number, None, Silent()
+    views = [inspect_block(*args, answer) for answer in (None, 1)]
+    for answer, view in enumerate(views):
+        assert view.answer == answer
+        assert "".join(view.target.spelled[1:-1]) == view.text
+        assert view.target.spelled[-1] == ENDS["llama"]
+        assert view.asked.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+        assert any(winner is not None for winner in view.winners)
+    with pytest.raises(StoreError, match="there is no answer 9"):
+        inspect_block(*args, 9)
+    code, out, _ = command("inspect", finished, "--block", number, "--answer", 1)
+    assert code == 0
+    assert "1 of" in next(line for line in out.splitlines() if "answer" in line)
+
+
+def test_a_model_without_a_template_is_named(
+    recipe_file: Path, tmp_path: Path, command: Command
+) -> None:
+    changed = ["--set", "sources.1.model=zoo/cpp"]
+    code, _, error = command("run", recipe_file, "--out", tmp_path / "run", *changed)
+    assert code != 0
+    assert "cpp' has no chat template, and the corpus is of conversations" in error
+    assert not (tmp_path / "run" / "externalize").exists()
+    file = tmp_path / "gemma.jinja"
+    file.write_text(GEMMA.replace("<start_of_turn>", "").replace("<end_of_turn>", "</s>"))
+    given = [*changed, "--set", f"sources.1.chat_template={file}"]
+    assert command("corpus", recipe_file, "--out", tmp_path / "run", *given)[0] == 0
+
+
+def test_conversations_of_parquet_and_of_two_fields(
+    recipe_file: Path, models: Path, tmp_path: Path
+) -> None:
+    rows = records(60)
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "chat.parquet")
+    two = [
+        {"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]}
+        for row in rows
+    ]
+    write_records(tmp_path / "two.jsonl", two)
+    raw = yaml.safe_load(recipe_file.read_text())
+    raw["corpus"]["documents"] = [
+        {"files": "chat.parquet", "messages": "messages", "domain": "one"},
+        {"files": "two.jsonl", "messages": ["prompt", "completion"], "domain": "two"},
+    ]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    _opened(file, tmp_path / "run").execute(["corpus"])
+    corpus = open_corpus(tmp_path / "run")
+    said = [b for name in corpus.shards for b in read_shard(corpus, name)]
+    by_domain = {d: sorted(b.text for b in said if b.domain == d) for d in ("one", "two")}
+    assert by_domain["one"] == sorted(conversation_of([row["messages"]]).text for row in rows)
+    assert by_domain["two"] == sorted(row["completion"] for row in two)
+
+
+def test_a_corpus_whose_conversations_say_another_text_is_refused() -> None:
+    batch = {
+        "text": np.array(["ab"], dtype=object),
+        "spans": Ragged(np.array([0, 1]), np.array([2])),
+        "conversation": np.array([asked("Q", "ac").to_json()], dtype=object),
+    }
+    wrong = BLOCKS.wrong(batch)
+    assert wrong is not None
+    assert "does not say the block's text" in wrong.what
+    batch["conversation"] = np.array([asked("Q", "ab").to_json()], dtype=object)
+    assert BLOCKS.wrong(batch) is None
+    batch["spans"] = Ragged(np.array([0, 1]), np.array([1]))
+    wrong = BLOCKS.wrong(batch)
+    assert wrong is not None
+    assert "are not a text of 2 bytes" in wrong.what
+
+
+def test_more_than_a_share_of_changed_conversations_is_an_error(
+    recipe_file: Path, tmp_path: Path, models: Path
+) -> None:
+    rows = [
+        {"messages": [{"role": "system", "content": "S"}, *row["messages"]]} for row in records(40)
+    ]
+    write_records(tmp_path / "chat.jsonl", rows)
+    raw = yaml.safe_load(recipe_file.read_text())
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(FusellmError, match=r"'gemma' changes .* raises: System role not supported"):
+        _opened(file, tmp_path / "run").execute()
