@@ -88,18 +88,19 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sample_says_what_a_tokenizer_changes() -> None:
-    found = sample(normalizing("lower"), ["small", "Large", "small"])
+    encoder, texts = normalizing("lower"), ["small", "Large", "small"]
+    found = sample(encoder.encode(texts), texts)
     assert (found.blocks, found.changed, found.example) == (3, 1, "Large")
     assert found.changed_share == pytest.approx(1 / 3)
-    assert sample(normalizing("lower"), []).changed_share == 0
+    assert sample([], []).changed_share == 0
 
 
 def test_a_sample_of_a_corpus_is_of_every_entry(world: Path) -> None:
     recipe = resolve_paths(load_recipe(world / "recipe.yaml"), world)
     blocks = first_blocks(recipe.corpus)
     assert 64 < len(blocks) <= 128
-    assert max(len(block.encode()) for block in blocks) <= recipe.corpus.block_bytes
-    assert any("= " in block for block in blocks)
+    assert max(len(block.text.encode()) for block in blocks) <= recipe.corpus.block_bytes
+    assert any("= " in block.text for block in blocks)
     builtin = CorpusSettings.model_validate({"documents": [{"builtin": "python"}]})
     assert len(first_blocks(builtin)) == 64
     hub = CorpusSettings.model_validate({"documents": [{"hub": "owner/name", "streaming": False}]})
@@ -163,7 +164,8 @@ def test_an_entry_without_text_beside_others_is_no_fault(tmp_path: Path) -> None
     (tmp_path / "empty.txt").touch()
     (tmp_path / "full.txt").write_text("some text\n")
     documents = [{"files": f"{tmp_path}/{name}.txt"} for name in ("empty", "full")]
-    assert first_blocks(CorpusSettings.model_validate({"documents": documents})) == ["some text\n"]
+    (block,) = first_blocks(CorpusSettings.model_validate({"documents": documents}))
+    assert block.text == "some text\n"
 
 
 def test_check_refuses_a_block_that_it_tried_and_that_does_not_fit(

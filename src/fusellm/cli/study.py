@@ -25,21 +25,22 @@ Jobs = Annotated[
     ),
 ]
 
+Arms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arm",
+        metavar="NAME",
+        help="Only this arm, the reference and what they need, also on the page; may be repeated.",
+    ),
+]
+
 
 def study(
     file: Annotated[
         Path, typer.Argument(metavar="STUDY.yaml", help="The study's file.", show_default=False)
     ],
     out: options.Out = None,
-    arms: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--arm",
-            metavar="NAME",
-            help="Only this arm, the reference and what they need, also on the page; may be "
-            "repeated.",
-        ),
-    ] = None,
+    arms: Arms = None,
     jobs: Jobs = 1,
     plan: Annotated[
         bool, typer.Option("--plan", help="Check the study, say what it would train, and stop.")

@@ -105,10 +105,10 @@ class FileRecord(NamedTuple):
             return cls(label, wanted=False)
         if fields.speech is None:
             return cls(*fields.text(row, place), is_utf8)
-        found = fields.conversation(row, place)
-        if isinstance(found, str):
-            return cls("", is_utf8=is_utf8, unusable=found)
-        return cls(found.text, is_utf8=is_utf8, conversation=found)
+        one = fields.conversation(row, place)
+        if isinstance(one, str):
+            return cls("", is_utf8=is_utf8, unusable=one)
+        return cls(one.text, is_utf8=is_utf8, conversation=one)
 
 
 def kind_of(path: Path, given: str | None = None) -> FileKind:
