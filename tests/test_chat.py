@@ -384,6 +384,13 @@ def _raw(documents: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def test_a_conversation_has_a_longest_size() -> None:
+    raw = _raw([{"files": "a.jsonl", "messages": "m"}])
+    raw["corpus"]["block_bytes"] = 70_000
+    with pytest.raises(RecipeError, match="more than a conversation may have, 65535"):
+        check_recipe(raw, "here")
+
+
 def test_plain_text_and_conversations_do_not_mix() -> None:
     documents = [{"files": "a.jsonl", "messages": "m"}, {"files": "b.txt", "domain": "plain"}]
     with pytest.raises(RecipeError, match="'plain' is plain text, and others are conversations"):

@@ -25,6 +25,7 @@ class BuiltinDocuments(SettingsBlock):
         return self.model_dump()
 
 
+_LONGEST_ANSWER_BYTES = 65_535  # all of one may be a single token's in a store
 _OF_CONVERSATIONS = {"tools_field": None, "turns": "all", "thinking": "keep"}
 _OF_PLAIN_TEXT = {"text_field": "text", "context_fields": [], "field_separator": "\n"}
 
@@ -213,6 +214,11 @@ class CorpusSettings(SettingsBlock):
             raise ValueError(
                 f"documents: {plain[0]!r} is plain text, and others are conversations, whose turns "
                 "end with another token than a text does; train on one kind at a time"
+            )
+        if self.has_conversations and self.block_bytes > _LONGEST_ANSWER_BYTES:
+            raise ValueError(
+                f"block_bytes: {self.block_bytes} is more than a conversation may have, "
+                f"{_LONGEST_ANSWER_BYTES}"
             )
         return self
 
