@@ -33,7 +33,8 @@ from fusellm.store.externalized import open_externalized
 from fusellm.store.fused import layout_of, open_fused
 from fusellm.store.opened import open_store
 from fusellm.store.tables import Shard, shard_names
-from fusellm.tokens.chat import ChatEncoder
+from fusellm.study.run import run_study
+from fusellm.tokens.chat import ChatEncoder, _fillings
 from fusellm.tokens.conversation import Conversation
 from fusellm.tokens.encode import Encoded
 
@@ -269,6 +270,13 @@ def test_a_template_that_raises_leaves_a_conversation_out(encoders: dict[str, Ch
     assert first.ends is None
     assert first.reason == "its chat template raises: System role not supported"
     assert second.ends is not None
+
+
+def test_white_space_that_fits_in_many_ways_ends_soon() -> None:
+    texts = [" \n "] * 60
+    with pytest.raises(Exception, match="changes what is said"):
+        _fillings(" " * 100 + "x", [""] * 61, texts)
+    assert _fillings("<a> b", ["<", "> ", ""], ["a", "b"]) == ["a", "b"]
 
 
 # Records
@@ -616,6 +624,18 @@ def test_a_corpus_whose_conversations_say_another_text_is_refused() -> None:
     wrong = BLOCKS.wrong(batch)
     assert wrong is not None
     assert "are not a text of 2 bytes" in wrong.what
+
+
+def test_an_ensemble_of_conversations_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    raw = {
+        "name": "s",
+        "recipe": str(recipe_file),
+        "arms": {"clm": {"train": "clm"}, "all": {"ensemble": {}}},
+    }
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(RecipeError, match="arm all is an ensemble, which reads plain text alone"):
+        run_study(file, tmp_path / "out")
 
 
 def test_more_than_a_share_of_changed_conversations_is_an_error(

@@ -71,6 +71,12 @@ class Execution:
         for arm in study.of_kind("training"):
             unit = Unit(arm, study.settings.seeds[0], study.rates(arm)[0])
             self._trainings.pipeline(study.recipe(unit), unit.folder)
+        ensembles = study.of_kind("ensemble")
+        if ensembles and study.base.corpus.has_conversations:
+            raise RecipeError(
+                f"{study.file}: arm {ensembles[0]} is an ensemble, which reads plain text alone, "
+                "and the corpus is of conversations; leave it out"
+            )
         for arm in study.of_kind("merge"):
             merge = study.arm(arm).merge
             assert merge is not None

@@ -32,6 +32,7 @@ from fusellm.tokens.walk import walked
 
 CHANGED = "its chat template changes what is said"
 _STRUCTURE = frozenset({"role", "type"})  # what a template asks for, and is no text of anybody
+_TRIES = 100  # of a text's forms, over all of them: texts of white space could fit in many ways
 _PROBE = Conversation(({"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}), (1,))
 
 
@@ -438,8 +439,10 @@ def _fillings(rendered: str, between: Sequence[str], texts: Sequence[str]) -> li
     chosen: list[str] = []
     ends = [len(between[0])]  # where the rendering goes on, after each that is chosen
     left = [_forms(text) for text in texts[:1]]  # forms that are still to be tried, of each place
+    tries = 0
     while len(chosen) < len(texts):
-        if not left:
+        tries += 1
+        if not left or tries > _TRIES * len(texts):
             raise _UnreadableError(CHANGED)
         if not left[-1]:  # none fits here: another one has to be tried at the place before
             left.pop()
