@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from figures import command_line, show
 from fusellm import Tokenizer
-from fusellm.alignment.positions import Situation, align_shard
+from fusellm.alignment.positions import Situation
+from fusellm.alignment.strategies import Aligner, boundary_aligner, vocabulary_map
 from fusellm.arrays.ragged import Ragged
 from fusellm.arrays.source_distributions import tokens_of_texts
 from fusellm.arrays.spans import Spans
@@ -151,11 +152,11 @@ def injected(encoder: ChatEncoder, asked: Sequence[Conversation]) -> int:
     return found
 
 
-def aligned(target: Tokens, source: Tokens) -> tuple[int, np.ndarray]:
+def aligned(align: Aligner, target: Tokens, source: Tokens) -> tuple[int, np.ndarray]:
     """(positions at which the source is aligned, how many there are of each situation)."""
-    where = (target.ends, target.offsets, source.ends, source.offsets)
-    place, situation = align_shard(*where)
-    return int((place >= 0).sum()), np.bincount(situation, minlength=len(Situation))
+    told = align(target, source)
+    count = int((told.source >= 0).sum())
+    return count, np.bincount(told.situations, minlength=len(Situation))
 
 
 def plain(encoder: Encoder, texts: Sequence[str]) -> Tokens:
@@ -179,7 +180,8 @@ def measure(
     """The figures of a target, the first one, and of its sources."""
     chat = {name: ChatEncoder(t, template=given) for name, (t, given) in tokenizers.items()}
     texts = [text for one in asked for text in answers(one)]
-    bare = {name: plain(Encoder(t), texts) for name, (t, _) in tokenizers.items()}
+    alone = {name: Encoder(t) for name, (t, _) in tokenizers.items()}
+    bare = {name: plain(encoder, texts) for name, encoder in alone.items()}
     read = {name: in_conversations(encoder, asked) for name, encoder in chat.items()}
     target, *sources = tokenizers
     figures: dict[str, float] = {"wrong": 0, "injected": 0, "left_out": 0}
@@ -189,8 +191,11 @@ def measure(
         figures["left_out"] += left_out
         figures["injected"] += injected(encoder, asked[:100])
     for name in sources:
-        count, situations = aligned(read[target], read[name])
-        figures[f"{name}_coverage"] = count / aligned(bare[target], bare[name])[0]
+        map_ = vocabulary_map(chat[name], chat[target])
+        in_chat = boundary_aligner(chat[name], chat[target], map_)
+        count, situations = aligned(in_chat, read[target], read[name])
+        in_plain = boundary_aligner(alone[name], alone[target], map_)
+        figures[f"{name}_coverage"] = count / aligned(in_plain, bare[target], bare[name])[0]
         for situation in Situation:
             share = situations[situation] / situations.sum()
             figures[f"{name}_{situation.name.lower()}"] = float(share)

@@ -1,7 +1,10 @@
 """Conversations: each model reads them by its own template, and what is said is learnt."""
 
 import json
+import os
+from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,24 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from chats import ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
+from chats import CHATML, ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
 from conftest import Command
+from fusellm.alignment.strategies import STRATEGIES
 from fusellm.arrays.ragged import Ragged
 from fusellm.arrays.spans import Spans
 from fusellm.arrays.tokens import Tokens
+from fusellm.config import CorpusSettings, FileDocuments
 from fusellm.corpus.conversations import UnusableError, conversation_of, within
-from fusellm.errors import FusellmError, RecipeError, StoreError, TokenizerError
+from fusellm.corpus.documents import BuiltinReader, read_documents
+from fusellm.corpus.fields import Fields
+from fusellm.corpus.formats import kind_of, read_records
+from fusellm.corpus.parts import part_by_hash
+from fusellm.errors import CorpusError, FusellmError, RecipeError, StoreError, TokenizerError
 from fusellm.explain.block import inspect_block
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -31,6 +43,7 @@ from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
 from fusellm.store.blocks import BLOCKS, encode_blocks, open_corpus, read_part, read_shard
 from fusellm.store.externalized import open_externalized
 from fusellm.store.fused import layout_of, open_fused
+from fusellm.store.identity import tokenizer_fingerprint
 from fusellm.store.opened import open_store
 from fusellm.store.tables import Shard, shard_names
 from fusellm.study.run import run_study
@@ -39,7 +52,7 @@ from fusellm.tokens.conversation import Conversation
 from fusellm.tokens.encode import Encoded
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
-REAL = Path("/work/real/models")
+REAL = Path(os.environ.get("FUSELLM_REAL_MODELS", "/nowhere"))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +186,7 @@ def _require_no_injection(encoder: ChatEncoder, texts: list[str], trims: bool) -
 @pytest.mark.parametrize("name", ["smollm2", "qwen-coder", "gemma3"])
 def test_nothing_that_is_said_ends_a_turn_of_a_real_model(name: str) -> None:
     if not (REAL / name).is_dir():
-        pytest.skip(f"{REAL / name} is not there")
+        pytest.skip(f"FUSELLM_REAL_MODELS names no folder with {name}")
     tokenizer = AutoTokenizer.from_pretrained(REAL / name)
     encoder = ChatEncoder(tokenizer, template=GEMMA if name == "gemma3" else None)
     for texts in (["Hi <|im_end|>", "<|im_end|>\n<|im_start|>user"], ["<end_of_turn>", "<eos>ö"]):
@@ -272,6 +285,119 @@ def test_a_template_that_raises_leaves_a_conversation_out(encoders: dict[str, Ch
     assert second.ends is not None
 
 
+def test_nothing_below_a_tool_call_is_a_special_token(encoders: dict[str, ChatEncoder]) -> None:
+    """Whatever it is called: values under `type` and `role` are text, and names are refused."""
+    encoder = encoders["chatml"]
+
+    def calling(arguments: dict[str, Any]) -> Encoded:
+        call = {"type": "function", "id": "a1", "function": {"name": "f", "arguments": arguments}}
+        messages = (
+            {"role": "user", "content": "Find."},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "found", "tool_call_id": "a1"},
+            {"role": "assistant", "content": "Here."},
+        )
+        return encoder.encode_conversations([Conversation(messages, (3,))])[0]
+
+    end = encoder.vocabulary.eos_id
+    harmless = calling({"type": "a", "role": "b"})
+    assert harmless.ids.tolist().count(end) == 4
+    assert spans_of(harmless) == [[*bare_ids(encoder, "Here."), end]]
+    spelled = calling({"type": "<|im_end|>", "role": "<|im_start|>user"})
+    assert spelled.ids.tolist().count(end) == 4
+    assert spans_of(spelled) == spans_of(harmless)
+    assert calling({"<|im_end|>": 1}).reason == "the name of a field in it spells a special token"
+
+
+def test_a_template_gives_the_same_on_every_day(encoders: dict[str, ChatEncoder]) -> None:
+    dated = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
+    encoder = ChatEncoder(encoders["chatml"].tokenizer, template=dated)
+    (encoded,) = encoder.encode_conversations([asked("Q?", "A.")])
+    assert encoder.tokenizer.decode(encoded.ids).startswith("2024-07-26<|im_start|>")
+
+
+def test_another_beginning_is_another_tokenizer(encoders: dict[str, ChatEncoder]) -> None:
+    """A template says BOS by its role: which token that is has to be known to a store."""
+    folder = encoders["gemma"].tokenizer.name_or_path
+    other = AutoTokenizer.from_pretrained(folder, bos_token="<start_of_turn>")
+    prints = {tokenizer_fingerprint(ChatEncoder(AutoTokenizer.from_pretrained(folder)))}
+    prints |= {tokenizer_fingerprint(ChatEncoder(other)), tokenizer_fingerprint(encoders["gemma"])}
+    assert len(prints) == 2
+
+
+def test_special_tokens_beyond_the_head_are_told(encoders: dict[str, ChatEncoder]) -> None:
+    tokenizer = encoders["chatml"].tokenizer
+    with pytest.raises(
+        TokenizerError, match=r"says <\|im_start\|>, which is beyond the 8,192 rows"
+    ):
+        ChatEncoder(tokenizer, rows=8192)
+
+
+def test_answers_that_are_said_twice_are_left_out(encoders: dict[str, ChatEncoder]) -> None:
+    twice = ChatEncoder(
+        encoders["chatml"].tokenizer,
+        template=CHATML + "{% if messages | length > 2 %}{{ messages[1].content }}{% endif %}",
+    )
+    one, two = twice.encode_conversations([asked("Q", "A"), asked("Q", "A", "R", "B")])
+    assert one.ends is not None
+    assert two.reason == "its chat template says an answer twice, or too late"
+
+
+def test_a_tokenizer_without_special_tokens_can_speak() -> None:
+    backend = Tokenizer(BPE({"a": 0, "b": 1, ":": 2}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    template = "{% for m in messages %}{{ ':' + m['content'] }}{% endfor %}"
+    encoder = ChatEncoder(tokenizer, template=template)
+    assert encoder.vocabulary.eos_id is None
+    (encoded,) = encoder.encode_conversations([asked("a", "b")])
+    assert spans_of(encoded) == [[1]]
+
+
+def test_a_dummy_prefix_alone_is_read_and_not_learnt(encoders: dict[str, ChatEncoder]) -> None:
+    """Where a tokenizer puts one before every text, also behind a special token."""
+    layout = encoders["llama"].tokenizer.backend_tokenizer.to_str()
+    backend = Tokenizer.from_str(layout.replace('scheme":"first"', 'scheme":"always"'))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    template = "{% for m in messages %}{{ '<s>' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    encoder = ChatEncoder(tokenizer, template=template)
+    one = asked("Q", "4你", "R", "你好")
+    (encoded,) = encoder.encode_conversations([one])
+    assert encoded.ends is not None
+    assert encoded.predicted is not None
+    spans = Spans.of(Ragged(np.array([0, 2]), np.array(one.span_ends)))
+    whole = Tokens(np.array([0, len(encoded.ids)]), encoded.ids, encoded.ends)
+    tokens = spans.tokens(whole, encoded.predicted)
+    assert (np.diff(tokens.offsets) > 2).all()
+    for n, text in enumerate(_answers(one)):
+        own = slice(tokens.offsets[n], tokens.offsets[n + 1])
+        assert tokens.ends[own][0] == 0
+        assert tokens.ends[own][-1] == len(text.encode())
+        assert tokens.ids[own][-1] == encoder.vocabulary.eos_id
+
+
+def test_the_first_position_of_an_answer_is_aligned(encoders: dict[str, ChatEncoder]) -> None:
+    """Where no dummy prefix stands there, both models have read the same: nothing of it."""
+    target, source = encoders["llama"], encoders["gemma"]
+    assert target.vocabulary.space_mark
+    assert not target.has_dummy_prefix
+    one, ends = asked("Q?", "The end."), np.array([8])
+    spans = Spans.of(Ragged(np.array([0, 1]), ends))
+    read = []
+    for encoder in (target, source):
+        (encoded,) = encoder.encode_conversations([one])
+        assert encoded.ends is not None
+        assert encoded.predicted is not None
+        whole = Tokens(np.array([0, len(encoded.ids)]), encoded.ids, encoded.ends)
+        read.append(spans.tokens(whole, encoded.predicted))
+    for strategy in ("partition", "em"):
+        made = STRATEGIES[strategy]
+        map_ = made.translate(source, target, None)
+        aligned = made.aligner(source, target, map_)(*read)
+        assert aligned.source[0] == 0
+
+
 def test_white_space_that_fits_in_many_ways_ends_soon() -> None:
     texts = [" \n "] * 60
     with pytest.raises(Exception, match="changes what is said"):
@@ -333,6 +459,54 @@ def test_what_is_no_conversation_says_why(messages: Any, reason: str) -> None:
         conversation_of([messages])
 
 
+def test_odd_records_are_left_out_and_not_the_end(tmp_path: Path) -> None:
+    good = records(40)
+    odd = [
+        {"messages": "[" * 3000},
+        {"messages": [{"role": "user", "content": "Q", "tool_calls": [{"\ud800": 1}]}]},
+        {"messages": [{"role": "assistant", "content": "A"}]},
+    ]
+    write_records(tmp_path / "chat.jsonl", [*good, *odd])
+    fields = Fields.of(FileDocuments(files="x.jsonl", messages="messages"))
+    read = list(read_records(tmp_path / "chat.jsonl", kind_of(tmp_path / "chat.jsonl"), fields))
+    assert [one.unusable is None for one in read] == [True] * 40 + [False] * 3
+    timed = fields.conversation(
+        {
+            "messages": [
+                {"role": "user", "content": "Q", "tool_calls": [{"at": datetime(2026, 1, 1)}]},
+                {"role": "assistant", "content": "A"},
+            ]
+        },
+        "here",
+    )
+    assert isinstance(timed, str)
+    assert "cannot be written as JSON" in timed
+    (tmp_path / "chat.txt").write_text("Q: A")
+    with pytest.raises(CorpusError, match="is text without fields, and messages names some"):
+        list(
+            read_records(
+                tmp_path / "chat.txt",
+                kind_of(tmp_path / "chat.txt"),
+                Fields.of(FileDocuments(files="chat.txt", messages="text")),
+            )
+        )
+
+
+def test_unusable_records_are_counted_where_parts_are_cut_by_place(tmp_path: Path) -> None:
+    rows = [*records(5), {"messages": [{"role": "assistant", "content": "A"}]}]
+    write_records(tmp_path / "chat.jsonl", rows)
+    corpus = CorpusSettings.model_validate(
+        {"documents": [{"files": f"{tmp_path}/chat.jsonl", "messages": "messages"}]}
+    )
+    counts: Counter[str] = Counter()
+    texts = list(
+        read_documents(corpus.documents[0], corpus, counts, BuiltinReader(corpus, Silent()))
+    )
+    assert [text.unusable is None for text in texts] == [True] * 5 + [False]
+    assert {text.part for text in texts} == {"train", "validation", "held_out"}
+    assert counts["empty_documents"] == 0
+
+
 def test_long_conversations_are_cut_at_whole_turns_from_the_front() -> None:
     one = asked("q" * 10, "a" * 10, "r" * 10, "b" * 10)
     assert within(one, 40) == (one, 0)
@@ -345,6 +519,14 @@ def test_long_conversations_are_cut_at_whole_turns_from_the_front() -> None:
     assert told is not None
     assert [m["content"][0] for m in told[0].messages] == ["s", "r", "b"]
     assert told[0].learnt == (2,)
+    tools = ({"name": "tool"},)
+    both = replace(one, tools=tools)
+    room = 40 + len(json.dumps(tools))
+    assert within(both, room) == (both, 0)
+    assert within(both, room - 1) == (replace(asked("r" * 10, "b" * 10), tools=tools), 1)
+    found = ({"role": "tool", "content": "f" * 30}, {"role": "assistant", "content": "c"})
+    looked = Conversation((*asked("q", "a").messages, *found), (1, 3))
+    assert within(looked, 20) == (asked("q", "a"), 0)
 
 
 @given(
@@ -636,6 +818,31 @@ def test_an_ensemble_of_conversations_is_refused(recipe_file: Path, tmp_path: Pa
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(RecipeError, match="arm all is an ensemble, which reads plain text alone"):
         run_study(file, tmp_path / "out")
+
+
+def test_a_shard_of_which_nothing_can_be_read_is_written(recipe_file: Path, tmp_path: Path) -> None:
+    rows = records(60)
+    for row in rows:
+        if part_by_hash(conversation_of([row["messages"]]).text, _shares(recipe_file)) == "train":
+            row["messages"].insert(0, {"role": "system", "content": "Brief."})
+            break
+    write_records(tmp_path / "chat.jsonl", rows)
+    raw = yaml.safe_load(recipe_file.read_text())
+    raw["corpus"]["shard_blocks"] = 1
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    pipeline = _opened(file, tmp_path / "run")
+    pipeline.execute(["corpus", "externalize", "fuse"])
+    store = open_store(tmp_path / "run" / "externalize" / "gemma")
+    unread = [block for block in store if not block.usable]
+    assert [block.reason for block in unread] == [
+        "its chat template raises: System role not supported"
+    ]
+    assert unread[0].positions == 0
+
+
+def _shares(recipe_file: Path) -> CorpusSettings:
+    return load_recipe(recipe_file).corpus
 
 
 def test_more_than_a_share_of_changed_conversations_is_an_error(

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -579,7 +580,7 @@ def test_a_study_on_a_cluster_gives_the_same_page(
 def test_a_training_whose_worker_is_lost_is_done_by_another(
     tmp_path: Path, study_file: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dying_once(task: Any, cpus: int, place: Any) -> None:
+    def dying_once(task: Any, cpus: int, gpus: float, place: Any) -> None:
         died = Path(place.file).with_name(f"died-{task.which}")
         if not died.exists():
             died.touch()
@@ -602,6 +603,7 @@ def test_a_training_whose_worker_is_lost_is_done_by_another(
         ("elsewhere", r"does not see .*out: with --engine ray the study's folder must be on"),
         ("lost", r"workers are lost again and again while they train: .* fewer --workers"),
         ("wrong", r"^this arm has no rows$"),
+        ("other", r"where a training was to run, is not the model that is there for the driver"),
     ],
 )
 def test_what_a_training_on_a_cluster_cannot_have_is_said(
@@ -614,13 +616,16 @@ def test_what_a_training_on_a_cluster_cannot_have_is_said(
 ) -> None:
     real = apart._train_there
 
-    def failing(task: Any, cpus: int, place: Any) -> None:
+    def failing(task: Any, cpus: int, gpus: float, place: Any) -> None:
         if how == "lost":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "wrong":
             raise NumericsError("this arm has no rows")
-        Path(place.file).unlink()
-        real(task, cpus, place)
+        if how == "other":
+            task = replace(task, identity="of another model")
+        else:
+            Path(place.file).unlink()
+        real(task, cpus, gpus, place)
 
     monkeypatch.setattr(apart, "_train_there", failing)
     with pytest.raises(FusellmError, match=message):

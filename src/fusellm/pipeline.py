@@ -106,13 +106,17 @@ class Pipeline:
         """Names of the folders that stages make, which can be asked for one by one."""
         return [stage.name for stage in self.stages]
 
-    def execute(self, stages: Sequence[str] = STAGES, redo: bool = False) -> None:
+    def execute(
+        self, stages: Sequence[str] = STAGES, redo: bool = False, *, ensured: bool = False
+    ) -> None:
         """Run stages, or go on with them; finished work is kept.
 
         Args:
             stages: their commands, or names of single folders such as "train/clm"; "evaluate" is
                 bits per byte and suites, "evaluate-suites" only these.
             redo: move a stage of another identity, and what follows from it, aside.
+            ensured: whether the stages that these read have been looked at already, on a machine
+                that has all that they were made from.
 
         Raises:
             IdentityError: a folder was made from something else, and `redo` is not set. It is
@@ -120,7 +124,7 @@ class Pipeline:
         """
         asked = [one for one in self.stages if one.command in stages or one.name in stages]
         self._preflight([stage for stage in asked if not stage.complete])
-        processes.first(partial(self._begin, redo))
+        processes.first(partial(self._begin, redo, ensured))
         for stage in asked:
             processes.first(partial(self._ready, stage, redo))
             stage.execute(redo)
@@ -150,11 +154,11 @@ class Pipeline:
         settings = {name: reader.located.settings for name, reader in self.readers.items()}
         return slow_half_note(settings, self.recipe.training.arguments, default_device())
 
-    def _begin(self, redo: bool) -> None:
+    def _begin(self, redo: bool, ensured: bool) -> None:
         if not self._complete("corpus"):
             look_at(self.recipe.corpus, self._progress)
         for stage in self.stages:
-            if all(self._complete(name) for name in stage.after):
+            if not ensured and all(self._complete(name) for name in stage.after):
                 self._ensure(stage, redo)
         self._require_place()
         make_folder(self.run)

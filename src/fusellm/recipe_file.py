@@ -343,6 +343,8 @@ def resolve_paths(recipe: Recipe, recipe_folder: Path) -> Recipe:
     """The recipe with its local paths made absolute, so that a run's copy of it finds them too."""
 
     def place(name: str) -> str:
+        if "{{" in name or "{%" in name:  # a chat template itself
+            return name
         local = recipe_folder / Path(name).expanduser()
         is_local = bool(name) and local.exists() and not name.startswith("zoo/")
         return str(local.resolve()) if is_local else name

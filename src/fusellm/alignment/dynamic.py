@@ -233,5 +233,7 @@ def _text_span(encoder: Encoder, ids: np.ndarray) -> tuple[int, int]:
     vocabulary = encoder.vocabulary
     prefix = vocabulary.prefix_ids
     begin = len(prefix) if tuple(ids[: len(prefix)].tolist()) == prefix else 0
+    if encoder.said_around:  # an answer, with the token of the template before it
+        begin = min(encoder.prefix_tokens, len(ids))
     with_eos = len(ids) > begin and vocabulary.eos_id is not None and ids[-1] == vocabulary.eos_id
     return begin, len(ids) - int(with_eos)

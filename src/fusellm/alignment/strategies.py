@@ -66,8 +66,8 @@ class Strategy:
 
 def boundary_aligner(source: Encoder, target: Encoder, translation: VocabularyMap) -> Aligner:
     """Positions that have read the same bytes (docs/method.md)."""
-    marks = source.vocabulary.space_mark or target.vocabulary.space_mark
-    from_start = same_tokenizer(source, target) or not marks
+    dummies = source.has_dummy_prefix or target.has_dummy_prefix
+    from_start = same_tokenizer(source, target) or not dummies
 
     def align(target_read: Tokens, source_read: Tokens) -> Aligned:
         positions, situations = align_shard(

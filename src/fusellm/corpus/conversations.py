@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusellm.tokens.blocks import cut_point
-from fusellm.tokens.conversation import ASSISTANT, Conversation
+from fusellm.tokens.conversation import ASSISTANT, Conversation, Message
 
 _ROLES = {
     "human": "user",
@@ -99,7 +99,7 @@ def _messages(value: Any, role: str | None) -> list[dict[str, Any]]:
             return [{"role": role, "content": value}]
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UnusableError("it is text, and no list of messages") from None
     if not isinstance(value, list | tuple) or not all(isinstance(m, Mapping) for m in value):
         raise UnusableError("it is no list of messages")
@@ -129,7 +129,7 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """A value without what columns have put into it: absent keys as None, halves of characters."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
+        return {_whole(str(key)): _plain(v) for key, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return _whole(value) if isinstance(value, str) else value
@@ -143,7 +143,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UnusableError("its tools are no JSON") from None
     if value is None:
         return ()
@@ -153,10 +153,11 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def within(conversation: Conversation, most_bytes: int) -> tuple[Conversation, int] | None:
-    """A conversation of at most so many bytes of messages.
+    """A conversation of at most so many bytes of messages and tools.
 
     Whole turns, a question with all that answers it, are taken away from the front, and never the
-    system message. Where the last turn alone is too long, the assistant's last message is cut.
+    system message. Where the last turn alone is too long, it ends with the answer that passes the
+    limit, which is cut, or with the one before what does.
 
     Returns:
         (the conversation, how many turns were taken away); None where not even the beginning of an
@@ -165,6 +166,7 @@ def within(conversation: Conversation, most_bytes: int) -> tuple[Conversation, i
     messages = list(conversation.messages)
     sizes = [_bytes(message) for message in messages]
     fixed = sum(sizes[:1]) if messages[0]["role"] == "system" else 0
+    fixed += len(json.dumps(conversation.tools)) if conversation.tools else 0
     begins = [n for n, message in enumerate(messages) if message["role"] == "user"]
     useful = [n for n in begins if any(n < one for one in conversation.learnt)]
     for taken, start in enumerate(useful):
@@ -172,20 +174,30 @@ def within(conversation: Conversation, most_bytes: int) -> tuple[Conversation, i
             return (conversation if not taken else _from(conversation, start)), taken
     if not useful:
         return None
-    start = useful[-1]
-    last = next((n for n in conversation.learnt if n > start), None)
-    assert last is not None
-    room = most_bytes - fixed - sum(sizes[start:last])
-    data = messages[last]["content"].encode()
-    if room < 4 or len(data) <= room:
+    start, taken = useful[-1], len(useful) - 1
+    end = None  # what is behind the last answer that fits
+    for n in (n for n in conversation.learnt if n > start):
+        room = most_bytes - fixed - sum(sizes[start:n])
+        if sizes[n] <= room:
+            end = n + 1
+            continue
+        data = messages[n]["content"].encode()
+        said = data[: cut_point(data[:room], data[room])].decode() if 4 <= room < len(data) else ""
+        if said.strip():
+            messages[n] = {"role": messages[n]["role"], "content": said}
+            return _from(_until(conversation, messages, n + 1, cut=True), start), taken
+        break
+    if end is None:
         return None
-    said = data[: cut_point(data[:room], data[room])].decode()
-    if not said.strip():
-        return None
-    messages[last] = {**messages[last], "content": said}
-    learnt = tuple(n for n in conversation.learnt if n <= last)
-    whole = Conversation(tuple(messages[: last + 1]), learnt, True, conversation.tools)
-    return _from(whole, start), len(useful) - 1
+    return _from(_until(conversation, messages, end, cut=False), start), taken
+
+
+def _until(
+    conversation: Conversation, messages: Sequence[Message], end: int, cut: bool
+) -> Conversation:
+    """The messages before `end`."""
+    learnt = tuple(n for n in conversation.learnt if n < end)
+    return Conversation(tuple(messages[:end]), learnt, cut, conversation.tools)
 
 
 def _from(conversation: Conversation, start: int) -> Conversation:

@@ -57,7 +57,7 @@ class Fields:
     @property
     def are_named(self) -> bool:
         """Whether they are others than those of an entry that says nothing of fields."""
-        return self.names != ("text",) or bool(self.where)
+        return self.names != ("text",) or bool(self.where) or self.speech is not None
 
     @property
     def columns(self) -> list[str]:
@@ -112,9 +112,13 @@ class Fields:
         tools = None if speech.tools_field is None else row.get(speech.tools_field)
         values = [row[name] for name in self.names]
         try:
-            return conversation_of(values, tools, speech.turns, speech.thinking)
+            one = conversation_of(values, tools, speech.turns, speech.thinking)
+            one.to_json().encode()
         except UnusableError as error:
             return str(error)
+        except (RecursionError, TypeError, UnicodeEncodeError) as error:
+            return f"it cannot be written as JSON: {' '.join(str(error).split())[:100]}"
+        return one
 
     def text(self, row: object, place: str) -> tuple[str, Spans]:
         """A record's text, and which of its bytes in UTF-8 are context.

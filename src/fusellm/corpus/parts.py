@@ -133,6 +133,9 @@ def _by_place(
 
     before = 0
     for name, record in records():
+        if record.unusable is not None:
+            yield Text.of(name, "train", record)
+            continue
         blocks = list(_blocks(record, corpus))
         counts["documents_cut_by_place" if blocks else "empty_documents"] += 1
         start, size = 0, sum(len(block.encode()) for block in blocks)

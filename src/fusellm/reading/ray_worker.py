@@ -89,10 +89,7 @@ class RemoteWorker:
         require_software(orders.software, node)
         os.environ["RAYON_NUM_THREADS"] = str(orders.cpus)  # of the tokenizer
         torch.set_num_threads(orders.cpus)
-        if orders.gpus and not torch.cuda.is_available():
-            raise ClusterError(
-                f"torch sees no GPU on {node}; install its CUDA build there, or set --worker-gpus 0"
-            )
+        require_gpu(orders.gpus, node)
         try:
             located = locate(orders.settings, orders.runs_code)
             conversations = orders.recipe.corpus.has_conversations
@@ -116,6 +113,18 @@ class RemoteWorker:
         with self._model:
             read = self._worker.read(prepared)
         return self._worker.finish(prepared, read)
+
+
+def require_gpu(gpus: float, node: str) -> None:
+    """Check that a worker that has GPUs can use them.
+
+    Raises:
+        ClusterError: torch sees none.
+    """
+    if gpus and not torch.cuda.is_available():
+        raise ClusterError(
+            f"torch sees no GPU on {node}; install its CUDA build there, or set --worker-gpus 0"
+        )
 
 
 def require_software(wanted: Mapping[str, str], node: str) -> None:

@@ -127,7 +127,7 @@ def columns_of_tokens(
         Ragged.of([block.ids for block in encoded]),
         Ragged.of(ends),
     )
-    if any(block.predicted is not None for block in encoded):
+    if any(block.conversation is not None for block in blocks):
         none = np.zeros(0, dtype=np.bool_)
         columns[PREDICTED] = Ragged.of(
             [

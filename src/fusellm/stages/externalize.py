@@ -83,7 +83,8 @@ class TargetTokensStage(_ExternalizeStage):
                     blocks = read_shard(corpus, name)
                     encoded = encode_blocks(encoder, blocks)
                     counts = token_counts(encoded) | {"texts": digest_of_blocks(blocks)}
-                    write_table(folder, name, columns_of_tokens(blocks, encoded), schema, counts)
+                    columns = columns_of_tokens(blocks, encoded)
+                    write_table(folder, name, columns, schema, counts)
                 bar.advance()
         sums = _sum_counts(folder)
         _tell_changed(progress, TARGET, sums.get("walk_failed", 0), sums.get("blocks", 0))
@@ -184,7 +185,7 @@ def _about(recipe: Recipe, reader: Reader, loaded: ModelLoaded) -> dict[str, Any
     located = reader.located
     model = describe(located)
     del model["fingerprint"]
-    around = reader.encoder.said_around
+    around = reader.encoder.said_around[:2]
     return {
         "kind": "distributions",
         **model,

@@ -18,10 +18,10 @@ from fusellm.errors import ClusterError, FusellmError
 from fusellm.progress import Silent
 from fusellm.reading.engine import EngineSettings
 from fusellm.reading.ray_cluster import cluster, no_room_note, one_line, size_of_workers
-from fusellm.reading.ray_worker import require_software
+from fusellm.reading.ray_worker import require_gpu, require_software
 from fusellm.store.files import write_text
 from fusellm.store.writer import software_versions
-from fusellm.study.trainings import Trainings
+from fusellm.study.trainings import Trainings, identity_of
 
 _LISTEN_EVERY_SECONDS = 1.0
 _RETRIES = 2  # of a training whose worker is lost: it goes on from its last checkpoint
@@ -34,12 +34,14 @@ class ApartTraining:
     Attributes:
         run: its folder; absolute.
         which: `fused` or `clm`.
+        identity: of what it is made from, where it was asked for.
         trusted: whether code that models bring along may run.
     """
 
     recipe: Recipe
     run: Path
     which: str
+    identity: str
     trusted: bool
 
     def train(self, threads: int) -> None:
@@ -47,10 +49,19 @@ class ApartTraining:
 
         Args:
             threads: that torch computes with on a CPU.
+
+        Raises:
+            ClusterError: the target is another one here.
         """
         torch.set_num_threads(threads)
         trainings = Trainings(self.run, Silent(), self.trusted)
-        trainings.train(trainings.pipeline(self.recipe, "."), self.which)
+        pipeline = trainings.pipeline(self.recipe, ".")
+        if identity_of(pipeline, self.which) != self.identity:
+            raise ClusterError(
+                f"{self.recipe.target.model} on {platform.node()}, where a training was to run, is "
+                "not the model that is there for the driver; copy the one over the other"
+            )
+        trainings.train(pipeline, self.which, ensured=True)
 
 
 Progressing = Generator[str | None, None, None]
@@ -60,13 +71,16 @@ Progressing = Generator[str | None, None, None]
 def train_in_processes(tasks: Sequence[ApartTraining], jobs: int) -> Progressing:
     """Train in so many processes of this machine.
 
-    With GPUs each training sees one of them, in turn; without, the cores are divided.
+    With GPUs each training sees one of those that this process sees, in turn; without, the cores
+    are divided.
     """
-    gpus = torch.cuda.device_count()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = list(map(str, range(torch.cuda.device_count())))
+    gpus = seen.split(",")[: len(gpus)] if seen else gpus
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = [
-            pool.submit(_train_here, task, threads, number % gpus if gpus else None)
+            pool.submit(_train_here, task, threads, gpus[number % len(gpus)] if gpus else None)
             for number, task in enumerate(tasks)
         ]
         try:
@@ -77,9 +91,9 @@ def train_in_processes(tasks: Sequence[ApartTraining], jobs: int) -> Progressing
             raise
 
 
-def _train_here(task: ApartTraining, threads: int, device: int | None) -> None:
+def _train_here(task: ApartTraining, threads: int, device: str | None) -> None:
     if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     task.train(threads)
 
 
@@ -89,8 +103,8 @@ def train_on_ray(
     """Train on a Ray cluster.
 
     Each training is a task of one worker's CPUs and GPUs. It reads and writes the study's folder,
-    which all machines must have at the same place. A lost worker's training goes on elsewhere,
-    from its last checkpoint.
+    which all machines must have at the same place, as they must have the models. A lost worker's
+    training goes on elsewhere, from its last checkpoint.
 
     Args:
         folder: the study's; absolute.
@@ -110,17 +124,18 @@ def train_on_ray(
             size = size_of_workers(nodes, settings, spread=False)
             if (note := no_room_note(size, started_here)) is not None:
                 yield note
-            remote = ray.remote(_train_there).options(
+            remote = ray.remote(
                 num_cpus=size.cpus,
                 num_gpus=size.gpus,
+                max_calls=1,  # a process that has used one GPU stays on it
                 max_retries=_RETRIES,
                 scheduling_strategy="SPREAD",
-            )
+            )(_train_there)
             left, asked = deque(tasks), set[Any]()
             try:
                 while left or asked:
                     while left and len(asked) < size.workers:
-                        asked.add(remote.remote(left.popleft(), size.cpus, place))
+                        asked.add(remote.remote(left.popleft(), size.cpus, size.gpus, place))
                     ready, _ = ray.wait(list(asked), timeout=_LISTEN_EVERY_SECONDS)
                     for ref in ready:
                         asked.remove(ref)
@@ -148,9 +163,12 @@ class _Place:
     software: Mapping[str, str]
 
 
-def _train_there(task: ApartTraining, cpus: int, place: _Place) -> None:
+def _train_there(task: ApartTraining, cpus: int, gpus: float, place: _Place) -> None:
     node, file = platform.node(), Path(place.file)
     require_software(place.software, node)
+    if not gpus:  # Ray leaves those that a machine has in sight
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    require_gpu(gpus, node)
     if not file.is_file() or file.read_text(encoding="utf-8") != place.secret:
         raise ClusterError(
             f"{node}, where a training was to run, does not see {file.parent}: with --engine ray "

@@ -1,11 +1,13 @@
 """The order of a study's work, and what of it can be done at a time."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fusellm.errors import ClusterError, RecipeError
 from fusellm.evaluation.text.ensemble import RULE
@@ -31,6 +33,7 @@ from fusellm.study.trainings import (
     Trainings,
     best_rate,
     discard,
+    identity_of,
 )
 
 _BASE = "base"
@@ -198,11 +201,20 @@ class Execution:
 
     def _train_apart(self, pending: Sequence[tuple[Unit, Pipeline]]) -> None:
         """Train several at a time; each goes on where it was interrupted."""
-        which, trusted = self._study.which, self._trusted
+        which = {unit: self._study.which(unit.arm) for unit, _ in pending}
         tasks = [
-            ApartTraining(pipeline.recipe, pipeline.run.absolute(), which(unit.arm), trusted)
+            ApartTraining(
+                pipeline.recipe,
+                pipeline.run.absolute(),
+                which[unit],
+                identity_of(pipeline, which[unit]),
+                self._trusted,
+            )
             for unit, pipeline in pending
         ]
+        if torch.cuda.is_available():  # of models that this process has measured
+            gc.collect()
+            torch.cuda.empty_cache()
         if self._engine.name == "ray":
             finished = train_on_ray(tasks, self._out.absolute(), self._engine)
         else:

@@ -129,9 +129,16 @@ class Trainings:
             ) from None
         return outcome if outcome.identity == identity_of(pipeline, which) else None
 
-    def train(self, pipeline: Pipeline, which: str, redo: bool = False) -> TrainingOutcome:
-        """Train, or go on with it; what it reads has been shared."""
-        pipeline.execute([f"train/{which}"], redo)
+    def train(
+        self, pipeline: Pipeline, which: str, redo: bool = False, *, ensured: bool = False
+    ) -> TrainingOutcome:
+        """Train, or go on with it; what it reads has been shared.
+
+        Args:
+            redo: move what was made from other settings aside.
+            ensured: whether what it reads has been looked at, on a machine that has all of it.
+        """
+        pipeline.execute([f"train/{which}"], redo, ensured=ensured)
         outcome = _outcome_of(pipeline, which)
         write_text(pipeline.run / OUTCOME, json.dumps(asdict(outcome), indent=1) + "\n")
         return outcome

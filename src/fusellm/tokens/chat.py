@@ -4,6 +4,7 @@ The template is rendered twice: as it is, and with a mark in the place of each t
 brings along. Between the marks stands what the template says, and only there special tokens are
 special. A text is then looked for in the first rendering, between what stands around its mark in
 the second. One that the template strips or rewrites is read as the template has it, and not learnt.
+(transformers' own `sanitize_control_tokens`, which is new, does not say where a text stands.)
 
 What stands between two special tokens is cut into tokens as one text, as the model's tokenizer does
 it. Only where a token would reach over the beginning or the end of a learnt text, that is cut by
@@ -31,7 +32,14 @@ from fusellm.tokens.text_ids import text_ids_of
 from fusellm.tokens.walk import walked
 
 CHANGED = "its chat template changes what is said"
-_STRUCTURE = frozenset({"role", "type"})  # what a template asks for, and is no text of anybody
+# What templates ask for, or want to be of a form: left as it is, unless it spells a special token.
+_STRUCTURE = frozenset({"role", "type", "id", "tool_call_id"})
+# Of templates that say the date: one that is the same on every day and machine, as Llama's.
+_TODAY = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
+    "{%- endmacro %}"
+)
 _TRIES = 100  # of a text's forms, over all of them: texts of white space could fit in many ways
 _PROBE = Conversation(({"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}), (1,))
 
@@ -146,9 +154,14 @@ class ChatEncoder(Encoder):
         added = tokenizer.added_tokens_decoder.items()
         self._ids = {token.content: int(id_) for id_, token in added}
         longest_first = sorted(self._special, key=len, reverse=True)
-        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._later_ids = _later_ids_of(tokenizer, self._text_ids)
         self.vocabulary = replace(self.vocabulary, eos_id=self._end_of_turn(), prefix_ids=())
+        (probe,) = self.encode_conversations([_PROBE])
+        if probe.predicted is None:
+            raise self._says_no_answer()
+        first = probe.ids[probe.predicted][0]
+        self._has_dummy_prefix = bool(self.vocabulary.may_be_dummy[first])
 
     def _own_template(self) -> str:
         own = getattr(self.tokenizer, "chat_template", None)
@@ -168,20 +181,29 @@ class ChatEncoder(Encoder):
             raise TokenizerError(f"{self._name!r}: {error}") from None
         said = [n for n, one in enumerate(sections) if any(part.whole for part in one.parts)]
         if not said:
-            raise TokenizerError(
-                f"the chat template of {self._name!r} does not say an answer as it is, so that "
-                "nothing can be learnt by it; give this model another one in the recipe, as "
-                "chat_template: FILE.jinja"
-            )
+            raise self._says_no_answer()
         last = sections[said[-1]]
         stands_behind = last.parts[-1].end == len(last.text.encode())
         after = sections[said[-1] + 1 : said[-1] + 2]
         return after[0].special if after and stands_behind else None
 
+    def _says_no_answer(self) -> TokenizerError:
+        return TokenizerError(
+            f"the chat template of {self._name!r} does not say an answer as it is, so that nothing "
+            "can be learnt by it; give this model another one in the recipe, as chat_template: "
+            "FILE.jinja"
+        )
+
+    @property
+    def has_dummy_prefix(self) -> bool:
+        """Whether an answer's first token may stand for a space that is not there."""
+        return self._has_dummy_prefix
+
     @property
     def said_around(self) -> tuple[str | None, ...]:
-        """The template, and what the model is told first."""
-        return (self.template, self.system)
+        """The template, what the model is told first, and the special tokens that it knows."""
+        named = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
+        return (self.template, self.system, named)
 
     @property
     def prefix_tokens(self) -> int:
@@ -280,7 +302,7 @@ class ChatEncoder(Encoder):
                 is_read = part.whole and bool(tokens.known[inside].all()) and bool(inside.any())
                 if is_read:
                     own[inside] = start + tokens.ends[inside] - part.start
-                    asked |= inside
+                    asked |= inside & (tokens.ends > part.start)  # and not a dummy prefix alone
                 is_whole = not (conversation.cut and part.learnt == last)
                 behind = is_read and is_whole and part.end == len(section.text.encode())
             ids += tokens.ids
@@ -292,9 +314,13 @@ class ChatEncoder(Encoder):
         """Special tokens, and the texts between them."""
         number = {message: n for n, message in enumerate(conversation.learnt)}
         text, parts, strips, is_first = "", list[_Part](), False, True
+        before = -1
         for piece in pieces:
             at = None if piece.message is None else number.get(piece.message)
             if at is not None:
+                if at <= before:
+                    raise _UnreadableError("its chat template says an answer twice, or too late")
+                before = at
                 start = len(text.encode())
                 said = conversation.messages[conversation.learnt[at]]["content"]
                 end = start + len(piece.text.encode())
@@ -310,6 +336,11 @@ class ChatEncoder(Encoder):
                     text = text.rstrip()
                 if text or parts:
                     yield _Section(text, None, tuple(parts), is_first)
+                if self._ids[part] >= len(self.vocabulary):
+                    raise _UnreadableError(
+                        f"its chat template says {part}, which is beyond the "
+                        f"{len(self.vocabulary):,} rows of its model"
+                    )
                 yield _Section("", self._ids[part])
                 text, parts, strips, is_first = "", [], bool(token.rstrip), False
         if text or parts:
@@ -330,7 +361,7 @@ class ChatEncoder(Encoder):
         rendered = self._render(given)
         salt = hashlib.sha256(rendered.encode("utf-8", "replace")).hexdigest()[:16]
         texts: list[tuple[str, int | None]] = []
-        marked = _marked(given, (), salt, texts)
+        marked = self._marked(given, (), salt, texts)
         skeleton = re.split(rf"(q{salt}n\d+z)", self._render(marked))
         marks = [int(mark[len(salt) + 2 : -1]) for mark in skeleton[1::2]]
         fillings = _fillings(rendered, skeleton[::2], [texts[mark][0] for mark in marks])
@@ -341,15 +372,45 @@ class ChatEncoder(Encoder):
             pieces += [_Piece(said, own), _Piece(after, is_template=True)]
         return [piece for piece in pieces if piece.text or piece.message is not None]
 
+    def _marked(
+        self,
+        value: Any,
+        place: tuple[str | int, ...],
+        salt: str,
+        texts: list[tuple[str, int | None]],
+    ) -> Any:
+        """A value whose texts are marks; `texts` gets each, with the message whose content it is.
+
+        Raises:
+            _UnreadableError: the name of a field, which no mark can stand for, spells a special
+                token.
+        """
+        if isinstance(value, str):
+            is_structure = not place or place[-1] in _STRUCTURE
+            if not value or (is_structure and not self._cut.search(value)):
+                return value
+            is_content = len(place) == 3 and place[0] == "messages" and place[2] == "content"
+            texts.append((value, int(place[1]) if is_content else None))
+            return f"q{salt}n{len(texts) - 1}z"
+        if isinstance(value, Mapping):
+            if any(self._cut.search(key) for key in value):
+                raise _UnreadableError("the name of a field in it spells a special token")
+            return {
+                key: self._marked(inner, (*place, key), salt, texts) for key, inner in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._marked(inner, (*place, n), salt, texts) for n, inner in enumerate(value)]
+        return value
+
     def _render(self, given: Mapping[str, Any]) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 given["messages"],
                 tools=given["tools"] or None,
-                chat_template=self.template,
+                chat_template=_TODAY * ("strftime_now" in self.template) + self.template,
                 tokenize=False,
             )
-        except Exception as error:  # whatever Jinja, or what a template calls, may raise
+        except Exception as error:  # a template is a program, and what it meets can raise anything
             reason = " ".join(str(error).split())[:200]
             raise _UnreadableError(f"its chat template raises: {reason}") from error
         assert isinstance(rendered, str)
@@ -395,24 +456,6 @@ def _later_ids_of(tokenizer: PreTrainedTokenizerBase, text_ids: TextIds) -> Text
         step["prepend_scheme"] = "never"
     own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(layout)))
     return text_ids_of(own)
-
-
-def _marked(
-    value: Any, place: tuple[str | int, ...], salt: str, texts: list[tuple[str, int | None]]
-) -> Any:
-    """A value whose texts are marks; `texts` gets each, with the message whose content it is."""
-    if isinstance(value, str):
-        is_content = len(place) == 3 and place[0] == "messages" and place[2] == "content"
-        texts.append((value, int(place[1]) if is_content else None))
-        return f"q{salt}n{len(texts) - 1}z"
-    if isinstance(value, Mapping):
-        return {
-            key: inner if key in _STRUCTURE else _marked(inner, (*place, key), salt, texts)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_marked(inner, (*place, n), salt, texts) for n, inner in enumerate(value)]
-    return value
 
 
 def _forms(text: str) -> list[str]:

@@ -83,6 +83,11 @@ class Encoder:
         return rules_of(self.tokenizer)
 
     @property
+    def has_dummy_prefix(self) -> bool:
+        """Whether the first token of a text may stand for a space that is not there."""
+        return self.vocabulary.space_mark
+
+    @property
     def said_around(self) -> tuple[str | None, ...]:
         """What is put around text besides: nothing."""
         return ()
