@@ -1,6 +1,6 @@
 """The stages of a run in order, and what is checked before the first one works.
 
-corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train ──▶ evaluate ──▶ report
+[generate ──▶] corpus ──▶ externalize (once per source) ──▶ fuse ──▶ train ──▶ evaluate ──▶ report
 """
 
 import shutil
@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusellm.config import EvaluationSettings, Recipe
 from fusellm.corpus.look import look_at
-from fusellm.errors import IdentityError
+from fusellm.errors import IdentityError, RecipeError
 from fusellm.models.load import default_device
 from fusellm.models.precision import slow_half_note
 from fusellm.models.readers import Reader, plain_text_note, readers_of
@@ -33,6 +31,7 @@ from fusellm.stages.corpus import CorpusStage
 from fusellm.stages.evaluate import EvaluateStage, SuitesStage
 from fusellm.stages.externalize import SourceStage, TargetTokensStage
 from fusellm.stages.fuse import FuseStage
+from fusellm.stages.generate import GenerateStage
 from fusellm.stages.report.write import ReportStage
 from fusellm.stages.stage import Context, ManifestStage, Stage
 from fusellm.stages.train import TrainStage
@@ -45,7 +44,9 @@ from fusellm.store.run_folder import (
     STAGES,
     SUITES,
     checkpoints_folder,
+    recipe_text,
     records_of,
+    require_no_rounds,
 )
 from fusellm.store.writer import set_aside
 from fusellm.training import processes
@@ -81,6 +82,11 @@ class Pipeline:
             FusellmError: something is missing or cannot be used; nothing has been written.
         """
         self.recipe, self.run, self._progress = recipe, run, progress
+        if recipe.rounds > 1:
+            raise RecipeError(
+                f"rounds: {recipe.rounds}: each round is a run of its own. `fusellm run` makes "
+                f"them all; other commands take one of them, such as {run / 'round-1'}"
+            )
         if engine.name == "ray":
             require_ray(engine)
         train.check(recipe, run)
@@ -140,7 +146,7 @@ class Pipeline:
             train.rehearse(self.recipe)
         if any(isinstance(stage, SuitesStage) for stage in unfinished):
             self.prepare_suites()
-        if "externalize" in commands:
+        if commands & {"generate", "externalize"}:
             require_models(context.readers)
             self._say(plain_text_note(context.readers))
         if commands & {"externalize", "train"}:
@@ -166,6 +172,7 @@ class Pipeline:
 
     def _require_place(self) -> None:
         """Check that the run can be written; a finished one may be read-only."""
+        require_no_rounds(self.run)
         if not all(one.complete for one in self.stages if isinstance(one, ManifestStage)):
             require_writable(self.run)
 
@@ -230,10 +237,8 @@ class Pipeline:
         self._progress.say(f"moved {', '.join(names)} to {place}")
 
     def _write_recipe(self) -> None:
-        settings = self.recipe.model_dump(mode="json", by_alias=True)
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         with alone_in(self.run):  # processes that read a source each have this file in common
-            write_text(self.run / RECIPE, text)
+            write_text(self.run / RECIPE, recipe_text(self.recipe))
 
     def check(self) -> dict[str, Any]:
         """What the preflight found: models, tokenizers, and the disk that the run will take.
@@ -271,6 +276,7 @@ class Pipeline:
 
 def stages_of(context: Context) -> list[Stage]:
     """The stages of a run, each after those that it reads."""
+    generated = [GenerateStage(context, entry) for entry in context.recipe.corpus.generated]
     corpus = CorpusStage(context)
     sources = [SourceStage(context, source.name) for source in context.recipe.sources]
     read = [TargetTokensStage(context), *sources]
@@ -279,6 +285,7 @@ def stages_of(context: Context) -> list[Stage]:
     trained = [TrainStage(context, FUSED), *baseline]
     names = tuple(stage.name for stage in trained)
     return [
+        *generated,
         corpus,
         *read,
         fuse,

@@ -322,10 +322,10 @@ def _known_keys(steps: Sequence[Any], kind: str | None) -> list[str]:
             if (field.alias or name) == step
             for inner in _blocks_in(field.annotation)
         ]
+    of_kind = [block for block in blocks if kind in block.model_fields]  # none within an entry
     return [
         field.alias or name
-        for block in blocks
-        if kind is None or kind in block.model_fields
+        for block in of_kind or blocks
         for name, field in block.model_fields.items()
     ]
 

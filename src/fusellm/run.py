@@ -18,6 +18,7 @@ from fusellm.preflight import require_disk
 from fusellm.progress import Progress, Silent
 from fusellm.reading.engine import LOCAL, EngineSettings
 from fusellm.recipe_file import folder_of_run, open_recipe, resolve_paths
+from fusellm.rounds import rounds_of, write_recipe_of_rounds
 from fusellm.stages.evaluate import read_results
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.run_folder import FUSED, STAGES, SUITES, trained_folder
@@ -81,6 +82,18 @@ class Run:
         return f"Run({self.recipe.name!r}, {str(self.folder)!r})"
 
     @property
+    def rounds(self) -> list["Run"]:
+        """The runs of a recipe with `rounds`, in order; of one with a single round itself."""
+        if self.recipe.rounds == 1:
+            return [self]
+        settings: dict[str, Any] = {"progress": self._progress, "engine": self._engine}
+        settings["trust_remote_code"] = self.trusted
+        return [
+            Run(recipe, folder, **settings)
+            for recipe, folder in rounds_of(self.recipe, self.folder)
+        ]
+
+    @property
     def _pipeline(self) -> Pipeline:
         if self._opened is None:
             self._opened = Pipeline(
@@ -104,15 +117,22 @@ class Run:
     def execute(self, *stages: str, redo: bool = False) -> "Run":
         """Run stages, or go on with them; all if none is named.
 
+        A recipe with `rounds` runs all of them; single stages are of one of `rounds`.
+
         Args:
-            stages: `corpus`, `externalize`, `fuse`, `train`, `evaluate`, `report`, or parts of
-                them such as `externalize/NAME` and `train/fused`.
+            stages: `generate`, `corpus`, `externalize`, `fuse`, `train`, `evaluate`, `report`, or
+                parts of them such as `externalize/NAME` and `train/fused`.
             redo: move what was made from something else aside, with all that follows from it, in
                 place of an error.
 
         Raises:
             FusellmError: something is missing, unfinished, damaged, or made from something else.
         """
+        if self.recipe.rounds > 1 and not stages:
+            write_recipe_of_rounds(self.recipe, self.folder)
+            for one in self.rounds:
+                one.execute(redo=redo)
+            return self
         named = stages or STAGES
         known = [*STAGES, SUITES, *self._pipeline.parts]
         for stage in named:
@@ -145,17 +165,17 @@ class Run:
 
     @property
     def results(self) -> EvaluationResults:
-        """What the evaluation found.
+        """What the evaluation found; of several rounds that of the last.
 
         Raises:
             StoreError: it is not finished.
         """
-        return read_results(self.folder)
+        return read_results(self.rounds[-1].folder)
 
     def model(
         self, which: str = FUSED, *, device: str | torch.device | None = None
     ) -> tuple[PreTrainedModel, Tokenizer]:
-        """A trained model with its tokenizer.
+        """A trained model with its tokenizer; of several rounds that of the last.
 
         Args:
             which: `fused` or `clm`.
@@ -163,7 +183,7 @@ class Run:
         Raises:
             StoreError: it is not trained yet.
         """
-        place = trained_folder(self.folder, which)
+        place = trained_folder(self.rounds[-1].folder, which)
         if not (place / MANIFEST).exists() or not StageFolder(place).complete:
             raise StoreError(f"{place} has no finished model yet; first: run.train()")
         return load_pretrained(str(place), device=device, trust_remote_code=self.trusted)

@@ -34,6 +34,16 @@ def show(results: "EvaluationResults", console: Console) -> None:
             console.print(part)
 
 
+def show_rounds(rounds: "Sequence[EvaluationResults]", console: Console) -> None:
+    """Print what came of each round, on the same held-out text."""
+    shown = draw.table("round", ">target before", ">CLM", ">fused", title="Over the rounds")
+    for number, results in enumerate(rounds, start=1):
+        values = {one.model: one.value for one in results.records if one.task == "mean"}
+        told = (values.get(model) for model in ("target", "clm", "fused"))
+        shown.add_row(str(number), *("–" if one is None else f"{one:.4f}" for one in told))
+    console.print(shown)
+
+
 def _suite(one: "SuiteResults", console: Console) -> Iterator[RenderableType]:
     from fusellm.evaluation.compare.published import MODELS, SOURCE
     from fusellm.evaluation.compare.tables import footer, published_table, table, verdict

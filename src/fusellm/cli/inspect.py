@@ -79,7 +79,9 @@ def inspect(
     recipe = open_recipe(run)
     from fusellm.explain.block import inspect_block
     from fusellm.models.readers import readers_of
+    from fusellm.store.run_folder import require_no_rounds
 
+    require_no_rounds(run)
     view = inspect_block(recipe, run, readers_of(recipe), block, position, Terminal(STDERR), answer)
     if as_json:
         print(json_text({"run": str(run)} | asdict(view)))

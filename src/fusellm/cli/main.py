@@ -18,7 +18,7 @@ from fusellm.cli.init import init
 from fusellm.cli.inspect import inspect
 from fusellm.cli.launch import parting
 from fusellm.cli.merge import merge
-from fusellm.cli.run import check, corpus, demo, externalize, fuse, report, run, train
+from fusellm.cli.run import check, corpus, demo, externalize, fuse, generate, report, run, train
 from fusellm.cli.status import clean, status
 from fusellm.cli.store import store_app
 from fusellm.cli.study import study
@@ -73,7 +73,7 @@ def schema(
     print(recipe_page() if markdown else json_text(schema_of_recipes(), indent=1))
 
 
-_RUNS = (demo, run, corpus, externalize, fuse, train, evaluate, report)
+_RUNS = (demo, run, generate, corpus, externalize, fuse, train, evaluate, report)
 for _command in (tokenizers, *_RUNS, study, merge, check, inspect, init, status, clean, schema):
     app.command()(_command)  # in the order of `fusellm --help`
 

@@ -1,6 +1,7 @@
 """`fusellm run` and the commands of single stages: running them, and showing what comes of it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +12,13 @@ from rich.table import Column
 from fusellm.cli import launch, options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import table
-from fusellm.cli.evaluate_screen import show
+from fusellm.cli.evaluate_screen import show, show_rounds
 from fusellm.cli.options import NO_CHANGES
 from fusellm.cli.status import status
 from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
 
 if TYPE_CHECKING:
+    from fusellm.config import EvaluationSettings, Recipe
     from fusellm.pipeline import Pipeline
     from fusellm.reading.engine import EngineSettings
 
@@ -48,9 +50,11 @@ def report(
     """Write results.json, results.csv and the report page of a run, from its folder alone."""
     folder = out or folder_of_run(recipe, open_recipe(recipe))
     from fusellm.stages.report.write import write_report
+    from fusellm.store.run_folder import require_no_rounds
 
+    require_no_rounds(folder)
     write_report(folder)
-    _show_results(folder, as_json)
+    _show_results([folder], as_json)
 
 
 def check(
@@ -61,8 +65,12 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Find every model, tokenizer and file of a recipe, before any weight is loaded."""
-    checked = open_pipeline(recipe, out, changes, trusted=trust_remote_code).check()
+    given = open_recipe(recipe, changes)
     from fusellm.preflight import gigabytes, require_disk
+    from fusellm.rounds import rounds_of
+
+    first, run = rounds_of(given, out or folder_of_run(recipe, given))[0]
+    checked = _pipeline(first, run, trusted=trust_remote_code).check()
 
     if as_json:
         print(json_text(checked))
@@ -110,6 +118,18 @@ def open_pipeline(
     """
     recipe = open_recipe(place, changes)
     evaluation = changed_evaluation(recipe.evaluation, given) if given else None
+    run = out or folder_of_run(place, recipe)
+    return _pipeline(recipe, run, engine, nproc, evaluation, trusted)
+
+
+def _pipeline(
+    recipe: "Recipe",
+    run: Path,
+    engine: "EngineSettings | None" = None,
+    nproc: int = 1,
+    evaluation: "EvaluationSettings | None" = None,
+    trusted: bool = False,
+) -> "Pipeline":
     from fusellm.models.remote_code import require_trusted
     from fusellm.pipeline import Pipeline
     from fusellm.progress import Silent
@@ -118,7 +138,7 @@ def open_pipeline(
     progress = Terminal(STDERR) if launch.speaks() else Silent()
     for model in (recipe.target, *recipe.sources):
         require_trusted(model, trusted, progress)
-    run, count = out or folder_of_run(place, recipe), nproc if nproc > 1 else None
+    count = nproc if nproc > 1 else None
     return Pipeline(recipe, run, progress, engine or LOCAL, count, evaluation, trusted)
 
 
@@ -139,11 +159,11 @@ def _execute(
     worker_gpus: options.WorkerGpus = None,
 ) -> None:
     """Run stages, all if None, or go on with them, and show what comes of them."""
-    open_recipe(recipe, changes)  # what is wrong with it is told before torch is imported
+    given = open_recipe(recipe, changes)  # what is wrong is told before torch is imported
     from fusellm.reading.engine import EngineSettings
     from fusellm.store.run_folder import STAGES
     from fusellm.training import processes
-    from fusellm.training.launch import require_devices, train_on
+    from fusellm.training.launch import require_devices
 
     stages = stages or STAGES
     settings = EngineSettings(engine, ray_address, workers, worker_cpus, worker_gpus)
@@ -155,23 +175,42 @@ def _execute(
 
         require_access(push_to_hub)
     processes.join()
-    pipeline = open_pipeline(recipe, out, changes, settings, nproc, trusted=trust_remote_code)
-    processes.require_joined()
-    if nproc > 1:
-        if "evaluate" in stages:
-            pipeline.prepare_suites()
-        pipeline.execute(stages[: stages.index("train")], redo)
-        if pipeline.unfinished("train"):
-            train_on(nproc, pipeline.run, trust_remote_code)
-    pipeline.execute(stages, redo)
+    run = out or folder_of_run(recipe, given)
+    rounds = [(given, run)]
+    if given.rounds > 1 and stages == STAGES:
+        from fusellm.rounds import rounds_of, write_recipe_of_rounds
+
+        rounds = rounds_of(given, run)
+        processes.first(partial(write_recipe_of_rounds, given, run))
+    for number, (one, folder) in enumerate(rounds, start=1):
+        if len(rounds) > 1:
+            STDERR.say(f"round {number} of {len(rounds)}, {folder}")
+        pipeline = _pipeline(one, folder, settings, nproc, trusted=trust_remote_code)
+        processes.require_joined()
+        _work(pipeline, stages, redo, nproc, trust_remote_code)
     if not launch.speaks():
         return
     if "report" in stages:
-        _show_results(pipeline.run, as_json)
+        _show_results([folder for _, folder in rounds], as_json)
     elif as_json:
         status(pipeline.run, as_json=True)
     if push_to_hub is not None:
         _push(pipeline, push_to_hub)
+
+
+def _work(
+    pipeline: "Pipeline", stages: tuple[str, ...], redo: bool, nproc: int, trusted: bool
+) -> None:
+    """Run stages, the training by `nproc` processes."""
+    if nproc > 1:
+        from fusellm.training.launch import train_on
+
+        if "evaluate" in stages:
+            pipeline.prepare_suites()
+        pipeline.execute(stages[: stages.index("train")], redo)
+        if pipeline.unfinished("train"):
+            train_on(nproc, pipeline.run, trusted)
+    pipeline.execute(stages, redo)
 
 
 def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -199,6 +238,12 @@ def run(**given: Any) -> None:
     interruption, give the same command again.
     """
     _execute(None, **given)
+
+
+@_options("trust_remote_code", "as_json")
+def generate(**given: Any) -> None:
+    """Have models answer the prompts of a recipe; what is written is kept, and read by `corpus`."""
+    _execute(("generate",), **given)
 
 
 @_options("trust_remote_code", "as_json")
@@ -235,14 +280,18 @@ def _push(pipeline: "Pipeline", repo: str) -> None:
     STDERR.say(f"The fused model is at {address}")
 
 
-def _show_results(run: Path, as_json: bool) -> None:
-    """Print a run's results, and where its report and its model are."""
+def _show_results(runs: Sequence[Path], as_json: bool) -> None:
+    """Print the results of a run, or of its rounds, and where report and model are."""
     from fusellm.stages.evaluate import read_results
 
-    results = read_results(run)
+    rounds = [read_results(run) for run in runs]
+    run, results = runs[-1], rounds[-1]
     if as_json:
-        print(json_text(results.as_json()))
+        told = [one.as_json() for one in rounds]
+        print(json_text(told[0] if len(told) == 1 else {"rounds": told}))
         return
     show(results, STDOUT)
+    if len(rounds) > 1:
+        show_rounds(rounds, STDOUT)
     STDOUT.say(f"Report: {run / 'report' / 'index.html'}")
     STDOUT.say(f"The fused model: {run / 'train' / 'fused'}")

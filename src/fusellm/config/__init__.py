@@ -11,6 +11,7 @@ from fusellm.config.corpus import BuiltinDocuments as BuiltinDocuments
 from fusellm.config.corpus import CorpusSettings as CorpusSettings
 from fusellm.config.corpus import Documents as Documents
 from fusellm.config.corpus import FileDocuments as FileDocuments
+from fusellm.config.corpus import GeneratedSettings as GeneratedSettings
 from fusellm.config.corpus import HubDocuments as HubDocuments
 from fusellm.config.fusion import FusionSettings as FusionSettings
 from fusellm.config.objective import ObjectiveSettings as ObjectiveSettings
@@ -246,6 +247,10 @@ class Recipe(SettingsBlock):
     """Name of the run; its folder is runs/NAME unless --out says another."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of draws, order and subsets of documents."""
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """How often answers are generated, read, fused and trained on. Each round begins with the
+    target that the one before has trained, and is a run of its own, in `round-N`
+    (docs/generated.md)."""
     target: Annotated[
         ModelSettings, BeforeValidator(model_block, json_schema_input_type=str | ModelSettings)
     ]
@@ -288,6 +293,7 @@ class Recipe(SettingsBlock):
                 "fusion.compatibility: paper has no referees; leave referee: true out of sources"
             )
         _check_routes(self)
+        _check_generated(self)
         if any(entry.domain == "mean" for entry in self.corpus.documents):
             raise ValueError("corpus.documents: 'mean' is the mean over domains; name it otherwise")
         lora = self.training.lora
@@ -313,6 +319,23 @@ class Recipe(SettingsBlock):
             )
         _check_divergence(self)
         return self
+
+
+def _check_generated(recipe: Recipe) -> None:
+    """Check that every generated answer has a model, and that rounds have something to repeat."""
+    names = ["target", *(source.name for source in recipe.sources)]
+    for n, generated in recipe.corpus.generated.items():
+        if generated.by not in names:
+            raise ValueError(
+                f"corpus.documents.{n}.generated.by: there is no model {generated.by!r}; there are "
+                f"{', '.join(names)}"
+            )
+    if recipe.rounds > 1 and not recipe.corpus.generated:
+        raise ValueError(
+            f"rounds: {recipe.rounds} repeat what is generated, and nothing is; give an entry of "
+            "corpus.documents a generated block, or leave rounds out (more epochs are "
+            "training.num_train_epochs)"
+        )
 
 
 def _check_routes(recipe: Recipe) -> None:

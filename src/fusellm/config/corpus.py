@@ -30,6 +30,25 @@ _OF_CONVERSATIONS = {"tools_field": None, "turns": "all", "thinking": "keep"}
 _OF_PLAIN_TEXT = {"text_field": "text", "context_fields": [], "field_separator": "\n"}
 
 
+class GeneratedSettings(SettingsBlock):
+    """How a model writes the answers that are trained on."""
+
+    by: Name = "target"
+    """Whose they are: `target`, as it is before the training, or the name of a source."""
+    prompts: Annotated[int, Field(gt=0)] | None = None
+    """How many prompts are answered, from the first; null answers all."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of the sampling; 0 takes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the mass that tokens are sampled from."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 512
+    """Most tokens of an answer; one that is longer is cut, and does not end."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Prompts at a time."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the sampling; round n has `seed` + n - 1."""
+
+
 class _Records(SettingsBlock):
     """Documents whose text is in fields of records."""
 
@@ -54,6 +73,10 @@ class _Records(SettingsBlock):
     """Which of the assistant's answers are learnt; the others are read."""
     thinking: Literal["keep", "drop"] = "keep"
     """Whether `<think>…</think>` at the beginning of an answer is learnt, or taken away."""
+    generated: GeneratedSettings | None = None
+    """Records are prompts, and a model writes the answers that are trained on: to the last question
+    of a conversation, or to a text, of which `context_fields` are then the prompt. Validation and
+    held-out text are what records themselves answer (docs/generated.md)."""
 
     @model_validator(mode="after")
     def _conversations_have_no_text(self) -> "_Records":
@@ -86,16 +109,24 @@ class _Records(SettingsBlock):
                 raise ValueError(
                     f"context_fields: {name!r} is not among text_field ({', '.join(names)})"
                 )
-        if set(names) <= set(self.context_fields):
+        if self.generated is not None:
+            if names[: len(self.context_fields)] != self.context_fields:
+                raise ValueError(
+                    "context_fields are the prompt, and what is generated comes behind it; name "
+                    f"them first in text_field, in its order: got {self.context_fields} of {names}"
+                )
+        elif set(names) <= set(self.context_fields):
             raise ValueError("context_fields: all of text_field; nothing is left to predict")
         return self
 
     def identity(self) -> dict[str, Any]:
         """What the documents depend on, in this block; the files count by their content."""
         without = {"files", *([] if self.where else ["where"])}
-        if self.messages is None:
-            return self.model_dump(exclude=without | {"messages", *_OF_CONVERSATIONS})
-        return self.model_dump(exclude=without | set(_OF_PLAIN_TEXT))
+        without |= {"messages", *_OF_CONVERSATIONS} if self.messages is None else {*_OF_PLAIN_TEXT}
+        if self.generated is None:
+            return self.model_dump(exclude=without | {"generated"})
+        generated = self.generated.model_dump(exclude={"batch_size"})  # it changes no answer's law
+        return self.model_dump(exclude=without | {"generated"}) | {"generated": generated}
 
 
 class HubDocuments(_Records):
@@ -200,7 +231,19 @@ class CorpusSettings(SettingsBlock):
     @property
     def has_context(self) -> bool:
         """Whether some text is read and not predicted."""
-        return any(isinstance(e, _Records) and e.context_fields for e in self.documents)
+        return any(
+            isinstance(e, _Records) and (e.context_fields or e.generated) and e.messages is None
+            for e in self.documents
+        )
+
+    @property
+    def generated(self) -> dict[int, GeneratedSettings]:
+        """The entries whose answers a model writes, by their numbers."""
+        return {
+            n: entry.generated
+            for n, entry in enumerate(self.documents)
+            if isinstance(entry, _Records) and entry.generated is not None
+        }
 
     def identity(self) -> dict[str, Any]:
         """The settings that blocks are made from; files count by their content."""

@@ -67,15 +67,9 @@ def conversation_of(
     ]
     while messages and messages[-1]["role"] != ASSISTANT:  # what nobody has answered
         messages.pop()
-    before = ""
+    _require_order(messages)
     for n, message in enumerate(messages):
-        if before not in _MAY_FOLLOW[message["role"]]:
-            raise UnusableError(
-                f"message {n} is of {message['role']}, after "
-                + (f"one of {before}" if before else "none")
-            )
-        before = message["role"]
-        if before == ASSISTANT and thinking == "drop":
+        if message["role"] == ASSISTANT and thinking == "drop":
             said = _THINKING.match(message["content"])
             if said is not None:
                 messages[n] = message | {"content": message["content"][said.end() :]}
@@ -90,6 +84,50 @@ def conversation_of(
     return Conversation(
         tuple(messages), tuple(learnt[-1:] if turns == "last" else learnt), tools=_tools(tools)
     )
+
+
+def prompt_of(values: Sequence[Any], tools: Any = None) -> Conversation:
+    """A record's conversation up to its last question, of which nothing is learnt.
+
+    Args:
+        values, tools: as `conversation_of` takes them, or a question alone; of two values the first
+            is the prompt.
+
+    Raises:
+        UnusableError: it is none, or nobody asks anything.
+
+    >>> prompt_of(["Two and two?"]).messages
+    ({'role': 'user', 'content': 'Two and two?'},)
+    """
+    messages = _asked(values[0]) if len(values) == 1 else list(_messages(values[0], "user"))
+    while messages and messages[-1]["role"] == ASSISTANT:
+        messages.pop()
+    _require_order(messages)
+    if not messages or messages[-1]["role"] == "system":
+        raise UnusableError("nobody asks anything")
+    return Conversation(tuple(messages), (), tools=_tools(tools))
+
+
+def _asked(value: Any) -> list[dict[str, Any]]:
+    """Messages, or those of a text that is a question."""
+    try:
+        return _messages(value, None)
+    except UnusableError:
+        if not isinstance(value, str):
+            raise
+        return [{"role": "user", "content": _whole(value)}]
+
+
+def _require_order(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UnusableError where a role follows one that it cannot follow."""
+    before = ""
+    for n, message in enumerate(messages):
+        if before not in _MAY_FOLLOW[message["role"]]:
+            raise UnusableError(
+                f"message {n} is of {message['role']}, after "
+                + (f"one of {before}" if before else "none")
+            )
+        before = message["role"]
 
 
 def _messages(value: Any, role: str | None) -> list[dict[str, Any]]:

@@ -11,9 +11,11 @@ from fusellm.config import HubDocuments, Recipe
 from fusellm.corpus.conversations import within
 from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.fields import Spans
+from fusellm.corpus.generated import with_answers
 from fusellm.corpus.parts import MEASURED_BYTES, PARTS, Text
 from fusellm.errors import CorpusError
 from fusellm.progress import Bar, Progress
+from fusellm.store.answers import Answer
 from fusellm.store.blocks import (
     BLOCKS_SCHEMA,
     BLOCKS_WITH_CONTEXT_SCHEMA,
@@ -29,15 +31,21 @@ from fusellm.tokens.conversation import Conversation
 
 
 def write_corpus(
-    recipe: Recipe, folder: StageWriter, count_tokens: Callable[[str], int], progress: Progress
+    recipe: Recipe,
+    folder: StageWriter,
+    count_tokens: Callable[[str], int],
+    progress: Progress,
+    answers_to: Callable[[int], Iterator[Answer]] = lambda entry: iter(()),
 ) -> None:
     """Cut a recipe's documents into blocks, shard by shard, and finish the folder.
 
     Args:
         count_tokens: of a text, for a budget in tokens.
+        answers_to: what a model has written for an entry that is generated, by its number.
 
     Raises:
         CorpusError: a document cannot be read, or a part has no text.
+        StoreError: an answer is of no document.
     """
     corpus = recipe.corpus
     schema = BLOCKS_WITH_CONTEXT_SCHEMA if corpus.has_context else BLOCKS_SCHEMA
@@ -51,8 +59,10 @@ def write_corpus(
     most_held_out = float(corpus.held_out_bytes)
     measured: dict[tuple[str, str], float] = {}
     builtin = BuiltinReader(corpus, progress)
-    for entry, budget in _budgets(recipe):
+    for number, (entry, budget) in enumerate(_budgets(recipe)):
         texts = read_documents(entry, corpus, cutter.counts, builtin)
+        if number in corpus.generated:
+            texts = with_answers(texts, answers_to(number), corpus.block_bytes, cutter.counts)
         room = {
             "train": budget,
             "validation": measured.get((entry.domain, "validation"), most_validation),
@@ -199,6 +209,9 @@ class _Cutter:
                 f"conversations longer than corpus.block_bytes: {turns:,} of their first turns are "
                 f"taken away, and {cut_short:,} last answers are cut"
             )
+        unanswered = self.counts["prompts_without_answer"]
+        if unanswered:
+            progress.say(f"prompts without a generated answer, left out: {unanswered:,}")
         empty = self.counts["empty_documents"]
         if empty:
             progress.say(f"documents without any text, left out: {empty}")

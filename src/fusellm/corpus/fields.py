@@ -1,11 +1,12 @@
 """The fields of a record that are its text or its conversation, and those that are context."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fusellm.config import FileDocuments, HubDocuments
-from fusellm.corpus.conversations import UnusableError, conversation_of
+from fusellm.corpus.conversations import UnusableError, conversation_of, prompt_of
 from fusellm.errors import CorpusError
 from fusellm.tokens.conversation import Conversation
 
@@ -33,7 +34,8 @@ class Fields:
 
     Between two fields stands the separator, which belongs to the one before it. `where` has fields
     and the values that a record must have in them to be read. With `speech` records are
-    conversations, and the fields have their messages.
+    conversations, and the fields have their messages. `are_prompts` says that a model answers them:
+    what they answer themselves may be missing.
     """
 
     names: tuple[str, ...]
@@ -41,6 +43,7 @@ class Fields:
     separator: str
     where: tuple[tuple[str, str], ...] = ()
     speech: Speech | None = None
+    are_prompts: bool = False
 
     @classmethod
     def of(cls, entry: FileDocuments | HubDocuments) -> "Fields":
@@ -52,7 +55,8 @@ class Fields:
         if entry.messages is not None:
             speech = Speech(entry.turns, entry.thinking, entry.tools_field)
         context = frozenset(entry.context_fields)
-        return cls(names, context, entry.field_separator, where, speech)
+        generated = entry.generated is not None
+        return cls(names, context, entry.field_separator, where, speech, generated)
 
     @property
     def are_named(self) -> bool:
@@ -104,21 +108,39 @@ class Fields:
             CorpusError: a field is missing.
         """
         assert self.speech is not None
-        for name in self.names:
+        for name in self.names[:1] if self.are_prompts else self.names:
             if not isinstance(row, Mapping) or name not in row:
                 raise _missing(row, name, place, self.key)
         assert isinstance(row, Mapping)
         speech = self.speech
-        tools = None if speech.tools_field is None else row.get(speech.tools_field)
-        values = [row[name] for name in self.names]
-        try:
-            one = conversation_of(values, tools, speech.turns, speech.thinking)
-            one.to_json().encode()
-        except UnusableError as error:
-            return str(error)
-        except (RecursionError, TypeError, UnicodeEncodeError) as error:
-            return f"it cannot be written as JSON: {' '.join(str(error).split())[:100]}"
-        return one
+        values = [row.get(name) for name in self.names]
+        return _written(conversation_of, values, self._tools(row), speech.turns, speech.thinking)
+
+    def _tools(self, row: Mapping[str, Any]) -> Any:
+        assert self.speech is not None
+        return None if self.speech.tools_field is None else row.get(self.speech.tools_field)
+
+    def prompt(self, row: object, place: str) -> Conversation | str | None:
+        """What a model is to answer: a conversation, or a text. None of one that cannot be used.
+
+        Raises:
+            CorpusError: a field is missing, or holds no text.
+        """
+        if self.speech is None:
+            names = tuple(name for name in self.names if name in self.context) or self.names
+            text, _ = replace(self, names=names, context=frozenset()).text(row, place)
+            return text + self.separator * (names != self.names) or None
+        if not isinstance(row, Mapping) or self.names[0] not in row:
+            raise _missing(row, self.names[0], place, self.key)
+        values = [row.get(name) for name in self.names]
+        one = _written(prompt_of, values, self._tools(row))
+        return None if isinstance(one, str) else one
+
+    def answers(self, row: object) -> bool:
+        """Whether a record of text has an answer of its own."""
+        own = [name for name in self.names if name not in self.context]
+        is_there = isinstance(row, Mapping) and all(row.get(name) for name in own)
+        return bool(self.context) and bool(own) and is_there
 
     def text(self, row: object, place: str) -> tuple[str, Spans]:
         """A record's text, and which of its bytes in UTF-8 are context.
@@ -138,6 +160,18 @@ class Fields:
                 spans.append((end, end + len(data)))
             end += len(data)
         return "".join(parts), tuple(spans)
+
+
+def _written(read: Callable[..., Conversation], *of: Any) -> Conversation | str:
+    """A conversation that is read from a record; of one that cannot be, why."""
+    try:
+        one = read(*of)
+        one.to_json().encode()
+    except UnusableError as error:
+        return str(error)
+    except (RecursionError, TypeError, UnicodeEncodeError) as error:
+        return f"it cannot be written as JSON: {' '.join(str(error).split())[:100]}"
+    return one
 
 
 def _value(row: object, name: str, place: str) -> str:

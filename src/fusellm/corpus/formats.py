@@ -83,6 +83,8 @@ class FileRecord(NamedTuple):
         wanted: whether it is one that the entry asks for; of others the text is the label.
         conversation: that it is, if it is one; the text is what is learnt of it.
         unusable: why it is none, where it was to be one.
+        prompt: what a model is to answer, where one is; the text is then what the record answers
+            itself, if it does.
     """
 
     text: str
@@ -92,6 +94,7 @@ class FileRecord(NamedTuple):
     wanted: bool = True
     conversation: Conversation | None = None
     unusable: str | None = None
+    prompt: Conversation | str | None = None
 
     @classmethod
     def of(cls, fields: Fields, row: object, place: str, is_utf8: bool = True) -> "FileRecord":
@@ -103,12 +106,15 @@ class FileRecord(NamedTuple):
         label = fields.other_label(row, place)
         if label is not None:
             return cls(label, wanted=False)
+        prompt = fields.prompt(row, place) if fields.are_prompts else None
         if fields.speech is None:
-            return cls(*fields.text(row, place), is_utf8)
+            has_text = not fields.are_prompts or fields.answers(row)
+            text, context = fields.text(row, place) if has_text else ("", ())
+            return cls(text, context, is_utf8, prompt=prompt)
         one = fields.conversation(row, place)
         if isinstance(one, str):
-            return cls("", is_utf8=is_utf8, unusable=one)
-        return cls(one.text, is_utf8=is_utf8, conversation=one)
+            return cls("", is_utf8=is_utf8, unusable=None if prompt else one, prompt=prompt)
+        return cls(one.text, is_utf8=is_utf8, conversation=one, prompt=prompt)
 
 
 def kind_of(path: Path, given: str | None = None) -> FileKind:

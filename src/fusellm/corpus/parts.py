@@ -34,6 +34,7 @@ class Text:
         ends: whether the document ends with it.
         conversation: that it is, if it is one; the text is what is learnt of it.
         unusable: why it is none, where it was to be one.
+        prompt: what a model is to answer in place of the record, where one is.
     """
 
     name: str
@@ -44,13 +45,14 @@ class Text:
     ends: bool = True
     conversation: Conversation | None = None
     unusable: str | None = None
+    prompt: Conversation | str | None = None
 
     @classmethod
     def of(cls, name: str, part: str, record: FileRecord) -> "Text":
         """A whole record; halves of surrogate pairs, which JSON can have, become `?`."""
         text = _whole(record.text)
         is_utf8 = record.is_utf8 and text == record.text
-        what = record.conversation, record.unusable
+        what = record.conversation, record.unusable, record.prompt
         return cls(name, part, text, record.context, is_utf8, record.ends, *what)
 
 
@@ -76,7 +78,8 @@ def in_parts(
 
     That is the one that its hash says. Where this leaves a part empty, as it must where there is
     one long text, all are cut by place: the last blocks are held out, those before them validate.
-    A conversation is never cut: there the last ones are taken for that.
+    A conversation is never cut: there the last ones are taken for that. A prompt that its record
+    does not answer is of the part train, as there is nothing to measure on.
 
     Args:
         records: gives name and record of every document, anew at each call.
@@ -86,8 +89,12 @@ def in_parts(
         yield from _by_place(records, corpus, counts, apart)
         return
     for name, record in records():
-        part = part_by_hash(record.text, corpus)
+        part = part_by_hash(record.text, corpus) if _measurable(record) else "train"
         yield Text.of(name, "train" if part in apart else part, record)
+
+
+def _measurable(record: FileRecord) -> bool:
+    return record.prompt is None or bool(record.text.strip())
 
 
 def _shares(corpus: CorpusSettings, apart: Collection[str]) -> dict[str, float]:
@@ -104,11 +111,13 @@ def _hash_fills_parts(
         return True
     empty.add("train")
     for _, record in records:
-        if record.text.strip():
+        if not _measurable(record):
+            empty.discard("train")
+        elif record.text.strip():
             part = part_by_hash(record.text, corpus)
             empty.discard("train" if part in apart else part)
-            if not empty:
-                return True
+        if not empty:
+            return True
     return False
 
 
@@ -133,7 +142,7 @@ def _by_place(
 
     before = 0
     for name, record in records():
-        if record.unusable is not None:
+        if record.unusable is not None or not _measurable(record):
             yield Text.of(name, "train", record)
             continue
         blocks = list(_blocks(record, corpus))
@@ -145,15 +154,16 @@ def _by_place(
             context = spans_within(record.context, start, end)
             is_utf8 = (record.is_utf8 and _whole(record.text) == record.text) or start > 0  # once
             ends = record.ends and end == size
-            what = record.conversation, record.unusable
+            what = record.conversation, record.unusable, record.prompt
             yield Text(f"{name}@{start}", part, text, context, is_utf8, ends, *what)
             start = end
         before += len(blocks)
 
 
 def _blocks(record: FileRecord, corpus: CorpusSettings) -> Iterator[str]:
-    if record.conversation is not None:
-        yield record.text
+    if record.conversation is not None or record.prompt is not None:
+        if record.text.strip():
+            yield record.text  # whole
     elif record.text.strip():
         yield from cut(_whole(record.text), corpus.block_bytes)
 

@@ -127,11 +127,16 @@ def read_blocks(
         waiting += [batch[half:], batch[:half]]
 
 
-def _require_halving(error: Exception, batch: list[int], positions: int, sharded: bool) -> None:
-    """Raise the error on, unless it says that memory is out and the batch can be halved."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is out."""
     text = str(error).lower()
     by_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if not by_type and not any(part in text for part in _OUT_OF_MEMORY):
+    return by_type or any(part in text for part in _OUT_OF_MEMORY)
+
+
+def _require_halving(error: Exception, batch: list[int], positions: int, sharded: bool) -> None:
+    """Raise the error on, unless it says that memory is out and the batch can be halved."""
+    if not is_out_of_memory(error):
         raise error
     if sharded:
         raise ModelError(

@@ -6,7 +6,8 @@ from fusellm.config import BuiltinDocuments, FileDocuments, HubDocuments, Recipe
 from fusellm.corpus.cutting import write_corpus
 from fusellm.corpus.digests import digest_of_files
 from fusellm.progress import Progress
-from fusellm.stages.stage import FilledStage
+from fusellm.stages.stage import Context, FilledStage
+from fusellm.store.answers import read_answers
 from fusellm.store.identity import Identity, digest
 from fusellm.store.writer import StageWriter, software_versions
 from fusellm.zoo.text import RULES
@@ -18,12 +19,19 @@ class CorpusStage(FilledStage):
     command = "corpus"
     goes_on = False
 
+    def __init__(self, context: Context) -> None:
+        """The corpus of a run, which reads what was generated for it."""
+        generated = context.recipe.corpus.generated
+        super().__init__(context, after=tuple(f"generate/{entry}" for entry in generated))
+
     @cached_property
     def _identity(self) -> Identity:  # once, as it reads whole files
         context = self.context
-        return identity_of_corpus(
+        made = identity_of_corpus(
             context.recipe, context.target.tokenizer_fingerprint, context.progress
         )
+        answers = {name: context.fingerprint(name) for name in self.after}
+        return Identity(made.stage, made.settings, {**made.inputs, **answers})
 
     def identity(self) -> Identity:
         """What the corpus is made from."""
@@ -37,6 +45,7 @@ class CorpusStage(FilledStage):
             folder,
             lambda text: len(encode([text], [True])[0].ids),
             self.context.progress,
+            lambda entry: read_answers(self.context.run, entry),
         )
 
 

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
+
+from fusellm.config import Recipe
 from fusellm.errors import StoreError
 from fusellm.recipe_file import RECIPE as RECIPE
 from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
-STAGES = ("corpus", "externalize", "fuse", "train", "evaluate", "report")
+STAGES = ("generate", "corpus", "externalize", "fuse", "train", "evaluate", "report")
 FUSED, CLM = "fused", "clm"
 """What is trained: the fused model, and the baseline on the same text without fusion."""
 ASIDE = "aside"
@@ -18,6 +21,12 @@ INDEX = "index.json"
 """In that folder: which records belong together."""
 SAVED_WHOLE = "saved-whole"
 """In a checkpoint's folder, once all of it is on disk."""
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as a run keeps it."""
+    settings = recipe.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def trained_folder(run: Path, which: str) -> Path:
@@ -85,12 +94,25 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
+def require_no_rounds(run: Path) -> None:
+    """Check that a folder is not one of several runs.
+
+    Raises:
+        StoreError: it is; they are named.
+    """
+    rounds = sorted(run.glob(f"round-*/{RECIPE}"))
+    if rounds:
+        named = ", ".join(str(path.parent) for path in rounds)
+        raise StoreError(f"{run} has rounds, each a run of its own; give one of {named}")
+
+
 def stage_folders(run: Path) -> Iterator[tuple[str, StageFolder]]:
     """The stage folders of a run that have begun, in the order of the stages.
 
     Raises:
         StoreError: the folder is no run, or a manifest is damaged.
     """
+    require_no_rounds(run)
     if not (run / RECIPE).exists():
         what = "it is a file" if run.is_file() else f"it has no {RECIPE}"
         raise StoreError(f"{run} is not a run: {what}; give the folder of a run, as runs/NAME")

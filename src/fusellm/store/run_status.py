@@ -62,7 +62,8 @@ def _stages_of(recipe: Recipe) -> list[str]:
     read = [f"externalize/{name}" for name in (TARGET, *(one.name for one in recipe.sources))]
     trained = [f"train/{FUSED}", *[f"train/{CLM}"] * recipe.training.clm_baseline]
     suites = [SUITES] * bool(recipe.evaluation.suites)
-    return ["corpus", *read, "fuse", *trained, "evaluate", *suites, "report"]
+    generated = [f"generate/{entry}" for entry in recipe.corpus.generated]
+    return [*generated, "corpus", *read, "fuse", *trained, "evaluate", *suites, "report"]
 
 
 def _of_folder(run: Path, name: str, folder: StageFolder) -> dict[str, Any]:

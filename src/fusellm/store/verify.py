@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from fusellm.errors import StoreError
 from fusellm.store import externalized, fused
+from fusellm.store.answers import ANSWERS
 from fusellm.store.blocks import BLOCKS
 from fusellm.store.layout import Layout
 from fusellm.store.manifest import MANIFEST, SHARD_SUFFIX, Segment, StageFolder
@@ -136,7 +137,7 @@ def verify_stage(path: Path, advance: Callable[[int], object] = lambda size: Non
 
 
 def _stage_of(path: Path) -> str:
-    inner = path.parent.name in ("externalize", "train")
+    inner = path.parent.name in ("generate", "externalize", "train")
     return f"{path.parent.name}/{path.name}" if inner else path.name
 
 
@@ -197,7 +198,7 @@ def _layout(folder: StageFolder) -> Layout | None:
         if any(fault_of(folder, name) for name in folder.shards if fused.is_sets(name)):
             return None
         return fused.layout_of(folder)
-    return {"corpus": BLOCKS, "evaluate": NATS}.get(stage)
+    return {"generate": ANSWERS, "corpus": BLOCKS, "evaluate": NATS}.get(stage)
 
 
 def _sums(

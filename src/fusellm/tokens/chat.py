@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusellm.errors import TokenizerError
-from fusellm.tokens.conversation import ASSISTANT, Conversation
+from fusellm.tokens.conversation import Conversation
 from fusellm.tokens.encode import Encoded, Encoder
 from fusellm.tokens.spelling import TextIds
 from fusellm.tokens.text_ids import text_ids_of
@@ -41,7 +41,8 @@ _TODAY = (
     "{%- endmacro %}"
 )
 _TRIES = 100  # of a text's forms, over all of them: texts of white space could fit in many ways
-_PROBE = Conversation(({"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}), (1,))
+_ANSWER = "b"
+_PROBE = Conversation(({"role": "user", "content": "a"},), ()).answered(_ANSWER)
 
 
 class _UnreadableError(Exception):
@@ -230,6 +231,23 @@ class ChatEncoder(Encoder):
             if isinstance(one, str)
             else self._joined(conversation, [(section, next(cut)) for section in one])
             for conversation, one in zip(conversations, read, strict=True)
+        ]
+
+    def prompt_ids(self, prompts: Sequence[Conversation]) -> list[np.ndarray | str]:
+        """The tokens after which this model writes its answer to each prompt.
+
+        They are those that stand before an answer when one is read. Of a prompt that cannot be
+        read it is the reason.
+
+        Args:
+            prompts: conversations that end with what is to be answered.
+        """
+        encoded = self.encode_conversations([one.answered(_ANSWER) for one in prompts])
+        return [
+            (one.reason or CHANGED)
+            if one.predicted is None
+            else one.ids[: int(one.predicted.argmax())]
+            for one in encoded
         ]
 
     def _cut_all(self, sections: Sequence[_Section]) -> list[_Cut]:

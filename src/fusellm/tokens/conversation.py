@@ -51,6 +51,16 @@ class Conversation:
             ends.append(end)
         return tuple(ends)
 
+    def answered(self, text: str, cut: bool = False) -> "Conversation":
+        """This one with one more answer behind it, which alone is learnt.
+
+        >>> asked = Conversation(({"role": "user", "content": "Two?"},), ())
+        >>> asked.answered("2").text
+        '2'
+        """
+        answer = {"role": ASSISTANT, "content": text}
+        return Conversation((*self.messages, answer), (len(self.messages),), cut, self.tools)
+
     def to_json(self) -> str:
         """Itself as one line of JSON."""
         told = {name: getattr(self, name) for name in ("messages", "learnt", "cut", "tools")}
