@@ -22,7 +22,7 @@ Gemma 3's base model by recipes/templates/gemma.jinja.
 import ast
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from fusellm.tokens.encode import Encoded, Encoder
 
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
 _TEMPLATES = Path(__file__).resolve().parents[1] / "recipes" / "templates"
-_ZOO = {
+ZOO = {
     "zoo/prose": ("llama-3", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
     "zoo/python": ("chatml", ["<|im_start|>", "<|im_end|>"]),
     "zoo/cpp": ("gemma", ["<start_of_turn>", "<end_of_turn>"]),
@@ -60,13 +60,20 @@ _SPELLED = (
 
 
 def conversations(count: int) -> list[Conversation]:
-    """Three turns about each of so many functions."""
-    made = []
-    for file in sorted(_STDLIB.glob("*.py")):
+    """Three turns about each of so many functions of the standard library."""
+    return conversations_of(sorted(_STDLIB.glob("*.py")), count)
+
+
+def conversations_of(files: Iterable[Path], count: int) -> list[Conversation]:
+    """Three turns about each of so many functions, at most 12 of a file."""
+    made: list[Conversation] = []
+    for file in files:
         source = file.read_text(encoding="utf-8", errors="replace")
-        for node in islice(
-            (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)), 12
-        ):
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        for node in islice((n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)), 12):
             told = ast.get_docstring(node)
             code = ast.get_source_segment(source, node)
             if told is None or code is None or len(code) > 3000:
@@ -205,7 +212,7 @@ def measure(
 def zoo_tokenizers(folder: Path) -> dict[str, tuple[PreTrainedTokenizerBase, str | None]]:
     """The zoo's, with the tokens of their templates."""
     made: dict[str, tuple[PreTrainedTokenizerBase, str | None]] = {}
-    for name, (template, special) in _ZOO.items():
+    for name, (template, special) in ZOO.items():
         place = folder / name.replace("/", "-")
         Tokenizer.from_pretrained(name).tokenizer.save_pretrained(place)
         tokenizer = AutoTokenizer.from_pretrained(place)

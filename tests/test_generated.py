@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from chats import FAMILIES, asked, make_models, records, write_records
 from typer.testing import CliRunner, Result
 
 import fusellm
+from chats import FAMILIES, asked, make_models, records, write_records
 from fusellm.cli.main import app
 from fusellm.config import GeneratedSettings
 from fusellm.corpus.conversations import UnusableError, prompt_of
@@ -54,9 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(models: Path, tmp_path: Path) -> Made:
     """Writes a recipe; `generated` and other keys of its only entry are given."""
 
-    def make(
-        rows: list[dict[str, Any]] | None = None, rounds: int = 1, **entry: Any
-    ) -> Path:
+    def make(rows: list[dict[str, Any]] | None = None, rounds: int = 1, **entry: Any) -> Path:
         write_records(tmp_path / "chat.jsonl", records(40) if rows is None else rows)
         given = {"files": "chat.jsonl", "messages": "messages", "domain": "chat"} | entry
         if given.get("messages") is None:
@@ -235,12 +233,9 @@ def test_prompts_need_no_answers_of_their_own(
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     opened(file, run).execute(("generate", "corpus"))
     blocks = read_part(open_corpus(run), "train")
-    asked_of = [b.conversation.messages[0]["content"] for b in blocks if b.domain == "chat"]  # type: ignore[union-attr]
-    assert asked_of == ["And 0?", "What is 1?", "And 2?", "What is 3?", "And 4?", "What is 5?"] + [
-        "And 6?",
-        "What is 7?",
-        "And 8?",
-    ]
+    own = [b.conversation for b in blocks if b.domain == "chat"]
+    asked_of = [one.messages[0]["content"] for one in own if one is not None]
+    assert asked_of == [f"What is {n}?" if n % 2 else f"And {n}?" for n in range(9)]
     counts = open_corpus(run).counts
     assert counts["prompts_without_answer"] == 3
     assert counts["unusable_conversations"] == 2
@@ -267,9 +262,10 @@ def test_an_answer_is_text_up_to_the_end_of_a_turn(name: str, models: Path) -> N
     assert (other.text, other.ends) == (said, special == ids[-1] or special in writer._ends)
     cut = writer._read(ids[:-1], is_answer=True)
     assert (cut.text, cut.ends) == (said, False)
-    before, answer = whole.ids[: int(whole.predicted.argmax())], encoder.prompt_ids(
-        [prompt_of(["Which?"])]
-    )[0]
+    before, answer = (
+        whole.ids[: int(whole.predicted.argmax())],
+        encoder.prompt_ids([prompt_of(["Which?"])])[0],
+    )
     assert not isinstance(answer, str)
     assert before.tolist() == answer.tolist()
 
@@ -350,7 +346,7 @@ def test_a_model_that_cannot_answer_says_so(recipe_of: Made, tmp_path: Path) -> 
     with pytest.raises(CorpusError, match="has answered none of"):
         opened(file, tmp_path / "run2").execute(("generate",))
     file = recipe_of([{"messages": []}], generated=GREEDY)
-    with pytest.raises(FusellmError, match="has no prompt that target could answer|has no text"):
+    with pytest.raises(FusellmError, match=r"has no prompt that target|has no text"):
         opened(file, tmp_path / "run3").execute(("generate",))
 
 

@@ -15,7 +15,7 @@ from fusellm.corpus.generated import with_answers
 from fusellm.corpus.parts import MEASURED_BYTES, PARTS, Text
 from fusellm.errors import CorpusError
 from fusellm.progress import Bar, Progress
-from fusellm.store.answers import Answer
+from fusellm.store.answers import GeneratedAnswer
 from fusellm.store.blocks import (
     BLOCKS_SCHEMA,
     BLOCKS_WITH_CONTEXT_SCHEMA,
@@ -35,7 +35,7 @@ def write_corpus(
     folder: StageWriter,
     count_tokens: Callable[[str], int],
     progress: Progress,
-    answers_to: Callable[[int], Iterator[Answer]] = lambda entry: iter(()),
+    answers_to: Callable[[int], Iterator[GeneratedAnswer]] = lambda entry: iter(()),
 ) -> None:
     """Cut a recipe's documents into blocks, shard by shard, and finish the folder.
 

@@ -14,7 +14,7 @@ from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.parts import Text
 from fusellm.errors import StoreError
 from fusellm.progress import Silent
-from fusellm.store.answers import Answer
+from fusellm.store.answers import GeneratedAnswer
 from fusellm.tokens.conversation import Conversation
 
 
@@ -61,7 +61,10 @@ def _fitting(prompt: Conversation, most_bytes: int) -> Conversation | None:
 
 
 def with_answers(
-    texts: Iterator[Text], answers: Iterator[Answer], block_bytes: int, counts: Counter[str]
+    texts: Iterator[Text],
+    answers: Iterator[GeneratedAnswer],
+    block_bytes: int,
+    counts: Counter[str],
 ) -> Iterator[Text]:
     """An entry's documents, those of the part train with what a model has answered.
 
@@ -91,7 +94,7 @@ def with_answers(
         )
 
 
-def _answered(text: Text, answer: Answer, block_bytes: int) -> Iterator[Text]:
+def _answered(text: Text, answer: GeneratedAnswer, block_bytes: int) -> Iterator[Text]:
     if isinstance(text.prompt, Conversation):
         asked = _fitting(text.prompt, block_bytes)
         if asked is not None:

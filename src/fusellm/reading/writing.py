@@ -16,7 +16,7 @@ from fusellm.tokens.conversation import Conversation
 from fusellm.tokens.encode import Encoder
 
 
-class Written(NamedTuple):
+class WrittenAnswer(NamedTuple):
     """What a model wrote after a prompt.
 
     Attributes:
@@ -79,7 +79,7 @@ class Writer:
         prompts: Sequence[Conversation | str],
         seed: Sequence[int],
         advance: Callable[[int], object] = lambda count: None,
-    ) -> list[Written]:
+    ) -> list[WrittenAnswer]:
         """Answer prompts, those of like length together.
 
         Args:
@@ -91,7 +91,9 @@ class Writer:
             ModelError: memory does not suffice.
         """
         asked = list(self._ids_of(prompts))
-        written = [Written("", left_out=one) if isinstance(one, str) else None for one in asked]
+        written = [
+            WrittenAnswer("", left_out=one) if isinstance(one, str) else None for one in asked
+        ]
         left = [n for n, one in enumerate(asked) if not isinstance(one, str)]
         advance(len(asked) - len(left))
         left.sort(key=lambda n: (-len(asked[n]), n))
@@ -157,7 +159,7 @@ class Writer:
         new: list[list[int]] = whole[:, longest:].tolist()
         return new
 
-    def _read(self, ids: Sequence[int], is_answer: bool) -> Written:
+    def _read(self, ids: Sequence[int], is_answer: bool) -> WrittenAnswer:
         """What a model's tokens say; `is_answer`: behind a template, where no space is before."""
         vocabulary = self._encoder.vocabulary
         data, ends, tokens = b"", False, 0
@@ -170,4 +172,4 @@ class Writer:
                 token = token[1:] if vocabulary.may_be_dummy[id_] else token
             data, tokens = data + token, tokens + 1
         text = data.decode("utf-8", "replace")
-        return Written(text if ends else text.rstrip("\ufffd"), ends, tokens)
+        return WrittenAnswer(text if ends else text.rstrip("\ufffd"), ends, tokens)

@@ -8,9 +8,9 @@ from fusellm.corpus.digests import digest_of_files
 from fusellm.corpus.generated import Prompt, prompts_of
 from fusellm.errors import CorpusError
 from fusellm.models.load import default_device, describe, load_model
-from fusellm.reading.writing import Writer, Written
+from fusellm.reading.writing import Writer, WrittenAnswer
 from fusellm.stages.stage import Context, FilledStage
-from fusellm.store.answers import Answer, write_answers
+from fusellm.store.answers import GeneratedAnswer, write_answers
 from fusellm.store.identity import Identity, digest
 from fusellm.store.writer import StageWriter
 
@@ -60,7 +60,7 @@ class GenerateStage(FilledStage):
         return self._identity
 
     def fill(self, folder: StageWriter) -> None:
-        """Answer the prompts that are not answered."""
+        """GeneratedAnswer the prompts that are not answered."""
         context, by = self.context, self.settings.by
         with context.progress.start(f"looking for prompts for {by}", 0, "prompts") as bar:
             prompts: list[Prompt] = []
@@ -106,7 +106,7 @@ class GenerateStage(FilledStage):
         model = load_model(located, default_device())
         return Writer(model, self.reader.encoder, located.context_tokens, self.settings)
 
-    def _tell(self, asked: list[Prompt], written: list[Written]) -> None:
+    def _tell(self, asked: list[Prompt], written: list[WrittenAnswer]) -> None:
         left_out = [n for n, one in enumerate(written) if one.left_out is not None]
         if left_out:
             first = left_out[0]
@@ -119,8 +119,8 @@ class GenerateStage(FilledStage):
 _COUNTED = ("prompts", "tokens", "empty", "cut")
 
 
-def _answers(asked: list[Prompt], written: list[Written]) -> list[Answer]:
+def _answers(asked: list[Prompt], written: list[WrittenAnswer]) -> list[GeneratedAnswer]:
     return [
-        Answer(prompt.document, one.text, one.ends, one.tokens)
+        GeneratedAnswer(prompt.document, one.text, one.ends, one.tokens)
         for prompt, one in zip(asked, written, strict=True)
     ]

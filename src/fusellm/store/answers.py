@@ -24,7 +24,7 @@ ANSWERS_SCHEMA = pa.schema(
 ANSWERS = Layout((ANSWERS_SCHEMA,))
 
 
-class Answer(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """What a model wrote.
 
     Attributes:
@@ -40,7 +40,9 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def write_answers(writer: StageWriter, name: str, first: int, answers: Sequence[Answer]) -> None:
+def write_answers(
+    writer: StageWriter, name: str, first: int, answers: Sequence[GeneratedAnswer]
+) -> None:
     """Write a shard.
 
     Args:
@@ -62,7 +64,7 @@ def write_answers(writer: StageWriter, name: str, first: int, answers: Sequence[
     write_table(writer, name, columns, ANSWERS_SCHEMA, counts)
 
 
-def read_answers(run: Path, entry: int) -> Iterator[Answer]:
+def read_answers(run: Path, entry: int) -> Iterator[GeneratedAnswer]:
     """The answers to an entry of the corpus, by its number, that say something; in order.
 
     Raises:
@@ -74,4 +76,6 @@ def read_answers(run: Path, entry: int) -> Iterator[Answer]:
         shard = Shard(folder, name, ANSWERS)
         for row in (shard.block(n) for n in range(len(shard))):
             if row["answer"].strip():
-                yield Answer(row["document"], row["answer"], bool(row["ends"]), int(row["tokens"]))
+                yield GeneratedAnswer(
+                    row["document"], row["answer"], bool(row["ends"]), int(row["tokens"])
+                )

@@ -96,7 +96,7 @@ class Execution:
         Raises:
             FusellmError: something is missing, or an arm cannot be as the study has it.
         """
-        self._trainings.share(self._base, ["corpus"], self._redo)
+        self._trainings.share(self._base, _corpus_of(self._base), self._redo)
         blocks = read_part(open_corpus(self._base.run), "held_out")
         self._measurements = Measurements(self._out, self._study.base, blocks, self._progress)
         nats = {name: self._untrained(name, one) for name, one in self._base.readers.items()}
@@ -152,7 +152,7 @@ class Execution:
             return self._pipelines[unit]
         recipe = self._study.recipe(unit, self._budget(unit))
         pipeline = self._trainings.pipeline(recipe, unit.folder)
-        self._trainings.share(pipeline, ["corpus"], self._redo)
+        self._trainings.share(pipeline, _corpus_of(pipeline), self._redo)
         held_out = read_part(open_corpus(pipeline.run), "held_out")
         if digest_of_held_out(held_out) != digest_of_held_out(self._measurements.blocks):
             raise RecipeError(
@@ -308,3 +308,8 @@ def _told(reader: Reader) -> str:
     """What a model is that nothing was trained of."""
     precision = reader.located.settings.precision
     return digest([reader.located.fingerprint, precision, reader.tokenizer_fingerprint])
+
+
+def _corpus_of(pipeline: Pipeline) -> list[str]:
+    """The stages that make the corpus: what is generated, and the corpus."""
+    return [one.name for one in pipeline.stages if one.command in ("generate", "corpus")]
