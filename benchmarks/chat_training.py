@@ -78,7 +78,7 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
         ],
         "corpus": {
             "documents": [{"files": "chat.jsonl", "messages": "messages", "domain": "chat"}],
-            "block_bytes": 2048,
+            "block_bytes": 1536,
             "validation_share": 0.05,
             "held_out_share": 0.1,
             "shard_blocks": 64,

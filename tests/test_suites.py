@@ -25,16 +25,17 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusellm.config import EvaluationSettings
+from fusellm.config import EvaluationSettings, ModelSettings
 from fusellm.errors import EvaluationError, IdentityError
 from fusellm.evaluation.code.completions import complete
 from fusellm.evaluation.harness import lm_eval as around
 from fusellm.evaluation.harness import run as harness_run
 from fusellm.evaluation.harness.lm_eval import SEED
-from fusellm.evaluation.harness.model import LoadedModel
+from fusellm.evaluation.harness.model import LoadedModel, Ruler
 from fusellm.evaluation.harness.run import HarnessTask
 from fusellm.evaluation.measure import (
     Candidate,
+    candidate,
     find_records,
     measure,
     prepare,
@@ -47,6 +48,7 @@ from fusellm.evaluation.suites.lm_eval_tasks import lm_eval_tasks
 from fusellm.evaluation.suites.load import make_task, plans_of, read_task, tasks_of
 from fusellm.evaluation.suites.paper_tasks import SCIBENCH_BOOKS
 from fusellm.evaluation.suites.task import Definition, Inputs, Plan
+from fusellm.models.load import locate
 from fusellm.progress import Silent
 from worlds import SHARED
 
@@ -565,7 +567,9 @@ def tiny(world: Path) -> LoadedModel:
     return LoadedModel(model.train(), AutoTokenizer.from_pretrained(world / "llama"), 512)
 
 
-def stock_results(folder: Path, loaded: LoadedModel, file: str, rows: Any, changes: Any) -> Any:
+def stock_results(
+    folder: Path, loaded: LoadedModel, file: str, rows: Any, changes: Any, chat: bool = False
+) -> Any:
     """lm_eval's own results on rows, with nothing of ours between."""
     folder.mkdir()
     write_lines(folder / "rows.jsonl", rows)
@@ -584,6 +588,7 @@ def stock_results(folder: Path, loaded: LoadedModel, file: str, rows: Any, chang
     }
     (folder / "own.yaml").write_text(yaml.safe_dump(body), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(loaded.model.name_or_path)
+    tokenizer.chat_template = loaded.tokenizer.chat_template
     return lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=4),
         tasks=["own"],
@@ -593,6 +598,8 @@ def stock_results(folder: Path, loaded: LoadedModel, file: str, rows: Any, chang
         numpy_random_seed=SEED,
         torch_random_seed=SEED,
         fewshot_random_seed=SEED,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
 
 
@@ -638,6 +645,65 @@ def test_scores_are_lm_evals_own(
     if task.task.OUTPUT_TYPE == "generate_until":
         assert [a.response for a in record.answers] == [s["resps"][0][0] for s in samples]
     assert record.header.software["lm_eval"] == lm_eval.__version__
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+CHATML = (RECIPES / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "rows", "file", "key"),
+    [
+        ("commonsense", "arc_easy", ARC, "arc/arc_easy.yaml", "acc_norm,none"),
+        (
+            "textgen",
+            "triviaqa",
+            TRIVIA,
+            "triviaqa/default.yaml",
+            "exact_match,remove_whitespace",
+        ),
+    ],
+)
+def test_by_a_chat_template_scores_are_lm_evals_own(
+    suite: str,
+    name: str,
+    rows: Any,
+    file: str,
+    key: str,
+    data: Path,
+    tiny: LoadedModel,
+    tmp_path: Path,
+) -> None:
+    speaks = AutoTokenizer.from_pretrained(tiny.model.name_or_path)
+    speaks.chat_template = CHATML
+    loaded = replace(tiny, tokenizer=speaks)
+    settings = EvaluationSettings(
+        data_dir=str(data), batch_size=4, tasks=[name], max_new_tokens=24, chat=True
+    )
+    (task,) = tasks_of(suite, settings)
+    record = task.run(loaded, FACTS)
+    writing = {"until": ["\n", ".", ","], "max_gen_toks": 24, "do_sample": False}
+    changes = {"generation_kwargs": writing} if name == "triviaqa" else {}
+    theirs = stock_results(tmp_path / "stock", loaded, file, rows, changes, chat=True)
+    samples = [s for s in theirs["samples"]["own"] if s["filter"] == key.split(",")[1]]
+    assert [a.score for a in record.answers] == [s[key.split(",")[0]] for s in samples]
+    assert [a.prompt for a in record.answers] == [s["prompt_hash"] for s in samples]
+    asked = task.requests(Ruler(speaks, 512).apply_chat_template)
+    assert all(request.args[0].endswith("<|im_start|>assistant\n") for request in asked)
+    (plain,) = tasks_of(suite, settings.model_copy(update={"chat": False}))
+    assert plain.header.compared_by != task.header.compared_by
+
+
+def test_who_has_no_chat_template_is_named(world: Path) -> None:
+    with pytest.raises(EvaluationError, match="llama has no chat template"):
+        candidate("llama", locate(ModelSettings(model=str(world / "llama"))), chat=True)
+    settings = ModelSettings(
+        model=str(world / "llama"), chat_template=str(RECIPES / "templates" / "chatml.jinja")
+    )
+    one = candidate("llama", locate(settings), chat=True)
+    assert one.load().tokenizer.chat_template == CHATML
+    with pytest.raises(EvaluationError, match="which are no conversations"):
+        prepare(["humaneval"], EvaluationSettings(chat=True), Silent())
 
 
 def _choosing(count: int) -> Definition:

@@ -38,7 +38,7 @@ with_settings = SettingOptions(
     (
         *("data_dir", "allow_download", "tasks", "limit", "batch_size", "too_long"),
         *("max_new_tokens", "samples", "temperature", "top_p", "pass_at", "toolchains"),
-        "published",
+        *("chat", "published"),
     ),
     flags={"toolchains": "--toolchain"},
     metavars={"data_dir": "FOLDER", "toolchains": "FOLDER", "tasks": "TASK"},

@@ -217,6 +217,9 @@ class EvaluationSettings(SettingsBlock):
     toolchains: list[str] = Field(default_factory=list)
     """Folders outside of /usr with compilers and interpreters in their `bin`, which programs under
     test may read."""
+    chat: bool = False
+    """Whether suites ask each model by its chat template, a task's examples as turns, as lm_eval's
+    `--apply_chat_template` does."""
     published: bool = False
     """Whether the paper's figures are shown beside a suite's table."""
 

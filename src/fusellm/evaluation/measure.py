@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from fusellm.config import EvaluationSettings
 from fusellm.errors import EvaluationError, IdentityError, StoreError
@@ -26,6 +27,7 @@ from fusellm.evaluation.suites.catalogue import named
 from fusellm.evaluation.suites.load import tasks_of
 from fusellm.models.headers import require_loadable
 from fusellm.models.load import Located, default_device, load_model, load_tokenizer
+from fusellm.models.readers import chat_template_of
 from fusellm.progress import Progress, Silent
 from fusellm.store.files import make_folder, write_text
 from fusellm.store.identity import Identity, digest
@@ -84,17 +86,33 @@ class PreparedSuite:
     not_run: tuple[NotRun, ...] = ()
 
 
-def candidate(name: str, located: Located) -> Candidate:
+def candidate(name: str, located: Located, chat: bool = False) -> Candidate:
     """A model that has been found, to be loaded when it is needed.
 
+    Args:
+        chat: whether it is asked by its chat template.
+
     Raises:
-        EvaluationError: lm_eval cannot use its tokenizer.
+        EvaluationError: lm_eval cannot use its tokenizer, or it has no chat template and is to be
+            asked by one.
         ModelError: its tokenizer, or a package that it is loaded with, is missing, or its files
             are not what they should be.
     """
     require_loadable(located)
-    tokenizer = load_tokenizer(located)
+
+    def read() -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(located)
+        if chat:
+            tokenizer.chat_template = chat_template_of(located, tokenizer)
+        return tokenizer
+
+    tokenizer = read()
     require_readable(tokenizer)
+    if chat and not tokenizer.chat_template:
+        raise EvaluationError(
+            f"{name} has no chat template, and is to be asked by one; give it one as chat_template "
+            "(of a recipe's model, or --set chat_template=FILE.jinja), or leave chat out"
+        )
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     specials = tokenizer.special_tokens_map
     facts = {
@@ -103,10 +121,12 @@ def candidate(name: str, located: Located) -> Candidate:
         "tokenizer": digest([type(tokenizer).__name__, rules, specials]),
         "precision": located.settings.precision,
     }
+    if chat:
+        facts["chat_template"] = digest(tokenizer.chat_template)
 
     def load() -> LoadedModel:
         model = load_model(located, default_device())
-        return LoadedModel(model, load_tokenizer(located), located.context_tokens)
+        return LoadedModel(model, read(), located.context_tokens)
 
     context = located.context_tokens
     return Candidate(facts, load, None if context is None else Ruler(tokenizer, context))
@@ -126,6 +146,11 @@ def prepare(
     for name in dict.fromkeys(suites):
         own = settings.model_copy(update={"tasks": _tasks_for(name, suites, settings.tasks)})
         if name in CODE_SUITES:
+            if settings.chat:
+                raise EvaluationError(
+                    f"{name} asks models to go on with programs, which are no conversations; "
+                    "measure it without chat"
+                )
             prepared.append(
                 PreparedSuite(name, *prepare_languages(CODE_SUITES[name], own, progress))
             )
@@ -311,12 +336,17 @@ def require_room(
 
 
 def _require_room_of(task: Task, models: Sequence[Candidate]) -> None:
-    requests = task.requests()
-    rulers: dict[tuple[str, int], Candidate] = {}
+    chat = task.settings.chat
+    requests = [] if chat else task.requests()
+    rulers: dict[tuple[str, str | None, int], Candidate] = {}
     for model in models:
         assert model.ruler is not None
-        rulers.setdefault((model.facts["tokenizer"], model.ruler.max_length), model)
+        template = model.facts.get("chat_template")
+        rulers.setdefault((model.facts["tokenizer"], template, model.ruler.max_length), model)
     for model in rulers.values():
+        assert model.ruler is not None
+        if chat:
+            requests = task.requests(model.ruler.apply_chat_template)
         try:
             MeasuredModel(model.ruler, "error", Silent(), task.place).require_room(requests)
         except EvaluationError as error:

@@ -68,7 +68,8 @@ def evaluate(
     evaluation = checked_settings(EvaluationSettings, given)
     shown = progress or Silent()
     candidates = [
-        candidate(name, _located(model, trust_remote_code)) for name, model in named.items()
+        candidate(name, _located(model, trust_remote_code), evaluation.chat)
+        for name, model in named.items()
     ]
     prepared = prepare(suites, evaluation, shown)
     first, *others = named

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from fusellm.config import ModelSettings, Recipe
 from fusellm.errors import FusellmError, ModelError, StoreError
 from fusellm.models.gguf import read_header
@@ -15,7 +17,7 @@ from fusellm.progress import Progress
 from fusellm.store.externalized import TARGET
 from fusellm.store.facts import StoreFacts
 from fusellm.store.identity import tokenizer_fingerprint
-from fusellm.tokens.chat import ChatEncoder
+from fusellm.tokens.chat import ChatEncoder, own_template
 from fusellm.tokens.encode import Encoder
 
 
@@ -81,14 +83,26 @@ def chat_encoder_of(located: Located) -> ChatEncoder:
         TokenizerError: its tokens cannot be told as bytes, or it has no template that serves.
     """
     settings, rows = located.settings, located.config.get_text_config().vocab_size
-    template = None if settings.chat_template is None else template_text(settings.chat_template)
     tokenizer = load_tokenizer(located)
-    if template is None and located.gguf is not None:
-        written = read_header(located.gguf).get(CHAT_TEMPLATE)
-        template = written if isinstance(written, str) else None
+    template = chat_template_of(located, tokenizer)
     encoder = ChatEncoder(tokenizer, rows, template, settings.system)
     tokenizer.chat_template = encoder.template  # saved with what is trained
     return encoder
+
+
+def chat_template_of(located: Located, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that a model speaks by: the recipe's, or its own; None if there is none.
+
+    Raises:
+        ModelError: the recipe's is not there.
+    """
+    if located.settings.chat_template is not None:
+        return template_text(located.settings.chat_template)
+    own = own_template(tokenizer)
+    if own is None and located.gguf is not None:
+        written = read_header(located.gguf).get(CHAT_TEMPLATE)
+        own = written if isinstance(written, str) and written else None
+    return own
 
 
 def template_text(given: str) -> str:

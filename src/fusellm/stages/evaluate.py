@@ -206,7 +206,7 @@ class SuitesStage(Stage):
         models = evaluated_models(context).items()
         measure_into(
             self.folder,
-            [candidate(name, model.located) for name, model in models],
+            [candidate(name, model.located, evaluation.chat) for name, model in models],
             suites,
             Rules(PAIRS, evaluation.resamplings, context.recipe.seed, evaluation.pass_at),
             evaluation.published,

@@ -149,7 +149,13 @@ class ChatEncoder(Encoder):
         """
         super().__init__(tokenizer, rows)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
-        self.template, self.system = template or self._own_template(), system
+        own = template or own_template(tokenizer)
+        if own is None:
+            raise TokenizerError(
+                f"{self._name!r} has no chat template, and the corpus is of conversations; give "
+                "this model one in the recipe, as chat_template: FILE.jinja, or leave it out"
+            )
+        self.template, self.system = own, system
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = {token.content: token for token in special}
         added = tokenizer.added_tokens_decoder.items()
@@ -163,17 +169,6 @@ class ChatEncoder(Encoder):
             raise self._says_no_answer()
         first = probe.ids[probe.predicted][0]
         self._has_dummy_prefix = bool(self.vocabulary.may_be_dummy[first])
-
-    def _own_template(self) -> str:
-        own = getattr(self.tokenizer, "chat_template", None)
-        if isinstance(own, Mapping):  # several, by name
-            own = own.get("default")
-        if not isinstance(own, str) or not own:
-            raise TokenizerError(
-                f"{self._name!r} has no chat template, and the corpus is of conversations; give "
-                "this model one in the recipe, as chat_template: FILE.jinja, or leave it out"
-            )
-        return own
 
     def _end_of_turn(self) -> int | None:
         try:
@@ -433,6 +428,14 @@ class ChatEncoder(Encoder):
             raise _UnreadableError(f"its chat template raises: {reason}") from error
         assert isinstance(rendered, str)
         return rendered
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that a tokenizer comes with; the default, where it has several."""
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, Mapping):
+        own = own.get("default")
+    return own if isinstance(own, str) and own else None
 
 
 def _encoded(

@@ -27,7 +27,7 @@ from fusellm.evaluation.compare.comparison import NotRun
 from fusellm.evaluation.compare.records import Header, TaskRecord
 from fusellm.evaluation.harness.lm_eval import SEED, extra
 from fusellm.evaluation.harness.model import LoadedModel
-from fusellm.evaluation.harness.run import Task
+from fusellm.evaluation.harness.run import Render, Task
 from fusellm.evaluation.suites.catalogue import SUITES
 from fusellm.evaluation.suites.data import DATA_DIR
 from fusellm.progress import Progress, Silent
@@ -64,8 +64,8 @@ class CodeTask(Task):
     problems: tuple[Problem, ...]
     toolchain: Toolchain
 
-    def requests(self) -> list[Any]:
-        """What the problems ask a model, once each."""
+    def requests(self, render: Render | None = None) -> list[Any]:
+        """What the problems ask a model, once each; as they are, as programs go on."""
         prompts = [problem.prompt for problem in self.problems]
         once = self.settings.model_copy(update={"samples": 1})
         return requests_for(prompts, [], once, self.header.task)

@@ -410,10 +410,12 @@ def _notes(
             for task in left_out
         )
         notes.append(f"{whole if len(averaged) > 1 else 'there is no mean'}: {reasons}")
+    if any(task.header.protocol.get("chat") for task in joined):
+        notes.append("each model is asked by its own chat template, examples as turns")
     notes += [
         f"{task.name}: {task.prompts_differ:,} prompts were not the same for all models"
         for task in joined
-        if task.prompts_differ
+        if task.prompts_differ and not task.header.protocol.get("chat")
     ]
     if any(task.unit == BLEU for task in joined):
         version = extra("sacrebleu").__version__

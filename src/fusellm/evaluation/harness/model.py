@@ -160,6 +160,20 @@ class Ruler:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as the model's chat template says them; lm_eval's own way."""
+        from lm_eval.models.huggingface import HFLM
+
+        rendered: str = HFLM.apply_chat_template(self, messages, add_generation_prompt)
+        return rendered
+
+    @property
+    def chat_template_args(self) -> dict[str, Any]:
+        """What a template is given besides."""
+        return {}
+
 
 class _Hook:
     """Where lm_eval's models report each answer; meant for a cache."""

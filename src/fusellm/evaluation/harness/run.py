@@ -20,6 +20,9 @@ from fusellm.progress import Progress, Silent
 from fusellm.store.identity import digest
 
 _SOFTWARE = ("lm_eval", "transformers", "torch", "datasets")
+Render = Callable[..., str]
+"""From a list of messages to text, as lm_eval calls it: with `add_generation_prompt` by name."""
+
 _NOT_PROTOCOL = ("task", "dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset")
 
 
@@ -50,8 +53,13 @@ class Task(ABC):
         )
 
     @abstractmethod
-    def requests(self) -> list[Any]:
-        """What the task asks a model, as lm_eval's requests."""
+    def requests(self, render: Render | None = None) -> list[Any]:
+        """What the task asks a model, as lm_eval's requests.
+
+        Args:
+            render: how a model's chat template says messages; None for a model that is asked plain
+                text.
+        """
 
     @abstractmethod
     def run(
@@ -90,9 +98,13 @@ class HarnessTask(Task):
             tuple(replace(one, truncated=number in cut) for number, one in enumerate(answers)),
         )
 
-    def requests(self) -> list[Any]:
+    def requests(self, render: Render | None = None) -> list[Any]:
+        chat: dict[str, Any] = {}
+        if render is not None:
+            chat = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+            chat["chat_template"] = render
         with self._begun():
-            self.task.build_all_requests(limit=self.settings.limit, rank=0, world_size=1)
+            self.task.build_all_requests(limit=self.settings.limit, rank=0, world_size=1, **chat)
         return list(self.task.instances)
 
     @contextmanager
@@ -114,6 +126,8 @@ class HarnessTask(Task):
                 limit=self.settings.limit,
                 bootstrap_iters=0,
                 log_samples=True,
+                apply_chat_template=self.settings.chat,
+                fewshot_as_multiturn=self.settings.chat,
             )
         means = means_of(self.task)
         seen: Counter[str] = Counter()
@@ -195,7 +209,7 @@ def ready(
         "limit": settings.limit,
         "seed": SEED,
         "notes": list(notes),
-    }
+    } | ({"chat": True} if settings.chat else {})
     software = {package: version(package) for package in _SOFTWARE}
     header = Header(suite, name, protocol, kind, dict(data), {}, software)
     return HarnessTask(header, settings, task, *measure, unread)
