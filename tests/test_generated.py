@@ -38,6 +38,7 @@ from fusellm.rounds import rounds_of
 from fusellm.store.answers import read_answers
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.manifest import StageFolder
+from fusellm.study.run import run_study
 from fusellm.tokens.chat import ChatEncoder
 
 Made = Callable[..., Path]
@@ -338,6 +339,14 @@ def test_what_cannot_be_generated_is_refused(raw: dict[str, Any], message: str) 
         check_recipe(BASE | {"rounds": rounds, "corpus": {"documents": [entry]}}, "recipe.yaml")
 
 
+def test_who_generates_nothing_is_told(recipe_of: Made, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="generates nothing"):
+        opened(recipe_of(), tmp_path / "run").execute(("generate",))
+    told = invoke("check", str(recipe_of(generated=GREEDY, rounds=2)), "--out", str(tmp_path / "x"))
+    assert told.exit_code == 0, told.output
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_model_that_cannot_answer_says_so(recipe_of: Made, tmp_path: Path) -> None:
     file = recipe_of(generated={"max_new_tokens": 1_000_000})
     with pytest.raises(ModelError, match="leaves no room for a prompt"):
@@ -438,3 +447,67 @@ def test_two_rounds_survive_being_killed(recipe_of: Made, tmp_path: Path) -> Non
             process.wait()
     subprocess.run([*command, str(cut)], check=True, capture_output=True)
     _require_same(whole, cut)
+
+
+# A study
+
+
+def test_fusechats_way_stands_beside_one_fusion(models: Path, tmp_path: Path) -> None:
+    """Each source alone, merged; both at once; and the source's own answers as the text."""
+    write_records(tmp_path / "chat.jsonl", records(40))
+    raw = {
+        "name": "chat",
+        "target": str(models / "llama"),
+        "sources": [
+            {"model": str(models / "chatml"), "name": "one"},
+            {"model": str(models / "gemma"), "name": "other"},
+        ],
+        "corpus": {
+            "documents": [{"files": "chat.jsonl", "messages": "messages", "domain": "chat"}],
+            "validation_share": 0.15,
+            "held_out_share": 0.2,
+        },
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "validations": 1,
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    study = {
+        "name": "fusechat",
+        "recipe": "recipe.yaml",
+        "seeds": [0],
+        "arms": {
+            "clm": {"train": "clm"},
+            "fused": {},
+            "only-one": {"sources": ["one"]},
+            "only-other": {"sources": ["other"]},
+            "fusechat": {"merge": {"of": ["only-one", "only-other"], "method": "sce"}},
+            "answers": {"set": {"corpus.documents.0.generated": SAMPLED | {"by": "one"}}},
+        },
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    out = tmp_path / "study"
+    results = run_study(tmp_path / "study.yaml", out)
+    assert [*results.arms] == [*study["arms"]]  # type: ignore[misc]
+    own = out / "arms" / "answers" / "seed-0"
+    answers = {one.text for one in read_answers(own, 0)}
+    blocks = read_part(open_corpus(own), "train")
+    assert {block.text for block in blocks} == answers
+    merged = out / "arms" / "fusechat" / "seed-0" / "merged"
+    model, encoder = fusellm.load_pretrained(merged, device="cpu")
+    ids = encoder.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is it?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
+    written = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert written.shape[1] > ids.shape[1]
+    page = (out / "study.md").read_text(encoding="utf-8")
+    assert "fusechat" in page
+    before = page
+    assert run_study(tmp_path / "study.yaml", out) == results  # nothing is made anew
+    assert (out / "study.md").read_text(encoding="utf-8") == before

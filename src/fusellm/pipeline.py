@@ -129,6 +129,11 @@ class Pipeline:
                 found before any work is done, as far as it can be known then.
         """
         asked = [one for one in self.stages if one.command in stages or one.name in stages]
+        if not asked:
+            raise RecipeError(
+                f"{self.recipe.name} generates nothing: no entry of corpus.documents has a block "
+                "generated (docs/generated.md)"
+            )
         self._preflight([stage for stage in asked if not stage.complete])
         processes.first(partial(self._begin, redo, ensured))
         for stage in asked:

@@ -1,6 +1,7 @@
 """All keys of a recipe on one page, made from the classes that check them."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from fusellm.config import (
     CorpusSettings,
     EvaluationSettings,
     ExternalizeSettings,
+    GeneratedSettings,
     LoraSettings,
     ModelSettings,
     Recipe,
@@ -36,6 +38,7 @@ _BLOCKS: Mapping[str, tuple[type[SettingsBlock], type[SettingsBlock] | None]] = 
     "corpus.documents, with `builtin:`": (BuiltinDocuments, None),
     "corpus.documents, with `hub:`": (HubDocuments, None),
     "corpus.documents, with `files:`": (FileDocuments, None),
+    "corpus.documents, their `generated:`": (GeneratedSettings, None),
     "externalize": (ExternalizeSettings, None),
     "fusion": (FusionSettings, None),
     "objective": (ObjectiveSettings, None),
@@ -71,7 +74,7 @@ def _rows(block: type[SettingsBlock], above: set[str]) -> Iterator[str]:
         default = "" if key in required else _default(given)
         told = given.get("description") or _of_block(given, schema)
         told = " ".join(told.split()).replace("<", "&lt;")
-        told = told.replace("(docs/method.md)", "([method.md](method.md))")
+        told = re.sub(r"\(docs/(\w+\.md)\)", r"([\1](\1))", told)
         cells = (f"`{key}`", _values(given), default, told)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
