@@ -21,15 +21,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fusellm.config import ExternalizeSettings, ModelSettings
+from fusellm.config import ExternalizeSettings, GeneratedSettings, ModelSettings
+from fusellm.corpus.conversations import prompt_of
 from fusellm.evaluation.text.nats import bits_of, blocks_nats
 from fusellm.fusion.cross_entropy import nats_by_byte
 from fusellm.models.load import load_model, load_tokenizer, locate
+from fusellm.models.readers import reader_of
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.reading.source_reader import SourceReader
+from fusellm.reading.writing import Writer
 from fusellm.recipe_file import load_recipe
 from fusellm.store.manifest import StageFolder
 from fusellm.tokens.blocks import cut
@@ -223,3 +226,31 @@ def until(happened: Any, child: subprocess.Popen[bytes]) -> None:
         assert child.poll() is None, "it ended before"
         assert time.monotonic() < ends, "nothing happened"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen-coder"])
+def test_its_answers_are_transformers_own(name: str) -> None:
+    """Greedy, three prompts at a time, against its own template and generation one by one."""
+    questions = ["What is 2 + 2?", "Name a colour of the sky.", "Write a Python list of 1 and 2."]
+    settings = ModelSettings(model=str(FOLDER / name))
+    reader = reader_of(settings, chat=True)
+    model = load_model(reader.located, CPU)
+    wanted = GeneratedSettings(temperature=0, max_new_tokens=24, batch_size=3)
+    writer = Writer(model, reader.encoder, reader.located.context_tokens, wanted)
+    written = writer.write([prompt_of([one]) for one in questions], [0])
+    tokenizer = load_tokenizer(reader.located)
+    plain = GenerationConfig(max_new_tokens=24, do_sample=False)
+    plain.eos_token_id = model.generation_config.eos_token_id
+    plain.pad_token_id = 0
+    model.generation_config = plain
+    for question, answer in zip(questions, written, strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        whole = model.generate(**ids)[0, ids["input_ids"].shape[1] :]
+        assert answer.text == tokenizer.decode(whole, skip_special_tokens=True)
+        assert answer.left_out is None
+        assert answer.text.strip()
