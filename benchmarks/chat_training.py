@@ -3,45 +3,66 @@
     python benchmarks/chat_training.py --out DIR [--seeds 2] [--quick] [--json]
 
 The three models of the zoo, each with the special tokens and the template of a family (the target
-Llama 3's kind), on conversations about functions of installed packages, without those that the zoo
-has been trained on (`benchmarks/chat.py` says how they are made). It is a study: finished trainings
-in DIR are kept, and `DIR/study/study.md` is its page. Bits per byte are of what the assistant says.
+Llama 3's kind), on conversations about Python files and C++ headers of the built-in corpus that the
+zoo has not read: somebody asks for a file, and twice for more of it. It is a study: finished
+trainings in DIR are kept, and `DIR/study/study.md` is its page. Bits per byte are of what the
+assistant says.
 
-    clm, fused         bits per byte of held-out answers, mean over the seeds
-    fused_less_clm     the difference; fused_low, fused_high its 95 % interval over conversations
+    ARM                bits per byte of held-out answers, mean over the seeds: `clm`, `fused`, from
+                       one source alone, and these two merged (FuseChat's way)
+    A_less_B           a difference; A_less_B_low and _high its 95 % interval over conversations
     MODEL_before       bits per byte of the target and of the sources as they are
 """
 
 import hashlib
 import json
-import sysconfig
 import tempfile
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from chat import ZOO, conversations_of, template_of
+from chat import ZOO, template_of
 from figures import command_line, show
 from fusellm import load_pretrained
 from fusellm.cli.console import STDERR, Terminal
 from fusellm.evaluation.compare.statistics import MEAN
 from fusellm.study.run import run_study
+from fusellm.zoo import text as zoo_text
 
-_READ_BY_THE_ZOO = ("numpy", "torch", "transformers")
 _FEW_STEPS = {"max_steps": 3, "validations": 1}
+_PIECE_BYTES, _PIECES = 450, 3
 
 
-def installed_files() -> list[Path]:
-    """Modules of packages that the zoo has not been trained on, in the order of a hash."""
-    place = Path(sysconfig.get_paths()["purelib"])
-    files = [
-        file
-        for file in place.glob("**/*.py")
-        if file.relative_to(place).parts[0] not in _READ_BY_THE_ZOO
-        and not {"tests", "test", "testing"} & set(file.parts)
-    ]
-    names = {file: str(file.relative_to(place)).encode() for file in files}
-    return sorted(files, key=lambda file: hashlib.sha256(names[file]).digest())
+def conversations_of(domain: str, most: int | None) -> Iterator[dict[str, Any]]:
+    """Records of conversations about documents of the built-in corpus, in the order of a hash."""
+    read = zoo_text.documents(("train", "validation", "held_out"), [domain])
+    if most is not None:
+        read = islice(read, 4 * most)
+    documents = sorted(read, key=lambda one: hashlib.sha256(one.name.encode()).digest())
+    for document in documents[:most]:
+        pieces = pieces_of(document.text)[:_PIECES]
+        asked = [f"Show me {document.name}.", *["Go on."] * (_PIECES - 1)]
+        messages = [
+            {"role": role, "content": content}
+            for question, piece in zip(asked, pieces, strict=False)
+            for role, content in (("user", question), ("assistant", piece))
+        ]
+        if messages:
+            yield {"messages": messages}
+
+
+def pieces_of(text: str) -> list[str]:
+    """Some lines at a time, without the line end behind them, which templates may strip."""
+    pieces, own = [], ""
+    for line in text.splitlines(keepends=True):
+        own += line
+        if len(own) >= _PIECE_BYTES:
+            pieces.append(own.strip())
+            own = ""
+    return [piece for piece in (*pieces, own.strip()) if piece]
 
 
 def make_models(folder: Path) -> dict[str, str]:
@@ -66,9 +87,13 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
     """Models, conversations, a recipe and a study in a folder; the study's file."""
     folder.mkdir(parents=True, exist_ok=True)
     models = make_models(folder / "models")
-    asked = conversations_of(installed_files(), 60 if quick else 1000)
-    lines = [json.dumps({"messages": list(one.messages)}) + "\n" for one in asked]
-    (folder / "chat.jsonl").write_text("".join(lines), encoding="utf-8")
+    documents = []
+    for domain in ("python", "cpp"):
+        rows = conversations_of(domain, 60 if quick else None)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
+        entry = {"files": f"{domain}.jsonl", "messages": "messages", "domain": domain}
+        documents.append(entry)
     recipe = {
         "name": "chat-zoo",
         "target": models["zoo/prose"],
@@ -77,10 +102,10 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
             {"name": "cpp", "model": models["zoo/cpp"]},
         ],
         "corpus": {
-            "documents": [{"files": "chat.jsonl", "messages": "messages", "domain": "chat"}],
-            "block_bytes": 1536,
+            "documents": documents,
+            "block_bytes": 2048,
             "validation_share": 0.05,
-            "held_out_share": 0.1,
+            "held_out_share": 0.15,
             "shard_blocks": 64,
         },
         "objective": {"lambda": 0.3},
@@ -97,13 +122,23 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
         | (_FEW_STEPS if quick else {}),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    study = {
+    study: dict[str, Any] = {
         "name": "chat",
         "recipe": "recipe.yaml",
         "seeds": [*range(seeds)],
-        "rates": [2.0e-3] if quick else [3.0e-4, 1.0e-3, 3.0e-3],
-        "arms": {"clm": {"train": "clm"}, "fused": {}},
+        "rates": [2.0e-3] if quick else [1.0e-4, 5.0e-4, 2.0e-3],
+        "arms": {
+            "clm": {"train": "clm"},
+            "fused": {},
+            "only-python": {"sources": ["python"]},
+            "only-cpp": {"sources": ["cpp"]},
+            "merged": {"merge": {"of": ["only-python", "only-cpp"], "method": "linear"}},
+            "merged-sce": {"merge": {"of": ["only-python", "only-cpp"], "method": "sce"}},
+        },
+        "compare": [["fused", "merged"], ["fused", "merged-sce"]],
     }
+    if quick:
+        study["arms"], study["compare"] = {"clm": {"train": "clm"}, "fused": {}}, []
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     return file
@@ -127,9 +162,10 @@ def main() -> None:
         figures[f"{name}_before"] = results.untrained[name][MEAN].value
     for pair in results.differences:
         told = pair.by_task[MEAN]
-        figures[f"{pair.arm}_less_{pair.other}"] = told.value
+        name = f"{pair.arm}_less_{pair.other}"
+        figures[name] = told.value
         if told.low is not None and told.high is not None:
-            figures |= {f"{pair.arm}_low": told.low, f"{pair.arm}_high": told.high}
+            figures |= {f"{name}_low": told.low, f"{name}_high": told.high}
     show(figures, arguments.json, ".4f")
 
 

@@ -23,6 +23,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import fusellm
 from chats import CHATML, ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
 from conftest import Command
 from fusellm.alignment.strategies import STRATEGIES
@@ -35,7 +36,14 @@ from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.fields import Fields
 from fusellm.corpus.formats import kind_of, read_records
 from fusellm.corpus.parts import part_by_hash
-from fusellm.errors import CorpusError, FusellmError, RecipeError, StoreError, TokenizerError
+from fusellm.errors import (
+    ArgumentError,
+    CorpusError,
+    FusellmError,
+    RecipeError,
+    StoreError,
+    TokenizerError,
+)
 from fusellm.explain.block import inspect_block
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -857,3 +865,90 @@ def test_more_than_a_share_of_changed_conversations_is_an_error(
     file.write_text(yaml.safe_dump(raw))
     with pytest.raises(FusellmError, match=r"'gemma' changes .* raises: System role not supported"):
         _opened(file, tmp_path / "run").execute()
+
+
+# In memory
+
+
+def test_in_memory_conversations_are_read_and_fused_as_in_a_run(
+    finished: Path, models: Path, recipe_file: Path
+) -> None:
+    """Oracle: the stores of the run, from the same conversations."""
+    blocks = read_part(open_corpus(finished), "train")[:24]
+    conversations = [block.conversation for block in blocks]
+    asked_of = [one for one in conversations if one is not None]
+    sources = {}
+    for name in ("chatml", "gemma"):
+        model, tokenizer = fusellm.load_pretrained(models / name, device="cpu")
+        system = "Be brief." if name == "chatml" else None
+        read = fusellm.read_distributions(model, tokenizer.for_chat(system=system), asked_of)
+        stored = fusellm.open_store(finished / "externalize" / name)
+        for block, own in zip(blocks, read, strict=True):
+            kept = stored[block.number]
+            assert own.usable == kept.usable
+            assert np.array_equal(own.ends, kept.ends)
+            if own.usable:
+                assert np.array_equal(own.ids, kept.ids)
+                assert own.places is not None
+                assert np.array_equal(own.places, kept.places)
+                assert own.positions == kept.positions
+                first, other = own.at(0), kept.at(0)
+                assert np.array_equal(first.ids, other.ids)
+                assert first.true_log_prob == pytest.approx(other.true_log_prob, abs=1e-2)
+        sources[name] = read
+    target = fusellm.Tokenizer.from_pretrained(models / "llama")
+    fused = fusellm.fuse(asked_of, target.for_chat(), sources)
+    by_run = fusellm.FusedDataset(finished)
+    in_memory = fusellm.FusedDataset(fused)
+    assert in_memory.lengths.tolist() == by_run.lengths[: len(blocks)].tolist()
+    for number in range(len(blocks)):
+        own, other = in_memory._blocks.block(number), by_run._blocks.block(number)
+        assert np.array_equal(own["ids"], other["ids"])
+        assert np.array_equal(own["context"], other["context"])
+        assert np.array_equal(own["parts"] > 0, other["parts"] > 0)
+    assert 0 < sum(fused.won.values()) <= 1 + 1e-9
+    assert 0.5 < fused.aligned["chatml"] <= 1
+
+
+def test_a_program_trains_on_conversations(models: Path) -> None:
+    """Messages as OpenAI has them, to a loss that falls."""
+    messages = [row["messages"] for row in records(12)]
+    model, tokenizer = fusellm.load_pretrained(models / "chatml", device="cpu")
+    read = {"chatml": fusellm.read_distributions(model, tokenizer, messages)}
+    assert read["chatml"].conversations is not None
+    target, own = fusellm.load_pretrained(models / "llama", device="cpu")
+    before = fusellm.bits_per_byte(target, own, messages)
+    dataset = fusellm.FusedDataset(fusellm.fuse(messages, own, read), row_tokens=1024)
+    batch = fusellm.FusionCollator(dataset)([dataset[0]])
+    text = sum(len(c.text) for c in map(fusellm.Conversation.of, messages))
+    assert 0 < int((batch["labels"] != -100).sum()) < text
+    optimizer = torch.optim.AdamW(target.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        hidden = fusellm.last_hidden(target, batch)
+        loss = fusellm.fusion_loss(hidden, target, batch["labels"], batch["outcomes"], 0.5)
+        loss.backward()
+        optimizer.step()
+    after = fusellm.bits_per_byte(target.eval(), own, messages)
+    assert after.value < before.value
+    assert before.scored_bytes.tolist() == [
+        len(fusellm.Conversation.of(one).text.encode()) for one in messages
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"role": "user", "content": "a"}, "this is one text"),
+        ([[{"role": "user", "content": "a"}]], "conversation 0: the assistant says nothing"),
+        ([[{"role": "assistant", "content": ["a"]}]], "conversation 0: message 0: its content"),
+        ([[{"content": "a"}]], "conversation 0: message 0 is none"),
+        ([[{"role": "assistant", "content": "a"}], "plain"], "text 1 is a str"),
+    ],
+)
+def test_what_a_program_gives_wrongly_is_told(models: Path, texts: Any, message: str) -> None:
+    model, tokenizer = fusellm.load_pretrained(models / "chatml", device="cpu")
+    with pytest.raises(ArgumentError, match=message):
+        fusellm.read_distributions(model, tokenizer, texts)
+    with pytest.raises(ArgumentError, match="this tokenizer reads conversations"):
+        fusellm.read_distributions(model, tokenizer.for_chat(), ["plain"])

@@ -12,6 +12,7 @@ _FROM = {
     "align": "fusellm.alignment.text_alignment",
     "Alignment": "fusellm.alignment.text_alignment",
     "bits_per_byte": "fusellm.evaluation.text.bits_per_byte",
+    "Conversation": "fusellm.tokens.conversation",
     "compare_tokenizers": "fusellm.explain.tokenizers",
     "Distribution": "fusellm.arrays.read_block",
     "DistributionStore": "fusellm.store.opened",

@@ -24,6 +24,7 @@ from fusellm.run import Run as Run
 from fusellm.store.facts import StoreFacts as StoreFacts
 from fusellm.store.opened import DistributionStore as DistributionStore
 from fusellm.store.opened import open_store as open_store
+from fusellm.tokens.conversation import Conversation as Conversation
 from fusellm.training.dataset import FusedDataset as FusedDataset
 from fusellm.training.dataset import FusionCollator as FusionCollator
 from fusellm.training.loss import fusion_loss as fusion_loss

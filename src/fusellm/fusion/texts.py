@@ -10,9 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fusellm.alignment.strategies import vocabulary_map
 from fusellm.arrays.fused import Fused
+from fusellm.arrays.given_texts import GivenTexts, Texts
 from fusellm.arrays.outcome_sets import OutcomeSets
-from fusellm.arrays.ragged import offsets_of
-from fusellm.arrays.source_distributions import SourceDistributions, tokens_of_texts
+from fusellm.arrays.source_distributions import (
+    SourceDistributions,
+    predicted_of,
+    tokens_of_texts,
+)
 from fusellm.config import FusionSettings
 from fusellm.errors import ArgumentError
 from fusellm.fusion.functions import FUNCTIONS, Compared
@@ -20,7 +24,7 @@ from fusellm.fusion.fuse import Counts, fuse_blocks, rules_of
 from fusellm.fusion.pairing import pair
 from fusellm.progress import Progress
 from fusellm.recipe_file import checked_settings
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder, require_texts
+from fusellm.tokens.encode import Encoded, Encoder
 
 FusionFunction = Callable[[Compared], np.ndarray]
 _WEIGHT_ERROR = 1e-6
@@ -51,13 +55,14 @@ class FusedDistributions:
     `fusellm.FusedDataset` makes a dataset of them, for any training.
 
     Attributes:
-        texts: that the sources have read.
+        texts: that the sources have read; of conversations what is learnt of each.
         encoder: the target's tokenizer.
         encoded: the texts as the target reads them.
         sources: their names; a part's `source` is an index of it.
         fused: the distributions, at all but the last token of each text that the target reads.
         sets: of each source its outcomes, as sets of target ids.
-        counts: of each source, by name what `fusion.fuse.Counts` says, by text.
+        counts: of each source, by name what `fusion.fuse.Counts` says, by text; of conversations
+            by answer.
     """
 
     texts: tuple[str, ...]
@@ -90,7 +95,8 @@ class FusedDistributions:
     @property
     def aligned(self) -> dict[str, float]:
         """Share of the positions at which each source has a distribution."""
-        positions = max(len(self.fused.parts), 1)
+        learnt = predicted_of(self.encoded)
+        positions = max(len(self.fused.parts) if learnt is None else int(learnt.sum()), 1)
         return {name: float(c["aligned"].sum()) / positions for name, c in self.counts.items()}
 
     @cached_property
@@ -130,7 +136,7 @@ class FusedDistributions:
 
 
 def fuse(
-    texts: Sequence[str],
+    texts: Texts,
     target: Encoder | PreTrainedTokenizerBase,
     sources: Mapping[str, SourceDistributions],
     function: str | FusionFunction = "mince",
@@ -152,8 +158,9 @@ def fuse(
     """Translate several sources' distributions into the target's tokens, and fuse them.
 
     Args:
-        texts: that all sources have read, the same for all.
-        target: tokenizer of the model that is to learn from them.
+        texts: that all sources have read, the same for all: plain, or conversations.
+        target: tokenizer of the model that is to learn from them; of conversations with its chat
+            template.
         sources: their distributions by name, from `read_distributions`.
         function: `mince`, `avgce`, `avgce_paper`, `uniform`, `best`, `bayes`, `route`, or a
             function of one's own: it is given a `fusellm.fusion.functions.Compared` over S sources
@@ -203,31 +210,44 @@ def fuse(
         "compatibility": compatibility,
     }
     settings = checked_settings(FusionSettings, given)
-    encoder = as_encoder(target)
-    last = _require_same_texts(texts, sources)
-    encoded = encoder.encode(texts, last)
-    tokens = tokens_of_texts(encoded)
+    given_texts = GivenTexts.of(texts)
+    encoder = given_texts.encoder(target)
+    last = _require_same_texts(given_texts, sources)
+    encoded = given_texts.encode(encoder, None if given_texts.conversations else last)
+    predicted = predicted_of(encoded) if given_texts.conversations else None
+    tokens = given_texts.fused_apart(tokens_of_texts(encoded), predicted)
     readings, sets = [], []
     for read in sources.values():
         map_ = vocabulary_map(read.encoder, encoder, strategy, progress=progress)
         pairing = pair(read.encoder, encoder, map_, settings)
         sets.append(pairing.sets)
-        readings.append(pairing.reading(tokens, read.tokens, read.kept))
+        of_source = given_texts.fused_apart(read.tokens, read.predicted)
+        readings.append(pairing.reading(tokens, of_source, read.kept))
     rules = rules_of(settings, _are_referees(sources, referees, settings))
     routed = None
     if function == "route":  # of texts, where a recipe routes domains
-        routed = _routed(routes, texts, sources, referees)
+        routed = _routed(routes, given_texts, sources, referees)
         rules = replace(rules, function=FUNCTIONS[function])
     elif routes:
         raise ArgumentError("routes belong to function='route'; leave them out")
     if not isinstance(function, str):
         rules = replace(rules, function=_checked(function, list(sources)))
-    byte_offsets = offsets_of(np.array([len(text.encode()) for text in texts], dtype=np.int64))
-    fused, _, each = fuse_blocks(tokens, byte_offsets, readings, rules, routed)
+    fused, _, each = fuse_blocks(tokens, given_texts.byte_offsets, readings, rules, routed)
+    if predicted is not None:
+        fused = _at_what_is_learnt(fused, encoded)
     counts = dict(zip(sources, each, strict=True))
     return FusedDistributions(
-        tuple(texts), encoder, tuple(encoded), tuple(sources), fused, tuple(sets), counts
+        given_texts.texts, encoder, tuple(encoded), tuple(sources), fused, tuple(sets), counts
     )
+
+
+def _at_what_is_learnt(fused: Fused, encoded: Sequence[Encoded]) -> Fused:
+    """Distributions of answers at the positions of their conversations; elsewhere there is none."""
+    read = [block.predicted for block in encoded if block.predicted is not None]
+    there = np.concatenate([np.zeros(0, dtype=np.bool_), *(one[1:] for one in read)])
+    parts = np.zeros(len(there), dtype=np.uint8)
+    parts[there] = fused.parts
+    return replace(fused, parts=parts)
 
 
 def _are_referees(
@@ -250,7 +270,7 @@ def _are_referees(
 
 def _routed(
     routes: Sequence[str],
-    texts: Sequence[str],
+    texts: GivenTexts,
     sources: Mapping[str, SourceDistributions],
     referees: Collection[str],
 ) -> np.ndarray:
@@ -272,18 +292,18 @@ def _routed(
             f"routes: {stray!r} is no source that teaches; known: {', '.join(teaching)}"
         )
     order = list(sources)
-    return np.array([order.index(name) for name in routes])
+    numbers = np.array([order.index(name) for name in routes], dtype=np.int64)
+    return np.asarray(numbers[texts.text_of_each])
 
 
 def _require_same_texts(
-    texts: Sequence[str], sources: Mapping[str, SourceDistributions]
+    texts: GivenTexts, sources: Mapping[str, SourceDistributions]
 ) -> tuple[bool, ...]:
     """Which texts end a document, as all sources have read them.
 
     Raises:
         ArgumentError: there is no source, or one is none or has read other texts.
     """
-    require_texts(texts)
     if not isinstance(sources, Mapping):
         raise ArgumentError(
             f"sources are a {type(sources).__name__}, where each needs a name: give a dictionary, "
@@ -298,8 +318,10 @@ def _require_same_texts(
         raise ArgumentError("there is no source to fuse; give the distributions of at least one")
     last = next(iter(sources.values())).last
     for name, read in sources.items():
-        if read.texts != tuple(texts):
-            pairs = zip(read.texts, texts, strict=False)
+        if (read.texts, read.conversations) != (texts.texts, texts.conversations):
+            pairs = zip(
+                read.conversations or read.texts, texts.conversations or texts.texts, strict=False
+            )
             at = next((n for n, (text_read, given) in enumerate(pairs) if text_read != given), None)
             where = f"{len(read)} of them, not {len(texts)}" if at is None else f"text {at} differs"
             raise ArgumentError(f"source {name} has read other texts ({where}); read these with it")

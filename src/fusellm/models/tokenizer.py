@@ -4,6 +4,7 @@ from os import PathLike, fspath
 from typing import Self
 
 from fusellm.models.tokenizers import require_rows, rows_beside, tokenizer_at
+from fusellm.tokens.chat import ChatEncoder
 from fusellm.tokens.encode import Encoder
 
 # For folders that hold a tokenizer.json and nothing that says which token ends a text.
@@ -31,6 +32,26 @@ class Tokenizer(Encoder):
     """
 
     assumed_eos: str | None = None
+
+    def for_chat(self, template: str | None = None, system: str | None = None) -> ChatEncoder:
+        """One that reads conversations.
+
+        Args:
+            template: a chat template in Jinja; the tokenizer's own if None.
+            system: what the model is told first, where a conversation has no system message.
+
+        Raises:
+            TokenizerError: there is no template, or none that says an answer as it is.
+
+        >>> import fusellm
+        >>> template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        >>> tokenizer = Tokenizer.from_pretrained("zoo/prose").for_chat(template)
+        >>> asked = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "A list."}
+        >>> (encoded,) = tokenizer.encode_conversations([fusellm.Conversation.of(asked)])
+        >>> [tokenizer.spelled(id_) for id_ in encoded.ids[encoded.predicted].tolist()]
+        ['A', ' list', '.', '</s>']
+        """
+        return ChatEncoder(self.tokenizer, len(self.vocabulary), template, system)
 
     @classmethod
     def from_pretrained(

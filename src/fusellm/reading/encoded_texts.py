@@ -4,27 +4,29 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fusellm.arrays.given_texts import GivenTexts, Texts
 from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
 from fusellm.models.configurations import context_tokens
 from fusellm.models.heads import require_known_head
-from fusellm.tokens.encode import Encoded, Encoder, as_encoder
+from fusellm.tokens.encode import Encoded, Encoder
 
 
 def encoded_for(
     model: PreTrainedModel,
     tokenizer: Encoder | PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Texts | GivenTexts,
     last: Sequence[bool] | None,
 ) -> tuple[Encoder, list[Encoded]]:
     """The tokenizer with its tokens as bytes, and the texts as the model reads them.
 
     Args:
-        last: of each text, whether it ends a document; all do if None.
+        texts: plain, or conversations.
+        last: of each plain text, whether it ends a document; all do if None.
 
     Raises:
-        ArgumentError: `texts` is no list of texts, a text is too long for the model, the
-            tokenizer is another model's, or what is given as the model is none.
+        ArgumentError: `texts` is no list of texts or conversations, a text is too long for the
+            model, the tokenizer is another model's, or what is given as the model is none.
         ModelError: the model makes its logits in a way that is not known.
         TokenizerError: the tokenizer's tokens cannot be told as bytes.
     """
@@ -35,8 +37,9 @@ def encoded_for(
             "model first, then its tokenizer"
         )
     rows = base.config.get_text_config().vocab_size
-    encoder = as_encoder(tokenizer, rows)
-    encoded = encoder.encode(texts, last)
+    given = GivenTexts.of(texts)
+    encoder = given.encoder(tokenizer, rows)
+    encoded = given.encode(encoder, last)
     room = context_tokens(base.config)
     for number, block in enumerate(encoded):
         if room is not None and len(block.ids) > room:

@@ -5,7 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fusellm.arrays.source_distributions import SourceDistributions, tokens_of_texts
+from fusellm.arrays.given_texts import GivenTexts, Texts
+from fusellm.arrays.source_distributions import (
+    SourceDistributions,
+    predicted_of,
+    tokens_of_texts,
+)
 from fusellm.config import ExternalizeSettings
 from fusellm.models.adapters import without_adapters
 from fusellm.models.heads import left_as_it_was
@@ -19,7 +24,7 @@ from fusellm.tokens.encode import Encoder
 def read_distributions(
     model: PreTrainedModel,
     tokenizer: Encoder | PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Texts,
     draws: int = 32,
     *,
     top_k: int | None = None,
@@ -37,11 +42,15 @@ def read_distributions(
     Args:
         model: a causal language model of transformers, where it is to run; adapters (PEFT) stay on.
         tokenizer: the model's, of fusellm or of transformers.
-        texts: each is read from its beginning, and has to fit into the model's context.
+        texts: each is read from its beginning, and has to fit into the model's context. Or
+            conversations: `Conversation`s, or lists of messages as OpenAI has them. The model reads
+            them by the chat template of its tokenizer, and what the assistant says is kept
+            (docs/chat.md).
         draws: how many are kept at each position, 1 to 255.
         top_k: how many of the most probable tokens are kept instead.
         mass: with `top_k`, keep no more than reach this probability; None always keeps `top_k`.
-        last: of each text, whether it ends a document, and so is followed by EOS; all do if None.
+        last: of each plain text, whether it ends a document, and so is followed by EOS; all do if
+            None.
         batch_tokens: of one forward pass, padding included; None for what suits the device.
         seed: of the draws, with the text.
         progress: is shown how far it is.
@@ -63,15 +72,22 @@ def read_distributions(
     if top_k is not None:
         given = {"scheme": "top", "k": top_k, "mass": mass}
     settings = checked_settings(ExternalizeSettings, given | {"batch_tokens": batch_tokens})
-    encoder, encoded = encoded_for(model, tokenizer, texts, last)
-    ends = tuple([True] * len(texts) if last is None else last)
+    given_texts = GivenTexts.of(texts)
+    encoder, encoded = encoded_for(model, tokenizer, given_texts, last)
+    ends = tuple([True] * len(given_texts) if last is None else last)
     reader = SourceReader(without_adapters(model), len(encoder.vocabulary), settings, seed)
-    shown = (progress or Silent()).start("reading", len(texts), "texts")
+    shown = (progress or Silent()).start("reading", len(given_texts), "texts")
     with left_as_it_was(model), shown as bar:
         model.eval()
-        read = reader.read(texts, encoded, bar.advance)
-    changed = [number for number, block in enumerate(encoded) if block.ends is None]
-    reasons = dict.fromkeys(changed, "the tokenizer changes this text")
+        read = reader.read(given_texts.texts, encoded, bar.advance)
+    reasons = {
+        number: block.reason or "the tokenizer changes this text"
+        for number, block in enumerate(encoded)
+        if block.ends is None
+    }
     reasons |= dict.fromkeys(read.not_finite, "its distributions are not finite")
-    tokens = tokens_of_texts(encoded, read.usable)
-    return SourceDistributions(tuple(texts), ends, encoder, tokens, read.kept, reasons)
+    tokens, predicted = tokens_of_texts(encoded, read.usable), None
+    if given_texts.conversations is not None:
+        predicted = predicted_of(encoded, read.usable)
+    what = given_texts.texts, ends, encoder, tokens, read.kept, reasons
+    return SourceDistributions(*what, given_texts.conversations, predicted)

@@ -5,10 +5,12 @@ models have in common of it: what stands around them is each one's own template.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
+
+from fusellm.errors import ArgumentError
 
 ASSISTANT = "assistant"
 
@@ -31,6 +33,43 @@ class Conversation:
     learnt: tuple[int, ...]
     cut: bool = False
     tools: tuple[Message, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        messages: Sequence[Message],
+        turns: Literal["all", "last"] = "all",
+        tools: Sequence[Message] = (),
+    ) -> "Conversation":
+        """Messages as OpenAI has them, of which what the assistant says is learnt.
+
+        Args:
+            messages: each with `role` and `content`, a text, and what the role may have besides.
+            turns: `all` learns all that the assistant says, `last` its last message.
+            tools: that the assistant may call.
+
+        Raises:
+            ArgumentError: something is no message, or the assistant says nothing.
+
+        >>> Conversation.of([{"role": "user", "content": "Two?"},
+        ...                  {"role": "assistant", "content": "2"}]).learnt
+        (1,)
+        """
+        for number, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ArgumentError(f"message {number} is none: it needs role and content")
+            if not isinstance(message.get("content"), str):
+                raise ArgumentError(f"message {number}: its content is no text")
+        learnt = [
+            number
+            for number, message in enumerate(messages)
+            if message["role"] == ASSISTANT and message["content"].strip()
+        ]
+        if not learnt:
+            raise ArgumentError("the assistant says nothing, so that there is nothing to learn")
+        return cls(
+            tuple(messages), tuple(learnt[-1:] if turns == "last" else learnt), tools=tuple(tools)
+        )
 
     @cached_property
     def text(self) -> str:

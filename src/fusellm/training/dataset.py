@@ -29,11 +29,16 @@ class _FusedInMemory:
         lengths = [len(block.ids) for block in fused.encoded]
         self.lengths = np.array(lengths, dtype=np.int64)
         self.predicted = self.lengths - max(self._prefix_tokens, 1)
+        for number, block in enumerate(fused.encoded):
+            if block.predicted is not None:
+                self.predicted[number] = int(block.predicted.sum())
         self.windows = np.zeros(len(lengths), dtype=np.int64)
 
     def block(self, number: int) -> dict[str, Any]:
         """The columns of one block."""
-        return with_context(self._fused.block(number), self._prefix_tokens)
+        predicted = self._fused.encoded[number].predicted
+        context = None if predicted is None else ~predicted
+        return with_context(self._fused.block(number), self._prefix_tokens, context)
 
 
 class FusedDataset(Rows):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fusellm.arrays.given_texts import GivenTexts, Texts
 from fusellm.errors import ArgumentError, NumericsError, TokenizerError
 from fusellm.evaluation.compare.comparison import RESAMPLINGS
 from fusellm.evaluation.text.intervals import Scores, records
@@ -42,7 +43,7 @@ class BitsPerByte:
 def bits_per_byte(
     model: PreTrainedModel,
     tokenizer: Encoder | PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     last: Sequence[bool] | None = None,
     batch_tokens: int | None = None,
@@ -58,7 +59,10 @@ def bits_per_byte(
     Args:
         model: a causal language model of transformers, where it is to run.
         tokenizer: the model's, of fusellm or of transformers.
-        last: of each text, whether it ends a document, and so is followed by EOS; all do if None.
+        texts: plain; or conversations, as `read_distributions` takes them, of which what the
+            assistant says is measured.
+        last: of each plain text, whether it ends a document, and so is followed by EOS; all do if
+            None.
         batch_tokens: of one forward pass, padding included; None for what suits the device.
         seed: of the interval's resamplings.
         progress: is shown how far it is.
@@ -75,15 +79,17 @@ def bits_per_byte(
     >>> round(found.value, 2), found.scored_bytes.tolist()
     (0.88, [39])
     """
-    _, encoded = encoded_for(model, tokenizer, texts, last)
+    given = GivenTexts.of(texts)
+    _, encoded = encoded_for(model, tokenizer, given, last)
     for number, block in enumerate(encoded):
         if block.ends is None:
+            why = f" ({block.reason})" if block.reason else ""
             raise TokenizerError(
-                f"the tokenizer changes text {number} ({texts[number][:40]!r}…), so that its "
-                "tokens are not the text's bytes; leave it out for all models"
+                f"the tokenizer changes text {number} ({given.texts[number][:40]!r}…){why}, so "
+                "that its tokens are not the text's bytes; leave it out for all models"
             )
-    lengths = [len(text.encode()) for text in texts]
-    shown = (progress or Silent()).start("measuring", len(texts), "texts")
+    lengths = [len(text.encode()) for text in given.texts]
+    shown = (progress or Silent()).start("measuring", len(given), "texts")
     with left_as_it_was(model), shown as bar:
         model.eval()
         nats = blocks_nats(without_adapters(model), encoded, lengths, batch_tokens, bar.advance)
@@ -115,6 +121,9 @@ def _require_finite(encoded: Sequence[Encoded], lengths: Sequence[int], scored: 
 def _asked(block: Encoded, length: int) -> int:
     """How many of a text's bytes a model is asked for: all but those of a first token, if any."""
     assert block.ends is not None
+    if block.predicted is not None:
+        at = np.flatnonzero(block.predicted)
+        return int((block.ends[at] - block.ends[at - 1]).sum())
     if len(block.ids) < 2:
         return 0
     return length - int(block.ends[max(block.prefix_tokens, 1) - 1])
