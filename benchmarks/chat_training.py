@@ -33,7 +33,7 @@ from fusellm.study.run import run_study
 from fusellm.zoo import text as zoo_text
 
 _FEW_STEPS = {"max_steps": 3, "validations": 1}
-_PIECE_BYTES, _PIECES = 450, 3
+_PIECE_BYTES, _PIECES = 320, 3
 
 
 def conversations_of(domain: str, most: int | None) -> Iterator[dict[str, Any]]:
@@ -103,7 +103,7 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
         ],
         "corpus": {
             "documents": documents,
-            "block_bytes": 2048,
+            "block_bytes": 1152,  # which even a token a byte fits
             "validation_share": 0.05,
             "held_out_share": 0.15,
             "shard_blocks": 64,

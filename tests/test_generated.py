@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -19,8 +22,12 @@ from typer.testing import CliRunner, Result
 import fusellm
 from chats import FAMILIES, asked, make_models, records, write_records
 from fusellm.cli.main import app
-from fusellm.config import GeneratedSettings
+from fusellm.config import FileDocuments, GeneratedSettings
 from fusellm.corpus.conversations import UnusableError, prompt_of
+from fusellm.corpus.fields import Fields
+from fusellm.corpus.formats import FileRecord, kind_of, read_records
+from fusellm.corpus.generated import _prompt_of, with_answers
+from fusellm.corpus.parts import Text
 from fusellm.errors import (
     CorpusError,
     FusellmError,
@@ -35,11 +42,12 @@ from fusellm.progress import Silent
 from fusellm.reading.writing import Writer
 from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
 from fusellm.rounds import rounds_of
-from fusellm.store.answers import read_answers
+from fusellm.store.answers import GeneratedAnswer, read_answers
 from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.study.run import run_study
 from fusellm.tokens.chat import ChatEncoder
+from fusellm.tokens.conversation import Conversation
 
 Made = Callable[..., Path]
 
@@ -82,6 +90,12 @@ def recipe_of(models: Path, tmp_path: Path) -> Made:
 
 def opened(file: Path, run: Path) -> Pipeline:
     return Pipeline(resolve_paths(load_recipe(file), file.parent), run, Silent())
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few prompts, so that there are several."""
+    monkeypatch.setattr("fusellm.stages.generate.SHARD_PROMPTS", 8)
 
 
 @pytest.fixture(autouse=True)
@@ -223,9 +237,9 @@ def test_prompts_need_no_answers_of_their_own(
     rows += [{"prompt": 3}, {"prompt": [{"role": "assistant", "content": "nobody asked"}]}]
     file = recipe_of(rows, messages="prompt", generated=GREEDY | {"prompts": 9})
     run = tmp_path / "run"
-    with pytest.raises(CorpusError, match="has no text in its part validation"):
+    with pytest.raises(CorpusError, match="no record with an answer of its own"):
         opened(file, run).execute(("generate", "corpus"))
-    assert len([*read_answers(run, 0)]) == 9
+    assert not (run / "generate" / "0" / "answers-00000.arrow").exists()
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     write_records(tmp_path / "own.jsonl", records(30))
     raw["corpus"]["documents"].append(
@@ -233,6 +247,7 @@ def test_prompts_need_no_answers_of_their_own(
     )
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     opened(file, run).execute(("generate", "corpus"))
+    assert len([*read_answers(run, 0)]) == 9
     blocks = read_part(open_corpus(run), "train")
     own = [b.conversation for b in blocks if b.domain == "chat"]
     asked_of = [one.messages[0]["content"] for one in own if one is not None]
@@ -355,8 +370,170 @@ def test_a_model_that_cannot_answer_says_so(recipe_of: Made, tmp_path: Path) -> 
     with pytest.raises(CorpusError, match="has answered none of"):
         opened(file, tmp_path / "run2").execute(("generate",))
     file = recipe_of([{"messages": []}], generated=GREEDY)
-    with pytest.raises(FusellmError, match=r"has no prompt that target|has no text"):
+    with pytest.raises(FusellmError, match="has no prompt to be answered"):
         opened(file, tmp_path / "run3").execute(("generate",))
+
+
+def test_changed_documents_are_not_answered_by_others(
+    recipe_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a dataset of the hub, whose name stays while it moves on."""
+    file, run = recipe_of(generated=GREEDY), tmp_path / "run"
+    opened(file, run).execute(("generate",))
+    rows = records(40)
+    rows[7]["messages"][0]["content"] = "Another question."
+    write_records(tmp_path / "chat.jsonl", rows)
+    monkeypatch.setattr("fusellm.stages.generate.digest_of_files", lambda *_: "same")
+    monkeypatch.setattr("fusellm.stages.corpus.digest_of_files", lambda *_: "same")
+    shutil.rmtree(run)
+    write_records(tmp_path / "chat.jsonl", records(40))
+    opened(file, run).execute(("generate",))
+    write_records(tmp_path / "chat.jsonl", rows)
+    with pytest.raises(StoreError, match="which is another prompt now, or none"):
+        opened(file, run).execute(("corpus",))
+
+
+def test_what_was_asked_is_what_stands_before_the_answer(recipe_of: Made, tmp_path: Path) -> None:
+    """Long conversations lose the same turns when they are asked and when they are learnt."""
+    long = "the list of values is returned by a function when an index falls outside of it. " * 3
+    rows = [
+        {"messages": [{"role": r, "content": f"{n} {long}"} for _ in "abc" for r in ROLES]}
+        for n in range(30)
+    ]
+    file, run = recipe_of(rows, generated=GREEDY), tmp_path / "run"
+    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    raw["corpus"]["block_bytes"] = 1100  # of some 1,500
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    asked: dict[str, int] = {}
+    write = Writer.write
+
+    def told(self: Writer, prompts: Any, *more: Any) -> Any:
+        written = write(self, prompts, *more)
+        asked.update({one.text.strip(): len(p.messages) for p, one in zip(prompts, written)})  # noqa: B905
+        return written
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "write", told)
+        opened(file, run).execute(("generate", "corpus"))
+    blocks = read_part(open_corpus(run), "train")
+    assert blocks
+    for block in blocks:
+        assert block.conversation is not None
+        assert len(block.conversation.messages) == asked[block.text] + 1 < 6
+        assert sum(len(m["content"]) for m in block.conversation.messages) <= 1100
+
+
+ROLES = ("user", "assistant")
+
+
+def _read_as(entry: dict[str, Any], row: dict[str, Any]) -> FileRecord:
+    raw = {"files": "x.jsonl", "generated": {}} | entry
+    return FileRecord.of(Fields.of(FileDocuments.model_validate(raw)), row, "here")
+
+
+THOUGHT = "<think>Hm.</think>\n\nFour."
+
+
+@pytest.mark.parametrize(
+    ("entry", "row", "prompt"),
+    [
+        ({"messages": "m"}, {"m": '[{"role": "critic", "content": "x"}]'}, None),
+        ({"messages": "m"}, {"m": "[1, 2] are what?"}, "[1, 2] are what?"),
+        ({"messages": "m"}, {"m": " "}, None),
+        ({"messages": "m"}, {"m": None}, None),
+        ({"text_field": ["q", "a"], "context_fields": ["q"]}, {"q": None, "a": "x"}, None),
+        ({"text_field": ["q", "a"], "context_fields": ["q"]}, {"q": "Q", "a": "x"}, "Q\n"),
+        ({"text_field": ["q", "a"], "context_fields": ["q"]}, {"q": "Q"}, "Q\n"),
+        ({"text_field": "q"}, {"q": "cut \ud83d"}, "cut ?"),
+    ],
+)
+def test_prompts_of_odd_records(entry: dict[str, Any], row: dict[str, Any], prompt: Any) -> None:
+    told = _read_as(entry, row).prompt
+    asked_for = told.messages[-1]["content"] if isinstance(told, Conversation) else told
+    assert asked_for == prompt
+
+
+def test_thoughts_are_dropped_from_what_is_asked_and_answered() -> None:
+    before = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}]
+    row = {"m": [*before, {"role": "user", "content": "Sure?"}]}
+    told = _read_as({"messages": "m", "thinking": "drop"}, row).prompt
+    assert isinstance(told, Conversation)
+    assert told.messages[1]["content"] == "Four."
+    entry = FileDocuments.model_validate(
+        {"files": "x", "messages": "m", "thinking": "drop", "generated": {}}
+    )
+    text = Text("here", "train", "", prompt=told)
+    prompt = _prompt_of(text, entry, 4096)
+    assert prompt is not None
+    for said, learnt in ((THOUGHT, "Four."), ("<think>Hm", ""), (" Four. \n", "Four.")):
+        answer = GeneratedAnswer("here", prompt.digest, said, True, 3)
+        (one,) = with_answers(iter([text]), iter([answer]), entry, 4096, Counter())
+        assert one.text == learnt
+
+
+def test_columns_of_answers_may_be_missing(recipe_of: Made, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?"} for n in range(5)]
+    for entry in ({"messages": ["prompt", "completion"]}, {"text_field": "prompt"}):
+        fields = Fields.of(
+            FileDocuments.model_validate({"files": "x.parquet", "generated": {}} | entry)
+        )
+        path = tmp_path / "p.parquet"
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+        read = [*read_records(path, kind_of(path), fields)]
+        assert len([one for one in read if one.prompt is not None]) == 5
+    (tmp_path / "p.txt").write_text("no records", encoding="utf-8")
+    plain = FileDocuments.model_validate({"files": "p.txt", "generated": {}})
+    with pytest.raises(CorpusError, match="generated asks for prompts, one a record"):
+        [*read_records(tmp_path / "p.txt", kind_of(tmp_path / "p.txt"), Fields.of(plain))]
+
+
+def test_where_padding_is_read_prompts_of_one_length_are_answered_together(models: Path) -> None:
+    class Reads(torch.nn.Module):
+        """A model that reads what is masked as well, as RWKV does."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self._model, self.generation_config = model, model.generation_config
+            self.config, self.name_or_path = model.config, model.name_or_path
+
+        def generate(self, **given: Any) -> Any:
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+            self._model.generation_config = self.generation_config
+            return self._model.generate(**given)
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("_model"), name)
+
+    model, encoder = fusellm.load_pretrained("zoo/python", device="cpu")
+    wanted = GeneratedSettings(temperature=0, max_new_tokens=4)
+    texts = ["def mean(values):", "import", "for item in items:\n    print(", "import"]
+    alone = [Writer(model, encoder, None, wanted).write([text], [0])[0].text for text in texts]
+    for one in (model, Reads(model)):
+        writer = Writer(one, encoder, None, wanted)
+        assert writer._may_pad == (one is model)
+        assert [answer.text for answer in writer.write(texts, [0])] == alone
+
+
+def test_adapters_and_rounds_and_studies(recipe_of: Made, tmp_path: Path) -> None:
+    file = recipe_of(rounds=2, generated=GREEDY)
+    with pytest.raises(RecipeError, match="leaves adapters of one round alone"):
+        load_recipe(file, ["training.lora={merge: false}"])
+    study = {"name": "s", "recipe": "recipe.yaml", "arms": {"clm": {"train": "clm"}, "fused": {}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    with pytest.raises(RecipeError, match="an arm trains once"):
+        run_study(tmp_path / "study.yaml", tmp_path / "study")
+    assert fusellm.Run(file, tmp_path / "run").check()["models"]["target"]
+    first, second = rounds_of(
+        resolve_paths(
+            load_recipe(file, ["corpus.documents.0.generated.seed=4294967295"]), tmp_path
+        ),
+        tmp_path / "run",
+    )
+    assert second[0].corpus.generated[0].seed == 0
+    assert first[0].corpus.generated[0].seed == 2**32 - 1
 
 
 # Rounds
@@ -420,6 +597,11 @@ def test_two_rounds_come_to_their_table(recipe_of: Made, tmp_path: Path) -> None
         assert told.exit_code != 0
         assert "round-1" in str(told.exception)
     assert run.results.of("fused").value > 0
+    moved = tmp_path / "moved"
+    cut.rename(moved)
+    told = invoke("evaluate", str(moved / "round-2"))  # it finds what the first has trained
+    assert told.exit_code == 0, told.exception
+    cut = moved
     assert run.model()[0].name_or_path == str(whole / "round-2" / "train" / "fused")
     once = invoke("run", str(recipe_of(generated=SAMPLED)), "--out", str(cut))
     assert "each a run of its own" in str(once.exception)
@@ -495,7 +677,7 @@ def test_fusechats_way_stands_beside_one_fusion(models: Path, tmp_path: Path) ->
     own = out / "arms" / "answers" / "seed-0"
     answers = {one.text for one in read_answers(own, 0)}
     blocks = read_part(open_corpus(own), "train")
-    assert {block.text for block in blocks} == answers
+    assert {block.text for block in blocks} == {text.strip() for text in answers}
     merged = out / "arms" / "fusechat" / "seed-0" / "merged"
     model, encoder = fusellm.load_pretrained(merged, device="cpu")
     ids = encoder.tokenizer.apply_chat_template(

@@ -129,7 +129,7 @@ class Pipeline:
                 found before any work is done, as far as it can be known then.
         """
         asked = [one for one in self.stages if one.command in stages or one.name in stages]
-        if not asked:
+        if not asked and "generate" in stages:
             raise RecipeError(
                 f"{self.recipe.name} generates nothing: no entry of corpus.documents has a block "
                 "generated (docs/generated.md)"
@@ -243,7 +243,7 @@ class Pipeline:
 
     def _write_recipe(self) -> None:
         with alone_in(self.run):  # processes that read a source each have this file in common
-            write_text(self.run / RECIPE, recipe_text(self.recipe))
+            write_text(self.run / RECIPE, recipe_text(self.recipe, self.run))
 
     def check(self) -> dict[str, Any]:
         """What the preflight found: models, tokenizers, and the disk that the run will take.

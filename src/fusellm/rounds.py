@@ -43,7 +43,8 @@ def _recipe_of(recipe: Recipe, run: Path, number: int) -> Recipe:
         "name": f"{recipe.name}-round-{number}",
     }
     for entry in recipe.corpus.generated:
-        raw["corpus"]["documents"][entry]["generated"]["seed"] += number - 1
+        generated = raw["corpus"]["documents"][entry]["generated"]
+        generated["seed"] = (generated["seed"] + number - 1) % 2**32
     if number > 1:
         trained = trained_folder(folder_of_round(run, number - 1), FUSED).absolute()
         own = recipe.target
@@ -71,4 +72,4 @@ def write_recipe_of_rounds(recipe: Recipe, run: Path) -> None:
         )
     make_folder(run)
     with alone_in(run):
-        write_text(run / RECIPE, recipe_text(recipe))
+        write_text(run / RECIPE, recipe_text(recipe, run))

@@ -110,7 +110,7 @@ class Run:
         Raises:
             FusellmError: something cannot be as the recipe has it, or the disk is too small for it.
         """
-        checked = self._pipeline.check()
+        checked = self.rounds[0]._pipeline.check()
         require_disk(checked)
         return checked
 

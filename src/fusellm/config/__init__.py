@@ -333,6 +333,12 @@ def _check_generated(recipe: Recipe) -> None:
                 f"corpus.documents.{n}.generated.by: there is no model {generated.by!r}; there are "
                 f"{', '.join(names)}"
             )
+    lora = recipe.training.lora
+    if recipe.rounds > 1 and lora is not None and not lora.merge:
+        raise ValueError(
+            "training.lora.merge: false leaves adapters of one round alone, and the next round "
+            "begins with a whole model; leave it out with rounds"
+        )
     if recipe.rounds > 1 and not recipe.corpus.generated:
         raise ValueError(
             f"rounds: {recipe.rounds} repeat what is generated, and nothing is; give an entry of "

@@ -43,7 +43,7 @@ class GeneratedSettings(SettingsBlock):
     """Share of the mass that tokens are sampled from."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 512
     """Most tokens of an answer; one that is longer is cut, and does not end."""
-    batch_size: Annotated[int, Field(gt=0)] = 8
+    batch_size: Annotated[int, Field(gt=0, le=128)] = 8
     """Prompts at a time."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampling; round n has `seed` + n - 1."""

@@ -68,11 +68,7 @@ def conversation_of(
     while messages and messages[-1]["role"] != ASSISTANT:  # what nobody has answered
         messages.pop()
     _require_order(messages)
-    for n, message in enumerate(messages):
-        if message["role"] == ASSISTANT and thinking == "drop":
-            said = _THINKING.match(message["content"])
-            if said is not None:
-                messages[n] = message | {"content": message["content"][said.end() :]}
+    _drop_thinking(messages, thinking)
     first = 0 if len(values) == 1 else len(list(_messages(values[0], "user")))
     learnt = [
         n
@@ -86,12 +82,12 @@ def conversation_of(
     )
 
 
-def prompt_of(values: Sequence[Any], tools: Any = None) -> Conversation:
+def prompt_of(values: Sequence[Any], tools: Any = None, thinking: str = "keep") -> Conversation:
     """A record's conversation up to its last question, of which nothing is learnt.
 
     Args:
-        values, tools: as `conversation_of` takes them, or a question alone; of two values the first
-            is the prompt.
+        values, tools, thinking: as `conversation_of` takes them, or a question alone; of two values
+            the first is the prompt.
 
     Raises:
         UnusableError: it is none, or nobody asks anything.
@@ -103,19 +99,31 @@ def prompt_of(values: Sequence[Any], tools: Any = None) -> Conversation:
     while messages and messages[-1]["role"] == ASSISTANT:
         messages.pop()
     _require_order(messages)
-    if not messages or messages[-1]["role"] == "system":
+    _drop_thinking(messages, thinking)
+    last = messages[-1] if messages else {"role": "system"}
+    if last["role"] == "system" or (last["role"] == "user" and not last["content"].strip()):
         raise UnusableError("nobody asks anything")
     return Conversation(tuple(messages), (), tools=_tools(tools))
 
 
+def _drop_thinking(messages: list[dict[str, Any]], thinking: str) -> None:
+    for n, message in enumerate(messages):
+        if message["role"] == ASSISTANT and thinking == "drop":
+            said = _THINKING.match(message["content"])
+            if said is not None:
+                messages[n] = message | {"content": message["content"][said.end() :]}
+
+
 def _asked(value: Any) -> list[dict[str, Any]]:
-    """Messages, or those of a text that is a question."""
-    try:
-        return _messages(value, None)
-    except UnusableError:
-        if not isinstance(value, str):
-            raise
-        return [{"role": "user", "content": _whole(value)}]
+    """Messages, or those of a text that is a question: one that is no list in JSON."""
+    if isinstance(value, str):
+        try:
+            is_list = isinstance(json.loads(value), list)
+        except (ValueError, RecursionError):
+            is_list = False
+        if not is_list:
+            return [{"role": "user", "content": _whole(value)}]
+    return _messages(value, None)
 
 
 def _require_order(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -246,6 +254,12 @@ def _from(conversation: Conversation, start: int) -> Conversation:
     return Conversation(
         (*messages[:head], *messages[start:]), learnt, conversation.cut, conversation.tools
     )
+
+
+def bytes_of(conversation: Conversation) -> int:
+    """Of its messages and tools, as `within` counts them."""
+    tools = len(json.dumps(conversation.tools)) if conversation.tools else 0
+    return tools + sum(map(_bytes, conversation.messages))
 
 
 def _bytes(message: Mapping[str, Any]) -> int:

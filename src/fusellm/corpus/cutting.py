@@ -62,7 +62,8 @@ def write_corpus(
     for number, (entry, budget) in enumerate(_budgets(recipe)):
         texts = read_documents(entry, corpus, cutter.counts, builtin)
         if number in corpus.generated:
-            texts = with_answers(texts, answers_to(number), corpus.block_bytes, cutter.counts)
+            answers = answers_to(number), entry, corpus.block_bytes
+            texts = with_answers(texts, *answers, cutter.counts)
         room = {
             "train": budget,
             "validation": measured.get((entry.domain, "validation"), most_validation),

@@ -71,6 +71,14 @@ class Fields:
         return list(dict.fromkeys(names))
 
     @property
+    def may_be_missing(self) -> frozenset[str]:
+        """Those of an answer, where a model gives another one."""
+        if not self.are_prompts:
+            return frozenset()
+        own = self.names[1:] if self.speech is not None else self.names
+        return frozenset(own) - self.context if self.context or self.speech else frozenset()
+
+    @property
     def key(self) -> str:
         """The key of a recipe that names the fields of the text."""
         return "text_field" if self.speech is None else "messages"
@@ -129,11 +137,14 @@ class Fields:
         if self.speech is None:
             names = tuple(name for name in self.names if name in self.context) or self.names
             text, _ = replace(self, names=names, context=frozenset()).text(row, place)
-            return text + self.separator * (names != self.names) or None
+            if not text.strip():
+                return None
+            text += self.separator * (names != self.names)
+            return text.encode("utf-8", "replace").decode("utf-8")
         if not isinstance(row, Mapping) or self.names[0] not in row:
             raise _missing(row, self.names[0], place, self.key)
         values = [row.get(name) for name in self.names]
-        one = _written(prompt_of, values, self._tools(row))
+        one = _written(prompt_of, values, self._tools(row), self.speech.thinking)
         return None if isinstance(one, str) else one
 
     def answers(self, row: object) -> bool:

@@ -223,6 +223,11 @@ def _text(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[FileRecord]:
         raise CorpusError(
             f"{path} is text without fields, and {key} names some; leave it out of files"
         )
+    if fields.are_prompts:
+        raise CorpusError(
+            f"{path} is text without fields, and generated asks for prompts, one a record; give "
+            "them as jsonl, or leave it out of files"
+        )
     utf8 = _Utf8()
     rest = b""
     while True:
@@ -344,7 +349,8 @@ def _unpacked(path: Path, kind: FileKind, fields: Fields) -> Iterator[FileRecord
 def _parquet(place: Path, path: Path, fields: Fields) -> Iterator[FileRecord]:
     with pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES) as file:
         _require_columns(file.schema_arrow, path, fields)
-        for batch in file.iter_batches(batch_size=_ROWS, columns=fields.columns):
+        there = [name for name in fields.columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=_ROWS, columns=there):
             yield from _rows(batch, path, fields)
 
 
@@ -369,6 +375,8 @@ def _require_columns(schema: pa.Schema, path: Path, fields: Fields) -> None:
         labels = [label for label, _ in fields.where]
         key = "where" if name in labels and name not in fields.names else fields.key
         if name not in schema.names:
+            if name in fields.may_be_missing:
+                continue
             raise CorpusError(
                 f"{path} has no column {name!r}; it has {', '.join(schema.names)} (set {key})"
             )
@@ -393,7 +401,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRecord]:
     if fields.speech is not None:
-        batch = batch.select(fields.columns)
+        batch = batch.select([name for name in fields.columns if name in batch.schema.names])
         batch.validate(full=True)  # so that what it points at is its own
         if batch.nbytes > _RECORD_BYTES and batch.num_rows == 1:
             raise _too_long(f"a record of {path}")
@@ -405,14 +413,15 @@ def _rows(batch: pa.RecordBatch, path: Path, fields: Fields) -> Iterator[FileRec
     for name in labels:
         batch.column(name).validate(full=True)
     of_label = [batch.column(name).to_pylist() for name in labels]
-    columns = (_as_bytes(batch.column(name)) for name in fields.names)
+    names = [name for name in fields.names if name in batch.schema.names]
+    columns = (_as_bytes(batch.column(name)) for name in names)
     for n, values in enumerate(zip(*columns, strict=True)):
         texts = [value.as_py() for value in values]
         if sum(len(text or b"") for text in texts) > _RECORD_BYTES:
             raise _too_long(f"a record of {path}")
         row = {
             name: None if text is None else utf8.decode(text)
-            for name, text in zip(fields.names, texts, strict=True)
+            for name, text in zip(names, texts, strict=True)
         }
         told = {name: column[n] for name, column in zip(labels, of_label, strict=True)}
         yield FileRecord.of(fields, told | row, str(path), utf8.was_good())

@@ -1,68 +1,114 @@
 """Documents whose answers a model writes: their prompts, and the documents once it has.
 
 Prompts are found, and answers joined to them, by reading the same documents in the same order
-twice. Only the part train is generated: what is measured on is what records answer themselves.
+twice; a digest of each prompt says that they are the same. Only the part train is generated: what
+is measured on is what records answer themselves.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fusellm.config import BuiltinDocuments, CorpusSettings, Documents
-from fusellm.corpus.conversations import within
+from fusellm.config import CorpusSettings, FileDocuments, HubDocuments
+from fusellm.corpus.conversations import bytes_of, within
 from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.parts import Text
-from fusellm.errors import StoreError
+from fusellm.errors import CorpusError, StoreError
 from fusellm.progress import Silent
 from fusellm.store.answers import GeneratedAnswer
+from fusellm.store.identity import digest
+from fusellm.tokens.blocks import cut_point
 from fusellm.tokens.conversation import Conversation
+
+PromptDocuments = FileDocuments | HubDocuments
+_BYTES_OF_A_TOKEN = 4  # of an answer, for the room that is kept for it
+_THOUGHT = re.compile(r"\s*<think>(.*?</think>\s*|.*\Z)", re.DOTALL)
 
 
 class Prompt(NamedTuple):
-    """What a model is to answer: a document's name, and a conversation or a text."""
+    """What a model is to answer.
+
+    Attributes:
+        document: its name.
+        asked: a conversation, or a text.
+        room: bytes that an answer may have, so that both fit into a block.
+    """
 
     document: str
     asked: Conversation | str
+    room: int
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked."""
+        return digest(self.asked if isinstance(self.asked, str) else self.asked.to_json())
 
 
-def prompts_of(entry: Documents, corpus: CorpusSettings) -> Iterator[Prompt]:
+def prompts_of(entry: PromptDocuments, corpus: CorpusSettings, alone: bool) -> list[Prompt]:
     """The prompts of an entry, in the order of its documents; as many as it asks for.
 
-    Of a conversation that does not fit into a block, its first turns are left out.
+    Args:
+        alone: whether no other entry has anything to validate and to measure on.
 
     Raises:
-        CorpusError: a document cannot be read.
+        CorpusError: a document cannot be read, there is no prompt, or nothing to measure on.
     """
-    assert not isinstance(entry, BuiltinDocuments)
     assert entry.generated is not None
-    left = entry.generated.prompts
-    texts = read_documents(entry, corpus, Counter(), BuiltinReader(corpus, Silent()))
-    for text in texts:
-        if text.part != "train" or text.prompt is None:
+    most, prompts, parts = entry.generated.prompts, list[Prompt](), set[str]()
+    for text in _read(entry, corpus):
+        parts.add(text.part)
+        if most is not None and len(prompts) == most:
+            if not alone or parts >= {"validation", "held_out"}:
+                break
             continue
-        if left is not None:
-            if left == 0:
-                return
-            left -= 1
-        asked: Conversation | str | None = text.prompt
-        if isinstance(text.prompt, Conversation):
-            asked = _fitting(text.prompt, corpus.block_bytes)
-        if asked is not None:
-            yield Prompt(text.name, asked)
+        prompt = _prompt_of(text, entry, corpus.block_bytes)
+        if prompt is not None:
+            prompts.append(prompt)
+    if not prompts:
+        raise CorpusError(
+            f"corpus.documents, domain {entry.domain!r}, has no prompt to be answered: check its "
+            "fields, and that questions leave room for an answer in corpus.block_bytes: "
+            f"{corpus.block_bytes} (generated.max_new_tokens takes {_BYTES_OF_A_TOKEN} bytes a "
+            "token of it, half of it at most)"
+        )
+    missing = {"validation", "held_out"} - parts
+    if alone and missing:
+        raise CorpusError(
+            f"corpus.documents, domain {entry.domain!r}: no record with an answer of its own is in "
+            f"{' or '.join(sorted(missing))}, so that there would be nothing to measure on; give "
+            "the corpus another entry whose records have answers (docs/generated.md), or raise "
+            "corpus.validation_share and held_out_share"
+        )
+    return prompts
 
 
-def _fitting(prompt: Conversation, most_bytes: int) -> Conversation | None:
-    """A prompt that leaves room for an answer; None where its last question alone does not."""
-    fitted = within(prompt.answered("."), most_bytes)
-    if fitted is None or len(fitted[0].messages) < 2:
+def _read(entry: PromptDocuments, corpus: CorpusSettings) -> Iterator[Text]:
+    return read_documents(entry, corpus, Counter(), BuiltinReader(corpus, Silent()))
+
+
+def _prompt_of(text: Text, entry: PromptDocuments, block_bytes: int) -> Prompt | None:
+    """What is asked of a document of the part train; None where there is no room for an answer."""
+    if text.part != "train" or text.prompt is None or entry.generated is None:
         return None
-    kept = fitted[0]
-    return Conversation(kept.messages[:-1], (), tools=kept.tools)
+    reserved = min(_BYTES_OF_A_TOKEN * entry.generated.max_new_tokens, block_bytes // 2)
+    if isinstance(text.prompt, str):
+        room = block_bytes - len(text.prompt.encode())
+        return Prompt(text.name, text.prompt, room) if room >= reserved else None
+    fitted = within(text.prompt.answered("x" * reserved), block_bytes)
+    if fitted is None or fitted[0].cut or len(fitted[0].messages) < 2:
+        return None
+    *asked, answer = fitted[0].messages
+    if len(answer["content"]) < reserved:
+        return None
+    kept = Conversation(tuple(asked), (), tools=text.prompt.tools)
+    return Prompt(text.name, kept, block_bytes - bytes_of(kept))
 
 
 def with_answers(
     texts: Iterator[Text],
     answers: Iterator[GeneratedAnswer],
+    entry: PromptDocuments,
     block_bytes: int,
     counts: Counter[str],
 ) -> Iterator[Text]:
@@ -74,33 +120,41 @@ def with_answers(
         answers: in the order of the documents.
 
     Raises:
-        StoreError: an answer is of no document; the documents are not those that were answered.
+        StoreError: an answer is to another prompt; the documents are not those that were answered.
     """
     following = next(answers, None)
     for text in texts:
         if text.part != "train":
             yield text
-        elif following is None or text.name != following.document:
+            continue
+        if following is None or text.name != following.document:
             counts["prompts_without_answer"] += text.prompt is not None
             if text.unusable is not None:  # of which the corpus says why
                 yield text
-        else:
-            yield from _answered(text, following, block_bytes)
-            following = next(answers, None)
+            continue
+        prompt = _prompt_of(text, entry, block_bytes)
+        if prompt is None or prompt.digest != following.prompt:
+            break
+        yield _answered(prompt, following, entry.thinking == "drop")
+        following = next(answers, None)
     if following is not None:
         raise StoreError(
-            f"the generated answers have one to {following.document}, which is no document of the "
-            "corpus now; generate them anew, with --redo"
+            f"the answers that were generated for domain {entry.domain!r} have one to "
+            f"{following.document}, which is another prompt now, or none: the documents have "
+            "changed since. Remove the run's folder generate, and they are answered anew"
         )
 
 
-def _answered(text: Text, answer: GeneratedAnswer, block_bytes: int) -> Iterator[Text]:
-    if isinstance(text.prompt, Conversation):
-        asked = _fitting(text.prompt, block_bytes)
-        if asked is not None:
-            whole = asked.answered(answer.text, cut=not answer.ends)
-            yield Text(text.name, "train", whole.text, conversation=whole)
-        return
-    prompt = (text.prompt or "").encode("utf-8", "replace").decode("utf-8")
-    context = ((0, len(prompt.encode())),) if prompt else ()
-    yield Text(text.name, "train", prompt + answer.text, context, ends=answer.ends)
+def _answered(prompt: Prompt, answer: GeneratedAnswer, drop_thinking: bool) -> Text:
+    said, ends = answer.text, answer.ends
+    if drop_thinking:
+        said = said[thought.end() :] if (thought := _THOUGHT.match(said)) else said
+    data = said.encode()
+    if len(data) > prompt.room:
+        said, ends = data[: cut_point(data[: prompt.room], data[prompt.room])].decode(), False
+    if isinstance(prompt.asked, str):
+        context = ((0, len(prompt.asked.encode())),)
+        return Text(prompt.document, "train", prompt.asked + said, context, ends=ends)
+    # As most templates have it, which take white space at the edges of an answer away.
+    whole = prompt.asked.answered(said.strip(), cut=not ends)
+    return Text(prompt.document, "train", whole.text, conversation=whole)

@@ -36,7 +36,7 @@ def first_blocks(corpus: CorpusSettings) -> list[Block]:
     unread = [
         one for one in corpus.documents if isinstance(one, HubDocuments) and not one.streaming
     ]
-    if not sampled and not unread:
+    if not sampled and not unread and not corpus.generated:
         domains = ", ".join(dict.fromkeys(entry.domain for entry in corpus.documents))
         raise CorpusError(
             f"corpus.documents has no text: all its documents ({domains}) are empty; check their "

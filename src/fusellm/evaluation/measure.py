@@ -35,6 +35,7 @@ from fusellm.store.manifest import first_fault
 from fusellm.store.run_folder import INDEX
 from fusellm.store.writer import set_aside
 from fusellm.text_table import counted
+from fusellm.tokens.chat import on_one_day
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def candidate(name: str, located: Located, chat: bool = False) -> Candidate:
 
     def read() -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(located)
-        if chat:
-            tokenizer.chat_template = chat_template_of(located, tokenizer)
+        if chat and (template := chat_template_of(located, tokenizer)) is not None:
+            tokenizer.chat_template = on_one_day(template)
         return tokenizer
 
     tokenizer = read()
@@ -121,15 +122,17 @@ def candidate(name: str, located: Located, chat: bool = False) -> Candidate:
         "tokenizer": digest([type(tokenizer).__name__, rules, specials]),
         "precision": located.settings.precision,
     }
+    told = located.settings.system if chat else None
     if chat:
-        facts["chat_template"] = digest(tokenizer.chat_template)
+        facts["chat_template"] = digest([tokenizer.chat_template, told])
 
     def load() -> LoadedModel:
         model = load_model(located, default_device())
-        return LoadedModel(model, read(), located.context_tokens)
+        return LoadedModel(model, read(), located.context_tokens, told)
 
     context = located.context_tokens
-    return Candidate(facts, load, None if context is None else Ruler(tokenizer, context))
+    ruler = None if context is None else Ruler(tokenizer, context, system=told)
+    return Candidate(facts, load, ruler)
 
 
 def prepare(
@@ -346,7 +349,7 @@ def _require_room_of(task: Task, models: Sequence[Candidate]) -> None:
     for model in rulers.values():
         assert model.ruler is not None
         if chat:
-            requests = task.requests(model.ruler.apply_chat_template)
+            requests = task.requests(model.ruler.apply_chat_template, model.ruler.system)
         try:
             MeasuredModel(model.ruler, "error", Silent(), task.place).require_room(requests)
         except EvaluationError as error:

@@ -24,7 +24,7 @@ from fusellm.models.remote_code import code_of
 from fusellm.models.weights import INDEX, loaded_files, read_index
 from fusellm.recipe_file import RECIPE, open_recipe
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.run_folder import FUSED, trained_folder
+from fusellm.store.run_folder import FUSED, require_no_rounds, trained_folder
 from fusellm.tokens.text_ids import rules_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,6 +103,7 @@ def settings_of_place(name: str) -> ModelSettings:
         ModelError: it comes with code.
     """
     folder = Path(name).expanduser()
+    require_no_rounds(folder)
     if (folder / RECIPE).is_file():
         trained = trained_folder(folder, FUSED)
         if not (trained / MANIFEST).exists() or not StageFolder(trained).complete:

@@ -98,11 +98,11 @@ def chat_template_of(located: Located, tokenizer: PreTrainedTokenizerBase) -> st
     """
     if located.settings.chat_template is not None:
         return template_text(located.settings.chat_template)
-    own = own_template(tokenizer)
-    if own is None and located.gguf is not None:
+    if located.gguf is not None:
         written = read_header(located.gguf).get(CHAT_TEMPLATE)
-        own = written if isinstance(written, str) and written else None
-    return own
+        if isinstance(written, str) and written:
+            return written
+    return own_template(tokenizer)
 
 
 def template_text(given: str) -> str:

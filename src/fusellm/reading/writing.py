@@ -1,6 +1,7 @@
 """A model writing answers to prompts. B prompts of a batch, T tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from fusellm.reading.batches import is_out_of_memory
 from fusellm.tokens.chat import ChatEncoder
 from fusellm.tokens.conversation import Conversation
 from fusellm.tokens.encode import Encoder
+
+_LOGITS_ALIKE = 0.25  # of their deviation: half precision moves them by a hundredth
 
 
 class WrittenAnswer(NamedTuple):
@@ -35,8 +38,9 @@ class WrittenAnswer(NamedTuple):
 class Writer:
     """A model that answers prompts.
 
-    An answer ends where the model ends its turn, or its text. It is cut at the first token that
-    stands for no text, such as the beginning of another turn, and at `max_new_tokens`.
+    An answer ends where the model ends its turn, or its text. It is cut at `max_new_tokens`, at the
+    first token that stands for no text, such as the beginning of another turn, and at bytes that
+    are no character.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Writer:
             pad_token_id=self._ends[0] if self._ends else 0,
             suppress_tokens=[*range(known, rows)] or None,
         )
+        self._may_pad = self._reads_alike_when_padded()
 
     def write(
         self,
@@ -97,15 +102,65 @@ class Writer:
         left = [n for n, one in enumerate(asked) if not isinstance(one, str)]
         advance(len(asked) - len(left))
         left.sort(key=lambda n: (-len(asked[n]), n))
-        size = self._settings.batch_size
-        batches = [left[start : start + size] for start in range(0, len(left), size)]
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(self._batches(left, [len(one) for one in asked])):
             rows = [np.asarray(asked[n]) for n in batch]
             for n, ids in zip(batch, self._batch(rows, [*seed, number]), strict=True):
                 is_answer = not isinstance(prompts[n], str)
                 written[n] = self._read(ids, is_answer)
             advance(len(batch))
         return [one for one in written if one is not None]
+
+    def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Prompts that are answered together: of one length each, where padding would be read."""
+        batches: list[list[int]] = []
+        for n in order:
+            full = not batches or len(batches[-1]) == self._settings.batch_size
+            if full or not (self._may_pad or lengths[batches[-1][0]] == lengths[n]):
+                batches.append([])
+            batches[-1].append(n)
+        return batches
+
+    def _reads_alike_when_padded(self) -> bool:
+        """Whether a row says the same behind padding; some architectures, as RWKV, read it."""
+        known = np.flatnonzero(self._encoder.vocabulary.is_text)[-3:]
+        rows = [known, np.concatenate([known, known])]
+        alone = self._next_logits(rows[:1])
+        padded = self._next_logits(rows)[:1]
+        return float((alone - padded).abs().max()) < _LOGITS_ALIKE * float(alone.std())
+
+    def _next_logits(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        """[B, V] float32 logits after each row."""
+        settings = copy(self._written_with)
+        settings.do_sample, settings.max_new_tokens = False, 1
+        settings.temperature = settings.top_p = settings.top_k = None
+        settings.eos_token_id = settings.suppress_tokens = None
+        asked = {"output_logits": True, "return_dict_in_generate": True}
+        told = self._generate(rows, settings, **asked)
+        logits: torch.Tensor = told.logits[0].float()
+        return logits
+
+    @torch.no_grad()
+    def _generate(
+        self, rows: Sequence[np.ndarray], settings: GenerationConfig, **asked: Any
+    ) -> Any:
+        """What transformers writes after B rows, by these settings and no others."""
+        device = input_device(self._model)
+        longest = max(map(len, rows))
+        ids = np.full((len(rows), longest), settings.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for n, row in enumerate(rows):  # padded on the left, as the model writes on the right
+            ids[n, longest - len(row) :] = row
+            mask[n, longest - len(row) :] = 1
+        # transformers would fill up what settings leave open by those that came with the model.
+        kept, self._model.generation_config = self._model.generation_config, settings
+        try:
+            return self._model.generate(  # type: ignore[operator]
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                **asked,
+            )
+        finally:
+            self._model.generation_config = kept
 
     def _ids_of(self, prompts: Sequence[Conversation | str]) -> Iterator[np.ndarray | str]:
         """The tokens of each prompt; of one that cannot be read, why."""
@@ -127,26 +182,14 @@ class Writer:
             else:
                 yield ids
 
-    @torch.no_grad()
     def _batch(self, rows: Sequence[np.ndarray], seed: Sequence[int]) -> list[list[int]]:
         """What is written after each of B rows, from the first new token on."""
-        device = input_device(self._model)
-        longest = max(map(len, rows))
-        ids = np.full((len(rows), longest), self._written_with.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for n, row in enumerate(rows):  # padded on the left, as the model writes on the right
-            ids[n, longest - len(row) :] = row
-            mask[n, longest - len(row) :] = 1
+        longest, device = max(map(len, rows)), input_device(self._model)
         drawn = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
-        kept, self._model.generation_config = self._model.generation_config, self._written_with
-        devices = [device] if device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(drawn)
-                whole: Any = self._model.generate(  # type: ignore[operator]
-                    input_ids=torch.from_numpy(ids).to(device),
-                    attention_mask=torch.from_numpy(mask).to(device),
-                )
+                whole = self._generate(rows, self._written_with)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -154,8 +197,6 @@ class Writer:
                 f"memory does not suffice to answer {len(rows)} prompts of {longest} tokens at a "
                 "time; set a smaller generated.batch_size. What has been written is kept"
             ) from error
-        finally:
-            self._model.generation_config = kept
         new: list[list[int]] = whole[:, longest:].tolist()
         return new
 
@@ -171,5 +212,8 @@ class Writer:
             if not data and is_answer and self._encoder.has_dummy_prefix:
                 token = token[1:] if vocabulary.may_be_dummy[id_] else token
             data, tokens = data + token, tokens + 1
-        text = data.decode("utf-8", "replace")
-        return WrittenAnswer(text if ends else text.rstrip("\ufffd"), ends, tokens)
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:  # half a character, or bytes that are none
+            text, ends = data[: error.start].decode("utf-8"), False
+        return WrittenAnswer(text, ends, tokens)

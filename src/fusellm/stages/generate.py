@@ -3,9 +3,9 @@
 from functools import cached_property
 from typing import Any
 
-from fusellm.config import FileDocuments
+from fusellm.config import BuiltinDocuments, FileDocuments
 from fusellm.corpus.digests import digest_of_files
-from fusellm.corpus.generated import Prompt, prompts_of
+from fusellm.corpus.generated import Prompt, PromptDocuments, prompts_of
 from fusellm.errors import CorpusError
 from fusellm.models.load import default_device, describe, load_model
 from fusellm.reading.writing import Writer, WrittenAnswer
@@ -14,12 +14,16 @@ from fusellm.store.answers import GeneratedAnswer, write_answers
 from fusellm.store.identity import Identity, digest
 from fusellm.store.writer import StageWriter
 
+SHARD_PROMPTS = 128  # as many are written again at most after an interruption
+_COUNTED = ("prompts", "tokens", "empty", "cut")
+_CHOOSES_NO_PROMPT = {"domain", "weight", "streaming"}
+
 
 class GenerateStage(FilledStage):
     """The folder of the answers to one entry. Shards that are finished are never made anew.
 
-    Raised besides: CorpusError, no prompt could be answered; ModelError, the model cannot be
-    loaded, or memory does not suffice.
+    Raised besides: CorpusError, there is no prompt, or none was answered; ModelError, the model
+    cannot be loaded, or memory does not suffice.
     """
 
     command = "generate"
@@ -28,26 +32,31 @@ class GenerateStage(FilledStage):
         """`entry`: its number in `corpus.documents`."""
         super().__init__(context, f"generate/{entry}")
         corpus = context.recipe.corpus
-        self.entry, self.documents = entry, corpus.documents[entry]
-        self.settings = corpus.generated[entry]
+        documents = corpus.documents[entry]
+        assert not isinstance(documents, BuiltinDocuments)
+        self.documents: PromptDocuments = documents
+        self.entry, self.settings = entry, corpus.generated[entry]
         self.reader = context.readers[self.settings.by]
 
     @cached_property
     def _identity(self) -> Identity:  # once, as it reads whole files
-        recipe, located = self.context.recipe, self.reader.located
-        corpus, documents = recipe.corpus, self.documents
+        located = self.reader.located
+        corpus, documents = self.context.recipe.corpus, self.documents.identity()
+        if self.settings.temperature == 0:  # nothing is drawn
+            for key in ("seed", "top_p"):
+                del documents["generated"][key]
         settings: dict[str, Any] = {
-            "documents": documents.identity(),
+            "documents": {k: v for k, v in documents.items() if k not in _CHOOSES_NO_PROMPT},
             # Which prompts are in the part train, and how much of a conversation is read.
             "corpus": corpus.model_dump(
                 include={"validation_share", "held_out_share", "block_bytes"}
             ),
             "dtype": located.settings.precision,
         }
-        if isinstance(documents, FileDocuments):
-            read = digest_of_files(documents, self.context.progress)
+        if isinstance(self.documents, FileDocuments):
+            read = digest_of_files(self.documents, self.context.progress)
         else:
-            read = digest(documents.identity())
+            read = digest([self.documents.hub, self.documents.config, self.documents.revision])
         inputs = {
             f"documents.{self.entry}": read,
             "weights": located.fingerprint,
@@ -60,23 +69,14 @@ class GenerateStage(FilledStage):
         return self._identity
 
     def fill(self, folder: StageWriter) -> None:
-        """GeneratedAnswer the prompts that are not answered."""
-        context, by = self.context, self.settings.by
-        with context.progress.start(f"looking for prompts for {by}", 0, "prompts") as bar:
-            prompts: list[Prompt] = []
-            for prompt in prompts_of(self.documents, context.recipe.corpus):
-                prompts.append(prompt)
-                bar.advance()
-        if not prompts:
-            raise CorpusError(
-                f"corpus.documents.{self.entry} has no prompt that {by} could answer: check its "
-                "fields, and that questions are shorter than corpus.block_bytes"
-            )
-        size = context.recipe.corpus.shard_blocks
-        with context.progress.start(f"{by} answers", len(prompts), "prompts") as bar:
+        """Answer the prompts that are not answered yet."""
+        progress, by = self.context.progress, self.settings.by
+        prompts = self._prompts()
+        with progress.start(f"{by} answers", len(prompts), "prompts") as bar:
             writer: Writer | None = None
-            for shard, start in enumerate(range(0, len(prompts), size)):
-                name, asked = f"answers-{shard:05d}.arrow", prompts[start : start + size]
+            for shard, start in enumerate(range(0, len(prompts), SHARD_PROMPTS)):
+                asked = prompts[start : start + SHARD_PROMPTS]
+                name = f"answers-{shard:05d}.arrow"
                 if name in folder.shards:
                     bar.advance(len(asked))
                     continue
@@ -84,20 +84,29 @@ class GenerateStage(FilledStage):
                 seed = self.settings.seed, shard
                 written = writer.write([one.asked for one in asked], seed, bar.advance)
                 self._tell(asked, written)
-                write_answers(folder, name, start, _answers(asked, written))
+                answers = [_answer(*pair) for pair in zip(asked, written, strict=True)]
+                write_answers(folder, name, start, answers)
         counts = [shard["counts"] for shard in folder.shards.values()]
         sums = {key: sum(one[key] for one in counts) for key in _COUNTED}
         if sums["empty"] == sums["prompts"]:
             raise CorpusError(
-                f"{by} has answered none of {sums['prompts']:,} prompts with any text; ask it by "
-                "another template, or another model"
+                f"{by} has answered none of {sums['prompts']:,} prompts with any text; what it "
+                "cannot read is said above. Lower generated.max_new_tokens where its context is "
+                "too short, or ask it by another template, or another model"
             )
-        context.progress.say(
+        progress.say(
             f"{by} has answered {sums['prompts'] - sums['empty']:,} of {sums['prompts']:,} prompts "
-            f"in {sums['tokens']:,} tokens; {sums['cut']:,} answers are cut at "
-            f"generated.max_new_tokens: {self.settings.max_new_tokens}"
+            f"in {sums['tokens']:,} tokens; {sums['cut']:,} answers have no end of their own "
+            f"(generated.max_new_tokens: {self.settings.max_new_tokens})"
         )
         folder.finish(sums)
+
+    def _prompts(self) -> list[Prompt]:
+        corpus = self.context.recipe.corpus
+        # Where records of another entry have answers, there is something to measure on.
+        alone = len(corpus.generated) == len(corpus.documents) == 1
+        with self.context.progress.start(f"looking for prompts for {self.settings.by}", 0, "") as _:
+            return prompts_of(self.documents, corpus, alone)
 
     def _load(self, folder: StageWriter) -> Writer:
         located = self.reader.located
@@ -116,11 +125,6 @@ class GenerateStage(FilledStage):
             )
 
 
-_COUNTED = ("prompts", "tokens", "empty", "cut")
-
-
-def _answers(asked: list[Prompt], written: list[WrittenAnswer]) -> list[GeneratedAnswer]:
-    return [
-        GeneratedAnswer(prompt.document, one.text, one.ends, one.tokens)
-        for prompt, one in zip(asked, written, strict=True)
-    ]
+def _answer(asked: Prompt, written: WrittenAnswer) -> GeneratedAnswer:
+    what = asked.document, asked.digest, written.text
+    return GeneratedAnswer(*what, written.ends, written.tokens)

@@ -16,6 +16,7 @@ ANSWERS_SCHEMA = pa.schema(
     [
         ("block", pa.int64()),
         ("document", pa.string()),
+        ("prompt", pa.string()),
         ("answer", pa.large_string()),
         ("ends", pa.bool_()),
         ("tokens", pa.int32()),
@@ -29,12 +30,14 @@ class GeneratedAnswer(NamedTuple):
 
     Attributes:
         document: that it answers.
+        prompt: digest of what was asked.
         text: of it, without the prompt; nothing of a prompt that could not be read.
         ends: whether the model has ended it.
         tokens: that it wrote.
     """
 
     document: str
+    prompt: str
     text: str
     ends: bool
     tokens: int
@@ -51,6 +54,7 @@ def write_answers(
     columns: Columns = {
         "block": np.arange(first, first + len(answers)),
         "document": [one.document for one in answers],
+        "prompt": [one.prompt for one in answers],
         "answer": [one.text for one in answers],
         "ends": [one.ends for one in answers],
         "tokens": [one.tokens for one in answers],
@@ -76,6 +80,5 @@ def read_answers(run: Path, entry: int) -> Iterator[GeneratedAnswer]:
         shard = Shard(folder, name, ANSWERS)
         for row in (shard.block(n) for n in range(len(shard))):
             if row["answer"].strip():
-                yield GeneratedAnswer(
-                    row["document"], row["answer"], bool(row["ends"]), int(row["tokens"])
-                )
+                told = row["document"], row["prompt"], row["answer"]
+                yield GeneratedAnswer(*told, bool(row["ends"]), int(row["tokens"]))

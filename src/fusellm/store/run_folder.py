@@ -1,5 +1,6 @@
 """A run's folder: its stages, how far they are, and what can be removed of it."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,9 +24,16 @@ SAVED_WHOLE = "saved-whole"
 """In a checkpoint's folder, once all of it is on disk."""
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """A recipe as a run keeps it."""
+def recipe_text(recipe: Recipe, run: Path) -> str:
+    """A recipe as a run keeps it.
+
+    What another round of the same folder has trained is named from here, so that all can be moved.
+    """
     settings = recipe.model_dump(mode="json", by_alias=True)
+    rounds = f"{run.absolute().parent}{os.sep}round-"
+    for model in (settings["target"], *settings["sources"]):
+        if model["model"].startswith(rounds):
+            model["model"] = os.path.relpath(model["model"], run.absolute())
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

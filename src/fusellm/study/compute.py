@@ -50,6 +50,9 @@ def compute_of(
         parameters: of each model by name, the target's as "target".
     """
     reading = sum(reading_of(pipeline, which, parameters).values())
+    for entry, generated in pipeline.recipe.corpus.generated.items():
+        written = StageFolder(pipeline.run / "generate" / str(entry)).counts["tokens"]
+        reading += _FORWARD * parameters[generated.by] * int(written)
     return Compute(reading, _STEP * parameters[TARGET] * tokens)
 
 

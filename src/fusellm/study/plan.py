@@ -133,6 +133,10 @@ def load_study(file: Path, arms: Sequence[str] = ()) -> Study:
     for _ in range(3):  # an ensemble may need a merge, that an arm, and that another's computing
         wanted |= {other for name in wanted for other in settings.arms[name].needs}
     base = _loaded(file, settings, {})
+    if base.rounds > 1:
+        raise RecipeError(
+            f"{file}: the recipe has rounds: {base.rounds}, and an arm trains once; set rounds: 1"
+        )
     names = [source.name for source in base.sources]
     clash = next((name for name in settings.arms if name in (*names, TARGET)), None)
     if clash is not None:

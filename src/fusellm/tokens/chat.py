@@ -420,7 +420,7 @@ class ChatEncoder(Encoder):
             rendered = self.tokenizer.apply_chat_template(
                 given["messages"],
                 tools=given["tools"] or None,
-                chat_template=_TODAY * ("strftime_now" in self.template) + self.template,
+                chat_template=on_one_day(self.template),
                 tokenize=False,
             )
         except Exception as error:  # a template is a program, and what it meets can raise anything
@@ -428,6 +428,11 @@ class ChatEncoder(Encoder):
             raise _UnreadableError(f"its chat template raises: {reason}") from error
         assert isinstance(rendered, str)
         return rendered
+
+
+def on_one_day(template: str) -> str:
+    """A chat template that says the same date on every day, if it says one."""
+    return _TODAY * ("strftime_now" in template) + template
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

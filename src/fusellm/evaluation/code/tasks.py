@@ -64,7 +64,7 @@ class CodeTask(Task):
     problems: tuple[Problem, ...]
     toolchain: Toolchain
 
-    def requests(self, render: Render | None = None) -> list[Any]:
+    def requests(self, render: Render | None = None, system: str | None = None) -> list[Any]:
         """What the problems ask a model, once each; as they are, as programs go on."""
         prompts = [problem.prompt for problem in self.problems]
         once = self.settings.model_copy(update={"samples": 1})

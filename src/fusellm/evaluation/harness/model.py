@@ -40,11 +40,15 @@ Nats = tuple[float, bool]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, its tokenizer, and its longest input where it has one."""
+    """A model in memory, its tokenizer, and its longest input where it has one.
+
+    `system` is what it is told first where it is asked by its chat template.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context_tokens: int | None = None
+    system: str | None = None
 
 
 class MeasuredModel:
@@ -52,12 +56,18 @@ class MeasuredModel:
 
     Attributes:
         cut: numbers of the documents of which a prompt was cut.
+        system: what the model is told first where it is asked by its chat template.
     """
 
     def __init__(
-        self, lm: Any, too_long: Literal["error", "truncate"], progress: Progress, what: str
+        self,
+        lm: Any,
+        too_long: Literal["error", "truncate"],
+        progress: Progress,
+        what: str,
+        system: str | None = None,
     ) -> None:
-        self._lm, self._too_long = lm, too_long
+        self._lm, self._too_long, self.system = lm, too_long, system
         self._progress, self._what = progress, what
         self.cut: set[int] = set()
 
@@ -154,6 +164,7 @@ class Ruler:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_gen_toks: int = 256
+    system: str | None = None
 
     def tok_encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -200,7 +211,7 @@ def measured_model(
     with quiet():
         lm = harness_model(loaded, deepcopy(loaded.tokenizer), settings.batch_size)
     try:
-        yield MeasuredModel(lm, settings.too_long, progress, what)
+        yield MeasuredModel(lm, settings.too_long, progress, what, loaded.system)
     finally:
         loaded.model.train(was_training)
 

@@ -53,12 +53,13 @@ class Task(ABC):
         )
 
     @abstractmethod
-    def requests(self, render: Render | None = None) -> list[Any]:
+    def requests(self, render: Render | None = None, system: str | None = None) -> list[Any]:
         """What the task asks a model, as lm_eval's requests.
 
         Args:
             render: how a model's chat template says messages; None for a model that is asked plain
                 text.
+            system: what it is told first then.
         """
 
     @abstractmethod
@@ -98,11 +99,11 @@ class HarnessTask(Task):
             tuple(replace(one, truncated=number in cut) for number, one in enumerate(answers)),
         )
 
-    def requests(self, render: Render | None = None) -> list[Any]:
+    def requests(self, render: Render | None = None, system: str | None = None) -> list[Any]:
         chat: dict[str, Any] = {}
         if render is not None:
             chat = {"apply_chat_template": True, "fewshot_as_multiturn": True}
-            chat["chat_template"] = render
+            chat |= {"chat_template": render, "system_instruction": system}
         with self._begun():
             self.task.build_all_requests(limit=self.settings.limit, rank=0, world_size=1, **chat)
         return list(self.task.instances)
@@ -128,6 +129,7 @@ class HarnessTask(Task):
                 log_samples=True,
                 apply_chat_template=self.settings.chat,
                 fewshot_as_multiturn=self.settings.chat,
+                system_instruction=lm.system if self.settings.chat else None,
             )
         means = means_of(self.task)
         seen: Counter[str] = Counter()
