@@ -104,6 +104,9 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
         "corpus": {
             "documents": documents,
             "block_bytes": 1152,  # which even a token a byte fits
+            "train_bytes": 800_000,
+            "validation_bytes": 20_000,
+            "held_out_bytes": 120_000,
             "validation_share": 0.05,
             "held_out_share": 0.15,
             "shard_blocks": 64,

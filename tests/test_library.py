@@ -1013,7 +1013,7 @@ def test_tables_are_plain_wherever_they_are_shown(monkeypatch: pytest.MonkeyPatc
 def test_a_run_says_what_it_does_not_know(world: Path, tmp_path: Path) -> None:
     run = fusellm.Run(world / "recipe.yaml", tmp_path / "run")
     for stage in ("externalize/nope", "train/nope", "fuze"):
-        with pytest.raises(ArgumentError, match=f"there is no stage '{stage}'; known: corpus"):
+        with pytest.raises(ArgumentError, match=f"there is no stage '{stage}'; known: generate"):
             run.execute(stage)
     with pytest.raises(StoreError, match=r"has no finished model yet; first: run.train\(\)"):
         run.model()

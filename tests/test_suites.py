@@ -688,7 +688,10 @@ def test_by_a_chat_template_scores_are_lm_evals_own(
     samples = [s for s in theirs["samples"]["own"] if s["filter"] == key.split(",")[1]]
     assert [a.score for a in record.answers] == [s[key.split(",")[0]] for s in samples]
     assert [a.prompt for a in record.answers] == [s["prompt_hash"] for s in samples]
-    asked = task.requests(Ruler(speaks, 512).apply_chat_template)
+    render = Ruler(speaks, 512).apply_chat_template
+    told = [request.args[0] for request in task.requests(render, "Be brief.")]
+    assert all(prompt.startswith("<|im_start|>system\nBe brief.") for prompt in told)
+    asked = task.requests(render)
     assert all(request.args[0].endswith("<|im_start|>assistant\n") for request in asked)
     (plain,) = tasks_of(suite, settings.model_copy(update={"chat": False}))
     assert plain.header.compared_by != task.header.compared_by
@@ -702,6 +705,15 @@ def test_who_has_no_chat_template_is_named(world: Path) -> None:
     )
     one = candidate("llama", locate(settings), chat=True)
     assert one.load().tokenizer.chat_template == CHATML
+    dated = settings.model_copy(
+        update={"chat_template": "{{ strftime_now('%d %b %Y') }}" + CHATML, "system": "Be brief."}
+    )
+    other = candidate("llama", locate(dated), chat=True)
+    assert other.facts["chat_template"] != one.facts["chat_template"]
+    assert other.ruler is not None
+    told = other.ruler.apply_chat_template([{"role": "user", "content": "a"}])
+    assert told.startswith("26 Jul 2024<|im_start|>user")  # on every day
+    assert other.load().system == other.ruler.system == "Be brief."
     with pytest.raises(EvaluationError, match="which are no conversations"):
         prepare(["humaneval"], EvaluationSettings(chat=True), Silent())
 

@@ -147,7 +147,7 @@ class Pipeline:
             train.check_processes(self.recipe, self.run, context.training_processes)
         folders = [stage for stage in unfinished if isinstance(stage, ManifestStage)]
         if folders and any(s.command == "train" and not s.complete for s in self.stages):
-            train.check_target(self.context.target.located)
+            train.check_target(self.context.target.located, self.recipe.training.lora)
             train.rehearse(self.recipe)
         if any(isinstance(stage, SuitesStage) for stage in unfinished):
             self.prepare_suites()
@@ -257,7 +257,7 @@ class Pipeline:
         """
         recipe, readers = self.recipe, self.context.readers
         self._require_place()
-        train.check_target(self.context.target.located)
+        train.check_target(self.context.target.located, recipe.training.lora)
         train.rehearse(recipe)
         require_models(readers)
         self.prepare_suites()

@@ -234,8 +234,8 @@ _ENGINE = ("engine", "ray_address", "workers", "worker_cpus", "worker_gpus")
 def run(**given: Any) -> None:
     """Run all stages of a recipe, or go on where it was interrupted.
 
-    corpus → externalize → fuse → train → evaluate → report. Finished work is kept: after an
-    interruption, give the same command again.
+    corpus → externalize → fuse → train → evaluate → report; generate before all, where answers are
+    to be generated. Finished work is kept: after an interruption, give the same command again.
     """
     _execute(None, **given)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusellm.config import ObjectiveSettings, Recipe, TrainingSettings
+from fusellm.config import LoraSettings, ObjectiveSettings, Recipe, TrainingSettings
 from fusellm.errors import IdentityError, RecipeError
 from fusellm.models.adapters import require_peft, without_warnings
 from fusellm.models.cards import training_card
@@ -177,12 +177,18 @@ def check(recipe: Recipe, run: Path) -> None:
         require_peft("training.lora")
 
 
-def check_target(target: Located) -> None:
-    """Check that a target's own loss is L_CLM alone.
+def check_target(target: Located, lora: LoraSettings | None = None) -> None:
+    """Check that a target's own loss is L_CLM alone, and that what is saved of it is whole.
 
     Raises:
-        RecipeError: it adds one of its router.
+        RecipeError: it adds one of its router; or adapters are to be saved alone, of a target that
+            has some already, which they would be loaded without.
     """
+    if lora is not None and not lora.merge and target.adapters is not None:
+        raise RecipeError(
+            f"training.lora.merge: false saves new adapters for the model that those of "
+            f"{target.adapters} are on, without these; leave it out, or merge them first"
+        )
     if adds_router_loss(target.config):
         raise RecipeError(
             f"target.model: {target.settings.model} adds a loss of its router to its own, which "
