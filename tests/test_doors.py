@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.table import Table
 
@@ -21,7 +23,8 @@ from fusellm.cli import ending
 from fusellm.cli.console import SafeConsole, Terminal, json_text, shown
 from fusellm.cli.main import main
 from fusellm.config import ModelSettings
-from fusellm.errors import ModelError, StoreError
+from fusellm.errors import EvaluationError, ModelError, StoreError
+from fusellm.explain.machine import examine
 from fusellm.models.load import locate
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
@@ -486,3 +489,56 @@ def test_a_sign_takes_its_room_where_a_title_is_folded() -> None:
     with console.capture() as laid:
         console.print(table)
     assert re.sub(r"\s", "", laid.get()).startswith(text.replace("\x1b", "␛"))
+
+
+SECRET = "hf_" + "a1B2" * 8
+
+
+def test_doctor_says_what_is_there_and_no_secret(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    code, out, err = command("doctor", "--out", tmp_path / "runs")
+    assert code == 0
+    assert "All that is needed is here." in out
+    assert "transformers" in out
+    assert SECRET not in out + err
+    told = json.loads(command("doctor", "--json")[1])
+    by_name = {one["name"]: one for one in told}
+    assert by_name["token"]["value"] == "there is one"
+    assert by_name["torch"]["value"] == torch.__version__
+    assert by_name["bitsandbytes"]["cure"] in ("", "pip install 'fusellm[quantized]'")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value", "broken"),
+    [
+        ("numpy>=9000", "and >=9000 is needed", True),
+        ("nobody-has-this>=1", "not installed", True),
+        ('nobody-has-this>=1; extra == "lora"', "not installed", False),
+    ],
+)
+def test_doctor_names_the_cure(
+    wanted: str, value: str, broken: bool, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusellm.explain.machine.requires", lambda _: [wanted])
+    code, out, _ = command("doctor")
+    assert code == int(broken)
+    assert value in out
+    assert "pip install" in out
+
+
+def test_doctor_where_nothing_can_be_written_or_judged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def none(*_: Any) -> None:
+        raise EvaluationError("bubblewrap is missing; apt-get install bubblewrap")
+
+    monkeypatch.setattr("fusellm.explain.machine.find_sandbox", none)
+    monkeypatch.setattr("fusellm.explain.machine.os.access", lambda *_: False)
+    found = {one.name: one for one in examine(tmp_path)}
+    assert found["bubblewrap"].cure.endswith("apt-get install bubblewrap")
+    assert not found["bubblewrap"].needed
+    assert found["runs"].needed
+    assert found["runs"].cure == "name another place by --out"
+    assert "HF_HOME" in found["models of the hub"].cure

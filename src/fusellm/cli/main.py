@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fusellm.cli.console import STDOUT, json_text
+from fusellm.cli.doctor import doctor
 from fusellm.cli.ending import EXIT_CODES, debug_wanted
 from fusellm.cli.ending import run as run_to_its_end
 from fusellm.cli.evaluate import evaluate
@@ -74,7 +75,8 @@ def schema(
 
 
 _RUNS = (demo, run, generate, corpus, externalize, fuse, train, evaluate, report)
-for _command in (tokenizers, *_RUNS, study, merge, check, inspect, init, status, clean, schema):
+_OTHERS = (check, inspect, init, status, clean, doctor, schema)
+for _command in (tokenizers, *_RUNS, study, merge, *_OTHERS):
     app.command()(_command)  # in the order of `fusellm --help`
 
 
