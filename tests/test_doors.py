@@ -29,6 +29,7 @@ from fusellm.models.load import locate
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
+from fusellm.store.now import NOW, Published, now_of
 
 PATIENCE_SECONDS = 240  # until a command trains, on a machine that has much else to do
 
@@ -542,3 +543,87 @@ def test_doctor_where_nothing_can_be_written_or_judged(
     assert found["runs"].needed
     assert found["runs"].cure == "name another place by --out"
     assert "HF_HOME" in found["models of the hub"].cure
+
+
+def _as_if_training(run: Path, pid: int | None = None) -> None:
+    """A run whose CLM baseline is not finished, as another process would leave it."""
+    bar = Published(Silent(), run).start("training clm", 100, "steps")
+    with bar as one:
+        one.resize(100, 20)
+        one.advance(10, "loss 2.310")
+        one.advance(0.5)
+        one.tell()  # type: ignore[attr-defined]
+    now = json.loads((run / NOW).read_text(encoding="utf-8"))
+    if pid is not None:
+        (run / NOW).write_text(json.dumps(now | {"pid": pid, "updated": time.time() - 300}))
+
+
+def test_status_says_what_a_run_is_doing(finished: Path, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "train" / "clm")
+    assert now_of(run) is not None  # what it did last
+    _as_if_training(run)
+    shown = " ".join(command("status", run)[1].split())
+    assert "now (0 s ago): training clm: 30 of 100 steps" in shown
+    assert "steps/s, " in shown
+    assert "loss 2.310" in shown
+    assert "GB of memory" in shown
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    _as_if_training(run, gone.pid)
+    assert "not running; when last heard of, 5 min ago: training clm" in command("status", run)[1]
+    (run / NOW).write_text("{}")
+    assert "training clm" not in command("status", run)[1]
+
+
+def test_status_is_watched_to_its_end(
+    finished: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    aside = tmp_path / "clm"
+    (run / "train" / "clm").rename(aside)
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            aside.rename(run / "train" / "clm")  # it has been trained meanwhile
+
+    monkeypatch.setattr("fusellm.cli.status.time.sleep", sleep)
+    code, out, _ = command("status", run, "--watch", "--json")
+    assert code == 0
+    told = [json.loads(line) for line in out.splitlines()]
+    assert len(told) == 3
+    stages = [{row["stage"]: row["complete"] for row in look[0]["stages"]} for look in told]
+    assert [look["train/clm"] for look in stages] == [False, False, True]
+    assert told[0][0]["now"]["unit"]
+    assert command("status", run, "--watch")[1].count("train/clm") == 1  # it is done: one look
+
+
+def test_where_nothing_can_be_told_work_goes_on(tmp_path: Path) -> None:
+    with Published(Silent(), tmp_path / "nowhere").start("reading", 3, "blocks") as bar:
+        bar.advance(3)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("how", ["--quiet", "-q", "FUSELLM_QUIET"])
+def test_quiet_leaves_out_all_but_results_and_errors(
+    how: str, finished: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "evaluate")
+    given = [how] if how.startswith("-") else []
+    if not given:
+        monkeypatch.setenv(how, "1")
+    code, out, err = command("run", run, *given)
+    assert (code, err) == (0, "")
+    assert "bits per byte" in out
+    code, _, err = command("status", tmp_path / "none", *given)
+    assert code == 1
+    assert "is not a run" in err
+    monkeypatch.delenv("FUSELLM_QUIET", raising=False)
+    shutil.rmtree(run / "evaluate")
+    assert "evaluating" in command("run", run)[2]

@@ -592,7 +592,15 @@ def test_two_rounds_come_to_their_table(recipe_of: Made, tmp_path: Path) -> None
     assert shown.exit_code == 0, shown.output
     assert "Over the rounds" in shown.stdout
     _require_same(whole, cut)
-    for command in (["status"], ["clean", "--all", "-y"], ["report"], ["inspect", "--block", "0"]):
+    told = invoke("status", str(cut))
+    assert "round-1" in told.stdout
+    assert "round-2" in told.stdout
+    for command in (
+        ["status", "--json"],
+        ["clean", "--all", "-y"],
+        ["report"],
+        ["inspect", "--block", "0"],
+    ):
         told = invoke(command[0], str(cut), *command[1:])
         assert told.exit_code != 0
         assert "round-1" in str(told.exception)

@@ -37,6 +37,7 @@ from fusellm.stages.stage import Context, ManifestStage, Stage
 from fusellm.stages.train import TrainStage
 from fusellm.store.files import alone_in, make_folder, require_writable, write_text
 from fusellm.store.manifest import check_identity
+from fusellm.store.now import Published
 from fusellm.store.run_folder import (
     CLM,
     FUSED,
@@ -81,6 +82,8 @@ class Pipeline:
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
         """
+        if processes.is_first():
+            progress = Published(progress, run)
         self.recipe, self.run, self._progress = recipe, run, progress
         if recipe.rounds > 1:
             raise RecipeError(

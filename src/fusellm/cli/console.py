@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-from fusellm.progress import Bar
+from fusellm.progress import Bar, Silent
 from fusellm.text_table import counted
 
 _PLAIN_EVERY_SECONDS = 15.0
@@ -147,7 +147,13 @@ class _Bar:
 
 
 class Terminal:
-    """A `fusellm.progress.Progress` for people."""
+    """A `fusellm.progress.Progress` for people.
+
+    Attributes:
+        is_quiet: whether nothing is shown, by whoever types the command.
+    """
+
+    is_quiet: ClassVar[bool] = False
 
     def __init__(self, console: SafeConsole) -> None:
         self._console = console
@@ -155,6 +161,10 @@ class Terminal:
     @contextmanager
     def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; 0 where that is not known."""
+        if self.is_quiet:
+            with Silent().start(what, total, unit) as nothing:
+                yield nothing
+            return
         progress = Progress(
             SpinnerColumn(finished_text=Text("✓", style="green")),
             TextColumn("{task.description:<26}", markup=False),
@@ -176,4 +186,5 @@ class Terminal:
 
     def say(self, message: str) -> None:
         """One line."""
-        self._console.say(message)
+        if not self.is_quiet:
+            self._console.say(message)

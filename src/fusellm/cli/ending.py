@@ -133,6 +133,13 @@ def _leave_terminal() -> None:
     os.close(nowhere)
 
 
+def quiet_wanted(arguments: list[str]) -> bool:
+    """Whether bars and messages are to be left out; takes `--quiet` and `-q` out."""
+    asked = any(argument in ("--quiet", "-q") for argument in arguments)
+    arguments[:] = [argument for argument in arguments if argument not in ("--quiet", "-q")]
+    return asked or bool(os.environ.get("FUSELLM_QUIET"))
+
+
 def debug_wanted(arguments: list[str]) -> bool:
     """Whether errors are to be shown with where they came from; takes `--debug` out."""
     asked = "--debug" in arguments

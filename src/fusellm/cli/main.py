@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from fusellm.cli.console import STDOUT, json_text
+from fusellm.cli.console import STDOUT, Terminal, json_text
 from fusellm.cli.doctor import doctor
-from fusellm.cli.ending import EXIT_CODES, debug_wanted
+from fusellm.cli.ending import EXIT_CODES, debug_wanted, quiet_wanted
 from fusellm.cli.ending import run as run_to_its_end
 from fusellm.cli.evaluate import evaluate
 from fusellm.cli.init import init
@@ -39,7 +39,8 @@ app = typer.Typer(
         "`fusellm demo` shows it all in minutes, with no download. For models of your own: "
         "`fusellm init`, edit the recipe, `fusellm check`, `fusellm run`.\n\n"
         "Any command takes `--debug` (or the variable FUSELLM_DEBUG) to show where an error came "
-        "from."
+        "from, and `--quiet` (or FUSELLM_QUIET) to leave out bars and messages. NO_COLOR leaves "
+        "out colours."
     ),
     epilog=EXIT_CODES,
 )
@@ -93,6 +94,7 @@ def main() -> None:
     """Run the command line; faults that a user can mend are one line on stderr."""
     arguments = sys.argv[1:]
     debug = debug_wanted(arguments)
+    Terminal.is_quiet = quiet_wanted(arguments)
     set_up_libraries()
     run_to_its_end(lambda: app(args=arguments), debug)
 

@@ -86,7 +86,7 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        names = (*STAGES, SUITES, ASIDE, RECIPE)
+        names = (*STAGES, SUITES, ASIDE, RECIPE, ".now.json")
         return [path for name in names if (path := run / name).exists() or path.is_symlink()]
     paths = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:
@@ -102,15 +102,22 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
+def rounds_in(run: Path) -> list[Path]:
+    """The runs of a folder that has rounds, in their order; none of one that is a run itself."""
+    begun = [path.parent for path in run.glob(f"round-*/{RECIPE}")]
+    numbered = [path for path in begun if path.name.removeprefix("round-").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("round-")))
+
+
 def require_no_rounds(run: Path) -> None:
     """Check that a folder is not one of several runs.
 
     Raises:
         StoreError: it is; they are named.
     """
-    rounds = sorted(run.glob(f"round-*/{RECIPE}"))
+    rounds = rounds_in(run)
     if rounds:
-        named = ", ".join(str(path.parent) for path in rounds)
+        named = ", ".join(map(str, rounds))
         raise StoreError(f"{run} has rounds, each a run of its own; give one of {named}")
 
 

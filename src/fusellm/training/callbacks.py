@@ -20,7 +20,7 @@ class Watch(TrainerCallback):
             patience: validations in a row without a better one that end it; None for any number.
         """
         self._bar, self._patience, self._stop = bar, patience, stop
-        self._validated = ""
+        self._told: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show what a resumed training has done."""
@@ -41,10 +41,12 @@ class Watch(TrainerCallback):
             self._stop.obey()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show a validation."""
+        """Show the last loss, and the last validation."""
+        if "loss" in logs:
+            self._told["loss"] = f"loss {logs['loss']:.3f}"
         if METRIC in logs:
-            self._validated = f"validation {logs[METRIC]:.3f} bits/byte"
-        self._bar.advance(0, self._validated)
+            self._told[METRIC] = f"validation {logs[METRIC]:.3f} bits/byte"
+        self._bar.advance(0, ", ".join(self._told[key] for key in sorted(self._told)))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Stop where validations get no better.

@@ -1,0 +1,140 @@
+"""What a run is doing now, for who looks at it from another terminal: a small file in its folder.
+
+It is written anew every few seconds while a bar moves, and says nothing that is needed: a run goes
+on without it.
+"""
+
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fusellm.progress import Bar, Progress
+
+NOW = ".now.json"
+_EVERY_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Now:
+    """What is being done.
+
+    Attributes:
+        what: is done, in words, with its `unit`.
+        done, total: units; of a total that is not known 0.
+        rate: units a second; None before any.
+        left: seconds, as it goes; None where that is not known.
+        note: what is said beside the bar, as the last loss.
+        memory: bytes that the process has held at most.
+        gpu: bytes of the GPU that it holds; None without one.
+        updated: when this was written, in seconds since 1970.
+        pid, host: of the process.
+    """
+
+    what: str
+    unit: str
+    done: float
+    total: float
+    rate: float | None
+    left: float | None
+    note: str
+    memory: int
+    gpu: int | None
+    updated: float
+    pid: int
+    host: str
+
+    @property
+    def is_running(self) -> bool | None:
+        """Whether the process is there; None where it is another machine's."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except PermissionError:
+            return True
+        except (ProcessLookupError, OverflowError):
+            return False
+        return True
+
+
+def now_of(run: Path) -> Now | None:
+    """What a run said last; None where it has said nothing that can be read."""
+    try:
+        raw = json.loads((run / NOW).read_text(encoding="utf-8"))
+        return Now(**raw)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class Published:
+    """A progress that is shown as another one shows it, and told in the run's folder."""
+
+    def __init__(self, shown: Progress, run: Path) -> None:
+        """`run`: its folder; nothing is written before it is there."""
+        self._shown, self._run = shown, run
+
+    @contextmanager
+    def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
+        """A bar over `total` units; 0 where that is not known."""
+        with self._shown.start(what, total, unit) as bar:
+            published = _PublishedBar(bar, self._run / NOW, what, total, unit)
+            published.tell()
+            yield published
+
+    def say(self, message: str) -> None:
+        """One line."""
+        self._shown.say(message)
+
+
+class _PublishedBar:
+    def __init__(self, bar: Bar, file: Path, what: str, total: float, unit: str) -> None:
+        self._bar, self._file, self._what, self._unit = bar, file, what, unit
+        self._total, self._done, self._before = total, 0.0, 0.0
+        self._note, self._began, self._told = "", time.monotonic(), -_EVERY_SECONDS
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._bar.advance(amount, note)
+        self._done += amount
+        self._note = note or self._note
+        if time.monotonic() - self._told >= _EVERY_SECONDS:
+            self.tell()
+
+    def resize(self, total: float, done: float = 0) -> None:
+        self._bar.resize(total, done)
+        self._total, self._before = total, done
+        self._done = max(self._done, done)
+
+    def tell(self) -> None:
+        self._told = time.monotonic()
+        here = self._done - self._before
+        rate = here / max(self._told - self._began, 1e-3) if here > 0 else None
+        left = max(self._total - self._done, 0) / rate if rate and self._total else None
+        gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else None
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        now = Now(
+            self._what,
+            self._unit,
+            self._done,
+            self._total,
+            rate,
+            left,
+            self._note,
+            memory if sys.platform == "darwin" else memory * 1024,
+            gpu,
+            time.time(),
+            os.getpid(),
+            socket.gethostname(),
+        )
+        half = self._file.with_name(f"{NOW}.{os.getpid()}")
+        with suppress(OSError):  # a folder that is not there yet, or that can only be read
+            half.write_text(json.dumps(asdict(now)), encoding="utf-8")
+            half.replace(self._file)
