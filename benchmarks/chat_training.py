@@ -14,11 +14,10 @@ assistant says.
     MODEL_before       bits per byte of the target and of the sources as they are
 """
 
-import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,35 @@ from chat import ZOO, template_of
 from figures import command_line, show
 from fusellm import load_pretrained
 from fusellm.cli.console import STDERR, Terminal
+from fusellm.config import CorpusSettings
+from fusellm.corpus.documents import BuiltinReader
+from fusellm.corpus.parts import Text
 from fusellm.evaluation.compare.statistics import MEAN
 from fusellm.study.run import run_study
-from fusellm.zoo import text as zoo_text
 
 _FEW_STEPS = {"max_steps": 3, "validations": 1}
 _PIECE_BYTES, _PIECES = 320, 3
+_DOMAINS = ("python", "cpp")
+_SPLITS = {"train": "train", "validation": "validation", "held_out": "test"}
 
 
-def conversations_of(domain: str, most: int | None) -> Iterator[dict[str, Any]]:
-    """Records of conversations about documents of the built-in corpus, in the order of a hash."""
-    read = zoo_text.documents(("train", "validation", "held_out"), [domain])
-    if most is not None:
-        read = islice(read, 4 * most)
-    documents = sorted(read, key=lambda one: hashlib.sha256(one.name.encode()).digest())
-    for document in documents[:most]:
+def write_conversations(folder: Path, most: int | None) -> None:
+    """Conversations about documents of the built-in corpus: a folder a domain, a file a part.
+
+    No near-duplicate of a document is in another part.
+    """
+    documents = [{"builtin": domain} for domain in _DOMAINS]
+    reader = BuiltinReader(
+        CorpusSettings.model_validate({"documents": documents}), Terminal(STDERR)
+    )
+    for domain in _DOMAINS:
+        write_domain(folder / domain, reader.texts(domain, Counter()), most)
+
+
+def write_domain(folder: Path, texts: Iterable[Text], most: int | None) -> None:
+    """The conversations of a domain."""
+    parts: dict[str, list[str]] = {part: [] for part in _SPLITS}
+    for document in texts:
         pieces = pieces_of(document.text)[:_PIECES]
         asked = [f"Show me {document.name}.", *["Go on."] * (_PIECES - 1)]
         messages = [
@@ -51,7 +64,11 @@ def conversations_of(domain: str, most: int | None) -> Iterator[dict[str, Any]]:
             for role, content in (("user", question), ("assistant", piece))
         ]
         if messages:
-            yield {"messages": messages}
+            parts[document.part].append(json.dumps({"messages": messages}) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, lines in parts.items():
+        text = "".join(lines[:most])
+        (folder / f"{_SPLITS[part]}.jsonl").write_text(text, encoding="utf-8")
 
 
 def pieces_of(text: str) -> list[str]:
@@ -87,12 +104,13 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
     """Models, conversations, a recipe and a study in a folder; the study's file."""
     folder.mkdir(parents=True, exist_ok=True)
     models = make_models(folder / "models")
+    if not (folder / _DOMAINS[-1] / "test.jsonl").exists():
+        write_conversations(folder, 30 if quick else None)
     documents = []
-    for domain in ("python", "cpp"):
-        rows = conversations_of(domain, 60 if quick else None)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
-        entry = {"files": f"{domain}.jsonl", "messages": "messages", "domain": domain}
+    for domain in _DOMAINS:
+        splits = {f"{part}_split": _SPLITS[part] for part in ("validation", "held_out")}
+        place = str((folder / domain).absolute())
+        entry = {"hub": place, "messages": "messages", "domain": domain, **splits}
         documents.append(entry)
     recipe = {
         "name": "chat-zoo",
@@ -107,8 +125,6 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
             "train_bytes": 800_000,
             "validation_bytes": 20_000,
             "held_out_bytes": 120_000,
-            "validation_share": 0.05,
-            "held_out_share": 0.15,
             "shard_blocks": 64,
         },
         "objective": {"lambda": 0.3},
@@ -133,8 +149,8 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
         "arms": {
             "clm": {"train": "clm"},
             "fused": {},
-            "only-python": {"sources": ["python"]},
-            "only-cpp": {"sources": ["cpp"]},
+            "only-python": {"sources": ["python"], "rates": [2.0e-3]},
+            "only-cpp": {"sources": ["cpp"], "rates": [2.0e-3]},
             "merged": {"merge": {"of": ["only-python", "only-cpp"], "method": "linear"}},
             "merged-sce": {"merge": {"of": ["only-python", "only-cpp"], "method": "sce"}},
         },
