@@ -27,11 +27,12 @@ import fusellm
 from chats import CHATML, ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
 from conftest import Command
 from fusellm.alignment.strategies import STRATEGIES
+from fusellm.arrays.given_texts import GivenTexts
 from fusellm.arrays.ragged import Ragged
 from fusellm.arrays.spans import Spans
 from fusellm.arrays.tokens import Tokens
 from fusellm.config import CorpusSettings, FileDocuments
-from fusellm.corpus.conversations import UnusableError, conversation_of, within
+from fusellm.corpus.conversations import within
 from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.fields import Fields
 from fusellm.corpus.formats import kind_of, read_records
@@ -56,7 +57,7 @@ from fusellm.store.opened import open_store
 from fusellm.store.tables import Shard, shard_names
 from fusellm.study.run import run_study
 from fusellm.tokens.chat import ChatEncoder, _fillings
-from fusellm.tokens.conversation import Conversation
+from fusellm.tokens.conversation import Conversation, UnusableError, conversation_of
 from fusellm.tokens.encode import Encoded
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
@@ -936,14 +937,68 @@ def test_a_program_trains_on_conversations(models: Path) -> None:
     ]
 
 
+def test_of_what_the_target_cannot_read_nothing_is_learnt(models: Path) -> None:
+    """Gemma's template trims; the others are learnt as ever."""
+    rows = [row["messages"] for row in records(6)]
+    stripped = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " a \n"}]
+    model, tokenizer = fusellm.load_pretrained(models / "chatml", device="cpu")
+    given_rows = [*rows[:3], stripped, *rows[3:]]
+    read = {"chatml": fusellm.read_distributions(model, tokenizer, given_rows)}
+    target = fusellm.Tokenizer.from_pretrained(models / "gemma")
+    fused = fusellm.fuse(given_rows, target, read)
+    assert fused.encoded[3].ends is None
+    dataset = fusellm.FusedDataset(fused)
+    assert [row[0] for row in dataset.rows] == [0, 1, 2, 4, 5, 6]
+    assert dataset._blocks.block(3)["context"].all()
+    assert not dataset._blocks.block(4)["context"].all()
+    alone = fusellm.FusedDataset(
+        fusellm.fuse(rows, target, {"chatml": fusellm.read_distributions(model, tokenizer, rows)})
+    )
+    for number, other in ((2, 2), (4, 3), (6, 5)):
+        own, same = dataset._blocks.block(number), alone._blocks.block(other)
+        assert all(np.array_equal(own[name], same[name]) for name in own if name != "block")
+    with pytest.raises(TokenizerError, match="changes text 3"):
+        fusellm.bits_per_byte(*fusellm.load_pretrained(models / "gemma", device="cpu"), given_rows)
+    twice = [[*rows[0][:2], *stripped]]
+    with pytest.raises(TokenizerError, match="changes text 0"):  # one of its answers
+        fusellm.bits_per_byte(*fusellm.load_pretrained(models / "gemma", device="cpu"), twice)
+
+
+def test_messages_are_read_as_those_of_a_corpus() -> None:
+    called = {"type": "function", "function": {"name": "f", "arguments": {"x": None}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"from": "human", "value": "half \ud83d"},
+        {"role": "assistant", "content": None, "tool_calls": [called], "name": None},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "<think>Hm.</think>Four."},
+        {"role": "user", "content": "unanswered"},
+    ]
+    one = Conversation.of(messages, thinking="drop")
+    assert one == conversation_of([messages], thinking="drop")
+    assert one.text == "Four."
+    assert one.messages[1]["content"] == "half ?"
+    assert one.messages[2]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {}}}
+    ]
+    with pytest.raises(ArgumentError, match="turns='Last' is none of all, last"):
+        Conversation.of(messages, turns="Last")  # type: ignore[arg-type]
+    by_hand = Conversation(({"role": "assistant", "content": "\ud83d"},), (0,))
+    with pytest.raises(ArgumentError, match="conversation 0 has what is no text"):
+        GivenTexts.of([by_hand])
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
         ({"role": "user", "content": "a"}, "this is one text"),
-        ([[{"role": "user", "content": "a"}]], "conversation 0: the assistant says nothing"),
-        ([[{"role": "assistant", "content": ["a"]}]], "conversation 0: message 0: its content"),
-        ([[{"content": "a"}]], "conversation 0: message 0 is none"),
-        ([[{"role": "assistant", "content": "a"}], "plain"], "text 1 is a str"),
+        ([[{"role": "user", "content": "a"}]], "conversation 0: it cannot be learnt from: the as"),
+        ([[{"role": "assistant", "content": "a"}]], "message 0 is of assistant, after none"),
+        ([[{"content": "a"}]], "a message is of 'None', whom nobody knows"),
+        (
+            [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "c"],
+            "text 1",
+        ),
     ],
 )
 def test_what_a_program_gives_wrongly_is_told(models: Path, texts: Any, message: str) -> None:

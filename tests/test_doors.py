@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ from fusellm.models.load import locate
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, resolve_paths
-from fusellm.store.now import NOW, Published, now_of
+from fusellm.store.now import Published, now_of
+from fusellm.store.run_folder import NOW
 
 PATIENCE_SECONDS = 240  # until a command trains, on a machine that has much else to do
 
@@ -547,15 +549,15 @@ def test_doctor_where_nothing_can_be_written_or_judged(
 
 def _as_if_training(run: Path, pid: int | None = None) -> None:
     """A run whose CLM baseline is not finished, as another process would leave it."""
-    bar = Published(Silent(), run).start("training clm", 100, "steps")
-    with bar as one:
+    published = Published(Silent(), run)
+    with published.working(), published.start("training clm", 100, "steps") as one:
         one.resize(100, 20)
         one.advance(10, "loss 2.310")
         one.advance(0.5)
         one.tell()  # type: ignore[attr-defined]
-    now = json.loads((run / NOW).read_text(encoding="utf-8"))
+    now = json.loads((run / NOW[0]).read_text(encoding="utf-8"))
     if pid is not None:
-        (run / NOW).write_text(json.dumps(now | {"pid": pid, "updated": time.time() - 300}))
+        (run / NOW[0]).write_text(json.dumps(now | {"pid": pid, "updated": time.time() - 300}))
 
 
 def test_status_says_what_a_run_is_doing(finished: Path, tmp_path: Path, command: Command) -> None:
@@ -573,7 +575,7 @@ def test_status_says_what_a_run_is_doing(finished: Path, tmp_path: Path, command
     gone.wait()
     _as_if_training(run, gone.pid)
     assert "not running; when last heard of, 5 min ago: training clm" in command("status", run)[1]
-    (run / NOW).write_text("{}")
+    (run / NOW[0]).write_text("{}")
     assert "training clm" not in command("status", run)[1]
 
 
@@ -599,13 +601,47 @@ def test_status_is_watched_to_its_end(
     stages = [{row["stage"]: row["complete"] for row in look[0]["stages"]} for look in told]
     assert [look["train/clm"] for look in stages] == [False, False, True]
     assert told[0][0]["now"]["unit"]
+    aside.mkdir()
+    (run / "train" / "clm").rename(aside / "clm")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    _as_if_training(run, gone.pid)
+    assert command("status", run, "--watch")[0] == 0  # whoever worked on it has gone
+    shutil.rmtree(run / "train" / "clm", ignore_errors=True)
+    (aside / "clm").rename(run / "train" / "clm")
     assert command("status", run, "--watch")[1].count("train/clm") == 1  # it is done: one look
 
 
 def test_where_nothing_can_be_told_work_goes_on(tmp_path: Path) -> None:
-    with Published(Silent(), tmp_path / "nowhere").start("reading", 3, "blocks") as bar:
+    published = Published(Silent(), tmp_path / "nowhere")
+    with published.working(), published.start("reading", 3, "blocks") as bar:
         bar.advance(3)
     assert not (tmp_path / "nowhere").exists()
+    with Published(Silent(), tmp_path).start("looking", 3, "blocks") as bar:
+        bar.advance(3)  # as `check` does: nobody works on the run
+    assert now_of(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"done": "x"},
+        {"pid": "1"},
+        {"pid": -1},
+        {"left": float("inf")},
+        {"updated": -1},
+        {"note": ["a"]},
+        {"more": 1},
+    ],
+)
+def test_what_others_say_of_a_run_is_data(
+    odd: dict[str, Any], finished: Path, tmp_path: Path
+) -> None:
+    told = asdict(cast("Any", now_of(finished)))
+    (tmp_path / NOW[0]).write_text(json.dumps(told | odd))
+    assert (now_of(tmp_path) is None) == (odd != {"more": 1})
+    (tmp_path / NOW[0]).write_text("[" * 100_000)
+    assert now_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("how", ["--quiet", "-q", "FUSELLM_QUIET"])

@@ -23,7 +23,6 @@ import fusellm
 from chats import FAMILIES, asked, make_models, records, write_records
 from fusellm.cli.main import app
 from fusellm.config import FileDocuments, GeneratedSettings
-from fusellm.corpus.conversations import UnusableError, prompt_of
 from fusellm.corpus.fields import Fields
 from fusellm.corpus.formats import FileRecord, kind_of, read_records
 from fusellm.corpus.generated import _prompt_of, with_answers
@@ -47,7 +46,7 @@ from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.manifest import StageFolder
 from fusellm.study.run import run_study
 from fusellm.tokens.chat import ChatEncoder
-from fusellm.tokens.conversation import Conversation
+from fusellm.tokens.conversation import Conversation, UnusableError, prompt_of
 
 Made = Callable[..., Path]
 
@@ -605,8 +604,16 @@ def test_two_rounds_come_to_their_table(recipe_of: Made, tmp_path: Path) -> None
         assert told.exit_code != 0
         assert "round-1" in str(told.exception)
     assert run.results.of("fused").value > 0
+    later = fusellm.FusedDataset(run.rounds[1])
+    assert len(later)
+    assert later.encoder.tokenizer.name_or_path.startswith(str(whole))
     moved = tmp_path / "moved"
     cut.rename(moved)
+    (tmp_path / "link").symlink_to(moved)
+    told = invoke("evaluate", str(tmp_path / "link" / "round-2"))
+    assert told.exit_code == 0, told.exception
+    text = (moved / "round-2" / "recipe.yaml").read_text(encoding="utf-8")
+    assert "../round-1/train/fused" in text
     told = invoke("evaluate", str(moved / "round-2"))  # it finds what the first has trained
     assert told.exit_code == 0, told.exception
     cut = moved

@@ -24,7 +24,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fusellm.config import ExternalizeSettings, GeneratedSettings, ModelSettings
-from fusellm.corpus.conversations import prompt_of
 from fusellm.evaluation.text.nats import bits_of, blocks_nats
 from fusellm.fusion.cross_entropy import nats_by_byte
 from fusellm.models.load import load_model, load_tokenizer, locate
@@ -36,6 +35,7 @@ from fusellm.reading.writing import Writer
 from fusellm.recipe_file import load_recipe
 from fusellm.store.manifest import StageFolder
 from fusellm.tokens.blocks import cut
+from fusellm.tokens.conversation import prompt_of
 from fusellm.tokens.encode import Encoder
 
 NAMES = ("smollm2", "gemma3", "qwen-coder")

@@ -82,9 +82,8 @@ class Pipeline:
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
         """
-        if processes.is_first():
-            progress = Published(progress, run)
-        self.recipe, self.run, self._progress = recipe, run, progress
+        self.recipe, self.run = recipe, run
+        self._progress = Published(progress, run)
         if recipe.rounds > 1:
             raise RecipeError(
                 f"rounds: {recipe.rounds}: each round is a run of its own. `fusellm run` makes "
@@ -97,7 +96,7 @@ class Pipeline:
             recipe,
             run,
             readers_of(recipe, trusted),
-            progress,
+            self._progress,
             engine,
             training_processes or processes.count(),
             evaluation or recipe.evaluation,
@@ -138,10 +137,11 @@ class Pipeline:
                 "generated (docs/generated.md)"
             )
         self._preflight([stage for stage in asked if not stage.complete])
-        processes.first(partial(self._begin, redo, ensured))
-        for stage in asked:
-            processes.first(partial(self._ready, stage, redo))
-            stage.execute(redo)
+        with self._progress.working():
+            processes.first(partial(self._begin, redo, ensured))
+            for stage in asked:
+                processes.first(partial(self._ready, stage, redo))
+                stage.execute(redo)
 
     def _preflight(self, unfinished: Sequence[Stage]) -> None:
         """Check what can be known before any work of these stages."""

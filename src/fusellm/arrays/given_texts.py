@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from fusellm.arrays.ragged import Ragged
 from fusellm.arrays.spans import Spans
 from fusellm.arrays.tokens import Tokens
 from fusellm.errors import ArgumentError
-from fusellm.tokens.chat import ChatEncoder
+from fusellm.tokens.chat import ChatEncoder, own_template
 from fusellm.tokens.conversation import Conversation
 from fusellm.tokens.encode import Encoded, Encoder, as_encoder, require_texts
 
@@ -47,7 +48,7 @@ class GivenTexts:
             return given
         if isinstance(given, str | Mapping | Conversation):
             raise ArgumentError("this is one text, where a list of texts is needed: give [text]")
-        if not given or isinstance(given[0], str):
+        if len(given) == 0 or isinstance(given[0], str):
             require_texts(given)  # type: ignore[arg-type]
             return cls(tuple(given))  # type: ignore[arg-type]
         conversations = tuple(_conversations(given))
@@ -76,7 +77,9 @@ class GivenTexts:
         if isinstance(tokenizer, ChatEncoder):
             return tokenizer
         encoder = as_encoder(tokenizer, rows)
-        return ChatEncoder(encoder.tokenizer, rows or len(encoder.vocabulary))
+        own = encoder.tokenizer
+        known = len(own), rows or len(encoder.vocabulary), own_template(own)
+        return _chat_encoder_of(own, *known)
 
     def encode(self, encoder: Encoder, last: Sequence[bool] | None = None) -> list[Encoded]:
         """Their tokens.
@@ -130,9 +133,21 @@ class GivenTexts:
         return Spans.of(Ragged.of(ends))
 
 
+@lru_cache(maxsize=8)
+def _chat_encoder_of(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, rows: int, template: str | None
+) -> ChatEncoder:
+    """Made once for a tokenizer that is given again and again, unless it was changed since."""
+    return ChatEncoder(tokenizer, rows, template)
+
+
 def _conversations(given: Sequence[Any]) -> Iterator[Conversation]:
     for number, one in enumerate(given):
         if isinstance(one, Conversation):
+            try:
+                one.to_json().encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ArgumentError(f"conversation {number} has what is no text: {error}") from None
             yield one
             continue
         if isinstance(one, str) or not isinstance(one, Sequence):

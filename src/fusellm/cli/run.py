@@ -184,7 +184,7 @@ def _execute(
         processes.first(partial(write_recipe_of_rounds, given, run))
     for number, (one, folder) in enumerate(rounds, start=1):
         if len(rounds) > 1:
-            STDERR.say(f"round {number} of {len(rounds)}, {folder}")
+            Terminal(STDERR).say(f"round {number} of {len(rounds)}, {folder}")
         pipeline = _pipeline(one, folder, settings, nproc, trusted=trust_remote_code)
         processes.require_joined()
         _work(pipeline, stages, redo, nproc, trust_remote_code)

@@ -19,6 +19,8 @@ from fusellm.cli.options import Json, RunFolder
 if TYPE_CHECKING:
     from fusellm.store.now import Now
 
+_Look = tuple[Path, list[dict[str, Any]], "Now | None"]
+"""A run, its stages, and what it is doing."""
 _LOOKS = 1.0, 15.0  # seconds from one to the next, on a terminal and elsewhere
 
 
@@ -54,7 +56,7 @@ def _draw(run: Path, live: Live) -> bool:
     """Show a run anew; whether it is not done yet."""
     told = list(_looked_at(run))
     live.update(Group(*(part for one in told for part in _screen(*one))), refresh=True)
-    return any(not row["complete"] for _, rows, _ in told for row in rows if row["in_recipe"])
+    return _goes_on(run, told)
 
 
 def _show(run: Path, as_json: bool) -> bool:
@@ -68,10 +70,21 @@ def _show(run: Path, as_json: bool) -> bool:
         print(json_text(of_each), flush=True)
     else:
         STDOUT.show(*(part for one in told for part in _screen(*one)))
-    return any(not row["complete"] for _, rows, _ in told for row in rows if row["in_recipe"])
+    return _goes_on(run, told)
 
 
-def _looked_at(run: Path) -> Iterator[tuple[Path, list[dict[str, Any]], "Now | None"]]:
+def _goes_on(run: Path, told: Sequence[_Look]) -> bool:
+    """Whether something is left to do, and whoever was doing it is not known to have gone."""
+    from fusellm.store.run_folder import planned_rounds
+
+    whole = all(row["complete"] for _, rows, _ in told for row in rows if row["in_recipe"])
+    if whole and len(told) >= planned_rounds(run):
+        return False
+    heard = [now.is_running for _, _, now in told if now is not None]
+    return not heard or any(running is not False for running in heard)
+
+
+def _looked_at(run: Path) -> Iterator[_Look]:
     from fusellm.store.now import now_of
     from fusellm.store.run_folder import rounds_in
     from fusellm.store.run_status import status_of

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusellm.config import FileDocuments, HubDocuments
-from fusellm.corpus.conversations import UnusableError, conversation_of, prompt_of
 from fusellm.errors import CorpusError
-from fusellm.tokens.conversation import Conversation
+from fusellm.tokens.conversation import Conversation, UnusableError, conversation_of, prompt_of
 
 Spans = tuple[tuple[int, int], ...]
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fusellm.config import CorpusSettings, FileDocuments, HubDocuments
+from fusellm.config import BuiltinDocuments, CorpusSettings, FileDocuments, HubDocuments
 from fusellm.corpus.conversations import bytes_of, within
 from fusellm.corpus.documents import BuiltinReader, read_documents
 from fusellm.corpus.parts import Text
@@ -45,23 +45,18 @@ class Prompt(NamedTuple):
         return digest(self.asked if isinstance(self.asked, str) else self.asked.to_json())
 
 
-def prompts_of(entry: PromptDocuments, corpus: CorpusSettings, alone: bool) -> list[Prompt]:
+def prompts_of(entry: PromptDocuments, corpus: CorpusSettings) -> list[Prompt]:
     """The prompts of an entry, in the order of its documents; as many as it asks for.
-
-    Args:
-        alone: whether no other entry has anything to validate and to measure on.
 
     Raises:
         CorpusError: a document cannot be read, there is no prompt, or nothing to measure on.
     """
     assert entry.generated is not None
-    most, prompts, parts = entry.generated.prompts, list[Prompt](), set[str]()
+    _require_measurable(corpus)
+    most, prompts = entry.generated.prompts, list[Prompt]()
     for text in _read(entry, corpus):
-        parts.add(text.part)
-        if most is not None and len(prompts) == most:
-            if not alone or parts >= {"validation", "held_out"}:
-                break
-            continue
+        if len(prompts) == most:
+            break
         prompt = _prompt_of(text, entry, corpus.block_bytes)
         if prompt is not None:
             prompts.append(prompt)
@@ -72,15 +67,31 @@ def prompts_of(entry: PromptDocuments, corpus: CorpusSettings, alone: bool) -> l
             f"{corpus.block_bytes} (generated.max_new_tokens takes {_BYTES_OF_A_TOKEN} bytes a "
             "token of it, half of it at most)"
         )
-    missing = {"validation", "held_out"} - parts
-    if alone and missing:
-        raise CorpusError(
-            f"corpus.documents, domain {entry.domain!r}: no record with an answer of its own is in "
-            f"{' or '.join(sorted(missing))}, so that there would be nothing to measure on; give "
-            "the corpus another entry whose records have answers (docs/generated.md), or raise "
-            "corpus.validation_share and held_out_share"
-        )
     return prompts
+
+
+def _require_measurable(corpus: CorpusSettings) -> None:
+    """Check that records with answers of their own are left to validate and to measure on.
+
+    Where an entry is not generated, it has them; the corpus says so if not.
+
+    Raises:
+        CorpusError: there are none.
+    """
+    if len(corpus.generated) < len(corpus.documents):
+        return
+    missing = {"validation", "held_out"}
+    for entry in corpus.documents:
+        assert not isinstance(entry, BuiltinDocuments)
+        for text in _read(entry, corpus):
+            missing.discard(text.part)
+            if not missing:
+                return
+    raise CorpusError(
+        f"corpus.documents: no record with an answer of its own is in {' or '.join(missing)}, so "
+        "that there would be nothing to measure on; give the corpus another entry whose records "
+        "have answers (docs/generated.md), or raise corpus.validation_share and held_out_share"
+    )
 
 
 def _read(entry: PromptDocuments, corpus: CorpusSettings) -> Iterator[Text]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants, get_token
@@ -80,15 +81,21 @@ def _package(wanted: Requirement, topic: str, cure: str, needed: bool) -> Findin
         return Finding(topic, wanted.name, "not installed", cure, needed)
     if wanted.specifier.contains(there, prereleases=True):
         return Finding(topic, wanted.name, there)
-    return Finding(topic, wanted.name, f"{there}, and {wanted.specifier} is needed", cure, True)
+    return Finding(topic, wanted.name, f"{there}, and {wanted.specifier} is needed", cure, needed)
 
 
 def _devices() -> Iterator[Finding]:
     build = torch.version.cuda or torch.version.hip
     if torch.cuda.is_available():
         for n in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(n)
-            free, whole = torch.cuda.mem_get_info(n)
+            try:
+                facts = torch.cuda.get_device_properties(n)
+                free, whole = torch.cuda.mem_get_info(n)
+            except RuntimeError as error:  # it is another process' alone, full, or broken
+                why = " ".join(str(error).split())[:200]
+                cure = "see what holds it: nvidia-smi"
+                yield Finding("devices", f"GPU {n}", f"cannot be used: {why}", cure)
+                continue
             shown = f"{facts.name}, {free / _GB:.1f} of {whole / _GB:.1f} GB free"
             yield Finding("devices", f"GPU {n}", f"{shown}, CUDA {build}")
     elif build is not None and Path("/proc/driver/nvidia").exists():
@@ -101,7 +108,8 @@ def _devices() -> Iterator[Finding]:
     else:
         why = "this build of torch has no GPUs" if build is None else "torch sees none"
         yield Finding("devices", "GPU", f"none ({why})")
-    cores = len(os.sched_getaffinity(0))
+    usable = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(usable(0)) if usable is not None else os.cpu_count()
     threads = f"{cores} cores, {torch.get_num_threads()} threads of torch"
     yield Finding("devices", "processor", f"{_processor()}: {threads}")
     slower = times_slower("bfloat16")
@@ -150,7 +158,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
         ("models of the hub", hub, "HF_HOME"),
         ("maps and digests", cache_folder(), "FUSELLM_CACHE"),
     ):
-        there = next(path for path in (place, *place.absolute().parents) if path.exists())
+        there = next(path for path in (place, *place.absolute().parents) if os.path.exists(path))  # noqa: PTH110
         free = shutil.disk_usage(there).free
         shown, cure = f"{place}: {free / _GB:.1f} GB free", ""
         writable = os.access(there, os.W_OK)
@@ -163,7 +171,8 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 def _hub() -> Iterator[Finding]:
     offline = constants.HF_HUB_OFFLINE
-    yield Finding("hub", "access", "HF_HUB_OFFLINE is set" if offline else constants.ENDPOINT)
+    place = urlsplit(constants.ENDPOINT).hostname or "a place that is no address"
+    yield Finding("hub", "access", "HF_HUB_OFFLINE is set" if offline else place)
     there = "there is one" if get_token() else "none"
     cure = "" if get_token() else "only for gated models and uploads: `hf auth login`"
     yield Finding("hub", "token", there, cure)

@@ -102,11 +102,11 @@ class GenerateStage(FilledStage):
         folder.finish(sums)
 
     def _prompts(self) -> list[Prompt]:
-        corpus = self.context.recipe.corpus
-        # Where records of another entry have answers, there is something to measure on.
-        alone = len(corpus.generated) == len(corpus.documents) == 1
-        with self.context.progress.start(f"looking for prompts for {self.settings.by}", 0, "") as _:
-            return prompts_of(self.documents, corpus, alone)
+        looks = f"looking for prompts for {self.settings.by}"
+        with self.context.progress.start(looks, 0, "prompts") as bar:
+            prompts = prompts_of(self.documents, self.context.recipe.corpus)
+            bar.advance(len(prompts))
+        return prompts
 
     def _load(self, folder: StageWriter) -> Writer:
         located = self.reader.located

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from fusellm.progress import Bar, Progress
+from fusellm.store.run_folder import NOW
 
-NOW = ".now.json"
 _EVERY_SECONDS = 2.0
+_Number = Annotated[float, Field(allow_inf_nan=False, ge=0, lt=1e15)]
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,15 @@ class Now:
 
     what: str
     unit: str
-    done: float
-    total: float
-    rate: float | None
-    left: float | None
+    done: _Number
+    total: _Number
+    rate: _Number | None
+    left: _Number | None
     note: str
     memory: int
     gpu: int | None
-    updated: float
-    pid: int
+    updated: _Number
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     host: str
 
     @property
@@ -69,26 +72,44 @@ class Now:
 def now_of(run: Path) -> Now | None:
     """What a run said last; None where it has said nothing that can be read."""
     try:
-        raw = json.loads((run / NOW).read_text(encoding="utf-8"))
-        return Now(**raw)
-    except (OSError, ValueError, TypeError):
+        return _TOLD.validate_json((run / NOW[0]).read_bytes(), strict=True)
+    except (OSError, ValueError):
         return None
 
 
+_TOLD = TypeAdapter(Now)
+
+
 class Published:
-    """A progress that is shown as another one shows it, and told in the run's folder."""
+    """A progress that is shown as another one shows it, and told in the run's folder.
+
+    It is told while the run is worked on, and by one process of those that train together.
+    """
 
     def __init__(self, shown: Progress, run: Path) -> None:
         """`run`: its folder; nothing is written before it is there."""
-        self._shown, self._run = shown, run
+        self._shown, self._run, self._works = shown, run, False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While bars are told."""
+        before, self._works = self._works, os.environ.get("RANK", "0") == "0"
+        try:
+            yield
+        finally:
+            self._works = before
 
     @contextmanager
     def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; 0 where that is not known."""
         with self._shown.start(what, total, unit) as bar:
-            published = _PublishedBar(bar, self._run / NOW, what, total, unit)
+            if not self._works:
+                yield bar
+                return
+            published = _PublishedBar(bar, self._run, what, total, unit)
             published.tell()
             yield published
+            published.tell()
 
     def say(self, message: str) -> None:
         """One line."""
@@ -96,8 +117,8 @@ class Published:
 
 
 class _PublishedBar:
-    def __init__(self, bar: Bar, file: Path, what: str, total: float, unit: str) -> None:
-        self._bar, self._file, self._what, self._unit = bar, file, what, unit
+    def __init__(self, bar: Bar, run: Path, what: str, total: float, unit: str) -> None:
+        self._bar, self._run, self._what, self._unit = bar, run, what, unit
         self._total, self._done, self._before = total, 0.0, 0.0
         self._note, self._began, self._told = "", time.monotonic(), -_EVERY_SECONDS
 
@@ -134,7 +155,7 @@ class _PublishedBar:
             os.getpid(),
             socket.gethostname(),
         )
-        half = self._file.with_name(f"{NOW}.{os.getpid()}")
+        whole, half = (self._run / name for name in NOW)
         with suppress(OSError):  # a folder that is not there yet, or that can only be read
             half.write_text(json.dumps(asdict(now)), encoding="utf-8")
-            half.replace(self._file)
+            half.replace(whole)

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 
 from fusellm.config import Recipe
-from fusellm.errors import StoreError
+from fusellm.errors import RecipeError, StoreError
 from fusellm.recipe_file import RECIPE as RECIPE
+from fusellm.recipe_file import load_recipe
 from fusellm.store.files import from_json, require_inside
 from fusellm.store.manifest import MANIFEST, StageFolder
 
@@ -20,6 +21,8 @@ SUITES = "evaluate-suites"
 """What models answered to the documents of suites: a record a task, and no manifest."""
 INDEX = "index.json"
 """In that folder: which records belong together."""
+NOW = (".now.json", ".now.json.half")
+"""What a run is doing, and the same while it is being written."""
 SAVED_WHOLE = "saved-whole"
 """In a checkpoint's folder, once all of it is on disk."""
 
@@ -30,10 +33,11 @@ def recipe_text(recipe: Recipe, run: Path) -> str:
     What another round of the same folder has trained is named from here, so that all can be moved.
     """
     settings = recipe.model_dump(mode="json", by_alias=True)
-    rounds = f"{run.absolute().parent}{os.sep}round-"
+    rounds = f"{run.resolve().parent}{os.sep}round-"
     for model in (settings["target"], *settings["sources"]):
-        if model["model"].startswith(rounds):
-            model["model"] = os.path.relpath(model["model"], run.absolute())
+        place = str(Path(model["model"]).resolve())
+        if place.startswith(rounds):
+            model["model"] = os.path.relpath(place, run.resolve())
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
@@ -86,7 +90,7 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        names = (*STAGES, SUITES, ASIDE, RECIPE, ".now.json")
+        names = (*STAGES, SUITES, ASIDE, RECIPE, *NOW)
         return [path for name in names if (path := run / name).exists() or path.is_symlink()]
     paths = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:
@@ -107,6 +111,14 @@ def rounds_in(run: Path) -> list[Path]:
     begun = [path.parent for path in run.glob(f"round-*/{RECIPE}")]
     numbered = [path for path in begun if path.name.removeprefix("round-").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("round-")))
+
+
+def planned_rounds(run: Path) -> int:
+    """How many rounds the recipe of a folder has."""
+    try:
+        return load_recipe(run / RECIPE).rounds
+    except RecipeError:
+        return 1
 
 
 def require_no_rounds(run: Path) -> None:

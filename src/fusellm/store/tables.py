@@ -10,7 +10,7 @@ import io
 import mmap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -347,4 +347,8 @@ def folder_bytes(path: Path) -> int:
     """Size of a file, or of all files of a folder, in bytes."""
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # a checkpoint may be removed while it is looked at
+            size += file.stat().st_size if file.is_file() else 0
+    return size

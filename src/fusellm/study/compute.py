@@ -50,20 +50,21 @@ def compute_of(
         parameters: of each model by name, the target's as "target".
     """
     reading = sum(reading_of(pipeline, which, parameters).values())
-    for entry, generated in pipeline.recipe.corpus.generated.items():
-        written = StageFolder(pipeline.run / "generate" / str(entry)).counts["tokens"]
-        reading += _FORWARD * parameters[generated.by] * int(written)
     return Compute(reading, _STEP * parameters[TARGET] * tokens)
 
 
 def reading_of(pipeline: Pipeline, which: str, parameters: Mapping[str, int]) -> dict[str, int]:
-    """What the sources of a training have computed, by what their distributions are made from.
+    """What models have read and written for a training, by what it is made from.
 
     What several trainings have read is counted once where these are joined.
     """
-    if which != FUSED:
-        return {}
     spent: dict[str, int] = {}
+    for entry, generated in pipeline.recipe.corpus.generated.items():
+        answers = StageFolder(pipeline.run / "generate" / str(entry))
+        written = _FORWARD * parameters[generated.by] * int(answers.counts["tokens"])
+        spent[digest_of(answers.identity)] = written
+    if which != FUSED:
+        return spent
     for source in pipeline.recipe.sources:
         store = StageFolder(pipeline.run / "externalize" / source.name)
         read = _FORWARD * parameters[source.name] * int(store.counts["tokens"])

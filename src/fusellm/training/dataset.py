@@ -11,10 +11,11 @@ from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
 from fusellm.fusion.texts import FusedDistributions
 from fusellm.models.readers import reader_of
-from fusellm.recipe_file import load_recipe
+from fusellm.recipe_file import open_recipe
 from fusellm.store.blocks import open_corpus
 from fusellm.store.fused import open_fused, read_sets
 from fusellm.store.run_folder import RECIPE
+from fusellm.tokens.chat import ChatEncoder
 from fusellm.tokens.encode import Encoder
 from fusellm.training.collator import Collator, OutcomeTable
 from fusellm.training.rows import Blocks, Rows, stored_blocks, with_context
@@ -29,15 +30,18 @@ class _FusedInMemory:
         lengths = [len(block.ids) for block in fused.encoded]
         self.lengths = np.array(lengths, dtype=np.int64)
         self.predicted = self.lengths - max(self._prefix_tokens, 1)
-        for number, block in enumerate(fused.encoded):
-            if block.predicted is not None:
-                self.predicted[number] = int(block.predicted.sum())
+        self._is_chat = isinstance(fused.encoder, ChatEncoder)
+        if self._is_chat:  # of one that the target cannot read nothing is learnt
+            learnt = [block.predicted for block in fused.encoded]
+            self.predicted = np.array([0 if one is None else int(one.sum()) for one in learnt])
         self.windows = np.zeros(len(lengths), dtype=np.int64)
 
     def block(self, number: int) -> dict[str, Any]:
         """The columns of one block."""
-        predicted = self._fused.encoded[number].predicted
-        context = None if predicted is None else ~predicted
+        block, context = self._fused.encoded[number], None
+        if self._is_chat:
+            learnt = block.predicted
+            context = np.ones(len(block.ids), dtype=np.bool_) if learnt is None else ~learnt
         return with_context(self._fused.block(number), self._prefix_tokens, context)
 
 
@@ -113,7 +117,7 @@ class FusedDataset(Rows):
                 )
             if not (run / RECIPE).is_file():
                 raise StoreError(f"{run} is no run: it has no {RECIPE}; check the path")
-            recipe = load_recipe(run / RECIPE)
+            recipe = open_recipe(run)
             trusted = bool(getattr(source, "trusted", False))
             chat = recipe.corpus.has_conversations
             encoder = reader_of(recipe.target, trusted, chat).encoder

@@ -82,7 +82,10 @@ def bits_per_byte(
     given = GivenTexts.of(texts)
     _, encoded = encoded_for(model, tokenizer, given, last)
     for number, block in enumerate(encoded):
-        if block.ends is None:
+        whole = block.predicted is None or _asked(block, len(given.texts[number].encode())) == len(
+            given.texts[number].encode()
+        )
+        if block.ends is None or not whole:
             why = f" ({block.reason})" if block.reason else ""
             raise TokenizerError(
                 f"the tokenizer changes text {number} ({given.texts[number][:40]!r}…){why}, so "
