@@ -369,7 +369,7 @@ def test_a_model_that_cannot_answer_says_so(recipe_of: Made, tmp_path: Path) -> 
     with pytest.raises(CorpusError, match="has answered none of"):
         opened(file, tmp_path / "run2").execute(("generate",))
     file = recipe_of([{"messages": []}], generated=GREEDY)
-    with pytest.raises(FusellmError, match="has no prompt to be answered"):
+    with pytest.raises(FusellmError, match="no record with an answer of its own"):
         opened(file, tmp_path / "run3").execute(("generate",))
 
 
