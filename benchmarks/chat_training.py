@@ -4,7 +4,7 @@
 
 The three models of the zoo, each with the special tokens and the template of a family (the target
 Llama 3's kind), on conversations about Python files and C++ headers of the built-in corpus that the
-zoo has not read: somebody asks for a file, and twice for more of it. It is a study: finished
+zoo has not read: somebody asks for the middle of a file, and twice for more. It is a study: finished
 trainings in DIR are kept, and `DIR/study/study.md` is its page. Bits per byte are of what the
 assistant says.
 
@@ -56,8 +56,10 @@ def write_domain(folder: Path, texts: Iterable[Text], most: int | None) -> None:
     """The conversations of a domain."""
     parts: dict[str, list[str]] = {part: [] for part in _SPLITS}
     for document in texts:
-        pieces = pieces_of(document.text)[:_PIECES]
-        asked = [f"Show me {document.name}.", *["Go on."] * (_PIECES - 1)]
+        pieces = pieces_of(document.text)
+        start = len(pieces) // 3  # a file's beginning is licences and imports, learnt by heart
+        pieces = pieces[start : start + _PIECES]
+        asked = [f"Show me {document.name}, from a third of it.", *["Go on."] * (_PIECES - 1)]
         messages = [
             {"role": role, "content": content}
             for question, piece in zip(asked, pieces, strict=False)
