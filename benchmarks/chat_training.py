@@ -4,9 +4,9 @@
 
 The three models of the zoo, each with the special tokens and the template of a family (the target
 Llama 3's kind), on conversations about Python files and C++ headers of the built-in corpus that the
-zoo has not read: somebody asks for the middle of a file, and twice for more. It is a study: finished
-trainings in DIR are kept, and `DIR/study/study.md` is its page. Bits per byte are of what the
-assistant says.
+zoo has not read: somebody asks for the middle of a file, and twice for more. It is a study:
+finished trainings in DIR are kept, and `DIR/study/study.md` is its page. Bits per byte are of what
+the assistant says.
 
     ARM                bits per byte of held-out answers, mean over the seeds: `clm`, `fused`, from
                        one source alone, and these two merged (FuseChat's way)
