@@ -147,7 +147,7 @@ def write_study(folder: Path, seeds: int, quick: bool) -> Path:
         "name": "chat",
         "recipe": "recipe.yaml",
         "seeds": [*range(seeds)],
-        "rates": [2.0e-3] if quick else [1.0e-4, 5.0e-4, 2.0e-3],
+        "rates": [2.0e-3] if quick else [1.0e-4, 5.0e-4, 2.0e-3, 5.0e-3],
         "arms": {
             "clm": {"train": "clm"},
             "fused": {},
