@@ -95,8 +95,6 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = debug_wanted(arguments)
     Terminal.is_quiet = quiet_wanted(arguments)
-    if Terminal.is_quiet:
-        os.environ["FUSELLM_QUIET"] = "1"  # of the processes that it starts too
     set_up_libraries()
     run_to_its_end(lambda: app(args=arguments), debug)
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field, TypeAdapter
 
 from fusellm.progress import Bar, Progress
@@ -139,7 +138,9 @@ class _PublishedBar:
         here = self._done - self._before
         rate = here / max(self._told - self._began, 1e-3) if here > 0 else None
         left = max(self._total - self._done, 0) / rate if rate and self._total else None
-        gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else None
+        torch = sys.modules.get("torch")  # which `status` can do without
+        on_gpu = torch is not None and torch.cuda.is_initialized()
+        gpu = torch.cuda.memory_allocated() if torch is not None and on_gpu else None
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         now = Now(
             self._what,

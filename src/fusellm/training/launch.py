@@ -62,6 +62,7 @@ def train_on(count: int, run: Path, trusted: bool) -> None:
         torch.cuda.empty_cache()  # of sources that this process has read
     command = ["-m", "fusellm", "train", str(run), *["--trust-remote-code"] * trusted]
     command += ["--debug"] * ("--debug" in sys.argv)
+    command += ["--quiet"] * bool({"--quiet", "-q"} & set(sys.argv))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}  # it sets its own
     logging.disable()  # the launcher's own: who failed says why
     try:
