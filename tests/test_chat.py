@@ -982,7 +982,7 @@ def test_messages_are_read_as_those_of_a_corpus() -> None:
         {"type": "function", "function": {"name": "f", "arguments": {}}}
     ]
     with pytest.raises(ArgumentError, match="turns='Last' is none of all, last"):
-        Conversation.of(messages, turns="Last")  # type: ignore[arg-type]
+        Conversation.of(messages, turns="Last")
     by_hand = Conversation(({"role": "assistant", "content": "\ud83d"},), (0,))
     with pytest.raises(ArgumentError, match="conversation 0 has what is no text"):
         GivenTexts.of([by_hand])

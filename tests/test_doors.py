@@ -538,7 +538,7 @@ def test_doctor_where_nothing_can_be_written_or_judged(
         raise EvaluationError("bubblewrap is missing; apt-get install bubblewrap")
 
     monkeypatch.setattr("fusellm.explain.machine.find_sandbox", none)
-    monkeypatch.setattr("fusellm.explain.machine.os.access", lambda *_: False)
+    monkeypatch.setattr("fusellm.explain.machine.os.access", lambda _, how: how == os.F_OK)
     found = {one.name: one for one in examine(tmp_path)}
     assert found["bubblewrap"].cure.endswith("apt-get install bubblewrap")
     assert not found["bubblewrap"].needed
@@ -554,7 +554,7 @@ def _as_if_training(run: Path, pid: int | None = None) -> None:
         one.resize(100, 20)
         one.advance(10, "loss 2.310")
         one.advance(0.5)
-        one.tell()  # type: ignore[attr-defined]
+        one.tell()
     now = json.loads((run / NOW[0]).read_text(encoding="utf-8"))
     if pid is not None:
         (run / NOW[0]).write_text(json.dumps(now | {"pid": pid, "updated": time.time() - 300}))

@@ -408,7 +408,9 @@ def test_what_was_asked_is_what_stands_before_the_answer(recipe_of: Made, tmp_pa
 
     def told(self: Writer, prompts: Any, *more: Any) -> Any:
         written = write(self, prompts, *more)
-        asked.update({one.text.strip(): len(p.messages) for p, one in zip(prompts, written)})  # noqa: B905
+        asked.update(
+            {one.text.strip(): len(p.messages) for p, one in zip(prompts, written, strict=True)}
+        )
         return written
 
     with pytest.MonkeyPatch.context() as patch:
@@ -688,7 +690,7 @@ def test_fusechats_way_stands_beside_one_fusion(models: Path, tmp_path: Path) ->
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     out = tmp_path / "study"
     results = run_study(tmp_path / "study.yaml", out)
-    assert [*results.arms] == [*study["arms"]]  # type: ignore[misc]
+    assert [*results.arms] == [*study["arms"]]
     own = out / "arms" / "answers" / "seed-0"
     answers = {one.text for one in read_answers(own, 0)}
     blocks = read_part(open_corpus(own), "train")

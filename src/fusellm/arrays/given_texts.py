@@ -49,8 +49,9 @@ class GivenTexts:
         if isinstance(given, str | Mapping | Conversation):
             raise ArgumentError("this is one text, where a list of texts is needed: give [text]")
         if len(given) == 0 or isinstance(given[0], str):
-            require_texts(given)  # type: ignore[arg-type]
-            return cls(tuple(given))  # type: ignore[arg-type]
+            plain: Any = given
+            require_texts(plain)
+            return cls(tuple(plain))
         conversations = tuple(_conversations(given))
         return cls(tuple(one.text for one in conversations), conversations)
 

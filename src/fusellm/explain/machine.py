@@ -15,13 +15,12 @@ from packaging.requirements import Requirement
 
 from fusellm.errors import EvaluationError
 from fusellm.evaluation.code.sandbox import find_sandbox
-from fusellm.models.precision import times_slower
+from fusellm.models.precision import SLOWER, times_slower
 from fusellm.store.translations import cache_folder
 
 _GB = 1e9
 _LITTLE_DISK = 5e9
 _FOR_DEVELOPERS = "dev"
-_SLOWER = 1.5
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _devices() -> Iterator[Finding]:
     threads = f"{cores} cores, {torch.get_num_threads()} threads of torch"
     yield Finding("devices", "processor", f"{_processor()}: {threads}")
     slower = times_slower("bfloat16")
-    quick = slower <= _SLOWER
+    quick = slower <= SLOWER
     told = f"{slower:.1f} times the time of float32, for a product of matrices (just timed)"
     cure = "" if quick or torch.cuda.is_available() else "dtype: float32 and no bf16: true here"
     yield Finding("devices", "bfloat16 on it", told, cure)
@@ -158,7 +157,9 @@ def _disk(folder: Path) -> Iterator[Finding]:
         ("models of the hub", hub, "HF_HOME"),
         ("maps and digests", cache_folder(), "FUSELLM_CACHE"),
     ):
-        there = next(path for path in (place, *place.absolute().parents) if os.path.exists(path))  # noqa: PTH110
+        # Path.exists raises where a folder above may not be looked into; this says no.
+        above = (place, *place.absolute().parents)
+        there = next(path for path in above if os.access(path, os.F_OK))
         free = shutil.disk_usage(there).free
         shown, cure = f"{place}: {free / _GB:.1f} GB free", ""
         writable = os.access(there, os.W_OK)

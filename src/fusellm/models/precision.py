@@ -11,7 +11,8 @@ from fusellm.config import ModelSettings
 
 _ROWS, _WIDTH = 128, 1024  # of the product that is timed: a few milliseconds
 _LEAST_ROUNDS, _ROUNDS = 3, 20
-_SLOWER = 1.5
+SLOWER = 1.5
+"""So many times the time of float32, from which on half precision is called slow."""
 _TRAINS_IN = {"bfloat16": "bf16", "float16": "fp16"}  # by the names that training has for them
 
 
@@ -32,7 +33,7 @@ def slow_half_note(
     for dtype, key in _TRAINS_IN.items():
         read = [name for name, settings in models.items() if settings.dtype == dtype]
         trains = bool(training.get(key))
-        if (read or trains) and (slower := times_slower(dtype)) > _SLOWER:
+        if (read or trains) and (slower := times_slower(dtype)) > SLOWER:
             cures = [
                 *([f"`dtype: float32` for {', '.join(read)}"] if read else []),
                 *([f"`training.{key}: false`"] if trains else []),
@@ -60,7 +61,7 @@ def times_slower(dtype: str) -> float:
     least = [math.inf, math.inf]
     for round_ in range(_ROUNDS):
         least = [min(before, _seconds(kind)) for before, kind in zip(least, kinds, strict=True)]
-        if round_ + 1 >= _LEAST_ROUNDS and least[1] <= _SLOWER * least[0]:
+        if round_ + 1 >= _LEAST_ROUNDS and least[1] <= SLOWER * least[0]:
             break
     return least[1] / least[0]
 

@@ -152,15 +152,16 @@ class Writer:
             ids[n, longest - len(row) :] = row
             mask[n, longest - len(row) :] = 1
         # transformers would fill up what settings leave open by those that came with the model.
-        kept, self._model.generation_config = self._model.generation_config, settings
+        model: Any = self._model  # whose `generate` has no types
+        kept, model.generation_config = model.generation_config, settings
         try:
-            return self._model.generate(  # type: ignore[operator]
+            return model.generate(
                 input_ids=torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
                 **asked,
             )
         finally:
-            self._model.generation_config = kept
+            model.generation_config = kept
 
     def _ids_of(self, prompts: Sequence[Conversation | str]) -> Iterator[np.ndarray | str]:
         """The tokens of each prompt; of one that cannot be read, why."""

@@ -81,17 +81,14 @@ def bits_per_byte(
     """
     given = GivenTexts.of(texts)
     _, encoded = encoded_for(model, tokenizer, given, last)
-    for number, block in enumerate(encoded):
-        whole = block.predicted is None or _asked(block, len(given.texts[number].encode())) == len(
-            given.texts[number].encode()
-        )
-        if block.ends is None or not whole:
+    lengths = [len(text.encode()) for text in given.texts]
+    for number, (block, length) in enumerate(zip(encoded, lengths, strict=True)):
+        if block.ends is None or (block.predicted is not None and _asked(block, length) < length):
             why = f" ({block.reason})" if block.reason else ""
             raise TokenizerError(
                 f"the tokenizer changes text {number} ({given.texts[number][:40]!r}…){why}, so "
                 "that its tokens are not the text's bytes; leave it out for all models"
             )
-    lengths = [len(text.encode()) for text in given.texts]
     shown = (progress or Silent()).start("measuring", len(given), "texts")
     with left_as_it_was(model), shown as bar:
         model.eval()
