@@ -538,7 +538,12 @@ def test_doctor_where_nothing_can_be_written_or_judged(
         raise EvaluationError("bubblewrap is missing; apt-get install bubblewrap")
 
     monkeypatch.setattr("fusellm.explain.machine.find_sandbox", none)
-    monkeypatch.setattr("fusellm.explain.machine.os.access", lambda _, how: how == os.F_OK)
+    access = os.access
+
+    def is_there(place: Any, how: int) -> bool:
+        return how == os.F_OK and access(place, how)
+
+    monkeypatch.setattr("fusellm.explain.machine.os.access", is_there)
     found = {one.name: one for one in examine(tmp_path)}
     assert found["bubblewrap"].cure.endswith("apt-get install bubblewrap")
     assert not found["bubblewrap"].needed
