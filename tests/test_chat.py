@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
@@ -866,6 +867,157 @@ def test_more_than_a_share_of_changed_conversations_is_an_error(
     file.write_text(yaml.safe_dump(raw))
     with pytest.raises(FusellmError, match=r"'gemma' changes .* raises: System role not supported"):
         _opened(file, tmp_path / "run").execute()
+
+
+# Longer than a context
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_is_read_as_far_as_the_context_goes(
+    models: Path, encoders: dict[str, ChatEncoder], name: str
+) -> None:
+    """Beside the whole: its beginning, and the same is learnt of that, but for the last token."""
+    one = asked(
+        "Who?", "The list of values, é…", "And?", "A function.", "What?", "  ", "So?", "It."
+    )
+    (whole,) = encoders[name].encode_conversations([one])
+    assert whole.ends is not None
+    assert whole.predicted is not None
+    assert whole.left_out == 0
+    tokenizer = AutoTokenizer.from_pretrained(models / name)
+    first = int(whole.predicted.argmax())
+    for most in range(1, len(whole.ids) + 2):
+        cut = ChatEncoder(tokenizer, context_tokens=most)
+        (own,) = cut.encode_conversations([one])
+        assert own.ids.tolist() == whole.ids[:most].tolist()
+        assert own.left_out == max(len(whole.ids) - most, 0)
+        if own.left_out and most < first + 2:
+            assert own.ends is None
+            assert own.reason is not None
+            assert f"within the {most} tokens" in own.reason
+            continue
+        assert own.ends is not None
+        assert own.predicted is not None
+        last = most - 1 if own.left_out else most
+        assert own.ends[:last].tolist() == whole.ends[:last].tolist()
+        assert own.predicted[:last].tolist() == whole.predicted[:last].tolist()
+        assert own.ends[-1] == len(one.text.encode())
+        assert not own.left_out or not own.predicted[-1]
+
+
+def _shorter(models: Path, name: str, context: int, folder: Path) -> Path:
+    """A model with another context."""
+    shutil.copytree(models / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = context
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_run_learns_from_each_model_as_far_as_its_context_goes(
+    recipe_file: Path, models: Path, tmp_path: Path
+) -> None:
+    """Of a source all that it has read, and nothing behind; of the target no row is too long."""
+    raw = yaml.safe_load(recipe_file.read_text())
+    raw["corpus"]["documents"][0]["files"] = str(recipe_file.parent / "chat.jsonl")
+    raw["externalize"] = {"changed_share": 0.2}
+    raw["target"] = str(_shorter(models, "llama", 150, tmp_path / "target"))
+    raw["sources"][0]["model"] = str(_shorter(models, "chatml", 100, tmp_path / "chatml"))
+    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(raw))
+    told: list[str] = []
+    progress = Silent()
+    progress.say = told.append  # type: ignore[method-assign]
+    pipeline = Pipeline(resolve_paths(load_recipe(file), tmp_path), run, progress)
+    checked = pipeline.check()["models"]
+    assert checked["chatml"]["blocks_cut"] > checked["target"]["blocks_cut"] > 0
+    assert checked["gemma"]["blocks_cut"] == 0
+    assert not checked["target"]["every_block_fits"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusellm.training.rehearsal.rehearse", lambda *_: None)
+        pipeline.execute()
+    train = read_part(open_corpus(run), "train")
+    for name, context in (("target", 150), ("chatml", 100)):
+        encoder = ChatEncoder(pipeline.readers[name].encoder.tokenizer, system=_told_first(name))
+        long = [e for e in encode_blocks(encoder, train) if len(e.ids) > context]
+        line = f"{name}: {len(long)} of {len(train)} conversations are longer than its context of"
+        assert any(line in one for one in told)
+    model = AutoModelForCausalLM.from_pretrained(models / "chatml").eval()
+    at_the_limit = 0
+    for kept in open_store(run / "externalize" / "chatml"):
+        if len(kept.ids) < 100:
+            continue
+        assert len(kept.ids) == 100
+        if not kept.usable:
+            continue
+        at_the_limit += 1
+        at = kept.at(kept.positions - 1)
+        assert kept.places is not None
+        place = int(kept.places[-1])
+        assert place < 98  # the last token of the context is read and not learnt
+        with torch.no_grad():
+            log_probs = model(torch.tensor(kept.ids)[None]).logits[0].log_softmax(-1)
+        assert at.true_log_prob == pytest.approx(float(log_probs[place, at.true_id]), abs=0.03)
+    assert at_the_limit > 10
+    assert fusellm.FusedDataset(run).longest_text == 150
+    body = json.loads((run / "evaluate" / "results.json").read_text())
+    values = [r["value"] for r in body["records"] if r["task"] == "chat"]
+    assert len(values) > 3
+    assert np.isfinite(values).all()
+
+
+def _told_first(name: str) -> str | None:
+    return "Be brief." if name == "chatml" else None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "refine"),
+    [("partition", "none"), ("partition", "path"), ("bpm", "path"), ("bytes", "none")],
+)
+def test_what_was_read_is_fused_as_if_all_had_been(
+    models: Path, strategy: str, refine: str
+) -> None:
+    """Oracle: the same source with room for the whole."""
+    messages = [row["messages"] for row in records(6, seed=3)]
+    model, tokenizer = fusellm.load_pretrained(models / "chatml", device="cpu")
+    target = fusellm.Tokenizer.from_pretrained(models / "llama")
+    how: dict[str, Any] = {"function": "uniform", "strategy": strategy, "refine": refine}
+    room = model.config.max_position_embeddings
+    whole = fusellm.read_distributions(model, tokenizer, messages)
+    compared = silent = 0
+    try:
+        model.config.max_position_embeddings = 90
+        short = fusellm.read_distributions(model, tokenizer, messages)
+        with pytest.raises(ArgumentError, match="context is 90"):
+            fusellm.bits_per_byte(model, tokenizer, messages)
+    finally:
+        model.config.max_position_embeddings = room
+    by_whole = fusellm.fuse(messages, target, {"chatml": whole}, **how)
+    by_short = fusellm.fuse(messages, target, {"chatml": short}, **how)
+    blocks = fusellm.FusedDataset(by_whole)._blocks, fusellm.FusedDataset(by_short)._blocks
+    for number, read in enumerate(short):
+        encoded = by_whole.encoded[number]
+        assert encoded.ends is not None
+        assert encoded.predicted is not None
+        until = int(encoded.ends[-1])
+        if len(read.ids) == 90:
+            places = read.places if read.usable else None
+            until = 0 if places is None else int(read.ends[places[-1] + 1])
+        own, other = (one.block(number) for one in blocks)
+        assert np.array_equal(own["ids"], other["ids"])
+        for n in np.flatnonzero(encoded.predicted[1:]):
+            if until < encoded.ends[n]:
+                silent += 1
+                assert other["parts"][n] == 0
+            elif encoded.ends[n + 1] < until - 16:  # so long no path is
+                compared += 1
+                assert own["parts"][n] == other["parts"][n]
+                first, second = by_whole.at(number, n), by_short.at(number, n)
+                assert [(o.tokens, pytest.approx(o.mass)) for o in first] == [
+                    (o.tokens, o.mass) for o in second
+                ]
+    assert compared > 50
+    assert silent > 20
 
 
 # In memory

@@ -140,7 +140,7 @@ def require_tried_fit(
     """
     for name, one in tried.items():
         context = readers[name].located.context_tokens
-        if context is not None and one.longest > context:
+        if context is not None and one.longest > context and not one.cut:
             raise CorpusError(
                 f"the longest block that was tried has {one.longest} tokens for {name!r}, whose "
                 f"context is {context}; lower corpus.block_bytes (now {corpus.block_bytes})"
@@ -198,7 +198,7 @@ def fits(reader: Reader, block_bytes: int) -> bool:
 def require_fits(
     run: Path, name: str, reader: Reader, corpus: CorpusSettings, progress: Progress
 ) -> None:
-    """Check that every block fits a model's context.
+    """Check that every block fits a model's context; conversations are read as far as it goes.
 
     Args:
         name: of the source, or "target".
@@ -207,6 +207,8 @@ def require_fits(
         CorpusError: one does not.
     """
     context = reader.located.context_tokens
+    if corpus.has_conversations:
+        return
     folder = open_corpus(run)
     names = shard_names(folder)
     longest_bytes = max(folder.shards[n]["counts"]["longest_bytes"] for n in names)
@@ -256,9 +258,12 @@ def described(
         encoder = reader.encoder
         models[name] = describe(reader.located) | {
             "tokens": len(encoder.vocabulary),
-            "every_block_fits": block_bytes is None or fits(reader, block_bytes),
+            "every_block_fits": tried[name].cut == 0
+            and (block_bytes is None or fits(reader, block_bytes)),
+            "conversations": bool(encoder.said_around),
             "blocks_tried": tried[name].blocks,
             "blocks_changed": tried[name].changed,
+            "blocks_cut": tried[name].cut,
             "longest_tried": tried[name].longest,
             "put_before": [encoder.spelled(id_) for id_ in encoder.vocabulary.prefix_ids],
         }

@@ -81,6 +81,7 @@ def check(
     for name, model in checked["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
+        fits = "longer ones end with it" if model["conversations"] else fits
         path = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
         models.add_row(name, path, model["architecture"], str(model["tokens"]), context, fits)
     STDOUT.print(models)
@@ -98,6 +99,7 @@ def _tried(name: str, model: dict[str, Any]) -> str:
     blocks, before = model["blocks_tried"], " ".join(model["put_before"]) or "nothing"
     read = f"reads {blocks - model['blocks_changed']:,} of {blocks:,} blocks that were tried"
     read += f", the longest of {model['longest_tried']:,} tokens"
+    read += f", {model['blocks_cut']:,} no further than its context" if model["blocks_cut"] else ""
     return f"{name}: {read if blocks else 'no block was tried'}; puts {before} before each"
 
 

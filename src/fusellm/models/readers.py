@@ -85,7 +85,8 @@ def chat_encoder_of(located: Located) -> ChatEncoder:
     settings, rows = located.settings, located.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(located)
     template = chat_template_of(located, tokenizer)
-    encoder = ChatEncoder(tokenizer, rows, template, settings.system)
+    around = template, settings.system
+    encoder = ChatEncoder(tokenizer, rows, *around, located.context_tokens)
     tokenizer.chat_template = encoder.template  # saved with what is trained
     return encoder
 

@@ -33,12 +33,18 @@ class Tokenizer(Encoder):
 
     assumed_eos: str | None = None
 
-    def for_chat(self, template: str | None = None, system: str | None = None) -> ChatEncoder:
+    def for_chat(
+        self,
+        template: str | None = None,
+        system: str | None = None,
+        context_tokens: int | None = None,
+    ) -> ChatEncoder:
         """One that reads conversations.
 
         Args:
             template: a chat template in Jinja; the tokenizer's own if None.
             system: what the model is told first, where a conversation has no system message.
+            context_tokens: as far as which conversations are read; None reads them whole.
 
         Raises:
             TokenizerError: there is no template, or none that says an answer as it is.
@@ -51,7 +57,8 @@ class Tokenizer(Encoder):
         >>> [tokenizer.spelled(id_) for id_ in encoded.ids[encoded.predicted].tolist()]
         ['A', ' list', '.', '</s>']
         """
-        return ChatEncoder(self.tokenizer, len(self.vocabulary), template, system)
+        rows = len(self.vocabulary)
+        return ChatEncoder(self.tokenizer, rows, template, system, context_tokens)
 
     @classmethod
     def from_pretrained(

@@ -9,6 +9,7 @@ from fusellm.errors import ArgumentError
 from fusellm.models.adapters import without_adapters
 from fusellm.models.configurations import context_tokens
 from fusellm.models.heads import require_known_head
+from fusellm.tokens.chat import within_context
 from fusellm.tokens.encode import Encoded, Encoder
 
 
@@ -17,12 +18,14 @@ def encoded_for(
     tokenizer: Encoder | PreTrainedTokenizerBase,
     texts: Texts | GivenTexts,
     last: Sequence[bool] | None,
+    cuts: bool = False,
 ) -> tuple[Encoder, list[Encoded]]:
     """The tokenizer with its tokens as bytes, and the texts as the model reads them.
 
     Args:
         texts: plain, or conversations.
         last: of each plain text, whether it ends a document; all do if None.
+        cuts: whether a conversation that is too long for the model is read as far as it goes.
 
     Raises:
         ArgumentError: `texts` is no list of texts or conversations, a text is too long for the
@@ -41,6 +44,8 @@ def encoded_for(
     encoder = given.encoder(tokenizer, rows)
     encoded = given.encode(encoder, last)
     room = context_tokens(base.config)
+    if cuts and given.conversations is not None:
+        encoded = [within_context(one, room) for one in encoded]
     for number, block in enumerate(encoded):
         if room is not None and len(block.ids) > room:
             raise ArgumentError(

@@ -44,8 +44,8 @@ def read_distributions(
         tokenizer: the model's, of fusellm or of transformers.
         texts: each is read from its beginning, and has to fit into the model's context. Or
             conversations: `Conversation`s, or lists of messages as OpenAI has them. The model reads
-            them by the chat template of its tokenizer, and what the assistant says is kept
-            (docs/chat.md).
+            them by the chat template of its tokenizer, as far as its context goes, and what the
+            assistant says is kept (docs/chat.md).
         draws: how many are kept at each position, 1 to 255.
         top_k: how many of the most probable tokens are kept instead.
         mass: with `top_k`, keep no more than reach this probability; None always keeps `top_k`.
@@ -73,7 +73,7 @@ def read_distributions(
         given = {"scheme": "top", "k": top_k, "mass": mass}
     settings = checked_settings(ExternalizeSettings, given | {"batch_tokens": batch_tokens})
     given_texts = GivenTexts.of(texts)
-    encoder, encoded = encoded_for(model, tokenizer, given_texts, last)
+    encoder, encoded = encoded_for(model, tokenizer, given_texts, last, cuts=True)
     ends = tuple([True] * len(given_texts) if last is None else last)
     reader = SourceReader(without_adapters(model), len(encoder.vocabulary), settings, seed)
     shown = (progress or Silent()).start("reading", len(given_texts), "texts")

@@ -3,7 +3,7 @@
 One shard of the corpus gives one shard here. The target is tokenized too, without distributions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -53,6 +53,19 @@ class _ExternalizeStage(FilledStage):
         context.try_text()
         require_fits(context.run, self.model, self.reader, context.recipe.corpus, context.progress)
 
+    def tell_cut(self, counts: Mapping[str, int]) -> None:
+        """Say how many conversations were not read to their end, if any.
+
+        Args:
+            counts: of the stage's shards, in all.
+        """
+        if counts.get("cut"):
+            self.context.progress.say(
+                f"{self.model}: {counts['cut']:,} of {counts['blocks']:,} conversations are longer "
+                f"than its context of {self.reader.located.context_tokens:,} tokens, and are read "
+                "as far as it goes"
+            )
+
 
 class TargetTokensStage(_ExternalizeStage):
     """The corpus as the target's tokenizer cuts it, without distributions."""
@@ -67,6 +80,8 @@ class TargetTokensStage(_ExternalizeStage):
             "tokenizer": self.reader.tokenizer_fingerprint,
             "corpus": self.context.fingerprint("corpus"),
         }
+        if self.context.recipe.corpus.has_conversations:  # which are read as far as it goes
+            inputs["context"] = str(self.reader.located.context_tokens)
         return Identity(self.name, {}, inputs)
 
     def fill(self, folder: StageWriter) -> None:
@@ -88,6 +103,7 @@ class TargetTokensStage(_ExternalizeStage):
                 bar.advance()
         sums = _sum_counts(folder)
         _tell_changed(progress, TARGET, sums.get("walk_failed", 0), sums.get("blocks", 0))
+        self.tell_cut(sums)
         folder.finish(sums)
 
 
@@ -135,7 +151,9 @@ class SourceStage(_ExternalizeStage):
                 self._read(folder, corpus, left, tally, bar)
         tally.check()
         _tell_changed(progress, self.model, len(tally.changed()), tally.blocks)
-        folder.finish(_sum_counts(folder))
+        sums = _sum_counts(folder)
+        self.tell_cut(sums)
+        folder.finish(sums)
 
     def _read(
         self,

@@ -128,6 +128,8 @@ class ChatEncoder(Encoder):
     Attributes:
         template: in Jinja; transformers renders it in its sandbox.
         system: what this model is told first where a conversation has no system message.
+        context_tokens: the longest input of its model, as far as which a conversation is read; None
+            where that is not known, or there is no longest.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class ChatEncoder(Encoder):
         rows: int | None = None,
         template: str | None = None,
         system: str | None = None,
+        context_tokens: int | None = None,
     ) -> None:
         """Read a tokenizer's tokens, and try its template.
 
@@ -156,6 +159,7 @@ class ChatEncoder(Encoder):
                 "this model one in the recipe, as chat_template: FILE.jinja, or leave it out"
             )
         self.template, self.system = own, system
+        self.context_tokens: int | None = None  # what is tried here is short
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = {token.content: token for token in special}
         added = tokenizer.added_tokens_decoder.items()
@@ -169,6 +173,7 @@ class ChatEncoder(Encoder):
             raise self._says_no_answer()
         first = probe.ids[probe.predicted][0]
         self._has_dummy_prefix = bool(self.vocabulary.may_be_dummy[first])
+        self.context_tokens = context_tokens
 
     def _end_of_turn(self) -> int | None:
         try:
@@ -212,7 +217,8 @@ class ChatEncoder(Encoder):
         Returns:
             Of each the ids of all that is rendered, boundaries in its shared text, and which tokens
             are predicted: those of learnt messages, and the ends of their turns. Of one that cannot
-            be read `ends` is None, and `reason` says why.
+            be read `ends` is None, and `reason` says why. One that is longer than the model's
+            context ends with it: what stands behind is not learnt from this model.
         """
         read: list[list[_Section] | str] = []
         for conversation in conversations:
@@ -321,7 +327,7 @@ class ChatEncoder(Encoder):
             ids += tokens.ids
             ends += own.tolist()
             predicted += asked.tolist()
-        return _encoded(conversation, ids, ends, predicted)
+        return within_context(_encoded(conversation, ids, ends, predicted), self.context_tokens)
 
     def _sections(self, conversation: Conversation, pieces: Sequence[_Piece]) -> Iterator[_Section]:
         """Special tokens, and the texts between them."""
@@ -433,6 +439,29 @@ class ChatEncoder(Encoder):
 def on_one_day(template: str) -> str:
     """A chat template that says the same date on every day, if it says one."""
     return _TODAY * ("strftime_now" in template) + template
+
+
+def within_context(encoded: Encoded, context_tokens: int | None) -> Encoded:
+    """A conversation as far as a model's context goes.
+
+    The last token of the context is read and not learnt: it has all the bytes that are left out,
+    as a conversation's last token has those of an answer that is not said.
+
+    Args:
+        context_tokens: None where there is no longest input.
+    """
+    if context_tokens is None or len(encoded.ids) <= context_tokens:
+        return encoded
+    ids, left_out = encoded.ids[:context_tokens], len(encoded.ids) - context_tokens
+    if encoded.ends is None or encoded.predicted is None:
+        return replace(encoded, ids=ids, left_out=left_out)
+    whole = encoded.ends[-1]
+    ends, predicted = (one[:context_tokens].copy() for one in (encoded.ends, encoded.predicted))
+    ends[-1], predicted[-1] = whole, False
+    if predicted.any():
+        return Encoded(ids, ends, predicted=predicted, left_out=left_out)
+    reason = f"nothing that is learnt begins within the {context_tokens:,} tokens of its context"
+    return Encoded(ids, None, reason=reason, left_out=left_out)
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -29,6 +29,8 @@ class Encoded:
         prefix_tokens: how many of them are the prefix, which is read and never predicted.
         predicted: of a conversation [T] bool, which of them are predicted; None of plain text.
         reason: of a conversation that could not be read, why.
+        left_out: of a conversation that is longer than its model's context, how many tokens behind
+            that are not among the ids.
     """
 
     ids: np.ndarray
@@ -36,6 +38,7 @@ class Encoded:
     prefix_tokens: int = 0
     predicted: np.ndarray | None = None
     reason: str | None = None
+    left_out: int = 0
 
 
 class Encoder:

@@ -16,6 +16,7 @@ class Sample:
         example: the beginning of the first of these; empty where there is none.
         longest: tokens of the longest block.
         reason: of a conversation that is changed, why.
+        cut: conversations that are longer than the model's context.
     """
 
     blocks: int
@@ -23,6 +24,7 @@ class Sample:
     example: str
     longest: int = 0
     reason: str | None = None
+    cut: int = 0
 
     @property
     def changed_share(self) -> float:
@@ -33,8 +35,9 @@ class Sample:
 def sample(encoded: Sequence[Encoded], texts: Sequence[str]) -> Sample:
     """What became of blocks of text; no model is needed."""
     changed = [n for n, tokens in enumerate(encoded) if tokens.ends is None]
-    longest = max((len(tokens.ids) for tokens in encoded), default=0)
-    if not changed:
-        return Sample(len(texts), 0, "", longest)
-    first = changed[0]
-    return Sample(len(texts), len(changed), texts[first][:60], longest, encoded[first].reason)
+    longest = max((len(tokens.ids) + tokens.left_out for tokens in encoded), default=0)
+    cut = sum(tokens.left_out > 0 for tokens in encoded)
+    example, reason = "", None
+    if changed:
+        example, reason = texts[changed[0]][:60], encoded[changed[0]].reason
+    return Sample(len(texts), len(changed), example, longest, reason, cut)

@@ -94,7 +94,8 @@ class Fit:
         if room is not None and longest > room:
             raise ArgumentError(
                 f"the longest text of {name} has {longest} tokens, and the model's context is "
-                f"{room}; cut it"
+                f"{room}; cut it, or give for_chat(context_tokens={room}) where texts are "
+                "conversations"
             )
         self._require_tokens(name, rows)
         self._require_distributions(name, rows)
