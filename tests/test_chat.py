@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import fusellm
 from chats import CHATML, ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
 from conftest import Command
+from fusellm.alignment.positions import Situation, align_shard
 from fusellm.alignment.strategies import STRATEGIES
 from fusellm.arrays.given_texts import GivenTexts
 from fusellm.arrays.ragged import Ragged
@@ -54,6 +55,7 @@ from fusellm.store.blocks import BLOCKS, encode_blocks, open_corpus, read_part, 
 from fusellm.store.externalized import open_externalized
 from fusellm.store.fused import layout_of, open_fused
 from fusellm.store.identity import tokenizer_fingerprint
+from fusellm.store.manifest import StageFolder
 from fusellm.store.opened import open_store
 from fusellm.store.tables import Shard, shard_names
 from fusellm.study.run import run_study
@@ -960,14 +962,86 @@ def test_a_run_learns_from_each_model_as_far_as_its_context_goes(
         assert at.true_log_prob == pytest.approx(float(log_probs[place, at.true_id]), abs=0.03)
     assert at_the_limit > 10
     assert fusellm.FusedDataset(run).longest_text == 150
+    assert StageFolder(run / "externalize" / "target").identity.inputs["context"] == "150"
+    blocks = read_part(open_corpus(run), "held_out")
+    common = [np.ones(len(block.text.encode()), dtype=bool) for block in blocks]
+    for reader in pipeline.readers.values():
+        for own, encoded in zip(common, encode_blocks(reader.encoder, blocks), strict=True):
+            own &= _is_predicted(encoded, len(own))
     body = json.loads((run / "evaluate" / "results.json").read_text())
-    values = [r["value"] for r in body["records"] if r["task"] == "chat"]
-    assert len(values) > 3
-    assert np.isfinite(values).all()
+    scored = sum(int(own.sum()) for own in common)
+    assert body["notes"]["bytes"] == {"chat": scored}
+    assert 0 < scored < sum(map(len, common))
+    args = pipeline.recipe, run, pipeline.readers, _cut_block(run), None, Silent()
+    assert [inspect_block(*args, answer).answer for answer in (0, None)] == [0, 0]
+
+
+def _is_predicted(encoded: Encoded, length: int) -> np.ndarray:
+    """[L] bool, which bytes of the shared text a model predicts."""
+    own = np.zeros(length, dtype=bool)
+    if encoded.ends is not None and encoded.predicted is not None:
+        for n in np.flatnonzero(encoded.predicted):
+            own[encoded.ends[n - 1] : encoded.ends[n]] = True
+    return own
+
+
+def _cut_block(run: Path) -> int:
+    """The number of a block that a source has not read to its end."""
+    return next(
+        one.number
+        for one in open_store(run / "externalize" / "chatml")
+        if one.usable and len(one.ids) == 100
+    )
 
 
 def _told_first(name: str) -> str | None:
     return "Be brief." if name == "chatml" else None
+
+
+@dataclass(frozen=True)
+class Short:
+    """Conversations that a source of 90 tokens has read, and one that has room for all."""
+
+    messages: list[Any]
+    target: fusellm.Tokenizer
+    whole: fusellm.SourceDistributions
+    short: fusellm.SourceDistributions
+    others: dict[str, fusellm.SourceDistributions]
+
+    def until(self, number: int) -> int | None:
+        """Bytes of the shared text that were read; None where all were."""
+        read = self.short[number]
+        if len(read.ids) < 90:
+            return None
+        places = read.places if read.usable else None
+        return 0 if places is None else int(read.ends[places[-1] + 1])
+
+
+def _long_ones() -> list[list[dict[str, str]]]:
+    """Some that end with a context of 90 tokens within an answer, some between two, some before."""
+    rows = [row["messages"] for row in records(6, seed=3)]
+    for n in (1, 2, 4):  # all that is said in an answer, and one more
+        said = " ".join(m["content"] for row in rows for m in row if m["role"] == "assistant")
+        answer = {"role": "assistant", "content": said[10 * n :]}
+        rows.append([*rows[n], rows[n][0], answer, rows[0][0], rows[0][1]])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def short(models: Path) -> Short:
+    messages = _long_ones()
+    target = fusellm.Tokenizer.from_pretrained(models / "llama")
+    model, tokenizer = fusellm.load_pretrained(models / "chatml", device="cpu")
+    whole = fusellm.read_distributions(model, tokenizer, messages)
+    model.config.max_position_embeddings = 90
+    read = fusellm.read_distributions(model, tokenizer, messages)
+    with pytest.raises(ArgumentError, match=r"text \d has \d+ tokens, .* context is 90; cut"):
+        fusellm.bits_per_byte(model, tokenizer, messages)
+    others = {}
+    for name in ("gemma", "llama"):
+        other, own = fusellm.load_pretrained(models / name, device="cpu")
+        others[name] = fusellm.read_distributions(other, own, messages)
+    return Short(messages, target, whole, read, others)
 
 
 @pytest.mark.parametrize(
@@ -975,42 +1049,30 @@ def _told_first(name: str) -> str | None:
     [("partition", "none"), ("partition", "path"), ("bpm", None), ("bytes", "none")],
 )
 def test_what_was_read_is_fused_as_if_all_had_been(
-    models: Path, strategy: str, refine: str | None
+    short: Short, strategy: str, refine: str | None
 ) -> None:
     """Oracle: the same source with room for the whole."""
-    messages = [row["messages"] for row in records(6, seed=3)]
-    model, tokenizer = fusellm.load_pretrained(models / "chatml", device="cpu")
-    target = fusellm.Tokenizer.from_pretrained(models / "llama")
     how: dict[str, Any] = {"function": "uniform", "strategy": strategy}
     how |= {} if refine is None else {"refine": refine}
-    room = model.config.max_position_embeddings
-    whole = fusellm.read_distributions(model, tokenizer, messages)
-    compared = silent = 0
-    try:
-        model.config.max_position_embeddings = 90
-        short = fusellm.read_distributions(model, tokenizer, messages)
-        with pytest.raises(ArgumentError, match="context is 90"):
-            fusellm.bits_per_byte(model, tokenizer, messages)
-    finally:
-        model.config.max_position_embeddings = room
-    by_whole = fusellm.fuse(messages, target, {"chatml": whole}, **how)
-    by_short = fusellm.fuse(messages, target, {"chatml": short}, **how)
+    by_whole, by_short = (
+        fusellm.fuse(short.messages, short.target, {"chatml": one}, **how)
+        for one in (short.whole, short.short)
+    )
     blocks = fusellm.FusedDataset(by_whole)._blocks, fusellm.FusedDataset(by_short)._blocks
-    for number, read in enumerate(short):
-        encoded = by_whole.encoded[number]
+    compared = silent = 0
+    for number in range(len(short.messages)):
+        encoded, until = by_whole.encoded[number], short.until(number)
         assert encoded.ends is not None
         assert encoded.predicted is not None
-        until = int(encoded.ends[-1])
-        if len(read.ids) == 90:
-            places = read.places if read.usable else None
-            until = 0 if places is None else int(read.ends[places[-1] + 1])
         own, other = (one.block(number) for one in blocks)
         assert np.array_equal(own["ids"], other["ids"])
         for n in np.flatnonzero(encoded.predicted[1:]):
-            if until < encoded.ends[n]:
+            if until is not None and encoded.ends[n + 1] > until:  # not all of what comes next
                 silent += 1
-                assert other["parts"][n] == 0
-            elif encoded.ends[n + 1] < until - 16:  # so long no path is
+                assert other["parts"][n] == 0 or until > encoded.ends[n]
+                if strategy in ("partition", "bpm"):
+                    assert not other["parts"][n] or short.short[number].ends[-2] > encoded.ends[n]
+            elif until is None or encoded.ends[n + 1] < until - 16:  # so long no path is
                 compared += 1
                 assert own["parts"][n] == other["parts"][n]
                 first, second = by_whole.at(number, n), by_short.at(number, n)
@@ -1019,6 +1081,105 @@ def test_what_was_read_is_fused_as_if_all_had_been(
                 ]
     assert compared > 50
     assert silent > 20
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"function": "mince"},
+        {"function": "mince", "granularity": "block"},
+        {"function": "avgce", "beta": 2.0},
+        {"function": "bayes"},
+        {"function": "mince", "referees": ["llama"]},
+        {"function": "mince", "strategy": "em"},
+        {"function": "mince", "strategy": "mined"},
+    ],
+)
+def test_behind_a_context_the_others_are_heard_as_if_alone(
+    short: Short, how: dict[str, Any]
+) -> None:
+    """Oracle: the same fusion without the source that has stopped."""
+    of_all = {"chatml": short.short, **short.others}
+    by_all = fusellm.fuse(short.messages, short.target, of_all, **how)
+    alone = fusellm.fuse(short.messages, short.target, short.others, **how)
+    behind = 0
+    for number in range(len(short.messages)):
+        encoded, until = by_all.encoded[number], short.until(number)
+        assert encoded.ends is not None
+        assert encoded.predicted is not None
+        if until is None:
+            continue
+        for n in np.flatnonzero(encoded.predicted[1:]):
+            if encoded.ends[n] >= until and encoded.ends[n + 1] > until:
+                behind += 1
+                first, second = by_all.at(number, n), alone.at(number, n)
+                assert all(one.source != "chatml" for one in first)
+                assert [(o.source, o.tokens, o.mass) for o in first] == [
+                    (o.source, o.tokens, pytest.approx(o.mass)) for o in second
+                ]
+    assert behind > 20
+
+
+def test_a_source_that_breaks_off_within_the_next_piece_is_silent() -> None:
+    """It has read "the ", and "ca" of "cats"; it does not say what ends with it."""
+    target, source = np.array([0, 4, 8]), np.array([0, 4, 6])
+    offsets = np.array([0, 3])
+    positions, situations = align_shard(target, offsets, source, offsets)
+    assert positions.tolist() == [0, -1]
+    assert situations.tolist() == [Situation.SAME, Situation.UNALIGNED]
+
+
+def test_by_the_authors_rules_nothing_is_taught_of_what_was_not_read(short: Short) -> None:
+    """Where a source is not aligned they repeat the token that was read last; here it has none."""
+    how = {"strategy": "em", "compatibility": "paper", "cross_entropy": "nats_per_token"}
+    settings: dict[str, Any] = how | {"token_healing": False, "granularity": "block"}
+    fused = fusellm.fuse(short.messages, short.target, {"chatml": short.short}, **settings)
+    told = silent = 0
+    for number in range(len(short.messages)):
+        encoded, until = fused.encoded[number], short.until(number)
+        assert encoded.ends is not None
+        assert encoded.predicted is not None
+        for n in np.flatnonzero(encoded.predicted[1:]):
+            is_known = until is None or encoded.ends[n + 1] <= until
+            is_behind = until is not None and encoded.ends[n] >= until
+            assert not is_known or fused.at(number, n)
+            assert is_known or not is_behind or not fused.at(number, n)
+            told, silent = told + is_known, silent + (is_behind and not is_known)
+    assert told > 50
+    assert silent > 20
+
+
+def test_a_prompt_is_as_long_as_it_is(models: Path) -> None:
+    """Whether a model has room for an answer is judged by all of its prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "chatml")
+    whole = ChatEncoder(tokenizer)
+    asks = Conversation(({"role": "user", "content": "the list " * 40},), ())
+    (ids,) = whole.prompt_ids([asks])
+    for context in (20, len(ids), len(ids) + 1):
+        (same,) = ChatEncoder(tokenizer, context_tokens=context).prompt_ids([asks])
+        assert isinstance(same, np.ndarray)
+        assert same.tolist() == list(ids)
+
+
+def test_a_short_encoder_is_told_of_and_trained_with(models: Path) -> None:
+    model, tokenizer = fusellm.load_pretrained(models / "llama", device="cpu")
+    messages = _long_ones()
+    encoder = tokenizer.for_chat(context_tokens=90)
+    with pytest.raises(ArgumentError, match=r"text \d has \d+ tokens, .* context is 90; cut"):
+        fusellm.bits_per_byte(model, encoder, messages)
+    read = {"llama": fusellm.read_distributions(model, tokenizer, messages)}
+    fused = fusellm.fuse(messages, encoder, read)
+    dataset = fusellm.FusedDataset(fused)
+    assert dataset.longest_text == 90
+    known = fusellm.fuse(messages, tokenizer, read)
+    for number, (own, whole) in enumerate(zip(fused.encoded, known.encoded, strict=True)):
+        if own.predicted is None:
+            continue
+        for n in np.flatnonzero(own.predicted[1:])[:-16]:
+            assert [(o.tokens, o.mass) for o in fused.at(number, n)] == [
+                (o.tokens, pytest.approx(o.mass)) for o in known.at(number, n)
+            ]
+        assert whole.ids[: len(own.ids)].tolist() == own.ids.tolist()
 
 
 # In memory

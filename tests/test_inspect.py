@@ -347,12 +347,12 @@ def test_a_block_that_a_model_could_not_read_says_so(
     source = fused_run(world, tmp_path / "source", documents, f"sources.1.model={folder}")
     number = str(next(n for n, b in enumerate(table(source / "corpus")) if "Upper" in b["text"]))
     out = shown(monkeypatch, capsys, 80, str(source), "--block", number)
-    assert "b second could not read this block" in out
+    assert "b second could not read this" in out
     assert "left out" in out
     target = fused_run(world, tmp_path / "target", documents, f"target.model={folder}")
     number = str(next(n for n, b in enumerate(table(target / "corpus")) if "Upper" in b["text"]))
     out = shown(monkeypatch, capsys, 80, str(target), "--block", number)
-    assert "the target could not read this block" in out
+    assert "the target could not read this" in out
     assert "No position" in out
     assert run(monkeypatch, "inspect", str(target), "--block", number, "--position", "0") == 1
     assert f"block {number} has 0" in capsys.readouterr().err

@@ -121,11 +121,15 @@ def try_tokenizers(
     for name, one in samples.items():
         if one.changed_share > share:
             why = f" ({one.reason})" if one.reason else ""
+            says, cure = (
+                (f"{name!r} can learn nothing from", "Lower corpus.block_bytes, take another model")
+                if one.too_long
+                else (f"the tokenizer of {name!r} changes", "Take a model that keeps text as it is")
+            )
             raise TokenizerError(
-                f"the tokenizer of {name!r} changes {one.changed} of {one.blocks} blocks that were "
-                f"tried, more than externalize.changed_share: {share:g} allows, and these could "
-                f"not be used; the first begins {one.example!r}{why}. Take a model whose tokenizer "
-                "keeps text as it is, or raise that share"
+                f"{says} {one.changed} of {one.blocks} blocks that were tried, more than "
+                f"externalize.changed_share: {share:g} allows, and these could not be used; the "
+                f"first begins {one.example!r}{why}. {cure}, or raise that share"
             )
     return samples
 
@@ -140,7 +144,7 @@ def require_tried_fit(
     """
     for name, one in tried.items():
         context = readers[name].located.context_tokens
-        if context is not None and one.longest > context and not one.cut:
+        if context is not None and one.longest > context and not corpus.has_conversations:
             raise CorpusError(
                 f"the longest block that was tried has {one.longest} tokens for {name!r}, whose "
                 f"context is {context}; lower corpus.block_bytes (now {corpus.block_bytes})"
@@ -185,13 +189,18 @@ def require_comparable(domains: Sequence[str], read: Mapping[str, Sequence[bool]
             )
 
 
+def _every_block_fits(reader: Reader, block_bytes: int | None) -> bool:
+    """Whether it is known; blocks that have been cut have been looked at, but for conversations."""
+    if reader.encoder.said_around:
+        return reader.located.context_tokens is None
+    return block_bytes is None or fits(reader, block_bytes)
+
+
 def fits(reader: Reader, block_bytes: int) -> bool:
     """Whether blocks of at most so many bytes are sure to fit a model's context."""
     context = reader.located.context_tokens
     if context is None:
         return True
-    if reader.encoder.said_around:  # a template may put any number of tokens around
-        return False
     return block_bytes + reader.encoder.prefix_tokens + _MORE_THAN_BYTES <= context
 
 
@@ -258,8 +267,7 @@ def described(
         encoder = reader.encoder
         models[name] = describe(reader.located) | {
             "tokens": len(encoder.vocabulary),
-            "every_block_fits": tried[name].cut == 0
-            and (block_bytes is None or fits(reader, block_bytes)),
+            "every_block_fits": _every_block_fits(reader, block_bytes),
             "conversations": bool(encoder.said_around),
             "blocks_tried": tried[name].blocks,
             "blocks_changed": tried[name].changed,

@@ -77,7 +77,9 @@ def _align_shard(
                 if j < last_source and source_ends[j] == end:
                     source_of_target[out] = j - first_source
                     k = j + 1
-                    if source_ends[k] == next_end:
+                    if source_ends[last_source] < next_end:  # it breaks off within the next piece
+                        source_of_target[out] = -1
+                    elif source_ends[k] == next_end:
                         situation[out] = _SAME
                     elif source_ends[k] > next_end:
                         situation[out] = _BEYOND

@@ -94,16 +94,34 @@ def _dynamic(make: type[DynamicAligner]) -> MakeAligner:
             )
             by_block = [np.zeros(0, dtype=np.int64)]
             for b in range(len(target_read.offsets) - 1):
-                target_ids = target_read.ids[target_read.offsets[b] : target_read.offsets[b + 1]]
-                source_ids = source_read.ids[source_read.offsets[b] : source_read.offsets[b + 1]]
-                paired = programme.align(source_ids, target_ids)[:-1]
-                by_block.append(np.where(paired < len(source_ids) - 1, paired, -1))
+                of_target = slice(target_read.offsets[b], target_read.offsets[b + 1])
+                of_source = slice(source_read.offsets[b], source_read.offsets[b + 1])
+                target_ids, source_ids = _read_by_both(
+                    target_read.ids[of_target],
+                    target_read.ends[of_target],
+                    source_read.ids[of_source],
+                    source_read.ends[of_source],
+                )
+                paired = np.full(of_target.stop - of_target.start, -1, dtype=np.int64)
+                paired[: len(target_ids)] = programme.align(source_ids, target_ids)
+                asked = of_source.stop - of_source.start - 1
+                by_block.append(np.where(paired < asked, paired, -1)[:-1])
             whole = np.concatenate(by_block)
             return Aligned(whole, situations, np.zeros(len(whole), dtype=np.bool_))
 
         return align
 
     return aligner
+
+
+def _read_by_both(
+    target_ids: np.ndarray, target_ends: np.ndarray, source_ids: np.ndarray, source_ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a block as far as both have read it: one may end with its model's context."""
+    if not len(target_ids) or not len(source_ids) or target_ends[-1] == source_ends[-1]:
+        return target_ids, source_ids
+    end = min(target_ends[-1], source_ends[-1])
+    return target_ids[target_ends <= end], source_ids[source_ends <= end]
 
 
 def _classes(source: Encoder, target: Encoder, _: Advance | None) -> VocabularyMap:

@@ -161,8 +161,8 @@ def _left_out(view: "views.BlockView") -> Iterator[Text]:
     for name, tokens in readings.items():
         if not tokens.read:
             yield Text(
-                f"{name} could not read this block: its tokenizer changes the text, so no boundary "
-                "is known, and the block is left out for it.",
+                f"{name} could not read this: its tokenizer changes the text, or its context ends "
+                "before, so no boundary is known, and it is left out for it.",
                 style="bold yellow",
             )
 

@@ -81,7 +81,8 @@ def check(
     for name, model in checked["models"].items():
         context = str(model["context_tokens"] or "any")
         fits = "yes" if model["every_block_fits"] else "known after `fusellm corpus`"
-        fits = "longer ones end with it" if model["conversations"] else fits
+        if model["conversations"] and model["context_tokens"]:
+            fits = "longer ones end with it"
         path = "/".join(part for part in (model["model"], model.get("gguf_file")) if part)
         models.add_row(name, path, model["architecture"], str(model["tokens"]), context, fits)
     STDOUT.print(models)

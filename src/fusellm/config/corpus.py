@@ -207,7 +207,8 @@ class CorpusSettings(SettingsBlock):
     documents: Annotated[list[Documents], Field(min_length=1)]
     """Where the text comes from; an entry begins with `builtin:`, `hub:` or `files:`."""
     block_bytes: Annotated[int, Field(ge=4)] = 4096
-    """Longest block, in bytes of UTF-8; it must fit the context of every model."""
+    """Longest block, in bytes of UTF-8. Plain text must fit the context of every model; of a
+    conversation each model reads as much as does."""
     train_bytes: Annotated[int, Field(gt=0)] | None = None
     """Text to train on, in bytes over all entries, to a block; null takes all of it."""
     train_tokens: Annotated[int, Field(gt=0)] | None = None

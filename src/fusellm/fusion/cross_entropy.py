@@ -127,10 +127,12 @@ def span_nats(
     byte_offsets: np.ndarray,
     reach: int | None,
     hindsight: bool = True,
+    stopped: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cross-entropy of each source around each target position.
 
-    Only bytes are counted that all sources scored which read the block.
+    Only bytes are counted that all sources scored which read the block. Behind the end of a source
+    that did not read all of it (`stopped`), the others are compared without it.
 
     Args:
         by_byte: [S, L] `nats_by_byte` of each source.
@@ -139,6 +141,8 @@ def span_nats(
         reach: bytes to each side of the position, the next token always included; None for the
             whole block.
         hindsight: whether bytes after the position count, the true next token's among them.
+        stopped: [S, N] bool, whether a source that read the block had stopped before a position;
+            None where all have read to the end.
 
     Returns:
         (nats [S, N], bytes counted [N]), float64. Without hindsight nothing is counted at the
@@ -152,6 +156,20 @@ def span_nats(
     positions = int(np.maximum(np.diff(token_offsets) - 1, 0).sum())
     nats, scored = np.zeros((len(by_byte), positions)), np.zeros(positions)
     whole = -1 if reach is None else reach
-    where = (by_byte, read, ends, token_offsets, byte_offsets)
-    _span_nats(*where, whole, hindsight, nats, scored)
+    where = (ends, token_offsets, byte_offsets, whole, hindsight)
+    _span_nats(by_byte, read, *where, nats, scored)
+    if stopped is None or not stopped.any():
+        return nats, scored
+    # Sources stop one after another, so that those that have stopped at a position are told by
+    # their number: once for each number, without as many.
+    block = np.repeat(np.arange(read.shape[1]), np.maximum(np.diff(token_offsets) - 1, 0))
+    number = stopped.sum(axis=0)
+    places = np.array([np.bincount(block, own, read.shape[1]) for own in stopped])
+    order = np.argsort(np.argsort(-places, axis=0, kind="stable"), axis=0)  # the first to stop is 0
+    for count in range(1, int(number.max()) + 1):
+        left = read & ~((places > 0) & (order < count))
+        own_nats, own_scored = np.zeros_like(nats), np.zeros_like(scored)
+        _span_nats(by_byte, left, *where, own_nats, own_scored)
+        at = number == count
+        nats[:, at], scored[at] = own_nats[:, at], own_scored[at]
     return nats, scored

@@ -159,7 +159,7 @@ def fuse_blocks(
     block = np.repeat(np.arange(read.shape[1]), np.diff(target.position_offsets))
     aligned = np.array([s.rows(block) >= 0 for s in sources])
     if rules.as_authors:
-        aligned = read[:, block]
+        aligned = read[:, block] & ~_stopped(target, byte_offsets, sources, block)
     compared = compare(target, byte_offsets, sources, rules, by_byte, read, block, aligned)
     compared = replace(compared, routed=None if routed is None else routed[block])
     heard = replace(compared, aligned=_heard(compared, rules.referees))
@@ -213,14 +213,35 @@ def compare(
         aligned: [S, N] bool, whether a source has a distribution at a position.
     """
     where = (by_byte, read, target.ends, target.offsets, byte_offsets)
+    stopped = _stopped(target, byte_offsets, sources, block)
     per_token = np.array([source.nats_per_token()[block] for source in sources])
     if rules.per_token:
         cross_entropy = per_token
     else:
-        nats, scored = span_nats(*where, rules.reach, rules.hindsight)
+        nats, scored = span_nats(*where, rules.reach, rules.hindsight, stopped)
         cross_entropy = nats / (np.maximum(scored, 1) * NATS_PER_BIT)
-    next_nats, so_far = span_nats(*where, 0)[0], span_nats(*where, None, hindsight=False)[0]
+    next_nats = span_nats(*where, 0, stopped=stopped)[0]
+    so_far = span_nats(*where, None, hindsight=False, stopped=stopped)[0]
     return Compared(aligned, cross_entropy, per_token, next_nats, so_far, None, rules.beta)
+
+
+def _stopped(
+    target: Tokens, byte_offsets: np.ndarray, sources: Sequence[Reading], block: np.ndarray
+) -> np.ndarray:
+    """[S, N] bool, where a source has read no further than some byte before the block's end.
+
+    So it is with a conversation that is longer than its context.
+    """
+    boundary, lengths = target.ends[target.predicting], np.diff(byte_offsets)
+    stopped = np.zeros((len(sources), len(boundary)), dtype=np.bool_)
+    for s, source in enumerate(sources):
+        offsets, ends = source.tokens.offsets, source.tokens.ends
+        there = np.diff(offsets) > 0
+        until = lengths.copy()
+        until[there] = ends[offsets[1:][there] - 1]
+        cut = until < lengths
+        stopped[s] = cut[block] & (boundary >= until[block])
+    return stopped
 
 
 def _gather(

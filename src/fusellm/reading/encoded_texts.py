@@ -47,10 +47,11 @@ def encoded_for(
     if cuts and given.conversations is not None:
         encoded = [within_context(one, room) for one in encoded]
     for number, block in enumerate(encoded):
-        if room is not None and len(block.ids) > room:
+        tokens = len(block.ids) + (0 if cuts else block.left_out)
+        if tokens > len(block.ids) or (room is not None and tokens > room):
             raise ArgumentError(
-                f"text {number} has {len(block.ids)} tokens, and the model's context is {room}; "
-                "cut it first"
+                f"text {number} has {tokens} tokens, and the model's context is "
+                f"{len(block.ids) if block.left_out else room}; cut it first"
             )
         if len(block.ids) and block.ids.max() >= rows:
             raise ArgumentError(

@@ -139,10 +139,10 @@ def columns_of_tokens(
 
 
 def token_counts(encoded: Sequence[Encoded]) -> dict[str, int]:
-    """What is counted of a shard's tokens; `cut` are conversations longer than a context."""
+    """What is counted of a shard's tokens; `cut` are conversations read in part."""
     counts = {
         "tokens": sum(len(block.ids) for block in encoded),
         "walk_failed": sum(block.ends is None for block in encoded),
     }
-    cut = sum(block.left_out > 0 for block in encoded)
+    cut = sum(block.left_out > 0 and block.ends is not None for block in encoded)
     return counts | ({"cut": cut} if cut else {})

@@ -80,8 +80,9 @@ class TargetTokensStage(_ExternalizeStage):
             "tokenizer": self.reader.tokenizer_fingerprint,
             "corpus": self.context.fingerprint("corpus"),
         }
-        if self.context.recipe.corpus.has_conversations:  # which are read as far as it goes
-            inputs["context"] = str(self.reader.located.context_tokens)
+        context = self.reader.located.context_tokens
+        if context is not None and self.context.recipe.corpus.has_conversations:
+            inputs["context"] = str(context)  # as far as which they are read
         return Identity(self.name, {}, inputs)
 
     def fill(self, folder: StageWriter) -> None:
@@ -222,7 +223,7 @@ def _tell_changed(progress: Progress, name: str, changed: int, blocks: int) -> N
     if changed:
         progress.say(
             f"{name}: {changed:,} of {blocks:,} blocks are left out, because its tokenizer changes "
-            "their text"
+            "their text, or nothing that is learnt is within its context"
         )
 
 

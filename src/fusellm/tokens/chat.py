@@ -159,7 +159,7 @@ class ChatEncoder(Encoder):
                 "this model one in the recipe, as chat_template: FILE.jinja, or leave it out"
             )
         self.template, self.system = own, system
-        self.context_tokens: int | None = None  # what is tried here is short
+        self.context_tokens = context_tokens
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = {token.content: token for token in special}
         added = tokenizer.added_tokens_decoder.items()
@@ -168,12 +168,11 @@ class ChatEncoder(Encoder):
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._later_ids = _later_ids_of(tokenizer, self._text_ids)
         self.vocabulary = replace(self.vocabulary, eos_id=self._end_of_turn(), prefix_ids=())
-        (probe,) = self.encode_conversations([_PROBE])
+        (probe,) = self._encode_whole([_PROBE])
         if probe.predicted is None:
             raise self._says_no_answer()
         first = probe.ids[probe.predicted][0]
         self._has_dummy_prefix = bool(self.vocabulary.may_be_dummy[first])
-        self.context_tokens = context_tokens
 
     def _end_of_turn(self) -> int | None:
         try:
@@ -220,6 +219,11 @@ class ChatEncoder(Encoder):
             be read `ends` is None, and `reason` says why. One that is longer than the model's
             context ends with it: what stands behind is not learnt from this model.
         """
+        whole = self._encode_whole(conversations)
+        return [within_context(one, self.context_tokens) for one in whole]
+
+    def _encode_whole(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """As `encode_conversations` does, whatever the model's context is."""
         read: list[list[_Section] | str] = []
         for conversation in conversations:
             try:
@@ -243,7 +247,7 @@ class ChatEncoder(Encoder):
         Args:
             prompts: conversations that end with what is to be answered.
         """
-        encoded = self.encode_conversations([one.answered(_ANSWER) for one in prompts])
+        encoded = self._encode_whole([one.answered(_ANSWER) for one in prompts])
         return [
             (one.reason or CHANGED)
             if one.predicted is None
@@ -327,7 +331,7 @@ class ChatEncoder(Encoder):
             ids += tokens.ids
             ends += own.tolist()
             predicted += asked.tolist()
-        return within_context(_encoded(conversation, ids, ends, predicted), self.context_tokens)
+        return _encoded(conversation, ids, ends, predicted)
 
     def _sections(self, conversation: Conversation, pieces: Sequence[_Piece]) -> Iterator[_Section]:
         """Special tokens, and the texts between them."""

@@ -16,7 +16,8 @@ class Sample:
         example: the beginning of the first of these; empty where there is none.
         longest: tokens of the longest block.
         reason: of a conversation that is changed, why.
-        cut: conversations that are longer than the model's context.
+        cut: conversations that are read, and are longer than the model's context.
+        too_long: whether the first that is not read is one of which nothing is within that.
     """
 
     blocks: int
@@ -25,6 +26,7 @@ class Sample:
     longest: int = 0
     reason: str | None = None
     cut: int = 0
+    too_long: bool = False
 
     @property
     def changed_share(self) -> float:
@@ -36,8 +38,9 @@ def sample(encoded: Sequence[Encoded], texts: Sequence[str]) -> Sample:
     """What became of blocks of text; no model is needed."""
     changed = [n for n, tokens in enumerate(encoded) if tokens.ends is None]
     longest = max((len(tokens.ids) + tokens.left_out for tokens in encoded), default=0)
-    cut = sum(tokens.left_out > 0 for tokens in encoded)
-    example, reason = "", None
-    if changed:
-        example, reason = texts[changed[0]][:60], encoded[changed[0]].reason
-    return Sample(len(texts), len(changed), example, longest, reason, cut)
+    cut = sum(tokens.left_out > 0 and tokens.ends is not None for tokens in encoded)
+    if not changed:
+        return Sample(len(texts), 0, "", longest, cut=cut)
+    first = encoded[changed[0]]
+    example, too_long = texts[changed[0]][:60], first.left_out > 0
+    return Sample(len(texts), len(changed), example, longest, first.reason, cut, too_long)

@@ -353,11 +353,11 @@ def compared_on(notes: Mapping[str, Any]) -> str | None:
     """How much of the held-out text bits per byte are over; None where notes do not say.
 
     >>> compared_on({"blocks": 60, "blocks_left_out": 51, "blocks_changed": {"small": 51}})
-    'Compared on 9 of 60 held-out blocks; blocks that a tokenizer changes: small 51.'
+    'Compared on 9 of 60 held-out blocks; blocks that a model cannot read: small 51.'
     """
     if "blocks" not in notes:
         return None
     blocks, changed = notes["blocks"], notes["blocks_changed"]
     said = f"Compared on {blocks - notes['blocks_left_out']:,} of {blocks:,} held-out blocks"
     each = ", ".join(f"{name} {count:,}" for name, count in changed.items())
-    return f"{said}; blocks that a tokenizer changes: {each}." if each else f"{said}."
+    return f"{said}; blocks that a model cannot read: {each}." if each else f"{said}."
