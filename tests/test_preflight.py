@@ -219,7 +219,7 @@ def test_what_is_left_out_is_said_and_stands_beside_the_results(
     assert notes["blocks_changed"] == {"second": left_out}
     sentence = (
         f"Compared on {notes['blocks'] - left_out} of {notes['blocks']} held-out blocks; blocks "
-        f"that a tokenizer changes: second {left_out}."
+        f"that a model cannot read: second {left_out}."
     )
     table = tmp_path / "table.md"
     assert command(monkeypatch, "evaluate", run, "--suite", "lm", "--save", table) == 0

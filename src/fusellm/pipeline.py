@@ -5,6 +5,7 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from fusellm.store.run_folder import (
     records_of,
     require_no_rounds,
 )
+from fusellm.store.usage import measured
 from fusellm.store.writer import set_aside
 from fusellm.training import processes
 
@@ -141,7 +143,13 @@ class Pipeline:
             processes.first(partial(self._begin, redo, ensured))
             for stage in asked:
                 processes.first(partial(self._ready, stage, redo))
-                stage.execute(redo)
+                with self._measured(stage):
+                    stage.execute(redo)
+
+    def _measured(self, stage: Stage) -> AbstractContextManager[None]:
+        """While a stage is made, if it is not finished; what it uses is kept beside it."""
+        wanted = isinstance(stage, ManifestStage) and not stage.complete and processes.is_first()
+        return measured(self.run, stage.name) if wanted else nullcontext()
 
     def _preflight(self, unfinished: Sequence[Stage]) -> None:
         """Check what can be known before any work of these stages."""

@@ -14,6 +14,7 @@ from fusellm.explain.block import BlockView, inspect_block
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.pipeline import Pipeline
+from fusellm.plan.plan import plan_run
 from fusellm.preflight import require_disk
 from fusellm.progress import Progress, Silent
 from fusellm.reading.engine import LOCAL, EngineSettings
@@ -21,6 +22,7 @@ from fusellm.recipe_file import folder_of_run, open_recipe, resolve_paths
 from fusellm.rounds import rounds_of, write_recipe_of_rounds
 from fusellm.stages.evaluate import read_results
 from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.planned import Plan, write_plan
 from fusellm.store.run_folder import FUSED, STAGES, SUITES, trained_folder
 
 
@@ -113,6 +115,35 @@ class Run:
         checked = self.rounds[0]._pipeline.check()
         require_disk(checked)
         return checked
+
+    def plan(self, *, processes: int = 1, shapes_only: bool = False) -> Plan:
+        """What the run will take, before any large work: time, disk, memory and operations.
+
+        Each stage does a little of its work and is timed, in a folder that is removed; so it is
+        seen too what the sources know of the text. The plan is kept in the run's folder, where
+        the report finds it. Of a recipe with `rounds` it is of the first. Suites are not planned.
+
+        Args:
+            processes: that are to train.
+            shapes_only: whether to try nothing, and load no weights: what is known by the models'
+                configurations alone. Such a plan is not kept.
+
+        Raises:
+            RecipeError: how much text there is is not known before it is cut.
+            FusellmError: as a run does.
+        """
+        first = self.rounds[0]
+        made = plan_run(
+            first.recipe,
+            first.folder,
+            self._progress,
+            processes=processes,
+            shapes_only=shapes_only,
+            trusted=self.trusted,
+        )
+        if not shapes_only:
+            write_plan(first.folder, made)
+        return made
 
     def execute(self, *stages: str, redo: bool = False) -> "Run":
         """Run stages, or go on with them; all if none is named.

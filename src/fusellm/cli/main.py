@@ -19,6 +19,7 @@ from fusellm.cli.init import init
 from fusellm.cli.inspect import inspect
 from fusellm.cli.launch import parting
 from fusellm.cli.merge import merge
+from fusellm.cli.plan import plan
 from fusellm.cli.run import check, corpus, demo, externalize, fuse, generate, report, run, train
 from fusellm.cli.status import clean, status
 from fusellm.cli.store import store_app
@@ -77,7 +78,7 @@ def schema(
 
 _RUNS = (demo, run, generate, corpus, externalize, fuse, train, evaluate, report)
 _OTHERS = (check, inspect, init, status, clean, doctor, schema)
-for _command in (tokenizers, *_RUNS, study, merge, *_OTHERS):
+for _command in (tokenizers, plan, *_RUNS, study, merge, *_OTHERS):
     app.command()(_command)  # in the order of `fusellm --help`
 
 

@@ -175,7 +175,7 @@ class _Objective(torch.autograd.Function):
         gradients = _Gradients(hidden, (weight, bias), wants)
         head = replace(head, weight=weight, bias=bias).widened()
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
-        chunk = _chunk_rows(weight)
+        chunk = rows_of_chunk(weight.shape[0], weight.shape[1], weight.is_cuda)
         cuts = _Cuts(outcomes, chunk)
         clm_weight, fusion_weight = _weights(outcomes.present, *weights)
         # Kept from chunk to chunk: to free and to take tens of MB each time costs 8 % on a CPU.
@@ -287,12 +287,16 @@ def _is_differentiated(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _chunk_rows(weight: torch.Tensor) -> int:
-    """Positions of a chunk, for a head's weight [V, d]."""
-    if weight.is_cuda:
-        return max(1, _CHUNK_ELEMENTS_GPU // weight.shape[0])
-    in_cache = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-    if weight.numel() <= _CACHED_WEIGHT:
+def rows_of_chunk(vocabulary: int, width: int, on_gpu: bool) -> int:
+    """Positions of a chunk, for a head's weight [V, d].
+
+    >>> rows_of_chunk(1 << 20, 8, on_gpu=True)
+    128
+    """
+    if on_gpu:
+        return max(1, _CHUNK_ELEMENTS_GPU // vocabulary)
+    in_cache = max(1, _CHUNK_ELEMENTS // vocabulary)
+    if vocabulary * width <= _CACHED_WEIGHT:
         return in_cache
     return max(in_cache, _LEAST_ROWS)
 

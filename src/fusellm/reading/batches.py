@@ -63,6 +63,15 @@ def pad(rows: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor,
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
+def default_batch_tokens(on_gpu: bool) -> int:
+    """Tokens of one forward pass that suit a device.
+
+    >>> default_batch_tokens(on_gpu=False)
+    2048
+    """
+    return _BATCH_TOKENS_GPU if on_gpu else _BATCH_TOKENS_CPU
+
+
 @dataclass
 class BatchLimit:
     """What has been learnt of a device's memory.
@@ -103,8 +112,7 @@ def read_blocks(
         ModelError: memory does not suffice for one block.
     """
     if batch_tokens is None:
-        on_gpu = input_device(model).type == "cuda"
-        batch_tokens = _BATCH_TOKENS_GPU if on_gpu else _BATCH_TOKENS_CPU
+        batch_tokens = default_batch_tokens(input_device(model).type == "cuda")
     plan = plan_batches([len(row) if len(row) > 1 else 0 for row in ids], batch_tokens)
     number, processes = share
     waiting = [plan[n % len(plan)] for n in range(number, len(plan) + number, processes)][::-1]

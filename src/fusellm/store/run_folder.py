@@ -23,6 +23,10 @@ INDEX = "index.json"
 """In that folder: which records belong together."""
 NOW = (".now.json", ".now.json.half")
 """What a run is doing, and the same while it is being written."""
+USAGE = (".usage.json", ".usage.json.half")
+"""What each stage has used, and the same while it is being written."""
+PLAN, PROBE = "plan.json", ".plan"
+"""What was planned, before the run or beside it; and where a plan is tried, while it is made."""
 SAVED_WHOLE = "saved-whole"
 """In a checkpoint's folder, once all of it is on disk."""
 
@@ -90,7 +94,7 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        names = (*STAGES, SUITES, ASIDE, RECIPE, *NOW)
+        names = (*STAGES, SUITES, ASIDE, RECIPE, PLAN, PROBE, *NOW, *USAGE)
         return [path for name in names if (path := run / name).exists() or path.is_symlink()]
     paths = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:

@@ -90,6 +90,7 @@ def render(run: ReportedRun) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "excerpt": _excerpt}
+    environment.filters |= {"size": size}
     colours = {name: colour_of_series(index) for index, name in enumerate(run.sources)}
     return environment.get_template("page.html.jinja").render(
         run=run,
@@ -125,6 +126,19 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def size(amount: float) -> str:
+    """Bytes in the unit that they are told in.
+
+    >>> [size(n) for n in (820.0, 12_340_000.0, 1.5e12)]
+    ['820 B', '12.3 MB', '1,500 GB']
+    """
+    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= many:
+            value = amount / many
+            return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+    return f"{amount:.0f} B"
 
 
 def _section(one: SuiteResults) -> SuiteSection:

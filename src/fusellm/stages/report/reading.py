@@ -16,7 +16,9 @@ from fusellm.evaluation.text.intervals import Record
 from fusellm.models.cards import without_folders
 from fusellm.store.files import from_json
 from fusellm.store.manifest import MANIFEST, Manifest, first_fault, read_manifest
+from fusellm.store.planned import plan_of
 from fusellm.store.run_folder import RECIPE, SUITES
+from fusellm.store.usage import usage_of
 
 LOSSES = ("clm_loss", "fusion_loss")
 
@@ -63,6 +65,20 @@ class DomainCounts:
     sources: dict[str, SourceCounts]
 
 
+@dataclass(frozen=True)
+class PlanAndFact:
+    """A stage as `fusellm plan` had it, and as it was; None for what is not known.
+
+    Attributes:
+        seconds, bytes, memory: (planned, measured).
+    """
+
+    stage: str
+    seconds: tuple[float | None, float | None]
+    bytes: tuple[float | None, float | None]
+    memory: tuple[float | None, float | None]
+
+
 _DOMAINS, _RECORDS = TypeAdapter(dict[str, DomainCounts]), TypeAdapter(list[Record])
 
 
@@ -79,6 +95,7 @@ class ReportedRun:
     seconds: Mapping[str, float]
     software: Mapping[str, str]
     suites: list[SuiteResults]
+    plan: list[PlanAndFact] = field(default_factory=list)
 
     @property
     def sources(self) -> list[str]:
@@ -143,6 +160,7 @@ def read_run(run: Path) -> ReportedRun:
         seconds={stage: manifest.seconds for stage, manifest in manifests.items()},
         software=_software(manifests.values()),
         suites=read_suites(run / SUITES),
+        plan=_plan_and_fact(run, manifests),
     )
 
 
@@ -208,6 +226,27 @@ def _manifests(run: Path) -> dict[str, Manifest]:
         with suppress(StoreError):  # nothing on the page depends on one
             manifests[name] = read_manifest(run / name / MANIFEST)
     return manifests
+
+
+def _plan_and_fact(run: Path, manifests: Mapping[str, Manifest]) -> list[PlanAndFact]:
+    """What was planned of each stage that is finished, beside what it took."""
+    plan, usage = plan_of(run), usage_of(run)
+    rows = []
+    for stage in plan.stages if plan is not None else ():
+        manifest, used = manifests.get(stage.name), usage.get(stage.name)
+        if manifest is None or not manifest.complete:
+            continue
+        size = sum(int(shard["bytes"]) for shard in manifest.shards.values())
+        memory = None if used is None else used.device_memory
+        rows.append(
+            PlanAndFact(
+                stage.name,
+                (stage.seconds, manifest.seconds),
+                (stage.bytes, float(size)),
+                (stage.memory, memory),
+            )
+        )
+    return rows
 
 
 def _software(manifests: Iterable[Manifest]) -> dict[str, str]:

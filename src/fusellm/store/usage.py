@@ -1,0 +1,117 @@
+"""What each stage of a run has used: time, and memory at its most.
+
+It is a small file in the run's folder.
+
+It says nothing that is needed; the report puts it beside what was planned.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from fusellm.store.run_folder import USAGE
+
+_RESETS_THE_PEAK = "5"  # of resident memory: proc(5), clear_refs
+_Amount = Annotated[float, Field(allow_inf_nan=False, ge=0, lt=1e18)]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a stage has used, over all times that it was gone on with.
+
+    Attributes:
+        seconds: that it took.
+        memory: bytes that the process has held at most.
+        gpu: bytes that torch has held on the GPU at most; 0 without one.
+    """
+
+    seconds: _Amount
+    memory: _Amount
+    gpu: _Amount = 0.0
+
+    @property
+    def device_memory(self) -> float:
+        """Bytes where models are: on the GPU, if there is one.
+
+        >>> Usage(1.0, 5.0).device_memory, Usage(1.0, 5.0, 3.0).device_memory
+        (5.0, 3.0)
+        """
+        return self.gpu or self.memory
+
+    def and_then(self, later: "Usage") -> "Usage":
+        """Both times together.
+
+        >>> Usage(1.0, 5.0).and_then(Usage(2.0, 4.0))
+        Usage(seconds=3.0, memory=5.0, gpu=0.0)
+        """
+        seconds, memory = self.seconds + later.seconds, max(self.memory, later.memory)
+        return Usage(seconds, memory, max(self.gpu, later.gpu))
+
+
+_FILE = TypeAdapter(dict[str, Usage])
+
+
+def usage_of(run: Path) -> Mapping[str, Usage]:
+    """What is known, by the names of stages; nothing where the file is missing or damaged."""
+    try:
+        return _FILE.validate_json((run / USAGE[0]).read_bytes(), strict=True)
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def measured(run: Path, stage: str) -> Iterator[None]:
+    """Measure what is done while the context is open, and add it to a run's file.
+
+    Of a stage that has no folder yet nothing was done before.
+    """
+    begun = (run / stage).exists()
+    began = time.perf_counter()
+    _forget_peaks()
+    try:
+        yield
+    finally:
+        now = Usage(time.perf_counter() - began, peak_memory(), _peak_of_gpu())
+        known = dict(usage_of(run))
+        known[stage] = known[stage].and_then(now) if begun and stage in known else now
+        whole, half = (run / name for name in USAGE)
+        with suppress(OSError):  # a folder that can only be read
+            half.write_text(json.dumps({name: asdict(one) for name, one in known.items()}))
+            half.replace(whole)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most, since they were last forgotten."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        line = next(one for one in status.splitlines() if one.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def _forget_peaks() -> None:
+    """Where the system lets a process do so; elsewhere a peak is that of its whole life."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text(_RESETS_THE_PEAK, encoding="ascii")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_of_gpu() -> float:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    peaks = (torch.cuda.max_memory_allocated(one) for one in range(torch.cuda.device_count()))
+    return float(max(peaks, default=0))

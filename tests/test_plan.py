@@ -1,0 +1,358 @@
+"""What a run will take, before it: `fusellm plan`, `Run.plan`, and the report's plan and fact."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fusellm
+from conftest import Command
+from fusellm.config import ModelSettings
+from fusellm.errors import RecipeError, StoreError
+from fusellm.models.load import locate
+from fusellm.models.readers import Reader, reader_of
+from fusellm.plan import probe
+from fusellm.plan.cautions import cautions
+from fusellm.plan.memory import of_training
+from fusellm.plan.shapes import Shapes, shapes_of
+from fusellm.plan.stopwatch import Stopwatch
+from fusellm.progress import Silent
+from fusellm.recipe_file import open_recipe
+from fusellm.run import Run
+from fusellm.store.planned import MemoryParts, PlannedPair, plan_of
+from fusellm.store.run_folder import PLAN, PROBE, USAGE
+from fusellm.store.usage import measured, usage_of
+from fusellm.training.arguments import training_arguments
+
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "mpt"])
+def test_what_autograd_keeps_is_told_without_numbers(world: Path, name: str) -> None:
+    """Oracle: the same model with numbers, run on the processor."""
+    located = locate(ModelSettings(model=str(world / name)))
+    shapes = shapes_of(located, 64)
+    model = AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float32).train()
+    assert shapes.parameters == sum(one.numel() for one in model.parameters())
+    weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        model.base_model(input_ids=torch.zeros((1, 64), dtype=torch.int64), use_cache=False)
+    size = sum(size for place, (size, _) in kept.items() if place not in weights)
+    assert shapes.kept == pytest.approx(size, rel=0.15)  # kernels of attention keep other sums
+
+
+def test_operations_are_those_of_the_products(world: Path) -> None:
+    """Of a Llama: 2 for each weight of its linear layers and token, and attention's own."""
+    located = locate(ModelSettings(model=str(world / "llama")))
+    tokens, config = 32, located.config
+    shapes = shapes_of(located, tokens)
+    model = AutoModelForCausalLM.from_config(config)
+    linear = sum(
+        one.weight.numel()
+        for name, one in model.named_modules()
+        if isinstance(one, torch.nn.Linear) and name != "lm_head"
+    )
+    attention = 4 * tokens * tokens * config.hidden_size * config.num_hidden_layers
+    assert shapes.forward == pytest.approx(2 * tokens * linear + attention, rel=0.02)
+    assert shapes.head == 2 * config.vocab_size * config.hidden_size
+    assert shapes.operations == pytest.approx(shapes.forward / tokens + shapes.head)
+    assert shapes.linear == sum(
+        sum(one.weight.shape)
+        for name, one in model.named_modules()
+        if isinstance(one, torch.nn.Linear) and name != "lm_head"
+    )
+
+
+def test_an_architecture_that_cannot_be_run_without_numbers_is_estimated(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    located = locate(ModelSettings(model=str(world / "llama")))
+    exact = shapes_of(located, 64)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr("fusellm.plan.shapes._run", refuse)
+    rough = shapes_of(located, 64)
+    assert rough.parameters == exact.parameters
+    assert 0.3 * exact.forward < rough.forward < 3 * exact.forward
+    assert 0.2 * exact.kept < rough.kept < 5 * exact.kept
+
+
+SHAPES = Shapes(1_000_000, 1_000, 64, 4, 4_000, 512, 1e9, 8_000_000)
+
+
+def test_memory_of_a_training_by_its_settings(world: Path, tmp_path: Path) -> None:
+    recipe = open_recipe(world / "recipe.yaml")
+
+    def parts(**training: Any) -> MemoryParts:
+        raw = recipe.model_dump(by_alias=True)
+        raw["training"] |= training
+        changed = fusellm.Recipe.model_validate(raw)
+        arguments = training_arguments(changed, tmp_path, "fused")
+        return of_training(SHAPES, changed, arguments, 512, 4)
+
+    plain = parts()
+    assert plain.weights == plain.gradients == 4 * SHAPES.parameters
+    assert plain.optimizer == 2 * plain.weights
+    assert plain.activations == 8 * SHAPES.kept  # rows of a batch
+    assert parts(per_device_train_batch_size=2).activations == 2 * SHAPES.kept
+    assert parts(optim="sgd").optimizer == 0
+    assert parts(optim="adafactor").total < plain.total
+    kept = parts(gradient_checkpointing=True)
+    assert kept.activations < plain.activations / 2
+    lora = parts(lora={"r": 8})
+    assert lora.gradients == 4 * 8 * SHAPES.linear
+    assert lora.total < plain.total
+    spread = MemoryParts(8.0, 8.0, 16.0, 2.0, 1.0, sharded=4)
+    assert spread.total == 6 + 3
+    assert MemoryParts(8.0, 8.0, 16.0, 2.0, 1.0).total == 24 + 8
+
+
+# Cautions
+
+
+def _readers(world: Path) -> dict[str, Reader]:
+    settings = {"target": "llama", "strong": "neox", "weak": "mpt"}
+    return {
+        name: reader_of(ModelSettings(model=str(world / one))) for name, one in settings.items()
+    }
+
+
+def _pair(better: dict[str, float], width: float = 0.01) -> PlannedPair:
+    interval = {name: (value - width, value + width) for name, value in better.items()}
+    return PlannedPair({}, better, interval, "")
+
+
+def _said(world: Path, pairs: dict[str, PlannedPair], rate: float | None = 1e-3) -> list[str]:
+    readers = _readers(world)
+    shapes = {name: shapes_of(one.located, 64) for name, one in readers.items()}
+    return list(cautions(readers, shapes, pairs, rate))
+
+
+def test_sources_that_know_less_are_told_of(world: Path) -> None:
+    """Before an hour is spent: what no source knows better cannot be learnt from one."""
+    good = {"strong": _pair({"prose": 0.1, "code": 0.2}), "weak": _pair({"prose": -0.1, "code": 0})}
+    assert not [line for line in _said(world, good) if "costs" in line]
+    none = {name: _pair({"prose": -0.1, "code": -0.2}) for name in ("strong", "weak")}
+    (line, *_) = _said(world, none)
+    assert line.startswith("no source costs less than the target on any of the text")
+    some = {"strong": _pair({"prose": 0.1, "code": -0.1}), "weak": _pair({"prose": -1, "code": -2})}
+    said = _said(world, some)
+    assert any(one.startswith("on code no source costs less") for one in said)
+    assert any(
+        "weak costs more than the target on all of the text (2.00 bits" in one for one in said
+    )
+    unsure = {"strong": good["strong"], "weak": _pair({"prose": -0.1, "code": -0.2}, 0.5)}
+    assert not [line for line in _said(world, unsure) if line.startswith("weak")]
+
+
+@pytest.mark.parametrize(
+    ("front", "says"),
+    [
+        ("license: llama3.2", "asks that a model improved with its outputs"),
+        ("license: [llama2]", "forbids improving other language models"),
+        ("license: other\nlicense_name: evil-1", "evil-1, is its own"),
+        ("license: cc-by-nc-4.0", "no commercial use"),
+        ("license: apache-2.0", None),
+        ("license: [", None),
+        ("", None),
+    ],
+)
+def test_licences_that_say_something_of_outputs_are_named(
+    world: Path, tmp_path: Path, front: str, says: str | None
+) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(world / "neox", folder)
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    reader = reader_of(ModelSettings(model=str(folder)))
+    shapes = {"source": shapes_of(reader.located, 64)}
+    said = list(cautions({"source": reader}, shapes, {}, None))
+    assert any("the licence of" in one for one in said) == (says is not None)
+    assert says is None or any(says in one for one in said)
+
+
+def test_a_rate_far_from_others_and_rows_that_are_no_tokens_are_named(world: Path) -> None:
+    assert any("learning rate of 1e-06 is far from" in one for one in _said(world, {}, 1e-6))
+    assert not [one for one in _said(world, {}, None) if "learning rate" in one]
+    readers = _readers(world)
+    rows = len(readers["weak"].encoder.vocabulary) + 64
+    shapes = {name: shapes_of(one.located, 64) for name, one in readers.items()}
+    shapes["weak"] = Shapes(10, rows, 8, 1, 8, 64, 1.0, 1)
+    assert any(
+        one.startswith("weak: 64 of the") and "are no tokens" in one
+        for one in cautions(readers, shapes, {}, None)
+    )
+
+
+# Plans of runs
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Miniatures that are small beside the world's text."""
+    monkeypatch.setattr(probe, "_MOST_BYTES", 8_000)
+    monkeypatch.setattr(probe, "_LEAST_BLOCKS", 4)
+    monkeypatch.setattr(probe, "_STEPS", (3, 4))
+    monkeypatch.setattr(probe, "operations_per_second", lambda: 1e12)
+
+
+def test_a_plan_has_the_bytes_and_tokens_that_the_run_then_has(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None
+) -> None:
+    """Within 15 %, from half of the text."""
+    monkeypatch.setattr(probe, "_MOST_BYTES", 16_000)
+    changes = ["corpus.train_bytes=32_000", "corpus.held_out_bytes=8_000"]
+    changes += ["training.rows=packed", "training.row_tokens=256"]
+    run = Run(open_recipe(world / "recipe.yaml", changes), tmp_path / "run")
+    plan = run.plan()
+    assert not (run.folder / PROBE).exists()
+    assert plan_of(run.folder) == plan
+    assert sorted(path.name for path in run.folder.iterdir()) == [PLAN]
+    run.execute()
+    stages = {one.name: one for one in plan.stages}
+    usage = usage_of(run.folder)
+    folders = dict(fusellm.store.run_folder.stage_folders(run.folder))
+    assert set(stages) == set(folders) == set(usage)
+    for name, folder in folders.items():
+        size = sum(shard["bytes"] for shard in folder.shards.values())
+        if name != "corpus":
+            assert stages[name].bytes == pytest.approx(size, rel=0.15, abs=20_000), name
+        assert (stages[name].seconds or 0) > 0
+        assert stages[name].memory == pytest.approx(usage[name].memory, rel=0.3), name
+        if "tokens" in folder.counts and stages[name].tokens is not None:
+            assert stages[name].tokens == pytest.approx(folder.counts["tokens"], rel=0.15), name
+    counted = sum(folders["corpus"].counts["bytes"]["train"].values())
+    assert plan.text["train"] == pytest.approx(counted, rel=0.1)
+    assert not plan.is_cut
+    page = (run.folder / "report" / "index.html").read_text()
+    assert "Plan and fact" in page
+    assert page.count('<tr><th scope="row">train/clm</th>') == 2  # there, and under Time
+    again = run.plan()
+    assert again.is_cut
+    body = folders["corpus"].counts["bytes"]
+    assert again.text == {part: sum(body[part].values()) for part in body}
+
+
+def test_all_the_text_there_is_is_known_once_it_was_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None
+) -> None:
+    run = Run(open_recipe(world / "recipe.yaml"), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"corpus.train_bytes is not set.*`fusellm corpus`"):
+        run.plan()
+    assert not (run.folder / PROBE).exists()
+    monkeypatch.setattr(probe, "_MOST_BYTES", 4_000_000)
+    plan = run.plan()
+    run.corpus()
+    counts = fusellm.store.manifest.StageFolder(run.folder / "corpus").counts["bytes"]
+    assert plan.text["train"] == sum(counts["train"].values())
+
+
+def test_by_shapes_alone_no_weight_is_read_and_nothing_written(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("fusellm.models.load.load_model", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    changes = ["corpus.train_bytes=1_000_000_000", "training.num_train_epochs=2"]
+    run = Run(open_recipe(world / "recipe.yaml", changes), tmp_path / "run")
+    plan = run.plan(shapes_only=True, processes=8)
+    assert not run.folder.exists()
+    stages = {one.name: one for one in plan.stages}
+    assert plan.seconds is None
+    assert plan.processes == 8
+    assert stages["train/fused"].tokens == 2 * (stages["externalize/first"].tokens or 0)
+    ratio = (stages["train/fused"].operations or 0) / (stages["externalize/first"].operations or 1)
+    assert ratio == pytest.approx(6)  # forward and backward, twice over the text
+    assert set(plan.memory) == {"training", "first", "second"}
+
+
+def test_the_command_shows_a_screen_and_json(
+    world: Path, tmp_path: Path, command: Command, little: None
+) -> None:
+    changes = ["--set", "corpus.train_bytes=20_000", "--set", "corpus.held_out_bytes=4_000"]
+    given = ["plan", world / "recipe.yaml", "--out", tmp_path / "run", *changes]
+    code, out, error = command(*given)
+    assert code == 0, error
+    assert "train/fused" in out
+    assert "bits per byte saved" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = command(*given, "--json")
+    body = json.loads(out)
+    assert code == 0
+    assert body["bytes"] > 0
+    assert {one["name"] for one in body["stages"]} >= {"corpus", "fuse", "train/clm"}
+    code, out, _ = command(*given, "--shapes")
+    assert code == 0
+    assert "bits per byte saved" not in out
+
+
+def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
+    assert plan_of(tmp_path) is None
+    for odd in ("{", "{}", '{"recipe": 1}', "[" * 100_000):
+        (tmp_path / PLAN).write_text(odd)
+        with pytest.raises(StoreError, match="not what `fusellm plan` writes"):
+            plan_of(tmp_path)
+
+
+# What was used
+
+
+def test_usage_adds_up_and_a_stage_made_anew_begins_anew(tmp_path: Path) -> None:
+    with measured(tmp_path, "fuse"):
+        (tmp_path / "fuse").mkdir()
+    first = usage_of(tmp_path)["fuse"]
+    assert first.memory > 1e6
+    with measured(tmp_path, "fuse"):
+        pass
+    assert usage_of(tmp_path)["fuse"].seconds > first.seconds
+    (tmp_path / "fuse").rmdir()
+    before = usage_of(tmp_path)["fuse"].seconds
+    with measured(tmp_path, "fuse"):
+        pass
+    assert usage_of(tmp_path)["fuse"].seconds < before
+    (tmp_path / USAGE[0]).write_text("[")
+    assert usage_of(tmp_path) == {}
+
+
+def test_memory_is_that_of_the_stage_and_not_of_the_one_before(tmp_path: Path) -> None:
+    for stage, size in (("large", 300), ("small", 1)):
+        with measured(tmp_path, stage):
+            held = bytearray(size * 1024 * 1024)
+            held[::4096] = b"x" * len(held[::4096])
+            del held
+    usage = usage_of(tmp_path)
+    assert usage["large"].memory > usage["small"].memory + 200 * 1024 * 1024
+
+
+def test_a_stopwatch_tells_the_rate_from_what_comes_before() -> None:
+    import time
+
+    watch = Stopwatch(Silent())
+    with watch.start("work", 5, "steps") as bar:
+        time.sleep(0.3)  # is done once
+        for _ in range(5):
+            time.sleep(0.02)
+            bar.advance()
+    (loop,) = watch.taken()
+    assert loop.done == 5
+    assert loop.seconds > 0.4
+    assert loop.steady < 0.25
+    assert watch.taken() == []
