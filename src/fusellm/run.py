@@ -22,7 +22,7 @@ from fusellm.recipe_file import folder_of_run, open_recipe, resolve_paths
 from fusellm.rounds import rounds_of, write_recipe_of_rounds
 from fusellm.stages.evaluate import read_results
 from fusellm.store.manifest import MANIFEST, StageFolder
-from fusellm.store.planned import Plan, write_plan
+from fusellm.store.planned import RunPlan, write_plan
 from fusellm.store.run_folder import FUSED, STAGES, SUITES, trained_folder
 
 
@@ -116,7 +116,7 @@ class Run:
         require_disk(checked)
         return checked
 
-    def plan(self, *, processes: int = 1, shapes_only: bool = False) -> Plan:
+    def plan(self, *, processes: int = 1, shapes_only: bool = False) -> RunPlan:
         """What the run will take, before any large work: time, disk, memory and operations.
 
         Each stage does a little of its work and is timed, in a folder that is removed; so it is

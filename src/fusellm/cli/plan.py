@@ -13,7 +13,7 @@ from fusellm.cli.draw import SITUATIONS, right, table
 from fusellm.recipe_file import folder_of_run, open_recipe
 
 if TYPE_CHECKING:
-    from fusellm.store.planned import MemoryParts, Plan, PlannedPair
+    from fusellm.store.planned import MemoryParts, PlannedPair, RunPlan
 
 
 def plan(
@@ -51,7 +51,7 @@ def plan(
     STDOUT.show(*_screen(made))
 
 
-def _screen(plan: "Plan") -> Iterator[Table | Text]:
+def _screen(plan: "RunPlan") -> Iterator[Table | Text]:
     yield _stages(plan)
     text = ", ".join(f"{part.replace('_', '-')} {_bytes(size)}" for part, size in plan.text.items())
     counted = "as it is cut" if plan.is_cut else "by the recipe's budgets"
@@ -63,7 +63,7 @@ def _screen(plan: "Plan") -> Iterator[Table | Text]:
         yield Text.assemble(("▲ ", "yellow"), caution)
 
 
-def _stages(plan: "Plan") -> Table:
+def _stages(plan: "RunPlan") -> Table:
     tried = plan.seconds is not None
     columns = ["tokens", "operations", "on disk", *(["time", "memory"] if tried else [])]
     shown = table(
@@ -86,7 +86,7 @@ def _stages(plan: "Plan") -> Table:
 _PARTS = ("weights", "gradients", "optimizer", "activations", "objective")
 
 
-def _memory(plan: "Plan") -> Table:
+def _memory(plan: "RunPlan") -> Table:
     title = "Memory by shapes, of each device: a training of the target, and sources that read"
     name_column = Column("", no_wrap=True)
     shown = table(name_column, *map(right, (*_PARTS, "most")), title=title)
@@ -101,7 +101,7 @@ def _part(parts: "MemoryParts", name: str) -> float | None:
     return size or None
 
 
-def _pairs(plan: "Plan") -> Table:
+def _pairs(plan: "RunPlan") -> Table:
     cases = [right(case, header_style=look.style) for case, look in SITUATIONS.items()]
     title = "Tried: % of the target's positions by situation, and bits per byte saved"
     names = (Column(one, no_wrap=True) for one in ("source", "text"))

@@ -35,7 +35,7 @@ from fusellm.store.blocks import Block, open_corpus, read_part
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import make_folder, require_writable
 from fusellm.store.manifest import StageFolder
-from fusellm.store.planned import MemoryParts, Plan, PlannedPair, PlannedStage
+from fusellm.store.planned import MemoryParts, PlannedPair, PlannedStage, RunPlan
 from fusellm.store.run_folder import FUSED, PROBE
 from fusellm.training.arguments import training_arguments
 from fusellm.training.dataset import FusedDataset
@@ -53,7 +53,7 @@ def plan_run(
     processes: int = 1,
     shapes_only: bool = False,
     trusted: bool = False,
-) -> Plan:
+) -> RunPlan:
     """What a run will take; what was tried in its folder is removed.
 
     Args:
@@ -87,7 +87,7 @@ def plan_run(
             pairs = _pairs(folder, pipeline.readers)
     full = recipe.training.lora is None
     rate = float(arguments[FUSED].learning_rate) if full else None
-    return Plan(
+    return RunPlan(
         recipe.name,
         _hardware(),
         processes,

@@ -88,7 +88,7 @@ class PlannedPair:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run will take.
 
     Attributes:
@@ -136,10 +136,10 @@ class Plan:
         }
 
 
-_PLAN = TypeAdapter(Plan)
+_PLAN = TypeAdapter(RunPlan)
 
 
-def write_plan(run: Path, plan: Plan) -> None:
+def write_plan(run: Path, plan: RunPlan) -> None:
     """Write a plan into a run's folder, which is made where it is not there.
 
     Raises:
@@ -149,7 +149,7 @@ def write_plan(run: Path, plan: Plan) -> None:
     write_text(run / PLAN, _PLAN.dump_json(plan, indent=1).decode() + "\n")
 
 
-def plan_of(run: Path) -> Plan | None:
+def plan_of(run: Path) -> RunPlan | None:
     """The plan of a run; None where there is none.
 
     Raises:
