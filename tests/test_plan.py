@@ -1,33 +1,47 @@
 """What a run will take, before it: `fusellm plan`, `Run.plan`, and the report's plan and fact."""
 
 import json
+import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import fusellm
 from conftest import Command
 from fusellm.config import ModelSettings
 from fusellm.errors import RecipeError, StoreError
-from fusellm.models.load import locate
+from fusellm.models.load import Located, locate
 from fusellm.models.readers import Reader, reader_of
 from fusellm.plan import probe
 from fusellm.plan.cautions import cautions
-from fusellm.plan.memory import of_training
+from fusellm.plan.memory import of_reading, of_training
 from fusellm.plan.shapes import Shapes, shapes_of
 from fusellm.plan.stopwatch import Stopwatch
 from fusellm.progress import Silent
-from fusellm.recipe_file import open_recipe
+from fusellm.recipe_file import load_recipe, open_recipe
 from fusellm.run import Run
+from fusellm.store.manifest import StageFolder
 from fusellm.store.planned import MemoryParts, PlannedPair, plan_of
-from fusellm.store.run_folder import PLAN, PROBE, USAGE
+from fusellm.store.run_folder import PLAN, PROBE, USAGE, stage_folders
 from fusellm.store.usage import measured, usage_of
 from fusellm.training.arguments import training_arguments
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
+RECIPES = Path(fusellm.__file__).parent / "recipes"
 
 
 # Shapes
@@ -175,8 +189,6 @@ def test_sources_that_know_less_are_told_of(world: Path) -> None:
 def test_licences_that_say_something_of_outputs_are_named(
     world: Path, tmp_path: Path, front: str, says: str | None
 ) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(world / "neox", folder)
     (folder / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
@@ -227,7 +239,7 @@ def test_a_plan_has_the_bytes_and_tokens_that_the_run_then_has(
     run.execute()
     stages = {one.name: one for one in plan.stages}
     usage = usage_of(run.folder)
-    folders = dict(fusellm.store.run_folder.stage_folders(run.folder))
+    folders = dict(stage_folders(run.folder))
     assert set(stages) == set(folders) == set(usage)
     for name, folder in folders.items():
         size = sum(shard["bytes"] for shard in folder.shards.values())
@@ -259,7 +271,7 @@ def test_all_the_text_there_is_is_known_once_it_was_read(
     monkeypatch.setattr(probe, "_MOST_BYTES", 4_000_000)
     plan = run.plan()
     run.corpus()
-    counts = fusellm.store.manifest.StageFolder(run.folder / "corpus").counts["bytes"]
+    counts = StageFolder(run.folder / "corpus").counts["bytes"]
     assert plan.text["train"] == sum(counts["train"].values())
 
 
@@ -343,8 +355,6 @@ def test_memory_is_that_of_the_stage_and_not_of_the_one_before(tmp_path: Path) -
 
 
 def test_a_stopwatch_tells_the_rate_from_what_comes_before() -> None:
-    import time
-
     watch = Stopwatch(Silent())
     with watch.start("work", 5, "steps") as bar:
         time.sleep(0.3)  # is done once
@@ -356,3 +366,99 @@ def test_a_stopwatch_tells_the_rate_from_what_comes_before() -> None:
     assert loop.seconds > 0.4
     assert loop.steady < 0.25
     assert watch.taken() == []
+
+
+# Recipes of real pairs, with given shapes
+
+PAIRS = {
+    "smollm2-24gb": (24e9, 1),
+    "mistral-lora-24gb": (24e9, 1),
+    "llama-80gb": (80e9, 1),
+    "olmo-8x80gb": (80e9, 8),
+}
+
+
+def _config(kind: type, width: int, layers: int, heads: tuple[int, int], **more: Any) -> Any:
+    """A model's configuration, as its card has it."""
+    return kind(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        **more,
+    )
+
+
+def _configs() -> dict[str, Any]:
+    def of(inner: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+        return {"intermediate_size": inner, "vocab_size": vocabulary, "pad_token_id": None} | more
+
+    tied, apart = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+    small = of(6912, 262_144, head_dim=256, **tied)
+    return {
+        "HuggingFaceTB/SmolLM2-360M": _config(
+            LlamaConfig, 960, 32, (15, 5), **of(2560, 49_152, **tied)
+        ),
+        "Qwen/Qwen2.5-1.5B": _config(Qwen2Config, 1536, 28, (12, 2), **of(8960, 151_936, **tied)),
+        "google/gemma-3-1b-pt": _config(Gemma3TextConfig, 1152, 26, (4, 1), **small),
+        "mistralai/Mistral-7B-v0.3": _config(
+            MistralConfig, 4096, 32, (32, 8), **of(14_336, 32_768, **apart)
+        ),
+        "Qwen/Qwen3-8B-Base": _config(
+            Qwen3Config, 4096, 36, (32, 8), **of(12_288, 151_936, head_dim=128, **apart)
+        ),
+        "allenai/OLMo-2-1124-7B": _config(
+            Olmo2Config, 4096, 32, (32, 32), **of(11_008, 100_352, **apart)
+        ),
+        "meta-llama/Llama-3.2-3B": _config(
+            LlamaConfig, 3072, 28, (24, 8), **of(8192, 128_256, **tied)
+        ),
+        "Qwen/Qwen2.5-7B": _config(Qwen2Config, 3584, 28, (28, 4), **of(18_944, 152_064, **apart)),
+        "Qwen/Qwen2.5-14B": _config(Qwen2Config, 5120, 48, (40, 8), **of(13_824, 152_064, **apart)),
+        "microsoft/phi-4": _config(Phi3Config, 5120, 40, (40, 10), **of(17_920, 100_352, **apart)),
+    }
+
+
+PARAMETERS = {
+    "HuggingFaceTB/SmolLM2-360M": 0.36e9,
+    "Qwen/Qwen2.5-1.5B": 1.54e9,
+    "google/gemma-3-1b-pt": 1.0e9,
+    "mistralai/Mistral-7B-v0.3": 7.25e9,
+    "Qwen/Qwen3-8B-Base": 8.2e9,
+    "allenai/OLMo-2-1124-7B": 7.3e9,
+    "meta-llama/Llama-3.2-3B": 3.21e9,
+    "Qwen/Qwen2.5-7B": 7.62e9,
+    "Qwen/Qwen2.5-14B": 14.8e9,
+    "microsoft/phi-4": 14.7e9,
+}
+"""As their cards have them."""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_recipes_of_real_pairs_fit_the_devices_that_they_name(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each model by the figures of its card: none is loaded, and none is at hand."""
+    room, processes = PAIRS[name]
+    recipe = load_recipe(RECIPES / "pairs" / f"{name}.yaml")
+    configs = _configs()
+    monkeypatch.setattr("fusellm.plan.memory.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    for settings in (recipe.target, *recipe.sources):
+        located = Located(settings, settings.model, None, configs[settings.model], "", None)
+        shapes = shapes_of(located, 512)
+        assert shapes.parameters == pytest.approx(PARAMETERS[settings.model], rel=0.03)
+        if settings is recipe.target:
+            raw = recipe.model_dump(by_alias=True)
+            spread = raw["training"].pop("fsdp", None)
+            alone = fusellm.Recipe.model_validate(raw)
+            arguments = training_arguments(alone, tmp_path, "fused")
+            parts = of_training(shapes, alone, arguments, recipe.training.row_tokens, processes)
+            parts = replace(parts, sharded=processes if spread else 1)
+        else:
+            parts = of_reading(settings, shapes, recipe)
+        assert 0.05 * room < parts.total < 0.95 * room, (settings.model, parts)
+
+
+def test_the_pairs_are_all_there() -> None:
+    assert {path.stem for path in (RECIPES / "pairs").glob("*.yaml")} == set(PAIRS)

@@ -87,7 +87,7 @@ _PARTS = ("weights", "gradients", "optimizer", "activations", "objective")
 
 
 def _memory(plan: "RunPlan") -> Table:
-    title = "Memory by shapes, of each device: a training of the target, and sources that read"
+    title = "Memory of each device, by shapes"
     name_column = Column("", no_wrap=True)
     shown = table(name_column, *map(right, (*_PARTS, "most")), title=title)
     for name, parts in plan.memory.items():
@@ -105,7 +105,7 @@ def _pairs(plan: "RunPlan") -> Table:
     cases = [right(case, header_style=look.style) for case, look in SITUATIONS.items()]
     title = "Tried: % of the target's positions by situation, and bits per byte saved"
     names = (Column(one, no_wrap=True) for one in ("source", "text"))
-    shown = table(*names, *cases, right("saved"), title=title)
+    shown = table(*names, *cases, right("saved"), title=title, padding=(0, 1, 0, 0))
     for name, pair in plan.pairs.items():
         label = name
         for domain, shares in pair.situations.items():
@@ -120,7 +120,7 @@ def _better(pair: "PlannedPair", domain: str) -> Text:
     if better is None:
         return Text("–")
     interval = pair.interval.get(domain)
-    said = f"{better:.3f}" if interval is None else f"{better:.3f} ± {_half(interval):.3f}"
+    said = f"{better:+.2f}" if interval is None else f"{better:+.2f} ±{_half(interval):.2f}"
     return Text(said, "green" if better > 0 else "red")
 
 
