@@ -26,9 +26,9 @@ from fusellm.store.tables import folder_bytes
 from fusellm.store.usage import usage_of
 
 _SECONDS = 12.0  # that one model is read for, about, and as much again that one is trained for
-_EFFICIENCY = 0.3  # of a product of large matrices: what models reach, roughly
+_EFFICIENCY = 0.5  # of a product of large matrices: what models reach, roughly
 _BYTES_PER_TOKEN = 3.5
-_LEAST_BLOCKS, _MOST_BYTES = 16, 400_000
+_LEAST_BLOCKS, _MOST_BYTES = 8, 400_000
 _STEPS = 3, 40
 _SHARD_BLOCKS = 64  # of a record batch on disk: what a smaller one has around it weighs more
 _ONCE = ("mapping vocabularies", "reading installed text", "reading what files hold")
