@@ -56,8 +56,11 @@ def _screen(plan: "RunPlan") -> Iterator[Table | Text]:
     text = ", ".join(f"{part.replace('_', '-')} {_bytes(size)}" for part, size in plan.text.items())
     counted = "as it is cut" if plan.is_cut else "by the recipe's budgets"
     yield Text(f"Text: {text}, {counted}. While it trains {_bytes(plan.checkpoints)} more on disk.")
+    yield Text("\nMemory of each device, by shapes", _TITLE)
     yield _memory(plan)
     if plan.pairs:
+        said = "% of the target's positions by situation, and bits per byte saved"
+        yield Text(f"\nTried: {said}", _TITLE)
         yield _pairs(plan)
     for caution in plan.cautions:
         yield Text.assemble(("▲ ", "yellow"), caution)
@@ -83,13 +86,13 @@ def _stages(plan: "RunPlan") -> Table:
     return shown
 
 
+_TITLE = "bold italic"  # as tables have them, which would break one that is wider than they are
 _PARTS = ("weights", "gradients", "optimizer", "activations", "objective")
 
 
 def _memory(plan: "RunPlan") -> Table:
-    title = "Memory of each device, by shapes"
     name_column = Column("", no_wrap=True)
-    shown = table(name_column, *map(right, (*_PARTS, "most")), title=title)
+    shown = table(name_column, *map(right, (*_PARTS, "most")))
     for name, parts in plan.memory.items():
         label = f"{name}, over {parts.sharded}" if parts.sharded > 1 else name
         shown.add_row(label, *(_bytes(_part(parts, one)) for one in _PARTS), _bytes(parts.total))
@@ -103,9 +106,8 @@ def _part(parts: "MemoryParts", name: str) -> float | None:
 
 def _pairs(plan: "RunPlan") -> Table:
     cases = [right(case, header_style=look.style) for case, look in SITUATIONS.items()]
-    title = "Tried: % of the target's positions by situation, and bits per byte saved"
     names = (Column(one, no_wrap=True) for one in ("source", "text"))
-    shown = table(*names, *cases, right("saved"), title=title, padding=(0, 1, 0, 0))
+    shown = table(*names, *cases, right("saved"), padding=(0, 1, 0, 0))
     for name, pair in plan.pairs.items():
         label = name
         for domain, shares in pair.situations.items():

@@ -26,7 +26,8 @@ _LICENCES = {  # how the names of licences begin, and what these say of a model'
     "cc-by-nc": "allows no commercial use",
     "qwen-research": "allows research alone",
     "mrl": "allows research alone",
-    "apple-ascl": "has terms of its own",
+    "bigscience-": "restricts uses",
+    "creativeml-": "restricts uses",
     "openrail": "restricts uses",
     "other": "is its own: see what it says of training on outputs",
 }
@@ -48,9 +49,10 @@ def cautions(
         pairs: by sources; none where nothing was tried.
         rate: that all weights are trained with by fusion; None for adapters, which want others.
     """
-    yield from _weak_sources(pairs)
+    yield from _weak_sources({n: pair for n, pair in pairs.items() if not pair.is_referee})
     for name, reader in readers.items():
-        yield from _licence(name, reader.located)
+        if name != TARGET:  # whose outputs teach nobody
+            yield from _licence(name, reader.located)
     if rate is not None:
         yield from _rate(rate, shapes[TARGET].parameters)
     for name, reader in readers.items():
@@ -69,7 +71,7 @@ def _weak_sources(pairs: Mapping[str, PlannedPair]) -> Iterator[str]:
         domain for pair in pairs.values() for domain, better in pair.better_by.items() if better > 0
     }
     domains = {domain for pair in pairs.values() for domain in pair.better_by}
-    if pairs and not helps:
+    if domains and not helps:
         yield (
             "no source costs less than the target on any of the text: there is nothing to learn "
             "from them. Take text that they know better, or other sources"
@@ -96,13 +98,13 @@ def _weak_sources(pairs: Mapping[str, PlannedPair]) -> Iterator[str]:
 
 def _licence(name: str, located: Located) -> Iterator[str]:
     front = card_of(located)
-    told = front.get("license")
-    licence = str(told[0] if isinstance(told, list) and told else told or "").lower()
+    told, named = front.get("license"), front.get("license_name")
+    if isinstance(told, list):
+        told = told[0] if told else None
+    names = [one.lower() for one in (named, told) if isinstance(one, str)]
     for begins, says in _LICENCES.items():
-        if licence.startswith(begins):
-            named = front.get("license_name") if licence == "other" else None
-            shown = f"{named or licence}"[:60]
-            yield f"{name}: the licence of {located.settings.model}, {shown}, {says}"
+        if any(licence.startswith(begins) for licence in names):
+            yield f"{name}: the licence of {located.settings.model}, {names[0][:60]}, {says}"
             return
 
 

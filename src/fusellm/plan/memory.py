@@ -2,13 +2,14 @@
 
 Training holds weights W, the optimizer's state O, and at its most either all that autograd keeps of
 a batch with the buffers of the objective, A + C, or the gradients G, which take the place of A as
-the backward pass gives it up:
+the backward pass gives it up. Where several batches make a step, G stays:
 
-    W + O + max(A + C, G)          with FSDP over n processes: (W + O) / n + max(A + C, G / n)
+    W + O + max(A + C, G),  or  W + O + G + A + C;  with FSDP over n processes W, O, G are over n
 
 P parameters; B rows of T tokens in a batch; d hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 
 from transformers import TrainingArguments
@@ -24,10 +25,19 @@ from fusellm.training.arguments import is_sharded
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.55}  # with their scales
 _OPTIMIZERS = (  # bytes of state for each parameter that is trained, by how the name begins
+    ("adamw_torch_8bit", 2),
+    ("adamw_torch_4bit", 1),
+    ("rmsprop_bnb_8bit", 1),
+    ("rmsprop_8bit", 1),
+    ("ademamix_8bit", 3),
+    ("paged_ademamix_8bit", 3),
+    ("ademamix", 12),
+    ("paged_ademamix", 12),
+    ("lomo", 0),
+    ("adalomo", 0),
     ("adamw_8bit", 2),
     ("adamw_bnb_8bit", 2),
     ("paged_adamw_8bit", 2),
-    ("ademamix_8bit", 3),
     ("lion_8bit", 1),
     ("paged_lion_8bit", 1),
     ("adafactor", 0),
@@ -76,13 +86,15 @@ def of_training(
     trained = trained_parameters(shapes, lora)
     held = 4.0 if lora is None or lora.modules_to_save else width_of(recipe.target)
     weights = held * shapes.parameters + 4.0 * trained * (lora is not None)
+    sharded = is_sharded(arguments)
     if half and held == 4:  # autocast keeps copies of what it multiplies by
         weights += 2.0 * (shapes.parameters - shapes.rows * shapes.width)
     rows = arguments.per_device_train_batch_size
-    kept = shapes.kept * rows * row_tokens / shapes.row_tokens * (0.5 if half else 1.0)
+    width = 2 if half or held < 4 else 4
+    kept = shapes.kept * rows * row_tokens / shapes.row_tokens * width / 4
     positions = rows * row_tokens
     if arguments.gradient_checkpointing:  # of each layer its input, and one layer whole at a time
-        inputs = positions * shapes.width * (2 if half else 4) * shapes.layers
+        inputs = positions * shapes.width * width * shapes.layers
         kept = inputs + kept / max(shapes.layers, 1)
     on_gpu = default_device().type == "cuda"
     chunk = min(rows_of_chunk(shapes.rows, shapes.width, on_gpu), positions)
@@ -90,11 +102,12 @@ def of_training(
     objective = 2.0 * 4 * chunk * shapes.rows + 4.0 * positions * shapes.width + head
     return MemoryParts(
         weights=weights,
-        gradients=4.0 * trained,
+        gradients=4.0 * trained * (2 if processes > 1 and not sharded else 1),  # buckets of DDP
         optimizer=optimizer_bytes(arguments) * trained,
         activations=kept,
         objective=objective,
-        sharded=processes if is_sharded(arguments) else 1,
+        sharded=processes if sharded else 1,
+        accumulates=arguments.gradient_accumulation_steps > 1,
     )
 
 
@@ -114,7 +127,7 @@ def checkpoint_bytes(
 ) -> float:
     """Most bytes on disk of one training's checkpoints, until it is done.
 
-    A new one is there before an old one goes.
+    A new one is there before an old one goes, and the best one may be kept besides.
     """
     trained = trained_parameters(shapes, recipe.training.lora)
     most = 0.0
@@ -122,5 +135,7 @@ def checkpoint_bytes(
         if str(getattr(one.save_strategy, "value", one.save_strategy)) == "no":
             continue
         size = (4 + optimizer_bytes(one)) * trained
-        most = max(most, size * (1 + (one.save_total_limit or 1)))
+        saves = 1 / one.save_steps if 0 < one.save_steps < 1 else 1.0
+        kept = one.save_total_limit or math.ceil(saves)
+        most = max(most, size * (kept + 1 + (recipe.training.keep == "best")))
     return most

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.models.load import default_device
@@ -20,6 +21,7 @@ from fusellm.pipeline import Pipeline
 from fusellm.plan.shapes import Shapes
 from fusellm.plan.stopwatch import Loop, Stopwatch
 from fusellm.progress import Progress
+from fusellm.reading.batches import is_out_of_memory
 from fusellm.store.manifest import StageFolder
 from fusellm.store.run_folder import CLM, FUSED
 from fusellm.store.tables import folder_bytes
@@ -31,9 +33,19 @@ _BYTES_PER_TOKEN = 3.5
 _LEAST_BLOCKS, _MOST_BYTES = 8, 400_000
 _STEPS = 3, 40
 _SHARD_BLOCKS = 64  # of a record batch on disk: what a smaller one has around it weighs more
-_ONCE = ("mapping vocabularies", "reading installed text", "reading what files hold")
+_ONCE = ("mapping vocabularies", "reading installed text", "reading what files hold", "looking")
 """Loops that do not grow with the text."""
 _TRAINED_ALONE = ("fsdp", "fsdp_config", "deepspeed")
+_IN_MINIATURE: dict[str, Any] = {
+    "validations": 0,
+    "keep": "last",
+    "early_stop_validations": None,
+    "save_strategy": "no",
+    "report_to": "none",
+    "lr_scheduler_type": "constant",  # others want validations, or more steps than there are
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,12 @@ class Tried:
         return self.fixed + ratio * self.growing
 
 
-def miniature(recipe: Recipe, shapes: Mapping[str, Shapes]) -> Recipe:
-    """A recipe of a run that takes about a minute, or two where models are large.
+def miniature(recipe: Recipe, shapes: Mapping[str, Shapes], arguments: TrainingArguments) -> Recipe:
+    """A recipe of a run that takes about a minute, or some where models are large.
 
     Args:
         shapes: of the models, by name, the target's as "target".
+        arguments: of the training.
     """
     speed = _EFFICIENCY * operations_per_second()
     slowest = max(one.operations for one in shapes.values())
@@ -79,9 +92,10 @@ def miniature(recipe: Recipe, shapes: Mapping[str, Shapes]) -> Recipe:
     of_time = _SECONDS * speed / slowest * _BYTES_PER_TOKEN
     least = _LEAST_BLOCKS * min(corpus.block_bytes, 4096)
     sample = int(min(max(of_time, least), _MOST_BYTES, corpus.train_bytes or _MOST_BYTES))
-    batch = training.row_tokens if training.rows == "packed" else corpus.block_bytes / 3
-    batch *= training.arguments.get("per_device_train_batch_size", 16)
-    batch *= training.arguments.get("gradient_accumulation_steps", 1)
+    batch: float = training.row_tokens
+    if training.rows == "block":
+        batch = corpus.block_bytes / _BYTES_PER_TOKEN
+    batch *= arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     target = next(iter(shapes.values()))
     steps = int(_SECONDS * speed / (3 * target.operations * batch))
     raw = recipe.model_dump(by_alias=True)
@@ -98,19 +112,13 @@ def miniature(recipe: Recipe, shapes: Mapping[str, Shapes]) -> Recipe:
         generated = raw["corpus"]["documents"][number]["generated"]
         generated["prompts"] = min(generated["prompts"] or 8, 8)
     raw["evaluation"] |= {"suites": [], "resamplings": 1000}
-    raw["training"] |= {
-        "max_steps": min(max(steps, _STEPS[0]), _STEPS[1]),
-        "validations": 0,
-        "keep": "last",
-        "early_stop_validations": None,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-    for key in _TRAINED_ALONE:
+    raw["externalize"] |= {"not_finite_share": 0.9, "changed_share": 0.9}  # of few blocks
+    ours = _IN_MINIATURE | {"max_steps": min(max(steps, _STEPS[0]), _STEPS[1])}
+    raw["training"] |= ours
+    for key in (*_TRAINED_ALONE, "warmup_ratio"):
         raw["training"].pop(key, None)
-    raw["training"]["clm"] = {
-        key: value for key, value in training.clm.items() if key not in ("max_steps", "report_to")
-    }
+    left_out = {*ours, *_TRAINED_ALONE, "warmup_ratio"}
+    raw["training"]["clm"] = {k: v for k, v in training.clm.items() if k not in left_out}
     return Recipe.model_validate(raw)
 
 
@@ -145,7 +153,7 @@ def try_stages(
         run: a folder that is not there yet.
 
     Yields:
-        (name of a stage, what it did)
+        (name of a stage, what it did); none from a stage on for which the device has no room.
 
     Raises:
         FusellmError: as a run does.
@@ -156,7 +164,12 @@ def try_stages(
         if stage.command == "report":
             continue
         stopwatch.taken()
-        pipeline.execute([stage.name])
+        try:
+            pipeline.execute([stage.name])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return
         if stage.complete:
             yield stage.name, _tried(run, stage.name, stopwatch.taken())
 
@@ -168,7 +181,10 @@ def _tried(run: Path, name: str, loops: Sequence[Loop]) -> Tried:
     if name == "fuse":  # the sets of outcomes are of two vocabularies, whatever the text
         shards = sum(path.stat().st_size for path in folder.glob("train-*.arrow"))
         fixed, growing = fixed + growing - shards, shards
-    parts = {loop.what: loop.steady for loop in loops if not loop.what.startswith(_ONCE)}
+    parts: dict[str, float] = {}
+    for loop in loops:
+        if not loop.what.startswith(_ONCE):
+            parts[loop.what] = parts.get(loop.what, 0.0) + loop.steady
     counts = StageFolder(folder).counts
     steady = sum(parts.values())
     return Tried(usage.seconds, steady, growing, fixed, usage.device_memory, counts, parts)

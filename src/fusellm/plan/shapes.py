@@ -76,8 +76,11 @@ def shapes_of(located: Located, row_tokens: int) -> Shapes:
     """
     config = located.config
     text = config.get_text_config()
+    code: dict[str, Any] = {"trust_remote_code": located.runs_code}
+    if located.runs_code and located.commit is not None:
+        code["code_revision"] = located.commit
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=located.runs_code)
+        model = AutoModelForCausalLM.from_config(config, **code)
     model.train()
     parameters = sum(one.numel() for one in model.parameters())
     rows, width, layers = text.vocab_size, text.hidden_size, text.num_hidden_layers

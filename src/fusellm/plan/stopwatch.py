@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from fusellm.progress import Bar, Progress
 
+_BURST_SECONDS = 2e-3
+
 
 class Loop:
     """One loop over data, as its bar saw it.
@@ -37,11 +39,17 @@ class Loop:
         """Seconds that all its units take at the rate that it has after the first move.
 
         The first move has in it what is done once: memory is taken, code is compiled. Where there
-        is only one, that cannot be told apart.
+        is only one, that cannot be told apart. Blocks of one batch move a bar in a burst, which is
+        one move.
         """
-        if len(self._moves) < 2:
+        moves: list[tuple[float, float]] = []
+        for at, done in self._moves:
+            if moves and at - moves[-1][0] < _BURST_SECONDS:
+                moves.pop()
+            moves.append((at, done))
+        if len(moves) < 2:
             return self.seconds
-        (first, before), (last, after) = self._moves[0], self._moves[-1]
+        (first, before), (last, after) = moves[0], moves[-1]
         return (last - first) / (after - before) * self.done if after > before else self.seconds
 
 

@@ -9,13 +9,14 @@ from typing import Any
 from fusellm.config import CorpusSettings, Recipe
 from fusellm.corpus.look import EntryFacts
 from fusellm.errors import RecipeError
-from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.manifest import StageFolder
 
 PARTS = ("train", "validation", "held_out")
 BYTES_PER_TOKEN = 3.5
 """Of text, where no tokenizer was asked."""
-_PLAIN = frozenset(("text",))  # files that are as large as their text
-_FILLED = 0.9  # of a budget: what has less has read all the text there is
+_UNPACKED = frozenset(("text", "jsonl", "json", "csv", "tsv"))  # files at least as large as text
+_FILLED = {"train": 0.9, "validation": 0.25, "held_out": 0.25}
+"""Of what is asked for: what has less has read all the text there is."""
 
 
 @dataclass(frozen=True)
@@ -32,64 +33,82 @@ class CutInMiniature:
 
     Attributes:
         bytes: by part and domain.
-        budget: bytes to train on that were asked for.
+        asked: what of each part was asked for.
         target_tokens: of the part train.
     """
 
     bytes: Mapping[str, Mapping[str, int]]
-    budget: int
+    asked: CorpusSettings
     target_tokens: int
 
 
 def sizes_of(
-    recipe: Recipe, run: Path, entries: Sequence[EntryFacts], cut: CutInMiniature | None
+    recipe: Recipe,
+    run: Path,
+    entries: Sequence[EntryFacts],
+    is_cut: bool,
+    tried: CutInMiniature | None,
 ) -> TextSizes:
     """How much text a run will have.
 
     Args:
-        run: its folder; a corpus in it that is cut is counted.
+        run: its folder.
         entries: of `corpus.documents`.
-        cut: what was cut in miniature; None where nothing was.
+        is_cut: whether its corpus has been cut, and is counted.
+        tried: what was cut in miniature; None where nothing was.
 
     Raises:
         RecipeError: nothing says how much text there is.
     """
-    if (run / "corpus" / MANIFEST).exists() and (corpus := StageFolder(run / "corpus")).complete:
-        return TextSizes(_sums(corpus.counts["bytes"]), True)
+    if is_cut:
+        return TextSizes(_sums(StageFolder(run / "corpus").counts["bytes"]), True)
     settings = recipe.corpus
-    budgets, files = _budgets(settings, _whole_budget(settings, cut)), _files(settings, entries)
+    budgets, files = _budgets(settings, _whole_budget(settings, tried)), _files(settings, entries)
     left = 1 - settings.validation_share - settings.held_out_share
     parts = dict.fromkeys(PARTS, 0.0)
     for domain, budget in budgets.items():
+        seen = {} if tried is None else _all_there_is(tried, domain)
         whole = files.get(domain, math.inf)
-        train = min(budget, whole * left)
-        if cut is not None:
-            tried = cut.bytes["train"].get(domain, 0)
-            if tried < _FILLED * _budgets(settings, cut.budget)[domain]:
-                train = min(train, tried)
+        train = min(budget, whole * left, seen.get("train", math.inf))
         if train == math.inf:
             raise RecipeError(
                 "corpus.train_bytes is not set, so that how much text there is is known once it is "
                 f"cut: `fusellm corpus` first, and then plan again; or set it (domain {domain})"
             )
-        parts["train"] += train
         whole = min(whole, math.inf if budget < math.inf else train / left)
-        parts["validation"] += min(settings.validation_bytes, whole * settings.validation_share)
-        parts["held_out"] += min(settings.held_out_bytes, whole * settings.held_out_share)
+        measured = {
+            "validation": (settings.validation_bytes, settings.validation_share),
+            "held_out": (settings.held_out_bytes, settings.held_out_share),
+        }
+        parts["train"] += train
+        for part, (most, share) in measured.items():
+            parts[part] += min(most, whole * share, seen.get(part, math.inf))
     return TextSizes(parts, False)
+
+
+def _all_there_is(tried: CutInMiniature, domain: str) -> dict[str, float]:
+    """Bytes of the parts for which less text was there than was asked for, little as it was."""
+    asked = {
+        "train": _budgets(tried.asked, float(tried.asked.train_bytes or math.inf))[domain],
+        "validation": float(tried.asked.validation_bytes),
+        "held_out": float(tried.asked.held_out_bytes),
+    }
+    own = {part: float(tried.bytes[part].get(domain, 0)) for part in PARTS}
+    # To a block, which the parts that are measured take little more than two of.
+    return {part: size for part, size in own.items() if size < asked[part] * _FILLED[part]}
 
 
 def _sums(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {part: float(sum(counts[part].values())) for part in PARTS}
 
 
-def _whole_budget(settings: CorpusSettings, cut: CutInMiniature | None) -> float:
+def _whole_budget(settings: CorpusSettings, tried: CutInMiniature | None) -> float:
     """Bytes to train on; infinity where the recipe sets none."""
     if settings.train_tokens is None:
         return float(settings.train_bytes or math.inf)
     per_token = BYTES_PER_TOKEN
-    if cut is not None:
-        per_token = sum(cut.bytes["train"].values()) / max(cut.target_tokens, 1)
+    if tried is not None and tried.target_tokens > 1:
+        per_token = sum(tried.bytes["train"].values()) / tried.target_tokens
     return settings.train_tokens * per_token
 
 
@@ -104,10 +123,10 @@ def _budgets(settings: CorpusSettings, whole: float) -> dict[str, float]:
 
 
 def _files(settings: CorpusSettings, entries: Sequence[EntryFacts]) -> dict[str, float]:
-    """Bytes of text of the domains that are plain files alone."""
+    """Most bytes of text of the domains that are files alone, and not packed."""
     sizes: dict[str, float] = {}
     for documents, entry in zip(settings.documents, entries, strict=True):
-        plain = bool(entry.kinds) and entry.kinds.keys() <= _PLAIN
+        plain = bool(entry.kinds) and entry.kinds.keys() <= _UNPACKED
         own = float(entry.bytes) if plain else math.inf
         sizes[documents.domain] = sizes.get(documents.domain, 0.0) + own
     return sizes

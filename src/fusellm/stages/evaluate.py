@@ -82,14 +82,14 @@ class EvaluateStage(FilledStage):
         blocks = read_part(open_corpus(self.context.run), "held_out")
         measured: dict[str, str] = {}
         for name, model in models.items():
-            twin = measured.setdefault(_twin(model.located, model.encoder), name)
-            if _shard(twin) not in folder.shards:
+            same = measured.setdefault(twin(model.located, model.encoder), name)
+            if _shard(same) not in folder.shards:
                 before = self._measured_before(name, folder.identity, blocks)
                 batch_tokens, progress = recipe.evaluation.batch_tokens, self.context.progress
                 nats = before or measured_nats(name, model, blocks, batch_tokens, progress)[0]
                 write_nats(folder, _shard(name), blocks, nats)
         shards = {
-            name: _shard(measured[_twin(model.located, model.encoder)])
+            name: _shard(measured[twin(model.located, model.encoder)])
             for name, model in models.items()
         }
         read = {name: read_nats(folder, shard, blocks) for name, shard in shards.items()}
@@ -223,7 +223,7 @@ def _tokenizer_told(reader: Reader) -> list[str]:
     return [reader.tokenizer_fingerprint] if given else []
 
 
-def _twin(located: Located, encoder: Encoder) -> str:
+def twin(located: Located, encoder: Encoder) -> str:
     """Equal for models that must give equal results."""
     specials = encoder.vocabulary.prefix_ids, encoder.vocabulary.eos_id, *encoder.said_around
     return digest([located.fingerprint, located.settings.precision, encoder.rules, *specials])

@@ -28,6 +28,7 @@ class PlannedStage:
         seconds: that it will take here; None where that was not tried.
         memory: bytes that the process will hold at most, or the GPU, if there is one; None where
             that was not tried.
+        steps: of a training.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PlannedStage:
     bytes: _Amount | None = None
     seconds: _Amount | None = None
     memory: _Amount | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class MemoryParts:
 
     Attributes:
         weights: and what is kept of them in another precision.
-        gradients: of what is trained.
+        gradients: of what is trained, with the copies that processes exchange.
         optimizer: its state.
         activations: of a batch, as autograd keeps them; where nothing is trained, of one layer.
         objective: logits of a chunk, their gradient, and the gradients of hidden states and head.
         sharded: processes that FSDP spreads weights, gradients and optimizer over.
+        accumulates: whether gradients stay while the next batch's activations are made.
     """
 
     weights: _Amount
@@ -57,16 +60,18 @@ class MemoryParts:
     activations: _Amount = 0.0
     objective: _Amount = 0.0
     sharded: Annotated[int, Field(ge=1)] = 1
+    accumulates: bool = False
 
     @property
     def total(self) -> float:
-        """Bytes at the most on each device: gradients take the place of activations.
+        """Bytes at the most on each device; in one batch gradients take activations' place.
 
         >>> MemoryParts(weights=4.0, gradients=4.0, optimizer=8.0, activations=6.0).total
         18.0
         """
         spread = (self.weights + self.optimizer) / self.sharded
-        return spread + max(self.gradients / self.sharded, self.activations + self.objective)
+        gradients, batch = self.gradients / self.sharded, self.activations + self.objective
+        return spread + (gradients + batch if self.accumulates else max(gradients, batch))
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,14 @@ class PlannedPair:
             where it costs more.
         interval: of that, 95 %; None where there are too few documents.
         verdict: what the tokenizers make of it, in a sentence.
+        is_referee: whether it is compared and never taught.
     """
 
     situations: Mapping[str, Mapping[str, _Share]]
     better_by: Mapping[str, _Number]
     interval: Mapping[str, tuple[_Number, _Number] | None]
     verdict: str
+    is_referee: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class RunPlan:
 
     Attributes:
         recipe: its name.
+        made_for: digest of the whole recipe.
         hardware: that it was tried on, in words.
         processes: that are to train.
         text: bytes of each part of the corpus.
@@ -105,6 +113,7 @@ class RunPlan:
     """
 
     recipe: str
+    made_for: str
     hardware: str
     processes: int
     text: Mapping[str, _Amount]

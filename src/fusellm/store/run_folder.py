@@ -23,10 +23,10 @@ INDEX = "index.json"
 """In that folder: which records belong together."""
 NOW = (".now.json", ".now.json.half")
 """What a run is doing, and the same while it is being written."""
-USAGE = (".usage.json", ".usage.json.half")
-"""What each stage has used, and the same while it is being written."""
-PLAN, PROBE = "plan.json", ".plan"
-"""What was planned, before the run or beside it; and where a plan is tried, while it is made."""
+USAGE = ".usage.json"
+"""What each stage has used."""
+PLAN, PROBE = "plan.json", ".plan-"
+"""What was planned, before the run or beside it; and how folders begin in which a plan is tried."""
 SAVED_WHOLE = "saved-whole"
 """In a checkpoint's folder, once all of it is on disk."""
 
@@ -94,8 +94,9 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        names = (*STAGES, SUITES, ASIDE, RECIPE, PLAN, PROBE, *NOW, *USAGE)
-        return [path for name in names if (path := run / name).exists() or path.is_symlink()]
+        names = (*STAGES, SUITES, ASIDE, RECIPE, PLAN, USAGE, *NOW)
+        paths = [path for name in names if (path := run / name).exists() or path.is_symlink()]
+        return [*paths, *sorted(run.glob(f"{PROBE}*"))]
     paths = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]
     if stores:
         unfinished = [name for name, folder in folders.items() if not folder.complete]

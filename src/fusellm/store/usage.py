@@ -17,6 +17,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
+from fusellm.errors import StoreError
+from fusellm.store.files import alone_in, write_text
 from fusellm.store.run_folder import USAGE
 
 _RESETS_THE_PEAK = "5"  # of resident memory: proc(5), clear_refs
@@ -62,7 +64,7 @@ _FILE = TypeAdapter(dict[str, Usage])
 def usage_of(run: Path) -> Mapping[str, Usage]:
     """What is known, by the names of stages; nothing where the file is missing or damaged."""
     try:
-        return _FILE.validate_json((run / USAGE[0]).read_bytes(), strict=True)
+        return _FILE.validate_json((run / USAGE).read_bytes(), strict=True)
     except (OSError, ValueError):
         return {}
 
@@ -74,18 +76,19 @@ def measured(run: Path, stage: str) -> Iterator[None]:
     Of a stage that has no folder yet nothing was done before.
     """
     begun = (run / stage).exists()
-    began = time.perf_counter()
+    began, held = time.perf_counter(), _peak_of_gpu(now=True)
     _forget_peaks()
     try:
         yield
     finally:
-        now = Usage(time.perf_counter() - began, peak_memory(), _peak_of_gpu())
-        known = dict(usage_of(run))
-        known[stage] = known[stage].and_then(now) if begun and stage in known else now
-        whole, half = (run / name for name in USAGE)
-        with suppress(OSError):  # a folder that can only be read
-            half.write_text(json.dumps({name: asdict(one) for name, one in known.items()}))
-            half.replace(whole)
+        gpu = _peak_of_gpu()
+        # What is held on a GPU all the time, by torch itself, is no use of this stage.
+        now = Usage(time.perf_counter() - began, peak_memory(), gpu if gpu > held else 0.0)
+        with suppress(OSError, StoreError), alone_in(run):  # a folder that can only be read
+            known = dict(usage_of(run))
+            known[stage] = known[stage].and_then(now) if begun and stage in known else now
+            body = {name: asdict(one) for name, one in known.items()}
+            write_text(run / USAGE, json.dumps(body))
 
 
 def peak_memory() -> int:
@@ -109,9 +112,10 @@ def _forget_peaks() -> None:
             torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak_of_gpu() -> float:
+def _peak_of_gpu(now: bool = False) -> float:
+    """Bytes that torch has held at most on any GPU, or holds now; 0 where it uses none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0.0
-    peaks = (torch.cuda.max_memory_allocated(one) for one in range(torch.cuda.device_count()))
-    return float(max(peaks, default=0))
+    held = torch.cuda.memory_allocated if now else torch.cuda.max_memory_allocated
+    return float(max((held(one) for one in range(torch.cuda.device_count())), default=0))

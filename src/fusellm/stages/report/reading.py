@@ -15,6 +15,7 @@ from fusellm.evaluation.measure import SuiteResults, read_suites
 from fusellm.evaluation.text.intervals import Record
 from fusellm.models.cards import without_folders
 from fusellm.store.files import from_json
+from fusellm.store.identity import digest
 from fusellm.store.manifest import MANIFEST, Manifest, first_fault, read_manifest
 from fusellm.store.planned import plan_of
 from fusellm.store.run_folder import RECIPE, SUITES
@@ -231,8 +232,10 @@ def _manifests(run: Path) -> dict[str, Manifest]:
 def _plan_and_fact(run: Path, manifests: Mapping[str, Manifest]) -> list[PlanAndFact]:
     """What was planned of each stage that is finished, beside what it took."""
     plan, usage = plan_of(run), usage_of(run)
+    if plan is None or plan.made_for != _recipe_digest(run):
+        return []  # it was of another recipe
     rows = []
-    for stage in plan.stages if plan is not None else ():
+    for stage in plan.stages:
         manifest, used = manifests.get(stage.name), usage.get(stage.name)
         if manifest is None or not manifest.complete:
             continue
@@ -247,6 +250,13 @@ def _plan_and_fact(run: Path, manifests: Mapping[str, Manifest]) -> list[PlanAnd
             )
         )
     return rows
+
+
+def _recipe_digest(run: Path) -> str | None:
+    try:
+        return digest((run / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _software(manifests: Iterable[Manifest]) -> dict[str, str]:
