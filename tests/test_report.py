@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from conftest import Command
 from fusellm.errors import StoreError
 from fusellm.evaluation.text.intervals import Record
 from fusellm.evaluation.text.results import results_table
 from fusellm.evaluation.text.results import verdict as verdict_on
+from fusellm.stages.report.beside import write_beside
 from fusellm.stages.report.charts import Trace, line_chart
 from fusellm.stages.report.write import write_report
 from fusellm.store.identity import Identity
@@ -320,6 +322,70 @@ def test_any_number_of_sources_and_domains(tmp_path: Path, sources: int, domains
     html, page = read_page(run)
     assert page.open == []
     assert html.count("<svg") == 3 + (domains if domains > 1 else 0) + 1 + sources
+
+
+def _several(folder: Path, count: int) -> list[Path]:
+    runs = [make_run(folder / f"run-{n}", difference=-0.02 * n) for n in range(count)]
+    recipe = (runs[0] / "recipe.yaml").read_text()
+    (runs[1] / "recipe.yaml").write_text(recipe.replace("lambda: 0.5", f"lambda: '{HOSTILE}'"))
+    return runs
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_several_runs_stand_side_by_side(tmp_path: Path, count: int) -> None:
+    runs = _several(tmp_path, count)
+    out = tmp_path / "beside"
+    write_beside(runs, out)
+    html = (out / "index.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert "<script" not in html
+    assert "://" not in re.sub(r'xmlns="http://www\.w3\.org/2000/svg"', "", html)
+    assert page.headings() == ["fused", "clm", "fused-clm", "training", "differences", "time"]
+    assert page.words.count(HOSTILE) == 1  # the one setting in which they differ
+    assert "fusion.lambda" in page.words
+    assert "fusion.seed" not in page.words
+    body = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert list(body) == [run.name for run in runs]
+    for number, run in enumerate(runs):
+        assert body[run.name] == make_records(difference=-0.02 * number)
+        for record in body[run.name]:
+            if record["model"] == "fused":
+                assert f"{record['value']:.3f}" in page.words
+    assert f"The fused model of {runs[0].name} costs least" in page.words
+    before = html
+    write_beside(runs, out)
+    assert (out / "index.html").read_text(encoding="utf-8") == before
+
+
+def test_runs_of_other_text_are_told_apart(tmp_path: Path) -> None:
+    runs = _several(tmp_path, 2)
+    shard = {"sha256": "0" * 64, "bytes": 0, "segments": [], "counts": {"blocks": 0}}
+    manifest = Manifest(Identity("corpus", {}, {}), {}, shards={"held_out-00000.arrow": shard})
+    (runs[1] / "corpus" / "manifest.json").write_bytes(manifest.to_bytes())
+    write_beside(runs, tmp_path / "beside")
+    page = Page((tmp_path / "beside" / "index.html").read_text(encoding="utf-8"))
+    assert "Not all of them were measured on the same text" in page.words
+    assert page.words.count("text 2") == 3
+
+
+def test_several_runs_need_a_folder_of_their_own(tmp_path: Path, command: Command) -> None:
+    runs = _several(tmp_path, 2)
+    code, _, error = command("report", *runs)
+    assert code != 0
+    assert "--out" in error
+    code, out, _ = command("report", *runs, "--out", tmp_path / "beside")
+    assert code == 0
+    assert "index.html" in out
+    code, out, _ = command("report", *runs, "--out", tmp_path / "beside", "--json")
+    assert list(json.loads(out)) == ["run-0", "run-1"]
+    code, _, error = command("report", *runs, "--out", runs[0])
+    assert "is a run" in error
+    code, _, error = command("report", runs[0], runs[0], "--out", tmp_path / "beside")
+    assert "given twice" in error
+    code, _, error = command("report", runs[0], tmp_path / "nowhere", "--out", tmp_path / "beside")
+    assert code != 0
+    assert "nowhere" in error
 
 
 def test_same_bytes_twice(run: Path) -> None:

@@ -15,6 +15,7 @@ from fusellm.cli.draw import table
 from fusellm.cli.evaluate_screen import show, show_rounds
 from fusellm.cli.options import NO_CHANGES
 from fusellm.cli.status import status
+from fusellm.errors import RecipeError
 from fusellm.recipe_file import changed_evaluation, folder_of_run, open_recipe
 
 if TYPE_CHECKING:
@@ -45,9 +46,26 @@ def demo(
 
 
 def report(
-    recipe: options.RecipeOrRun, out: options.Out = None, as_json: options.Json = False
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE_OR_RUN",
+            help="A recipe (.yaml) or the folder of a run; or the folders of several runs.",
+            show_default=False,
+        ),
+    ],
+    out: options.Out = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Write results.json, results.csv and the report page of a run, from its folder alone."""
+    """Write results.json, results.csv and the report page of a run, from its folder alone.
+
+    Of several runs it is one page, with what they gained side by side, their curves, and where
+    their recipes differ; --out then names the folder of the page.
+    """
+    if len(recipes) > 1:
+        _report_beside(recipes, out, as_json)
+        return
+    (recipe,) = recipes
     folder = out or folder_of_run(recipe, open_recipe(recipe))
     from fusellm.stages.report.write import write_report
     from fusellm.store.run_folder import require_no_rounds
@@ -55,6 +73,19 @@ def report(
     require_no_rounds(folder)
     write_report(folder)
     _show_results([folder], as_json)
+
+
+def _report_beside(runs: Sequence[Path], out: Path | None, as_json: bool) -> None:
+    if out is None:
+        raise RecipeError("several runs have a page of their own: name its folder with --out")
+    from fusellm.stages.report.beside import write_beside
+
+    write_beside(runs, out)
+    page = out / "index.html"
+    if as_json:
+        print((out / "results.json").read_text(encoding="utf-8"), end="")
+    else:
+        STDOUT.say(f"Report: {page}")
 
 
 def check(

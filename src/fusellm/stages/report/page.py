@@ -82,35 +82,43 @@ def render(run: ReportedRun) -> str:
         A document that needs no other file, no network and no script.
     """
     results = Results(run.records)
-    environment = Environment(
+    colours = {name: colour_of_series(index) for index, name in enumerate(run.sources)}
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            run=run,
+            verdict=_unbroken(results.verdict()),
+            tasks=[(task, results.documents(task)) for task in results.tasks],
+            rows=results.rows(),
+            compared=compared_on(run.notes),
+            notes=list(_flat({k: v for k, v in run.notes.items() if not k.startswith("blocks")})),
+            suites=[_section(one) for one in run.suites],
+            training=_training_panels(run.logs),
+            validation=_domain_panels(run.logs),
+            trained=[Key(_STYLES[k][0], k, dashed=_STYLES[k][1]) for k in run.logs],
+            wins=_wins_chart(run.domains, colours),
+            wins_keys=[Key(s, colour) for s, colour in colours.items()] + [Key(_NO_SOURCE, "none")],
+            situations=_situation_panels(run.domains, run.sources),
+            situation_keys=[
+                Key(name, colour_of_situation(name), f"{meaning}.".replace("'", "’"))
+                for name, meaning in MEANINGS.items()
+            ],
+        )
+    )
+
+
+def environment() -> Environment:
+    """Templates of pages; what comes from a run is escaped in all of them."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "excerpt": _excerpt}
-    environment.filters |= {"size": size}
-    colours = {name: colour_of_series(index) for index, name in enumerate(run.sources)}
-    return environment.get_template("page.html.jinja").render(
-        run=run,
-        verdict=_unbroken(results.verdict()),
-        tasks=[(task, results.documents(task)) for task in results.tasks],
-        rows=results.rows(),
-        compared=compared_on(run.notes),
-        notes=list(_flat({k: v for k, v in run.notes.items() if not k.startswith("blocks")})),
-        suites=[_section(one) for one in run.suites],
-        training=_training_panels(run.logs),
-        validation=_domain_panels(run.logs),
-        trained=[Key(_STYLES[k][0], k, dashed=_STYLES[k][1]) for k in run.logs],
-        wins=_wins_chart(run.domains, colours),
-        wins_keys=[Key(s, colour) for s, colour in colours.items()] + [Key(_NO_SOURCE, "none")],
-        situations=_situation_panels(run.domains, run.sources),
-        situation_keys=[
-            Key(name, colour_of_situation(name), f"{meaning}.".replace("'", "’"))
-            for name, meaning in MEANINGS.items()
-        ],
-    )
+    made.filters |= {"number": number, "duration": duration, "excerpt": _excerpt, "size": size}
+    return made
 
 
 def duration(seconds: float) -> str:

@@ -144,7 +144,7 @@ def read_run(run: Path) -> ReportedRun:
         domains = _DOMAINS.validate_python(counts["domains"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, "fuse/counts.json", "fuse", error) from None
-    recipe = _recipe(run)
+    recipe = read_recipe(run)
     name = recipe.get("name") if isinstance(recipe, dict) else None
     manifests = _manifests(run)
     return ReportedRun(
@@ -274,7 +274,7 @@ def _to_be_shown(recipe: Any) -> str:
     return "" if shown is None else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def _recipe(run: Path) -> Any:
+def read_recipe(run: Path) -> Any:
     """What the recipe says; None where it cannot be read."""
     try:
         return yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
