@@ -28,7 +28,7 @@ _PAGES = {
     ),
 }
 _CAPTIONS = {"clm_loss": "training, L_CLM", "fusion_loss": "training, L_Fusion"}
-_LONGEST_VALUE = 60
+_LONGEST_VALUE, _BESIDE_A_CURVE = 60, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +166,21 @@ def _charts(runs: Sequence[RunBeside]) -> Iterator[Panel]:
         panels[_CAPTIONS[loss], "nats per token"] = of_loss
     for (caption, unit), curves in panels.items():
         traces = [
-            Trace(title, colour, curve.tokens, curve.values, dots=unit == "bits per byte")
+            Trace(_short(title), colour, curve.tokens, curve.values, dots=unit == "bits per byte")
             for title, (colour, curve) in curves.items()
             if curve is not None and curve.tokens
         ]
         if traces:
             yield Panel(caption, line_chart(f"{caption}, {unit}", unit, traces), unit)
+
+
+def _short(title: str) -> str:
+    """A title that has room beside a curve.
+
+    >>> _short("a-run-with-a-long-name")
+    'a-run-with-…'
+    """
+    return title if len(title) <= _BESIDE_A_CURVE else f"{title[: _BESIDE_A_CURVE - 1]}…"
 
 
 def _differences(runs: Sequence[RunBeside]) -> Iterator[tuple[str, list[str]]]:
