@@ -25,6 +25,7 @@ from transformers import (
 import fusellm
 from conftest import Command
 from fusellm.config import ModelSettings
+from fusellm.corpus.look import EntryFacts
 from fusellm.errors import RecipeError, StoreError
 from fusellm.models.load import Located, locate
 from fusellm.models.readers import Reader, reader_of
@@ -33,12 +34,14 @@ from fusellm.plan.cautions import cautions
 from fusellm.plan.memory import of_reading, of_training
 from fusellm.plan.shapes import Shapes, shapes_of
 from fusellm.plan.stopwatch import Stopwatch
+from fusellm.plan.text import CutInMiniature, sizes_of
 from fusellm.progress import Silent
 from fusellm.recipe_file import load_recipe, open_recipe
 from fusellm.run import Run
+from fusellm.store.files import alone_in
 from fusellm.store.manifest import StageFolder
 from fusellm.store.planned import MemoryParts, PlannedPair, plan_of
-from fusellm.store.run_folder import PLAN, USAGE, stage_folders
+from fusellm.store.run_folder import PLAN, PROBE, USAGE, stage_folders
 from fusellm.store.usage import measured, usage_of
 from fusellm.training.arguments import training_arguments
 
@@ -390,7 +393,8 @@ def test_what_this_device_has_no_room_for_is_planned_by_shapes(
     assert stages["fuse"].seconds is not None
     assert stages["train/fused"].seconds is None
     assert stages["train/fused"].operations
-    assert plan.cautions[0].startswith("train/fused, train/clm: this device has no room")
+    assert plan.cautions[0].startswith("this device has no room for train/fused")
+    assert not plan.is_whole
 
 
 def test_answers_that_are_not_written_yet_are_no_text(world: Path, tmp_path: Path) -> None:
@@ -418,6 +422,39 @@ def test_a_plan_of_another_recipe_is_not_in_the_report(
     Run(open_recipe(world / "recipe.yaml", other), run.folder).plan()
     run.execute("report")
     assert "Plan and fact" not in page.read_text()
+
+
+def test_what_a_killed_plan_has_left_is_removed(world: Path, tmp_path: Path, little: None) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    (run / f"{PROBE}old" / "train").mkdir(parents=True)
+    other.mkdir()
+    (run / f"{PROBE}link").symlink_to(other)
+    held = run / f"{PROBE}held"
+    held.mkdir()
+    with alone_in(held):
+        Run(open_recipe(world / "recipe.yaml", ["corpus.train_bytes=9_000"]), run).plan()
+    assert sorted(path.name for path in run.glob(f"{PROBE}*")) == [f"{PROBE}held", f"{PROBE}link"]
+    assert other.exists()
+
+
+def test_text_that_ran_out_is_known_and_text_that_did_not_is_not_taken_for_it() -> None:
+    """Budgets are of entries; they are filled to a block."""
+    documents = [{"hub": "a/small"}, {"hub": "a/large"}]
+    corpus = {"documents": documents, "train_bytes": 1_000_000_000}
+    raw = {"name": "one", "target": {"model": "x"}, "sources": [{"name": "s", "model": "y"}]}
+    recipe = fusellm.Recipe.model_validate(raw | {"corpus": corpus})
+    asked = recipe.corpus.model_copy(update={"train_bytes": 400_000, "block_bytes": 4096})
+    entries = [EntryFacts("corpus", {}, 0, None)] * 2
+
+    def train(size: int) -> float:
+        cut = CutInMiniature(
+            {"train": {"corpus": size}, "validation": {}, "held_out": {}}, asked, 1
+        )
+        return sizes_of(recipe, Path(), entries, False, cut).bytes["train"]
+
+    assert train(297_000) == 1e9  # the small one ran out, the large one did not
+    assert train(198_000) == 1e9  # to a block
+    assert train(150_000) == 150_000
 
 
 def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
@@ -484,6 +521,12 @@ def test_blocks_of_one_batch_are_one_move() -> None:
             bar.advance()
     (loop,) = watch.taken()
     assert loop.steady == loop.seconds > 0.04
+    with watch.start("cutting text into blocks", 100, "bytes") as bar:
+        for _ in range(100):
+            bar.advance()
+        time.sleep(0.1)  # looks for text to measure on
+    (loop,) = watch.taken()
+    assert loop.steady < 0.05 < loop.seconds
 
 
 def test_a_stopwatch_tells_the_rate_from_what_comes_before() -> None:

@@ -80,7 +80,7 @@ def _stages(plan: "RunPlan") -> Table:
     operations = sum(stage.operations or 0 for stage in plan.stages)
     whole = ["", _count(operations), _bytes(plan.bytes)]
     if tried:
-        whole += [_time(plan.seconds), ""]
+        whole += [f"{_time(plan.seconds)}{'' if plan.is_whole else ' +'}", ""]
     shown.add_section()
     shown.add_row(Text("all", "bold"), *(Text(cell, "bold") for cell in whole))
     return shown
@@ -92,7 +92,8 @@ _PARTS = ("weights", "gradients", "optimizer", "activations", "objective")
 
 def _memory(plan: "RunPlan") -> Table:
     name_column = Column("", no_wrap=True)
-    shown = table(name_column, *map(right, (*_PARTS, "most")))
+    columns = map(right, (*_PARTS, "most"))
+    shown = table(name_column, *columns, padding=(0, 1, 0, 0))
     for name, parts in plan.memory.items():
         label = f"{name}, over {parts.sharded}" if parts.sharded > 1 else name
         shown.add_row(label, *(_bytes(_part(parts, one)) for one in _PARTS), _bytes(parts.total))

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from fusellm.config import Recipe
+from fusellm.plan.memory import checkpoints_activations
 from fusellm.plan.probe import Tried
 from fusellm.plan.shapes import Shapes
 from fusellm.plan.text import BYTES_PER_TOKEN, PARTS, TextSizes
@@ -26,7 +27,9 @@ def steps_of(arguments: TrainingArguments, rows: int, processes: int) -> tuple[i
         processes: that train, each on rows of its own.
     """
     batches = rows / (arguments.per_device_train_batch_size * processes)
-    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    # Several processes fill up their last batch.
+    drops = arguments.dataloader_drop_last and processes == 1
+    batches = math.floor(batches) if drops else math.ceil(batches)
     per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     steps = math.ceil(arguments.num_train_epochs * per_epoch)
     if arguments.max_steps > 0:
@@ -40,7 +43,7 @@ def passes_of(arguments: TrainingArguments, trains_adapters: bool) -> int:
     The backward one is two: gradients of what goes in, and of weights, which adapters alone do
     nearly without. Activation checkpointing adds one.
     """
-    return (2 if trains_adapters else 3) + bool(arguments.gradient_checkpointing)
+    return (2 if trains_adapters else 3) + checkpoints_activations(arguments)
 
 
 @dataclass(frozen=True)

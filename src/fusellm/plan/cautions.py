@@ -51,7 +51,8 @@ def cautions(
     """
     yield from _weak_sources({n: pair for n, pair in pairs.items() if not pair.is_referee})
     for name, reader in readers.items():
-        if name != TARGET:  # whose outputs teach nobody
+        referee = name in pairs and pairs[name].is_referee
+        if not referee:  # whose outputs teach nobody
             yield from _licence(name, reader.located)
     if rate is not None:
         yield from _rate(rate, shapes[TARGET].parameters)
@@ -104,6 +105,7 @@ def _licence(name: str, located: Located) -> Iterator[str]:
     names = [one.lower() for one in (named, told) if isinstance(one, str)]
     for begins, says in _LICENCES.items():
         if any(licence.startswith(begins) for licence in names):
+            says = "goes with what is trained from it" if name == TARGET else says
             yield f"{name}: the licence of {located.settings.model}, {names[0][:60]}, {says}"
             return
 

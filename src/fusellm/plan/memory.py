@@ -93,7 +93,7 @@ def of_training(
     width = 2 if half or held < 4 else 4
     kept = shapes.kept * rows * row_tokens / shapes.row_tokens * width / 4
     positions = rows * row_tokens
-    if arguments.gradient_checkpointing:  # of each layer its input, and one layer whole at a time
+    if checkpoints_activations(arguments):  # of each layer its input, and one layer whole at a time
         inputs = positions * shapes.width * width * shapes.layers
         kept = inputs + kept / max(shapes.layers, 1)
     on_gpu = default_device().type == "cuda"
@@ -109,6 +109,12 @@ def of_training(
         sharded=processes if sharded else 1,
         accumulates=arguments.gradient_accumulation_steps > 1,
     )
+
+
+def checkpoints_activations(arguments: TrainingArguments) -> bool:
+    """Whether activations are made again in the backward pass, by Trainer or by FSDP."""
+    by_fsdp = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
+    return bool(arguments.gradient_checkpointing or by_fsdp.get("activation_checkpointing"))
 
 
 def trained_parameters(shapes: Shapes, lora: LoraSettings | None) -> float:

@@ -6,6 +6,7 @@ that grows with the text is taken to grow in proportion.
 """
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.corpus.look import look_at
-from fusellm.errors import RecipeError
+from fusellm.errors import ModelError, RecipeError, StoreError
 from fusellm.models.load import default_device
 from fusellm.models.readers import Reader
 from fusellm.models.remote_code import require_trusted
@@ -33,11 +34,14 @@ from fusellm.plan.text import BYTES_PER_TOKEN, CutInMiniature, sizes_of
 from fusellm.preflight import is_same, projected_store_bytes
 from fusellm.progress import Progress
 from fusellm.reading.worker import device_name
+from fusellm.store.blocks import open_corpus, read_part
 from fusellm.store.externalized import TARGET
-from fusellm.store.files import make_folder, require_writable
+from fusellm.store.files import alone_in, make_folder, require_writable
 from fusellm.store.identity import digest
 from fusellm.store.planned import MemoryParts, PlannedPair, PlannedStage, RunPlan
 from fusellm.store.run_folder import FUSED, PROBE, recipe_text
+from fusellm.store.writer import take_lock
+from fusellm.tokens.encode import Encoder
 from fusellm.training.arguments import training_arguments
 
 _SHAPED_TOKENS = 512  # of the row that shapes are told of
@@ -76,7 +80,7 @@ def plan_run(
         )
     readers, shapes = pipeline.readers, _shapes(pipeline.readers, progress)
     arguments = {which: training_arguments(recipe, run, which) for which in trainings(recipe)}
-    entries = look_at(recipe.corpus, progress)
+    entries = [] if cut else look_at(recipe.corpus, progress)
 
     def sizes(tried: CutInMiniature | None = None) -> Sizes:
         text = sizes_of(recipe, run, entries, cut, tried)
@@ -122,7 +126,7 @@ class _Made:
 def _made(
     small: Recipe,
     folder: Path,
-    tried: Iterator[tuple[str, Tried]],
+    tried: Iterator[tuple[str, Tried | None]],
     readers: Mapping[str, Reader],
     sizes_by: Callable[[CutInMiniature | None], Sizes],
     store_bytes: float | None,
@@ -137,17 +141,26 @@ def _made(
     """
     done: dict[str, Tried] = {}
     sizes: Sizes | None = None
+    told: list[str] = []
+    encoder = readers[TARGET].encoder
     for name, one in tried:
+        if one is None:
+            told.append(
+                f"this device has no room for {name}: it and what follows was not tried, and its "
+                "time is not known"
+            )
+            break
         done[name] = one
         if "corpus" in done:
-            sizes = sizes_by(_cut_in_miniature(small, done))
-    assert sizes is not None
-    tried_in = folder, small, readers[TARGET].encoder, done
+            sizes = sizes_by(_cut_in_miniature(small, folder, encoder, done))
+    if sizes is None:
+        raise ModelError(f"{told[0]}; plan with --shapes")
+    tried_in = folder, small, encoder, done
     own = sizes.recipe, sizes.text, sizes.arguments, sizes.shapes, sizes.processes
     stages = Scaled(*own, *tried_in).stages(by_shapes(sizes, store_bytes))
     referees = [source.name for source in sizes.recipe.sources if source.referee]
-    told = (*_not_tried(done, sizes.arguments), *_cut_conversations(done))
-    return _Made(sizes, stages, pairs_of(folder, readers, referees), told)
+    told += _cut_conversations(done)
+    return _Made(sizes, stages, pairs_of(folder, readers, referees), tuple(told))
 
 
 def _is_cut(pipeline: Pipeline, progress: Progress) -> bool:
@@ -163,17 +176,6 @@ def _rate(recipe: Recipe, arguments: TrainingArguments) -> float | None:
     if recipe.training.lora is not None or not name.startswith("adamw"):
         return None
     return float(arguments.learning_rate)
-
-
-def _not_tried(
-    done: Mapping[str, Tried], arguments: Mapping[str, TrainingArguments]
-) -> Iterator[str]:
-    missing = [f"train/{which}" for which in arguments if f"train/{which}" not in done]
-    if missing:
-        yield (
-            f"{', '.join(missing)}: this device has no room for it, and it was not tried; its time "
-            "is not known"
-        )
 
 
 def _cut_conversations(done: Mapping[str, Tried]) -> Iterator[str]:
@@ -198,9 +200,12 @@ def _folder_for_trying(run: Path) -> Iterator[Path]:
     make_folder(run)
     try:
         require_writable(run)
+        for left in run.glob(f"{PROBE}*"):
+            _remove_what_is_left(left)
         folder = Path(tempfile.mkdtemp(prefix=PROBE, dir=run))
         try:
-            yield folder
+            with alone_in(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -209,9 +214,31 @@ def _folder_for_trying(run: Path) -> Iterator[Path]:
                 run.rmdir()
 
 
-def _cut_in_miniature(small: Recipe, done: Mapping[str, Tried]) -> CutInMiniature:
-    target = done.get(f"externalize/{TARGET}")
-    tokens = 1 if target is None else int(target.counts["tokens"])
+def _remove_what_is_left(folder: Path) -> None:
+    """Of a plan that was killed; one that is being made holds its folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except OSError:  # it is no folder, and so none of ours
+        return
+    try:
+        take_lock(descriptor, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    except StoreError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _cut_in_miniature(
+    small: Recipe, folder: Path, encoder: Encoder, done: Mapping[str, Tried]
+) -> CutInMiniature:
+    """What was cut, with its tokens where they are the unit of the budget."""
+    target, tokens = done.get(f"externalize/{TARGET}"), 1
+    if small.corpus.has_conversations:  # where it counts what is learnt
+        texts = [block.text for block in read_part(open_corpus(folder), "train")]
+        tokens = sum(len(one.ids) for one in encoder.encode(texts))
+    elif target is not None:
+        tokens = int(target.counts["tokens"])
     return CutInMiniature(done["corpus"].counts["bytes"], small.corpus, tokens)
 
 

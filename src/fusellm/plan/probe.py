@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from fusellm.config import Recipe
 from fusellm.models.load import default_device
 from fusellm.pipeline import Pipeline
+from fusellm.plan.memory import checkpoints_activations
 from fusellm.plan.shapes import Shapes
 from fusellm.plan.stopwatch import Loop, Stopwatch
 from fusellm.progress import Progress
@@ -32,6 +33,7 @@ _EFFICIENCY = 0.5  # of a product of large matrices: what models reach, roughly
 _BYTES_PER_TOKEN = 3.5
 _LEAST_BLOCKS, _MOST_BYTES = 8, 400_000
 _STEPS = 3, 40
+_PROMPTS = 32
 _SHARD_BLOCKS = 64  # of a record batch on disk: what a smaller one has around it weighs more
 _ONCE = ("mapping vocabularies", "reading installed text", "reading what files hold", "looking")
 """Loops that do not grow with the text."""
@@ -45,6 +47,7 @@ _IN_MINIATURE: dict[str, Any] = {
     "lr_scheduler_type": "constant",  # others want validations, or more steps than there are
     "lr_scheduler_kwargs": None,
     "warmup_steps": 0,
+    "dataloader_drop_last": False,
 }
 
 
@@ -90,7 +93,12 @@ def miniature(recipe: Recipe, shapes: Mapping[str, Shapes], arguments: TrainingA
     slowest = max(one.operations for one in shapes.values())
     corpus, training = recipe.corpus, recipe.training
     of_time = _SECONDS * speed / slowest * _BYTES_PER_TOKEN
-    least = _LEAST_BLOCKS * min(corpus.block_bytes, 4096)
+    least: float = _LEAST_BLOCKS * min(corpus.block_bytes, 4096)
+    row: float = corpus.block_bytes
+    if training.rows == "packed":
+        row = training.row_tokens * _BYTES_PER_TOKEN
+    rows = arguments.per_device_train_batch_size * min(arguments.gradient_accumulation_steps, 2)
+    least = max(least, rows * row)  # or memory is that of smaller batches
     sample = int(min(max(of_time, least), _MOST_BYTES, corpus.train_bytes or _MOST_BYTES))
     batch: float = training.row_tokens
     if training.rows == "block":
@@ -110,13 +118,16 @@ def miniature(recipe: Recipe, shapes: Mapping[str, Shapes], arguments: TrainingA
     }
     for number in corpus.generated:
         generated = raw["corpus"]["documents"][number]["generated"]
-        generated["prompts"] = min(generated["prompts"] or 8, 8)
+        generated["prompts"] = min(generated["prompts"] or _PROMPTS, _PROMPTS)
+        raw["corpus"]["shard_blocks"] = 2
     raw["evaluation"] |= {"suites": [], "resamplings": 1000}
-    raw["externalize"] |= {"not_finite_share": 0.9, "changed_share": 0.9}  # of few blocks
+    raw["externalize"] |= {"not_finite_share": 1.0, "changed_share": 1.0}  # of few blocks
     ours = _IN_MINIATURE | {"max_steps": min(max(steps, _STEPS[0]), _STEPS[1])}
     raw["training"] |= ours
     for key in (*_TRAINED_ALONE, "warmup_ratio"):
         raw["training"].pop(key, None)
+    if checkpoints_activations(arguments):
+        raw["training"]["gradient_checkpointing"] = True
     left_out = {*ours, *_TRAINED_ALONE, "warmup_ratio"}
     raw["training"]["clm"] = {k: v for k, v in training.clm.items() if k not in left_out}
     return Recipe.model_validate(raw)
@@ -145,7 +156,7 @@ def operations_per_second() -> float:
 
 def try_stages(
     recipe: Recipe, run: Path, trusted: bool, progress: Progress
-) -> Iterator[tuple[str, Tried]]:
+) -> Iterator[tuple[str, Tried | None]]:
     """Make a run in miniature, stage by stage.
 
     Args:
@@ -153,7 +164,7 @@ def try_stages(
         run: a folder that is not there yet.
 
     Yields:
-        (name of a stage, what it did); none from a stage on for which the device has no room.
+        (name of a stage, what it did); None of one for which the device has no room, the last.
 
     Raises:
         FusellmError: as a run does.
@@ -169,6 +180,7 @@ def try_stages(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            yield stage.name, None
             return
         if stage.complete:
             yield stage.name, _tried(run, stage.name, stopwatch.taken())

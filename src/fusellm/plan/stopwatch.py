@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from fusellm.progress import Bar, Progress
 
 _BURST_SECONDS = 2e-3
+_MOVES_IN_BURSTS = "evaluating"  # block by block, once a batch is done
 
 
 class Loop:
@@ -18,9 +19,10 @@ class Loop:
         seconds: that it took in all.
     """
 
-    def __init__(self, what: str) -> None:
-        """It begins now."""
+    def __init__(self, what: str, in_bursts: bool = False) -> None:
+        """It begins now. `in_bursts`: whether a bar of single units moves once for many."""
         self.what, self.done, self.seconds = what, 0.0, 0.0
+        self._in_bursts = in_bursts
         self._began = time.perf_counter()
         self._moves: list[tuple[float, float]] = []  # when so many units were done
 
@@ -44,7 +46,7 @@ class Loop:
         """
         moves: list[tuple[float, float]] = []
         for at, done in self._moves:
-            if moves and at - moves[-1][0] < _BURST_SECONDS:
+            if self._in_bursts and moves and at - moves[-1][0] < _BURST_SECONDS:
                 moves.pop()
             moves.append((at, done))
         if len(moves) < 2:
@@ -67,7 +69,7 @@ class Stopwatch:
     @contextmanager
     def start(self, what: str, total: float, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; 0 where that is not known."""
-        loop = Loop(what)
+        loop = Loop(what, in_bursts=what.startswith(_MOVES_IN_BURSTS))
         self.loops.append(loop)
         with self._shown.start(f"trying: {what}", total, unit) as bar:
             yield _TimedBar(bar, loop)

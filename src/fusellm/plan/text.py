@@ -15,8 +15,6 @@ PARTS = ("train", "validation", "held_out")
 BYTES_PER_TOKEN = 3.5
 """Of text, where no tokenizer was asked."""
 _UNPACKED = frozenset(("text", "jsonl", "json", "csv", "tsv"))  # files at least as large as text
-_FILLED = {"train": 0.9, "validation": 0.25, "held_out": 0.25}
-"""Of what is asked for: what has less has read all the text there is."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class CutInMiniature:
     Attributes:
         bytes: by part and domain.
         asked: what of each part was asked for.
-        target_tokens: of the part train.
+        target_tokens: of the part train, as a budget in tokens counts them.
     """
 
     bytes: Mapping[str, Mapping[str, int]]
@@ -64,11 +62,14 @@ def sizes_of(
         return TextSizes(_sums(StageFolder(run / "corpus").counts["bytes"]), True)
     settings = recipe.corpus
     budgets, files = _budgets(settings, _whole_budget(settings, tried)), _files(settings, entries)
+    records = {one.domain for one in entries if one.kinds.keys() - {"text"}}
     left = 1 - settings.validation_share - settings.held_out_share
     parts = dict.fromkeys(PARTS, 0.0)
     for domain, budget in budgets.items():
         seen = {} if tried is None else _all_there_is(tried, domain)
         whole = files.get(domain, math.inf)
+        if budget == math.inf and domain in records:  # their text is less than their bytes
+            whole = math.inf
         train = min(budget, whole * left, seen.get("train", math.inf))
         if train == math.inf:
             raise RecipeError(
@@ -88,14 +89,18 @@ def sizes_of(
 
 def _all_there_is(tried: CutInMiniature, domain: str) -> dict[str, float]:
     """Bytes of the parts for which less text was there than was asked for, little as it was."""
+    settings = tried.asked
+    weights = sum(entry.weight for entry in settings.documents)
+    # An entry that has run out is not filled up from another one of its domain.
+    smallest = min(one.weight for one in settings.documents if one.domain == domain) / weights
     asked = {
-        "train": _budgets(tried.asked, float(tried.asked.train_bytes or math.inf))[domain],
-        "validation": float(tried.asked.validation_bytes),
-        "held_out": float(tried.asked.held_out_bytes),
+        "train": smallest * float(settings.train_bytes or math.inf),
+        "validation": float(settings.validation_bytes),
+        "held_out": float(settings.held_out_bytes),
     }
     own = {part: float(tried.bytes[part].get(domain, 0)) for part in PARTS}
-    # To a block, which the parts that are measured take little more than two of.
-    return {part: size for part, size in own.items() if size < asked[part] * _FILLED[part]}
+    # Budgets are filled to a block.
+    return {part: size for part, size in own.items() if size + settings.block_bytes < asked[part]}
 
 
 def _sums(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

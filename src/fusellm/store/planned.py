@@ -126,9 +126,14 @@ class RunPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages; None where they were not tried."""
+        """Of all stages that were tried; None where none was."""
         told = [one.seconds for one in self.stages if one.seconds is not None]
         return sum(told) if told else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all stages were tried."""
+        return all(one.seconds is not None for one in self.stages)
 
     @property
     def bytes(self) -> float:

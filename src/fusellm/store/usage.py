@@ -5,6 +5,7 @@ It is a small file in the run's folder.
 It says nothing that is needed; the report puts it beside what was planned.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -76,6 +77,9 @@ def measured(run: Path, stage: str) -> Iterator[None]:
     Of a stage that has no folder yet nothing was done before.
     """
     begun = (run / stage).exists()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # a trained model is in a cycle, and would be held on
     began, held = time.perf_counter(), _peak_of_gpu(now=True)
     _forget_peaks()
     try:
