@@ -4,7 +4,7 @@
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ class Pipeline:
         training_processes: int | None = None,
         evaluation: EvaluationSettings | None = None,
         trusted: bool = False,
+        readers: Mapping[str, Reader] | None = None,
     ) -> None:
         """Find every model and tokenizer of a recipe; no weight is loaded.
 
@@ -80,6 +81,7 @@ class Pipeline:
             training_processes: how many are to train a model; those that there are if None.
             evaluation: what is measured, where it is not what the recipe says.
             trusted: whether code may run that comes with models, where the recipe wants it.
+            readers: its models, where they have been found already.
 
         Raises:
             FusellmError: something is missing or cannot be used; nothing has been written.
@@ -97,7 +99,7 @@ class Pipeline:
         self.context = Context(
             recipe,
             run,
-            readers_of(recipe, trusted),
+            readers_of(recipe, trusted) if readers is None else readers,
             self._progress,
             engine,
             training_processes or processes.count(),

@@ -92,7 +92,7 @@ def plan_run(
     else:
         with _folder_for_trying(run) as folder:
             small = miniature(recipe, shapes, arguments[FUSED])
-            run_tried = try_stages(small, folder / "run", trusted, progress)
+            run_tried = try_stages(small, folder / "run", readers, trusted, progress)
             made = _made(small, folder / "run", run_tried, readers, sizes, stores)
     return RunPlan(
         recipe.name,

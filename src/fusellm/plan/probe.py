@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from fusellm.config import Recipe
 from fusellm.models.load import default_device
+from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
 from fusellm.plan.memory import checkpoints_activations
 from fusellm.plan.shapes import Shapes
@@ -155,13 +156,18 @@ def operations_per_second() -> float:
 
 
 def try_stages(
-    recipe: Recipe, run: Path, trusted: bool, progress: Progress
+    recipe: Recipe,
+    run: Path,
+    readers: Mapping[str, Reader],
+    trusted: bool,
+    progress: Progress,
 ) -> Iterator[tuple[str, Tried | None]]:
     """Make a run in miniature, stage by stage.
 
     Args:
         recipe: as `miniature` gives it.
         run: a folder that is not there yet.
+        readers: the recipe's models.
 
     Yields:
         (name of a stage, what it did); None of one for which the device has no room, the last.
@@ -170,7 +176,7 @@ def try_stages(
         FusellmError: as a run does.
     """
     stopwatch = Stopwatch(progress)
-    pipeline = Pipeline(recipe, run, stopwatch, trusted=trusted)
+    pipeline = Pipeline(recipe, run, stopwatch, trusted=trusted, readers=readers)
     for stage in pipeline.stages:
         if stage.command == "report":
             continue
