@@ -382,14 +382,15 @@ def disk_fails(run: Path, at: int | None, number: int, stays: bool) -> None:
         number: of the error.
         stays: whether all later ones fail as well.
     """
-    from fusellm.store.run_folder import NOW
+    from fusellm.store.run_folder import NOW, USAGE
 
+    nobody_needs = {*NOW, USAGE, f"{USAGE}.half"}
     calls: list[str] = []
     SEEN["calls"] = calls
 
     def maybe_fail(call: str, path: Path | str) -> None:
-        if not str(path).startswith(str(run)) or Path(path).name in NOW:
-            return  # what a run does now: written by the clock, and nothing needs it
+        if not str(path).startswith(str(run)) or Path(path).name in nobody_needs:
+            return  # what a run does now, by the clock, and what it has used
         calls.append(f"{call} {Path(path).relative_to(run)}")
         if at is not None and (len(calls) - 1 == at or (stays and len(calls) > at)):
             raise OSError(number, os.strerror(number))

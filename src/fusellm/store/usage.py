@@ -18,8 +18,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from fusellm.errors import StoreError
-from fusellm.store.files import alone_in, write_text
+from fusellm.store.files import alone_in
 from fusellm.store.run_folder import USAGE
 
 _RESETS_THE_PEAK = "5"  # of resident memory: proc(5), clear_refs
@@ -28,10 +27,10 @@ _Amount = Annotated[float, Field(allow_inf_nan=False, ge=0, lt=1e18)]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a stage has used, over all times that it was gone on with.
+    """What a stage has used the time that it was finished.
 
     Attributes:
-        seconds: that it took.
+        seconds: that it took then.
         memory: bytes that the process has held at most.
         gpu: bytes that torch has held on the GPU at most; 0 without one.
     """
@@ -49,15 +48,6 @@ class Usage:
         """
         return self.gpu or self.memory
 
-    def and_then(self, later: "Usage") -> "Usage":
-        """Both times together.
-
-        >>> Usage(1.0, 5.0).and_then(Usage(2.0, 4.0))
-        Usage(seconds=3.0, memory=5.0, gpu=0.0)
-        """
-        seconds, memory = self.seconds + later.seconds, max(self.memory, later.memory)
-        return Usage(seconds, memory, max(self.gpu, later.gpu))
-
 
 _FILE = TypeAdapter(dict[str, Usage])
 
@@ -72,27 +62,26 @@ def usage_of(run: Path) -> Mapping[str, Usage]:
 
 @contextmanager
 def measured(run: Path, stage: str) -> Iterator[None]:
-    """Measure what is done while the context is open, and add it to a run's file.
+    """Measure what is done while the context is open, and note it in a run's file.
 
-    Of a stage that has no folder yet nothing was done before.
+    Nothing is noted of what fails: where a disk is full, this is not what its last bytes are for.
     """
-    begun = (run / stage).exists()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()  # a trained model is in a cycle, and would be held on
     began, held = time.perf_counter(), _peak_of_gpu(now=True)
     _forget_peaks()
-    try:
-        yield
-    finally:
-        gpu = _peak_of_gpu()
-        # What is held on a GPU all the time, by torch itself, is no use of this stage.
-        now = Usage(time.perf_counter() - began, peak_memory(), gpu if gpu > held else 0.0)
-        with suppress(OSError, StoreError), alone_in(run):  # a folder that can only be read
-            known = dict(usage_of(run))
-            known[stage] = known[stage].and_then(now) if begun and stage in known else now
-            body = {name: asdict(one) for name, one in known.items()}
-            write_text(run / USAGE, json.dumps(body))
+    yield
+    gpu = _peak_of_gpu()
+    # What is held on a GPU all the time, by torch itself, is no use of this stage.
+    now = Usage(time.perf_counter() - began, peak_memory(), gpu if gpu > held else 0.0)
+    with suppress(OSError), alone_in(run):  # a folder that can only be read
+        body = {name: asdict(one) for name, one in {**usage_of(run), stage: now}.items()}
+        half = run / f"{USAGE}.half"
+        half.unlink(missing_ok=True)
+        with half.open("x", encoding="utf-8") as file:  # no link that stands there is followed
+            file.write(json.dumps(body))
+        half.replace(run / USAGE)
 
 
 def peak_memory() -> int:
