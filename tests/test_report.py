@@ -352,7 +352,8 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, count: int) -> None:
         for record in body[run.name]:
             if record["model"] == "fused":
                 assert f"{record['value']:.3f}" in page.words
-    assert f"The fused model of {runs[0].name} costs least" in page.words
+    equal = " and ".join(run.name for run in runs)
+    assert f"The fused models of {equal} cost least" in page.words
     before = html
     write_beside(runs, out)
     assert (out / "index.html").read_text(encoding="utf-8") == before
@@ -360,13 +361,38 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, count: int) -> None:
 
 def test_runs_of_other_text_are_told_apart(tmp_path: Path) -> None:
     runs = _several(tmp_path, 2)
-    shard = {"sha256": "0" * 64, "bytes": 0, "segments": [], "counts": {"blocks": 0}}
-    manifest = Manifest(Identity("corpus", {}, {}), {}, shards={"held_out-00000.arrow": shard})
-    (runs[1] / "corpus" / "manifest.json").write_bytes(manifest.to_bytes())
+    results = json.loads((runs[1] / "evaluate/results.json").read_text())
+    results["notes"]["bytes"]["prose"] -= 100  # which another source cannot read
+    write_json(runs[1] / "evaluate/results.json", results)
     write_beside(runs, tmp_path / "beside")
     page = Page((tmp_path / "beside" / "index.html").read_text(encoding="utf-8"))
-    assert "Not all of them were measured on the same text" in page.words
+    assert "Not all of them were measured on the same bytes" in page.words
     assert page.words.count("text 2") == 3
+
+
+def test_what_differs_is_seen_though_it_begins_or_ends_alike(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / side / "run") for side in ("a", "b")]
+    recipe = (runs[0] / "recipe.yaml").read_text()
+    for side, run in zip("ab", runs, strict=True):
+        text = f"target:\n  model: /models/{side}/fused\n  system: {'x' * 80}{side}\n"
+        (run / "recipe.yaml").write_text(recipe + text)
+    write_beside(runs, tmp_path / "beside")
+    page = Page((tmp_path / "beside" / "index.html").read_text(encoding="utf-8"))
+    assert "target.model" in page.words
+    assert "/models/a/fused" in page.words
+    assert "target.system" in page.words
+    assert "a/run" in page.words  # the runs have one name
+    assert str(tmp_path) not in page.words
+
+
+@pytest.mark.parametrize("recipe", [b"a: &a [1, *a]\n", b"\xff\xfe", b"a: " + b"[" * 5000, b""])
+def test_a_recipe_that_cannot_be_read_is_left_out(tmp_path: Path, recipe: bytes) -> None:
+    runs = _several(tmp_path, 2)
+    (runs[1] / "recipe.yaml").write_bytes(recipe)
+    write_beside(runs, tmp_path / "beside")
+    page = Page((tmp_path / "beside" / "index.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "fusion.lambda" in page.words
 
 
 def test_several_runs_need_a_folder_of_their_own(tmp_path: Path, command: Command) -> None:
@@ -379,8 +405,12 @@ def test_several_runs_need_a_folder_of_their_own(tmp_path: Path, command: Comman
     assert "index.html" in out
     code, out, _ = command("report", *runs, "--out", tmp_path / "beside", "--json")
     assert list(json.loads(out)) == ["run-0", "run-1"]
-    code, _, error = command("report", *runs, "--out", runs[0])
-    assert "is a run" in error
+    before = (runs[0] / "evaluate/results.json").read_bytes()
+    for inside in (runs[0], runs[0] / "evaluate", runs[0] / "report"):
+        code, _, error = command("report", *runs, "--out", inside)
+        assert code != 0
+        assert "is a run" in error
+    assert (runs[0] / "evaluate/results.json").read_bytes() == before
     code, _, error = command("report", runs[0], runs[0], "--out", tmp_path / "beside")
     assert "given twice" in error
     code, _, error = command("report", runs[0], tmp_path / "nowhere", "--out", tmp_path / "beside")

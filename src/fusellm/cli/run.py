@@ -1,5 +1,6 @@
 """`fusellm run` and the commands of single stages: running them, and showing what comes of it."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import Signature, signature
@@ -83,7 +84,7 @@ def _report_beside(runs: Sequence[Path], out: Path | None, as_json: bool) -> Non
     write_beside(runs, out)
     page = out / "index.html"
     if as_json:
-        print((out / "results.json").read_text(encoding="utf-8"), end="")
+        print(json_text(json.loads((out / "results.json").read_text(encoding="utf-8"))))
     else:
         STDOUT.say(f"Report: {page}")
 

@@ -1,7 +1,7 @@
 """What a user should know of a run before it begins."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,18 @@ def cautions(
     shapes: Mapping[str, Shapes],
     pairs: Mapping[str, PlannedPair],
     rate: float | None,
+    referees: Collection[str] = (),
 ) -> Iterator[str]:
     """Sentences, the most important first.
 
     Args:
         pairs: by sources; none where nothing was tried.
         rate: that all weights are trained with by fusion; None for adapters, which want others.
+        referees: sources that are compared and never taught.
     """
     yield from _weak_sources({n: pair for n, pair in pairs.items() if not pair.is_referee})
     for name, reader in readers.items():
-        referee = name in pairs and pairs[name].is_referee
-        if not referee:  # whose outputs teach nobody
+        if name not in referees:  # whose outputs teach nobody
             yield from _licence(name, reader.located)
     if rate is not None:
         yield from _rate(rate, shapes[TARGET].parameters)

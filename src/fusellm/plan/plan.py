@@ -86,14 +86,14 @@ def plan_run(
         text = sizes_of(recipe, run, entries, cut, tried)
         return Sizes(recipe, text, arguments, shapes, processes)
 
-    stores = projected_store_bytes(recipe, entries)
     if shapes_only:
-        made = _Made(sizes(), by_shapes(sizes(), stores))
+        made = _Made(sizes(), by_shapes(sizes(), _store_bytes(sizes())))
     else:
         with _folder_for_trying(run) as folder:
             small = miniature(recipe, shapes, arguments[FUSED])
             run_tried = try_stages(small, folder / "run", readers, trusted, progress)
-            made = _made(small, folder / "run", run_tried, readers, sizes, stores)
+            made = _made(small, folder / "run", run_tried, readers, sizes)
+    own = [source.name for source in recipe.sources if source.referee]
     return RunPlan(
         recipe.name,
         digest(recipe_text(recipe, run)),
@@ -105,7 +105,7 @@ def plan_run(
         checkpoint_bytes(recipe, arguments, shapes[TARGET]),
         _memory(recipe, shapes, arguments, processes),
         made.pairs,
-        (*made.told, *cautions(readers, shapes, made.pairs, _rate(recipe, arguments[FUSED]))),
+        (*made.told, *cautions(readers, shapes, made.pairs, _rate(recipe, arguments[FUSED]), own)),
     )
 
 
@@ -129,7 +129,6 @@ def _made(
     tried: Iterator[tuple[str, Tried | None]],
     readers: Mapping[str, Reader],
     sizes_by: Callable[[CutInMiniature | None], Sizes],
-    store_bytes: float | None,
 ) -> _Made:
     """What is known once a run was made in miniature.
 
@@ -157,9 +156,9 @@ def _made(
         raise ModelError(f"{told[0]}; plan with --shapes")
     tried_in = folder, small, encoder, done
     own = sizes.recipe, sizes.text, sizes.arguments, sizes.shapes, sizes.processes
-    stages = Scaled(*own, *tried_in).stages(by_shapes(sizes, store_bytes))
+    stages = Scaled(*own, *tried_in).stages(by_shapes(sizes, _store_bytes(sizes)))
     referees = [source.name for source in sizes.recipe.sources if source.referee]
-    told += _cut_conversations(done)
+    told += [*_unread(sizes.recipe, done), *_cut_conversations(done)]
     return _Made(sizes, stages, pairs_of(folder, readers, referees), tuple(told))
 
 
@@ -176,6 +175,30 @@ def _rate(recipe: Recipe, arguments: TrainingArguments) -> float | None:
     if recipe.training.lora is not None or not name.startswith("adamw"):
         return None
     return float(arguments.learning_rate)
+
+
+def _store_bytes(sizes: Sizes) -> float | None:
+    """Of all distributions, roughly, by how much text there is."""
+    own = sizes.recipe.corpus.model_copy(
+        update={"train_bytes": int(sizes.text.bytes["train"]), "train_tokens": None}
+    )
+    return projected_store_bytes(sizes.recipe.model_copy(update={"corpus": own}), [])
+
+
+def _unread(recipe: Recipe, done: Mapping[str, Tried]) -> Iterator[str]:
+    """Models that could not read more of what was tried than the recipe lets pass."""
+    shares = {
+        "walk_failed": recipe.externalize.changed_share,
+        "not_finite": recipe.externalize.not_finite_share,
+    }
+    for name, tried in done.items():
+        for what, share in shares.items():
+            count, blocks = tried.counts.get(what, 0), max(tried.counts.get("blocks", 0), 1)
+            if name.startswith("externalize/") and count / blocks > share:
+                yield (
+                    f"{name.removeprefix('externalize/')} cannot read {count:,} of {blocks:,} "
+                    f"blocks that were tried, and the run stops at a share of {share:g}"
+                )
 
 
 def _cut_conversations(done: Mapping[str, Tried]) -> Iterator[str]:

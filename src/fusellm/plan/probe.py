@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from fusellm.config import Recipe
+from fusellm.errors import ModelError
 from fusellm.models.load import default_device
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
@@ -183,8 +184,9 @@ def try_stages(
         stopwatch.taken()
         try:
             pipeline.execute([stage.name])
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except (MemoryError, RuntimeError, ModelError) as error:
+            cause = error.__cause__ or error
+            if not isinstance(cause, Exception) or not is_out_of_memory(cause):
                 raise
             yield stage.name, None
             return

@@ -11,13 +11,13 @@ from fusellm.evaluation.compare.statistics import MEAN
 from fusellm.evaluation.compare.tables import Cell
 from fusellm.evaluation.text.results import DIFFERENCE, Results
 from fusellm.models.cards import without_folders
-from fusellm.stages.report.charts import Trace, colour_of_series, line_chart
+from fusellm.stages.report.charts import SERIES, Trace, colour_of_series, line_chart
 from fusellm.stages.report.page import Key, Panel, environment
 from fusellm.stages.report.reading import LOSSES, ReportedRun, read_recipe, read_run
+from fusellm.store.blocks import digest_of_blocks, read_part
 from fusellm.store.files import alone_in, make_folder, write_text
-from fusellm.store.manifest import StageFolder
-from fusellm.store.run_folder import CLM, FUSED, RECIPE, require_no_rounds
-from fusellm.store.tables import shard_names
+from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.run_folder import CLM, FUSED, RECIPE, SUITES, stage_folders
 
 _PAGES = {
     FUSED: ("Fused models", "Bits per byte on the held-out documents. Lower is better."),
@@ -28,7 +28,7 @@ _PAGES = {
     ),
 }
 _CAPTIONS = {"clm_loss": "training, L_CLM", "fusion_loss": "training, L_Fusion"}
-_LONGEST_VALUE, _BESIDE_A_CURVE = 60, 12
+_LONGEST_VALUE = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +37,17 @@ class RunBeside:
 
     Attributes:
         title: that tells it from the others.
-        held_out: digests of the text that it was measured on; equal for equal text.
+        recipe: its settings, by the keys that lead to them.
+        text: what it was measured on; equal for the same bytes.
+        dashed: whether its colour is another run's too.
     """
 
     title: str
     read: ReportedRun
     recipe: Mapping[str, Any]
-    held_out: tuple[str, ...]
+    text: tuple[str, str]
     colour: str
+    dashed: bool
 
     @property
     def results(self) -> Results:
@@ -77,9 +80,11 @@ def write_beside(runs: Sequence[Path], folder: Path) -> None:
     Raises:
         StoreError: a folder is no finished run, or the page cannot be written.
     """
+    _require_own(folder)
     read = list(_read(runs))
     tasks = list(dict.fromkeys(task for one in read for task in one.results.tasks))
     body = {one.title: [record.as_dict() for record in one.read.records] for one in read}
+    keys = [Key(f"{n}  {r.title}", r.colour, dashed=r.dashed) for n, r in enumerate(read, 1)]
     page = (
         environment()
         .get_template("beside.html.jinja")
@@ -89,13 +94,12 @@ def write_beside(runs: Sequence[Path], folder: Path) -> None:
             verdict=_verdict(read),
             tables=list(_tables(read, tasks)),
             charts=list(_charts(read)),
-            keys=[Key(one.title, one.colour) for one in read],
+            keys=keys,
             differences=list(_differences(read)),
             seconds=list(_seconds(read)),
+            has_suites=any((run / SUITES).exists() for run in runs),
         )
     )
-    if (folder / RECIPE).exists():
-        raise StoreError(f"{folder} is a run; give the page a folder of its own")
     make_folder(folder)
     with alone_in(folder):
         write_text(folder / "index.html", page)
@@ -103,45 +107,68 @@ def write_beside(runs: Sequence[Path], folder: Path) -> None:
         write_text(folder / "results.json", text)
 
 
+def _require_own(folder: Path) -> None:
+    """Check that the page would stand in no run.
+
+    Raises:
+        StoreError: it would, among files that have the same names.
+    """
+    above = (folder.absolute(), *folder.absolute().parents)
+    run = next((path for path in above if (path / RECIPE).exists()), None)
+    if run is not None or (folder / MANIFEST).exists():
+        raise StoreError(f"{run or folder} is a run; give the page a folder of its own")
+
+
 def _read(runs: Sequence[Path]) -> Iterator[RunBeside]:
-    """Runs by their folders' names, or where these are the same by their paths."""
-    names = [run.resolve().name for run in runs]
     if len(set(map(Path.resolve, runs))) < len(runs):
         raise StoreError("a run is given twice; name each once")
-    for number, run in enumerate(runs):
-        require_no_rounds(run)
-        recipe = read_recipe(run)
-        corpus = StageFolder(run / "corpus")
-        held_out = [corpus.shards[name]["sha256"] for name in shard_names(corpus, "held_out-")]
-        title = names[number] if names.count(names[number]) == 1 else str(run)
-        yield RunBeside(
-            title,
-            read_run(run),
-            recipe if isinstance(recipe, dict) else {},
-            tuple(held_out),
-            colour_of_series(number),
-        )
+    for number, (run, title) in enumerate(zip(runs, _titles(runs), strict=True)):
+        list(stage_folders(run))  # a folder that is no run, or has rounds, is told
+        recipe, read = read_recipe(run), read_run(run, alone=False)
+        blocks = read_part(StageFolder(run / "corpus"), "held_out")
+        measured = {key: read.notes.get(key) for key in ("bytes", "blocks_left_out")}
+        text = digest_of_blocks(blocks), json.dumps(measured, sort_keys=True, default=str)
+        flat = dict(_flat(recipe)) if isinstance(recipe, dict) else {}
+        colour, dashed = colour_of_series(number), number >= SERIES
+        yield RunBeside(title, read, flat, text, colour, dashed)
+
+
+def _titles(runs: Sequence[Path]) -> list[str]:
+    """What tells runs apart: as few of the last parts of their paths as do."""
+    parts = [run.resolve().parts for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        titles = ["/".join(own[-count:]) for own in parts]
+        if len(set(titles)) == len(runs):
+            break
+    return [title.encode("utf-8", "replace").decode() for title in titles]
 
 
 def _verdict(runs: Sequence[RunBeside]) -> str:
     """Which of the fused models costs least, if all were measured on one text."""
-    if len({one.held_out for one in runs}) > 1:
-        return "Not all of them were measured on the same text: compare only those that were."
+    if len({one.text for one in runs}) > 1:
+        return (
+            "Not all of them were measured on the same bytes, by their text or by what all models "
+            "of a run can read: compare only those that were."
+        )
     for task in (MEAN, *runs[0].results.tasks):
         records = {one.title: one.results.get(FUSED, task) for one in runs}
         values = {title: one.value for title, one in records.items() if one is not None}
         if len(values) == len(runs):
-            best = min(values, key=lambda title: values[title])
+            least = min(values.values())
+            best = [title for title, value in values.items() if value == least]
             place = "on the mean over the domains" if task == MEAN else f"on {task}"
+            models = "model" if len(best) == 1 else "models"
+            cost = "costs" if len(best) == 1 else "cost"
             return (
-                f"The fused model of {best} costs least {place}, {values[best]:.3f} bits per byte. "
-                "Whether that is more than chance, a study says, document by document."
+                f"The fused {models} of {' and '.join(best)} {cost} least {place}, {least:.3f} "
+                "bits per byte. Whether that is more than chance, a study says, document by "
+                "document."
             )
     return "Not all of them have a fused model that was measured."
 
 
 def _tables(runs: Sequence[RunBeside], tasks: Sequence[str]) -> Iterator[TableOfRuns]:
-    texts = list(dict.fromkeys(one.held_out for one in runs))
+    texts = list(dict.fromkeys(one.text for one in runs))
     for model, (title, about) in _PAGES.items():
         rows = []
         for one in runs:
@@ -149,47 +176,47 @@ def _tables(runs: Sequence[RunBeside], tasks: Sequence[str]) -> Iterator[TableOf
             if model not in by_model:
                 continue
             own = dict(zip(one.results.tasks, by_model[model].cells, strict=True))
-            note = f"text {texts.index(one.held_out) + 1}" if len(texts) > 1 else ""
+            note = f"text {texts.index(one.text) + 1}" if len(texts) > 1 else ""
             rows.append(RowOfRun(one.title, note, [own.get(task) for task in tasks]))
         if rows:
             yield TableOfRuns(model, title, about, rows)
 
 
 def _charts(runs: Sequence[RunBeside]) -> Iterator[Panel]:
-    logs = {one.title: (one.colour, one.read.logs[FUSED]) for one in runs if FUSED in one.read.logs}
-    validation = {
-        title: (colour, log.validation.get(MEAN)) for title, (colour, log) in logs.items()
+    """Curves, each by its run's number: there is no room for names beside them."""
+    logs = {
+        number: (one, one.read.logs[FUSED])
+        for number, one in enumerate(runs, 1)
+        if FUSED in one.read.logs
     }
-    panels = {("validation, mean", "bits per byte"): validation}
+    bits, nats = "bits per byte", "nats per token"
+    panels = [
+        ("validation, mean", bits, {n: log.validation.get(MEAN) for n, (_, log) in logs.items()})
+    ]
     for loss in LOSSES:
-        of_loss = {title: (colour, log.losses.get(loss)) for title, (colour, log) in logs.items()}
-        panels[_CAPTIONS[loss], "nats per token"] = of_loss
-    for (caption, unit), curves in panels.items():
+        curves = {n: log.losses.get(loss) for n, (_, log) in logs.items()}
+        panels.append((_CAPTIONS[loss], nats, curves))
+    for caption, unit, curves in panels:
         traces = [
-            Trace(_short(title), colour, curve.tokens, curve.values, dots=unit == "bits per byte")
-            for title, (colour, curve) in curves.items()
+            Trace(str(n), run.colour, curve.tokens, curve.values, run.dashed, unit == bits)
+            for n, curve in curves.items()
+            for run in [logs[n][0]]
             if curve is not None and curve.tokens
         ]
         if traces:
             yield Panel(caption, line_chart(f"{caption}, {unit}", unit, traces), unit)
 
 
-def _short(title: str) -> str:
-    """A title that has room beside a curve.
-
-    >>> _short("a-run-with-a-long-name")
-    'a-run-with-…'
-    """
-    return title if len(title) <= _BESIDE_A_CURVE else f"{title[: _BESIDE_A_CURVE - 1]}…"
-
-
 def _differences(runs: Sequence[RunBeside]) -> Iterator[tuple[str, list[str]]]:
-    """Settings in which recipes differ, with each run's value."""
-    flat = [dict(_flat(without_folders(dict(one.recipe)))) for one in runs]
-    for setting in dict.fromkeys(name for one in flat for name in one):
-        values = [_shown(one.get(setting)) for one in flat]
-        if setting != "name" and len(set(values)) > 1:
-            yield setting, values
+    """Settings in which recipes differ, with each run's value, without folders if that tells."""
+    for setting in dict.fromkeys(name for one in runs for name in one.recipe):
+        values = [one.recipe.get(setting) for one in runs]
+        if setting == "name" or len(set(map(repr, values))) == 1:
+            continue
+        shown = [_shown(without_folders(value)) for value in values]
+        if len(set(shown)) < len(set(map(repr, values))):
+            shown = [_shown(value, from_end=True) for value in values]
+        yield setting, shown
 
 
 def _flat(value: Any, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -203,9 +230,11 @@ def _flat(value: Any, before: str = "") -> Iterator[tuple[str, Any]]:
         yield before, value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, from_end: bool = False) -> str:
     said = "–" if value is None else str(value)
-    return said if len(said) <= _LONGEST_VALUE else f"{said[:_LONGEST_VALUE]}…"
+    if len(said) <= _LONGEST_VALUE:
+        return said
+    return f"…{said[-_LONGEST_VALUE:]}" if from_end else f"{said[:_LONGEST_VALUE]}…"
 
 
 def _seconds(runs: Sequence[RunBeside]) -> Iterator[tuple[str, list[float | None]]]:

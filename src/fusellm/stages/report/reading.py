@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from fusellm.errors import StoreError
+from fusellm.config.yaml_text import read_yaml
+from fusellm.errors import RecipeError, StoreError
 from fusellm.evaluation.measure import SuiteResults, read_suites
 from fusellm.evaluation.text.intervals import Record
 from fusellm.models.cards import without_folders
@@ -126,8 +127,11 @@ class ReportedRun:
         ]
 
 
-def read_run(run: Path) -> ReportedRun:
+def read_run(run: Path, alone: bool = True) -> ReportedRun:
     """Read what the earlier stages have left in a run's folder.
+
+    Args:
+        alone: whether its suites and its plan are read too, which are not shown beside others.
 
     Raises:
         StoreError: a file that the report cannot do without is missing, or one is damaged.
@@ -160,8 +164,8 @@ def read_run(run: Path) -> ReportedRun:
         },
         seconds={stage: manifest.seconds for stage, manifest in manifests.items()},
         software=_software(manifests.values()),
-        suites=read_suites(run / SUITES),
-        plan=_plan_and_fact(run, manifests),
+        suites=read_suites(run / SUITES) if alone else [],
+        plan=_plan_and_fact(run, manifests) if alone else [],
     )
 
 
@@ -277,8 +281,8 @@ def _to_be_shown(recipe: Any) -> str:
 def read_recipe(run: Path) -> Any:
     """What the recipe says; None where it cannot be read."""
     try:
-        return yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        return read_yaml((run / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecipeError):
         return None
 
 
