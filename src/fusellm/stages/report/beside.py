@@ -84,7 +84,7 @@ def write_beside(runs: Sequence[Path], folder: Path) -> None:
     read = list(_read(runs))
     tasks = list(dict.fromkeys(task for one in read for task in one.results.tasks))
     body = {one.title: [record.as_dict() for record in one.read.records] for one in read}
-    keys = [Key(f"{n}  {r.title}", r.colour, dashed=r.dashed) for n, r in enumerate(read, 1)]
+    keys = [Key(f"run {n}: {r.title}", r.colour, dashed=r.dashed) for n, r in enumerate(read, 1)]
     page = (
         environment()
         .get_template("beside.html.jinja")
@@ -198,7 +198,7 @@ def _charts(runs: Sequence[RunBeside]) -> Iterator[Panel]:
         panels.append((_CAPTIONS[loss], nats, curves))
     for caption, unit, curves in panels:
         traces = [
-            Trace(str(n), run.colour, curve.tokens, curve.values, run.dashed, unit == bits)
+            Trace(f"run {n}", run.colour, curve.tokens, curve.values, run.dashed, unit == bits)
             for n, curve in curves.items()
             for run in [logs[n][0]]
             if curve is not None and curve.tokens
