@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from fusellm.cli.main import main
+from fusellm.progress import Silent
 from fusellm.zoo.tokenizers import byte_level_bpe, byte_level_unigram, sentencepiece_like_bpe
 
 pytest_plugins = ["hubs", "toolchains"]  # fixtures
@@ -118,6 +119,16 @@ def save_mpt(folder: Path, texts: list[str], seed: int = 2) -> None:
     )
     MptForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+class Told(Silent):
+    """Remembers what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import fusellm
 from chats import CHATML, ENDS, FAMILIES, GEMMA, LLAMA, asked, make_models, records, write_records
-from conftest import Command
+from conftest import Command, Told
 from fusellm.alignment.positions import Situation, align_shard
 from fusellm.alignment.strategies import STRATEGIES
 from fusellm.arrays.given_texts import GivenTexts
@@ -927,10 +927,8 @@ def test_a_run_learns_from_each_model_as_far_as_its_context_goes(
     raw["sources"][0]["model"] = str(_shorter(models, "chatml", 100, tmp_path / "chatml"))
     file, run = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(yaml.safe_dump(raw))
-    told: list[str] = []
-    progress = Silent()
-    progress.say = told.append  # type: ignore[method-assign]
-    pipeline = Pipeline(resolve_paths(load_recipe(file), tmp_path), run, progress)
+    told = Told()
+    pipeline = Pipeline(resolve_paths(load_recipe(file), tmp_path), run, told)
     checked = pipeline.check()["models"]
     assert checked["chatml"]["blocks_cut"] > checked["target"]["blocks_cut"] > 0
     assert checked["gemma"]["blocks_cut"] == 0
@@ -943,7 +941,7 @@ def test_a_run_learns_from_each_model_as_far_as_its_context_goes(
         encoder = ChatEncoder(pipeline.readers[name].encoder.tokenizer, system=_told_first(name))
         long = [e for e in encode_blocks(encoder, train) if len(e.ids) > context]
         line = f"{name}: {len(long)} of {len(train)} conversations are longer than its context of"
-        assert any(line in one for one in told)
+        assert any(line in one for one in told.lines)
     model = AutoModelForCausalLM.from_pretrained(models / "chatml").eval()
     at_the_limit = 0
     for kept in open_store(run / "externalize" / "chatml"):

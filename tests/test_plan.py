@@ -119,10 +119,10 @@ def test_memory_of_a_training_by_its_settings(world: Path, tmp_path: Path) -> No
 
     def parts(**training: Any) -> MemoryParts:
         raw = recipe.model_dump(by_alias=True)
-        raw["training"] |= training
+        raw["training"] |= {"rows": "packed", "row_tokens": 512} | training
         changed = fusellm.Recipe.model_validate(raw)
         arguments = training_arguments(changed, tmp_path, "fused")
-        return of_training(SHAPES, changed, arguments, 512, 4)
+        return of_training(SHAPES, changed, arguments, 4)
 
     plain = parts()
     assert plain.weights == 4 * SHAPES.parameters
@@ -626,7 +626,7 @@ def test_recipes_of_real_pairs_fit_the_devices_that_they_name(
             spread = raw["training"].pop("fsdp", None)
             alone = fusellm.Recipe.model_validate(raw)
             arguments = training_arguments(alone, tmp_path, "fused")
-            parts = of_training(shapes, alone, arguments, recipe.training.row_tokens, processes)
+            parts = of_training(shapes, alone, arguments, processes)
             parts = replace(parts, sharded=processes if spread else 1)
         else:
             parts = of_reading(settings, shapes, recipe)

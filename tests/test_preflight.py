@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import prose
+from conftest import Told, prose
 from fusellm import preflight
 from fusellm.cli.main import main
 from fusellm.config import CorpusSettings
@@ -28,16 +28,6 @@ from fusellm.tokens.sample import sample
 from worlds import normalizing
 
 QUICK = ("training.max_steps=1", "training.validations=0", "training.clm_baseline=false")
-
-
-class Told(Silent):
-    """Remembers what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def pipeline(world: Path, run: Path, *changes: str, progress: Silent | None = None) -> Pipeline:

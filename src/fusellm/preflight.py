@@ -26,7 +26,8 @@ _MORE_THAN_BYTES = 2
 # the demo (docs/results.md).
 _BYTES_PER_KEPT = 2.3
 _DISTINCT_DRAWS = 0.65
-_BYTES_PER_TOKEN = 3.5
+BYTES_PER_TOKEN = 3.5
+"""Of text, where no tokenizer was asked."""
 _PLAIN = frozenset(("text", "jsonl", "json", "csv", "tsv"))  # files as large as their text
 _SAMPLED_SHARDS, _SAMPLED_BLOCKS = 32, 512
 
@@ -292,7 +293,7 @@ def projected_store_bytes(recipe: Recipe, entries: Sequence[EntryFacts]) -> int 
     of_files = sum(entry.bytes for entry in entries)
     are_plain = all(entry.kinds and entry.kinds.keys() <= _PLAIN for entry in entries)
     text_bytes = corpus.train_bytes or (of_files if are_plain else 0)
-    tokens = corpus.train_tokens or text_bytes / _BYTES_PER_TOKEN
+    tokens = corpus.train_tokens or text_bytes / BYTES_PER_TOKEN
     sampled = settings.scheme == "sampled"
     kept = settings.draws * _DISTINCT_DRAWS if sampled else 2 * settings.k
     return int(tokens * _BYTES_PER_KEPT * kept * (len(recipe.sources) + 1)) or None

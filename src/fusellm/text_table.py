@@ -1,4 +1,4 @@
-"""Tables and counts as plain text."""
+"""Tables, counts, sizes and times as plain text."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -47,3 +47,31 @@ def few(names: Sequence[str], most: int) -> str:
     ('a, b, …', 'a, b')
     """
     return ", ".join([*names[:most], *["…"] * (len(names) > most)])
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter.
+
+    >>> [duration(s) for s in (0.31, 12.34, 75, 3700)]
+    ['0.3 s', '12.3 s', '1 min 15 s', '1 h 2 min']
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def size(amount: float) -> str:
+    """Bytes in the unit that they are told in.
+
+    >>> [size(n) for n in (820.0, 12_340_000.0, 1.5e12)]
+    ['820 B', '12.3 MB', '1,500 GB']
+    """
+    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= many:
+            value = amount / many
+            return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+    return f"{amount:.0f} B"

@@ -11,6 +11,7 @@ from fusellm.cli import options
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.draw import SITUATIONS, right, table
 from fusellm.recipe_file import folder_of_run, open_recipe
+from fusellm.text_table import duration, size
 
 if TYPE_CHECKING:
     from fusellm.store.planned import MemoryParts, PlannedPair, RunPlan
@@ -53,7 +54,7 @@ def plan(
 
 def _screen(plan: "RunPlan") -> Iterator[Table | Text]:
     yield _stages(plan)
-    text = ", ".join(f"{part.replace('_', '-')} {_bytes(size)}" for part, size in plan.text.items())
+    text = ", ".join(f"{part.replace('_', '-')} {_bytes(most)}" for part, most in plan.text.items())
     counted = "as it is cut" if plan.is_cut else "by the recipe's budgets"
     yield Text(f"Text: {text}, {counted}. While it trains {_bytes(plan.checkpoints)} more on disk.")
     yield Text("\nMemory of each device, by shapes", _TITLE)
@@ -101,8 +102,8 @@ def _memory(plan: "RunPlan") -> Table:
 
 
 def _part(parts: "MemoryParts", name: str) -> float | None:
-    size: float = getattr(parts, name)
-    return size or None
+    own: float = getattr(parts, name)
+    return own or None
 
 
 def _pairs(plan: "RunPlan") -> Table:
@@ -148,29 +149,9 @@ def _count(amount: float | None) -> str:
     return f"{amount:.3g} {_UNITS[power]}".strip()
 
 
-def _bytes(size: float | None) -> str:
-    """A size for people.
-
-    >>> _bytes(1_234_567)
-    '1.23 MB'
-    """
-    if size is None:
-        return "–"
-    said = _count(size)
-    return said + ("B" if said[-1].isalpha() else " B")
+def _bytes(amount: float | None) -> str:
+    return "–" if amount is None else size(amount)
 
 
 def _time(seconds: float | None) -> str:
-    """A time for people.
-
-    >>> _time(42.4), _time(4_000), _time(90_000)
-    ('42 s', '1 h 7 min', '25 h')
-    """
-    if seconds is None:
-        return "–"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 600 else f"{minutes / 60:.0f} h"
+    return "–" if seconds is None else duration(seconds)

@@ -9,10 +9,11 @@ import numpy as np
 from transformers import TrainingArguments
 
 from fusellm.config import Recipe
-from fusellm.plan.memory import checkpoints_activations
+from fusellm.plan.memory import checkpoints_activations, row_tokens_of
 from fusellm.plan.probe import Tried
 from fusellm.plan.shapes import Shapes
-from fusellm.plan.text import BYTES_PER_TOKEN, PARTS, TextSizes
+from fusellm.plan.text import PARTS, TextSizes
+from fusellm.preflight import BYTES_PER_TOKEN
 from fusellm.store.externalized import TARGET
 from fusellm.store.planned import PlannedStage
 from fusellm.tokens.encode import Encoder
@@ -100,9 +101,7 @@ def by_shapes(sizes: Sizes, store_bytes: float | None) -> tuple[PlannedStage, ..
         of_source = tokens * shapes[source.name].operations
         stages.append(PlannedStage(f"externalize/{source.name}", tokens, of_source, each))
     stages.append(PlannedStage("fuse", bytes=each))
-    row = recipe.training.row_tokens
-    if recipe.training.rows == "block":
-        row = math.ceil(recipe.corpus.block_bytes / BYTES_PER_TOKEN)
+    row = row_tokens_of(recipe)
     for which in sizes.arguments:
         trained = sizes.training(which, math.ceil(tokens / row), row)
         size = 4.0 * shapes[TARGET].parameters

@@ -12,17 +12,18 @@ P parameters; B rows of T tokens in a batch; d hidden size, V vocabulary.
 import math
 from collections.abc import Mapping
 
+import torch
 from transformers import TrainingArguments
 
 from fusellm.config import LoraSettings, ModelSettings, Recipe
 from fusellm.models.load import default_device
 from fusellm.objective.chunked import rows_of_chunk
 from fusellm.plan.shapes import Shapes
+from fusellm.preflight import BYTES_PER_TOKEN
 from fusellm.reading.batches import default_batch_tokens
 from fusellm.store.planned import MemoryParts
 from fusellm.training.arguments import is_sharded
 
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.55}  # with their scales
 _OPTIMIZERS = (  # bytes of state for each parameter that is trained, by how the name begins
     ("adamw_torch_8bit", 2),
@@ -71,17 +72,15 @@ def width_of(settings: ModelSettings) -> float:
     """Bytes of a weight as a model is read."""
     if settings.quantization is not None:
         return _QUANTIZED[settings.quantization]
-    return _WIDTHS[settings.dtype]
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype.itemsize
 
 
 def of_training(
-    shapes: Shapes, recipe: Recipe, arguments: TrainingArguments, row_tokens: int, processes: int
+    shapes: Shapes, recipe: Recipe, arguments: TrainingArguments, processes: int
 ) -> MemoryParts:
-    """What a device holds while the target is trained.
-
-    Args:
-        row_tokens: T, of a full row.
-    """
+    """What a device holds while the target is trained."""
+    row_tokens = row_tokens_of(recipe)
     lora, half = recipe.training.lora, arguments.bf16 or arguments.fp16
     trained = trained_parameters(shapes, lora)
     held = 4.0 if lora is None or lora.modules_to_save else width_of(recipe.target)
@@ -109,6 +108,13 @@ def of_training(
         sharded=processes if sharded else 1,
         accumulates=arguments.gradient_accumulation_steps > 1,
     )
+
+
+def row_tokens_of(recipe: Recipe) -> int:
+    """T, tokens of a full row that the target is trained on; of blocks roughly."""
+    if recipe.training.rows == "packed":
+        return recipe.training.row_tokens
+    return math.ceil(recipe.corpus.block_bytes / BYTES_PER_TOKEN)
 
 
 def checkpoints_activations(arguments: TrainingArguments) -> bool:

@@ -5,7 +5,6 @@ bytes on disk, time and memory on this machine, and what each source knows of th
 that grows with the text is taken to grow in proportion.
 """
 
-import math
 import os
 import shutil
 import tempfile
@@ -30,7 +29,7 @@ from fusellm.plan.memory import checkpoint_bytes, of_reading, of_training
 from fusellm.plan.pairs import pairs_of
 from fusellm.plan.probe import Tried, miniature, trainings, try_stages
 from fusellm.plan.shapes import Shapes, shapes_of
-from fusellm.plan.text import BYTES_PER_TOKEN, CutInMiniature, sizes_of
+from fusellm.plan.text import CutInMiniature, sizes_of
 from fusellm.preflight import is_same, projected_store_bytes
 from fusellm.progress import Progress
 from fusellm.reading.worker import device_name
@@ -288,11 +287,8 @@ def _memory(
     arguments: Mapping[str, TrainingArguments],
     processes: int,
 ) -> dict[str, MemoryParts]:
-    row = recipe.training.row_tokens
-    if recipe.training.rows == "block":
-        row = math.ceil(recipe.corpus.block_bytes / BYTES_PER_TOKEN)
     of_sources = {
         source.name: of_reading(source, shapes[source.name], recipe) for source in recipe.sources
     }
-    of_target = of_training(shapes[TARGET], recipe, arguments[FUSED], row, processes)
+    of_target = of_training(shapes[TARGET], recipe, arguments[FUSED], processes)
     return {"training": of_target, **of_sources}

@@ -20,9 +20,10 @@ from fusellm.errors import ModelError
 from fusellm.models.load import default_device
 from fusellm.models.readers import Reader
 from fusellm.pipeline import Pipeline
-from fusellm.plan.memory import checkpoints_activations
+from fusellm.plan.memory import checkpoints_activations, row_tokens_of
 from fusellm.plan.shapes import Shapes
 from fusellm.plan.stopwatch import Loop, Stopwatch
+from fusellm.preflight import BYTES_PER_TOKEN
 from fusellm.progress import Progress
 from fusellm.reading.batches import is_out_of_memory
 from fusellm.store.manifest import StageFolder
@@ -32,7 +33,6 @@ from fusellm.store.usage import usage_of
 
 _SECONDS = 12.0  # that one model is read for, about, and as much again that one is trained for
 _EFFICIENCY = 0.5  # of a product of large matrices: what models reach, roughly
-_BYTES_PER_TOKEN = 3.5
 _LEAST_BLOCKS, _MOST_BYTES = 8, 400_000
 _STEPS = 3, 40
 _PROMPTS = 32
@@ -94,18 +94,13 @@ def miniature(recipe: Recipe, shapes: Mapping[str, Shapes], arguments: TrainingA
     speed = _EFFICIENCY * operations_per_second()
     slowest = max(one.operations for one in shapes.values())
     corpus, training = recipe.corpus, recipe.training
-    of_time = _SECONDS * speed / slowest * _BYTES_PER_TOKEN
+    of_time = _SECONDS * speed / slowest * BYTES_PER_TOKEN
     least: float = _LEAST_BLOCKS * min(corpus.block_bytes, 4096)
-    row: float = corpus.block_bytes
-    if training.rows == "packed":
-        row = training.row_tokens * _BYTES_PER_TOKEN
     rows = arguments.per_device_train_batch_size * min(arguments.gradient_accumulation_steps, 2)
-    least = max(least, rows * row)  # or memory is that of smaller batches
+    row = row_tokens_of(recipe)
+    least = max(least, rows * row * BYTES_PER_TOKEN)  # or memory is that of smaller batches
     sample = int(min(max(of_time, least), _MOST_BYTES, corpus.train_bytes or _MOST_BYTES))
-    batch: float = training.row_tokens
-    if training.rows == "block":
-        batch = corpus.block_bytes / _BYTES_PER_TOKEN
-    batch *= arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    batch = row * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     target = next(iter(shapes.values()))
     steps = int(_SECONDS * speed / (3 * target.operations * batch))
     raw = recipe.model_dump(by_alias=True)

@@ -86,7 +86,7 @@ def shapes_of(located: Located, row_tokens: int) -> Shapes:
     rows, width, layers = text.vocab_size, text.hidden_size, text.num_hidden_layers
     try:
         forward, kept = _run(model, row_tokens)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+    except (RuntimeError, TypeError, ValueError):  # it asks for numbers, or takes no such mask
         inner = parameters - rows * width
         forward = float(_FORWARD * inner * row_tokens)
         kept = 2 * 34 * width * layers * row_tokens
@@ -134,7 +134,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _KeepsNoScores(torch.autograd.Function):
-    """Attention by shapes: [B, H, T, d/H] of each, and what its kernels keep."""
+    """Attention by shapes: [B, H, T, d/H] of each, and what its kernels keep; forward alone."""
 
     @staticmethod
     def forward(
@@ -144,11 +144,6 @@ class _KeepsNoScores(torch.autograd.Function):
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mean, sums)
         return mean
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> None:
-        """Never asked for: what is run here has no numbers."""
-        raise NotImplementedError
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from typing import Any
 from fusellm.config import CorpusSettings, Recipe
 from fusellm.corpus.look import EntryFacts
 from fusellm.errors import RecipeError
+from fusellm.preflight import BYTES_PER_TOKEN
 from fusellm.store.manifest import StageFolder
 
 PARTS = ("train", "validation", "held_out")
-BYTES_PER_TOKEN = 3.5
-"""Of text, where no tokenizer was asked."""
 _UNPACKED = frozenset(("text", "jsonl", "json", "csv", "tsv"))  # files at least as large as text
 
 

@@ -6,7 +6,6 @@ on without it.
 
 import json
 import os
-import resource
 import socket
 import sys
 import time
@@ -20,6 +19,7 @@ from pydantic import Field, TypeAdapter
 
 from fusellm.progress import Bar, Progress
 from fusellm.store.run_folder import NOW
+from fusellm.store.usage import memory_of_life
 
 _EVERY_SECONDS = 2.0
 _Number = Annotated[float, Field(allow_inf_nan=False, ge=0, lt=1e15)]
@@ -141,7 +141,6 @@ class _PublishedBar:
         torch = sys.modules.get("torch")  # which `status` can do without
         on_gpu = torch is not None and torch.cuda.is_initialized()
         gpu = torch.cuda.memory_allocated() if torch is not None and on_gpu else None
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         now = Now(
             self._what,
             self._unit,
@@ -150,7 +149,7 @@ class _PublishedBar:
             rate,
             left,
             self._note,
-            memory if sys.platform == "darwin" else memory * 1024,
+            memory_of_life(),
             gpu,
             time.time(),
             os.getpid(),

@@ -91,8 +91,13 @@ def peak_memory() -> int:
         line = next(one for one in status.splitlines() if one.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration, ValueError, IndexError):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+        return memory_of_life()
+
+
+def memory_of_life() -> int:
+    """Bytes that this process has held at most, ever."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _forget_peaks() -> None:
