@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from fusellm.config import Recipe
 from fusellm.errors import ArgumentError, StoreError
 from fusellm.evaluation.results import EvaluationResults
-from fusellm.explain.block import BlockView, inspect_block
+from fusellm.explain.block import inspect_block
+from fusellm.explain.views import BlockView
 from fusellm.models.pretrained import load_pretrained
 from fusellm.models.tokenizer import Tokenizer
 from fusellm.pipeline import Pipeline

@@ -27,7 +27,7 @@ from fusellm.text_table import counted
 
 if TYPE_CHECKING:
     from fusellm.config import Recipe
-    from fusellm.explain import block as views
+    from fusellm.explain import views
 
 _NOBODY, _CHOSEN, _TRUE, _SPLIT = "–", "▼", "✓", "÷"
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -102,7 +102,7 @@ def inspect(
 
 
 def _head(run: str, recipe: "Recipe", view: "views.BlockView") -> Table:
-    from fusellm.explain.block import settings_in_words
+    from fusellm.explain.views import settings_in_words
 
     said: dict[str, str | Text] = {
         "block": Text.assemble((str(view.block), "bold"), f" of {view.blocks:,}, from 0"),

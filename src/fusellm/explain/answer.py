@@ -83,11 +83,18 @@ class Looked:
         """Its fused distributions, of those of a block at all but its last token."""
         if self.number is None:  # one that the target could not read has positions all the same
             return stored.between(0, positions)
-        asked = np.flatnonzero(columns[PREDICTED].values) - 1
-        first = int(self._all(columns).position_offsets[self.number])
         if not positions:
             return stored.between(0, 0)
-        return stored.between(int(asked[first]), int(asked[first]) + positions)
+        first = self.first_position(columns)
+        return stored.between(first, first + positions)
+
+    def first_position(self, columns: Mapping[str, Any]) -> int:
+        """The number of its first position among all of the block, 0 where it has none."""
+        if self.number is None:
+            return 0
+        asked = np.flatnonzero(columns[PREDICTED].values) - 1
+        first = int(self._all(columns).position_offsets[self.number])
+        return int(asked[first]) if first < len(asked) else 0
 
     def asked(self, columns: Mapping[str, Any], encoder: Encoder) -> str:
         """What a model has read since the answer before, as its tokenizer writes it."""

@@ -1,13 +1,14 @@
 """One block of a run as data: what each model read, and what became of it at each position.
 
-This is what `fusellm inspect` shows. Nothing is computed here that fusion does not compute, nothing
-is written, and no model is loaded: tokenizers only.
+This is what `fusellm inspect` and `fusellm view` show. Nothing is computed here that fusion does
+not compute, nothing is written, and no model is loaded: tokenizers only.
 
 T tokens of one model's reading; N target positions that predict; S sources, in the recipe's order.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,19 @@ from fusellm.arrays.tokens import Tokens
 from fusellm.config import Recipe
 from fusellm.errors import StoreError
 from fusellm.explain.answer import Looked
-from fusellm.explain.grid import Strip
+from fusellm.explain.views import (
+    Before,
+    BlockView,
+    Entry,
+    ModelTokens,
+    OutcomeView,
+    PositionView,
+    Share,
+    SourceView,
+)
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 from fusellm.fusion.fuse import FusionRules, Reading, carry_to, compare, rules_of
+from fusellm.fusion.pairing import Pairing
 from fusellm.models.readers import Reader
 from fusellm.progress import Progress
 from fusellm.stages.fuse import pairings_of
@@ -32,228 +43,17 @@ from fusellm.store import blocks as corpus_store
 from fusellm.store import externalized as source_store
 from fusellm.store import fused as fused_store
 from fusellm.store.externalized import TARGET
+from fusellm.store.layout import Layout
 from fusellm.store.manifest import MANIFEST, StageFolder
 from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.encode import Encoder
 
 _PART = "train"  # that sources read; validation and held_out are kept from them
+_OPEN_SHARDS, _KEPT_BLOCKS = 8, 8
 _SETTINGS = (
     *("strategy", "compatibility", "token_healing", "inside_tokens", "function"),
     *("granularity", "window_bytes", "hindsight", "cross_entropy"),
 )
-
-
-@dataclass(frozen=True)
-class ModelTokens:
-    """A block as one model reads it.
-
-    Attributes:
-        read: whether it could: a tokenizer may change the text.
-        ids: [T] token ids, prefix and EOS included; none where it could not.
-        spelled: [T] what the tokens stand for; a special token as its tokenizer writes it.
-        ends: [T] boundaries in bytes.
-    """
-
-    read: bool
-    ids: tuple[int, ...]
-    spelled: tuple[str, ...]
-    ends: tuple[int, ...]
-
-    @property
-    def strip(self) -> Strip:
-        """Its row in a grid of boundaries."""
-        strip = Strip(self.ends)
-        return Strip(self.ends, {n: self.spelled[n] for n, a, b in strip.tokens() if a == b})
-
-
-@dataclass(frozen=True)
-class SourceView:
-    """One source's part in a block.
-
-    Attributes:
-        name: the source's.
-        tokens: its reading.
-        positions: [N] the place of its aligned position, -1 for none.
-        situations: [N] names of `Situation` in lower case: by boundaries, whatever the alignment.
-        weights: [N] its share of the fused distributions, rounded as stored; 0 where it has none.
-        cross_entropy: [N] by which sources are compared there; the recipe says in what.
-        bits_per_byte: over the block's bytes that it scored; None where it did not read it.
-        referee: whether it is compared and never taught.
-    """
-
-    name: str
-    tokens: ModelTokens
-    positions: tuple[int, ...]
-    situations: tuple[str, ...]
-    weights: tuple[float, ...]
-    cross_entropy: tuple[float, ...]
-    bits_per_byte: float | None
-    referee: bool
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A kept token: `outcome` is the number of what it becomes, None for nothing."""
-
-    id: int
-    spelled: str
-    probability: float
-    outcome: int | None
-
-
-@dataclass(frozen=True)
-class OutcomeView:
-    """A set of target tokens that are one under a source's vocabulary map.
-
-    Attributes:
-        number: within the source's map.
-        spelled: the target tokens, the shortest first.
-        probability: its mass.
-        true: whether the true next token is in it.
-        leftover: whether these are the tokens that no outcome takes.
-    """
-
-    number: int
-    spelled: tuple[str, ...]
-    probability: float
-    true: bool
-    leftover: bool
-
-
-@dataclass(frozen=True)
-class Before:
-    """A source's distribution at its aligned position, before and after the vocabulary map.
-
-    Attributes:
-        place: the source's position.
-        next_spelled: the tokens it reads next, until the target's next boundary or past it.
-        kept: by probability; of equals the lower id first.
-        healed: whether these are healed, and not as they were read.
-        tail: mass that was not kept.
-        becomes: by probability.
-        nowhere: mass of kept tokens that become nothing.
-        true_outcome: number of the outcome of the true next token; None where it has none.
-        source: its name.
-    """
-
-    place: int
-    next_spelled: tuple[str, ...]
-    kept: tuple[Entry, ...]
-    healed: bool
-    tail: float
-    becomes: tuple[OutcomeView, ...]
-    nowhere: float
-    true_outcome: int | None
-    source: str
-
-
-@dataclass(frozen=True)
-class Share:
-    """One source's part of the fused distribution; with `rest` it sums to `weight`."""
-
-    source: str
-    weight: float
-    outcomes: tuple[OutcomeView, ...]
-    rest: float
-
-
-@dataclass(frozen=True)
-class PositionView:
-    """A chosen position.
-
-    Attributes:
-        position: its number, from 0: after the token of this number.
-        read_bytes: how much of the block it has read.
-        next_spelled: the true next token.
-        before: [S] distributions; None where the source is not aligned.
-        fused: the parts of the fused distribution; none where no source is aligned.
-    """
-
-    position: int
-    read_bytes: int
-    next_spelled: str
-    before: tuple[Before | None, ...]
-    fused: tuple[Share, ...]
-
-
-@dataclass(frozen=True)
-class BlockView:
-    """A block as the target and every source see it.
-
-    Attributes:
-        block: its number, of the part that sources read; `blocks` is how many that has.
-        document, domain: what it is from.
-        bytes: of its text in UTF-8.
-        recipe: the settings by which its distributions were made and fused.
-        positions: N.
-        winners: [N] name of the source of most weight, of equals the first; None for none.
-        at: the chosen position; None where the block has none.
-        answer: of a conversation, the answer that is shown, from 0, and `answers` how many are
-            learnt; text, bytes and positions are that answer's.
-        asked: what the target has read since the answer before, its template included.
-    """
-
-    block: int
-    blocks: int
-    document: str
-    domain: str
-    bytes: int
-    text: str
-    recipe: dict[str, Any]
-    positions: int
-    target: ModelTokens
-    sources: tuple[SourceView, ...]
-    winners: tuple[str | None, ...]
-    at: PositionView | None
-    answer: int | None = None
-    answers: int = 0
-    asked: str = ""
-
-    @property
-    def is_split(self) -> bool:
-        """Whether several sources have a share in one distribution."""
-        shares = zip(*(source.weights for source in self.sources), strict=True)
-        return any(sum(weight > 0 for weight in weights) > 1 for weights in shares)
-
-    def silence(self, at: PositionView, s: int) -> str:
-        """Why source s says nothing at a position."""
-        source = self.sources[s]
-        if not source.tokens.read:
-            return "could not read this block"
-        if source.weights[at.position] > 0 and self.recipe["inside_tokens"]:
-            return "not aligned: what it said before its token, of the bytes read since"
-        if source.weights[at.position] > 0:
-            return "not aligned: by the authors' rule all mass is on the token just read"
-        if at.read_bytes not in source.tokens.ends[:-1]:
-            return "not aligned: no position of it has read exactly this text"
-        if self.recipe["token_healing"] and at.read_bytes > 0:
-            return "says only what the target would not cut off here"
-        return "not aligned, though it has read this text"
-
-
-def settings_in_words(recipe: Recipe) -> dict[str, str]:
-    """How a run's distributions were kept and fused."""
-    fusion, kept = recipe.fusion, recipe.externalize
-    side = "to each side" if fusion.hindsight else "before the position"
-    over = f"sources compared over a window of {fusion.window_bytes} bytes {side}"
-    if fusion.granularity == "block":
-        over = f"sources compared over the {'whole block' if fusion.hindsight else 'block so far'}"
-    if fusion.function == "bayes":
-        over = "sources by their probability, given the block so far"
-    if fusion.function == "route":
-        over = ", ".join(f"{domain} to {name}" for domain, name in fusion.routes.items())
-    scheme = f"{kept.draws} draws" if kept.scheme == "sampled" else f"top {kept.k}"
-    rules = [
-        *([", healed"] if fusion.heals else []),
-        *([", split along the text"] if fusion.refines else []),
-        *([", asked within tokens"] if fusion.inside_tokens else []),
-    ]
-    paper = ", as the authors" if fusion.compatibility == "paper" else ""
-    return {
-        "strategy": f"{fusion.strategy}{paper}{''.join(rules)}",
-        "function": f"{fusion.function}, {over}",
-        "kept": f"{scheme} at each position",
-    }
 
 
 def inspect_block(
@@ -265,53 +65,158 @@ def inspect_block(
     progress: Progress,
     answer: int | None = None,
 ) -> BlockView:
-    """Gather one block of the part that sources read.
+    """One block of the part that sources read; see `BlockInspector`."""
+    return BlockInspector(recipe, run, readers, progress).block(number, position, answer)
 
-    Args:
+
+class BlockInspector:
+    """A fused run whose blocks are looked at, one after another.
+
+    What all blocks have in common is read once: the vocabulary maps, the outcomes, what frames the
+    shards. The blocks looked at last are kept, so that another position of one costs little.
+
+    Attributes:
+        blocks: how many there are.
         readers: the sources by name, and the target as "target".
-        number: of the block, from 0.
-        position: to look at closely, from 0 to N - 1; None takes an instructive one with a fused
-            distribution: where the winner cuts what follows otherwise, then where the true next
-            token is among its outcomes, then where most sources are aligned; the first of these.
-        answer: of a conversation, which of its answers, from 0; the first if None.
-
-    Raises:
-        StoreError: a stage is not finished, a tokenizer is not the one it was, or there is no
-            such block, answer or position.
     """
-    if not (fused_store.fused_folder(run) / MANIFEST).exists():
-        raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
-    fused, corpus = fused_store.open_fused(run), corpus_store.open_corpus(run)
-    encoders: dict[str, Encoder] = {name: reader.encoder for name, reader in readers.items()}
-    folders = _folders(recipe, run, readers)
-    shard, row, blocks = _place(corpus, number)
-    block = corpus_store.read_shard(corpus, shard)[row]
-    columns = {
-        name: _columns(folder, corpus, shard, row, len(encoders[name].vocabulary))
-        for name, folder in folders.items()
-    }
-    chosen = Looked.of(block, answer)
-    read = {name: chosen.tokens(columns[name], encoders[name].prefix_tokens) for name in folders}
-    positions = len(read[TARGET].predicting)
+
+    def __init__(
+        self, recipe: Recipe, run: Path, readers: Mapping[str, Reader], progress: Progress
+    ) -> None:
+        """Open a run; no model is loaded.
+
+        Args:
+            readers: the sources by name, and the target as "target".
+
+        Raises:
+            StoreError: a stage is not finished, or a tokenizer is not the one that it was.
+        """
+        if not (fused_store.fused_folder(run) / MANIFEST).exists():
+            raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
+        self._recipe, self.readers = recipe, readers
+        fused, corpus = fused_store.open_fused(run), corpus_store.open_corpus(run)
+        self._encoders: dict[str, Encoder] = {n: reader.encoder for n, reader in readers.items()}
+        folders = _folders(recipe, run, readers)
+        self._names = shard_names(corpus, f"{_PART}-")
+        counts = [corpus.shards[name]["counts"]["blocks"] for name in self._names]
+        self._starts = offsets_of(np.array(counts, dtype=np.int64))
+        self.blocks = int(self._starts[-1])
+        self._progress, self._fused = progress, fused
+        layouts = {
+            name: source_store.layout_of(folder, len(self._encoders[name].vocabulary))
+            for name, folder in folders.items()
+        }
+        open_shards = partial(
+            _Shards.open, corpus, fused, fused_store.layout_of(fused), folders, layouts
+        )
+        self._shards = lru_cache(maxsize=_OPEN_SHARDS)(open_shards)
+        self._looked: dict[tuple[int, int | None], _LookedAt] = {}
+
+    def prepare(self) -> None:
+        """Read what all blocks have in common now, and not with the first of them."""
+        _ = self._common
+
+    @cached_property
+    def _common(self) -> tuple[dict[str, Pairing], dict[str, OutcomeSets]]:
+        pairings = pairings_of(self._recipe, self.readers, self._progress)
+        vocabulary = len(self._encoders[TARGET].vocabulary)
+        sets = {n: fused_store.read_sets(self._fused, n, vocabulary) for n in pairings}
+        return pairings, sets
+
+    def block(
+        self, number: int, position: int | None = None, answer: int | None = None
+    ) -> BlockView:
+        """One block, and one of its positions closely.
+
+        Args:
+            number: of the block, from 0.
+            position: from 0 to N - 1; None takes an instructive one with a fused distribution:
+                where the winner cuts what follows otherwise, then where the true next token is
+                among its outcomes, then where most sources are aligned; the first of these.
+            answer: of a conversation, which of its answers, from 0; the first if None.
+
+        Raises:
+            StoreError: there is no such block, answer or position, or it is damaged.
+        """
+        looked = self._look(number, answer, position)
+        if position is None:
+            view = looked.view
+            position = _instructive(looked.gathered, view.sources, view.winners)
+        if position is None:
+            return looked.view
+        return replace(looked.view, at=self.position(number, position, answer))
+
+    def position(self, number: int, position: int, answer: int | None = None) -> PositionView:
+        """One position of a block; arguments and errors as those of `block`."""
+        looked = self._look(number, answer, position)
+        gathered, view = looked.gathered, looked.view
+        rules, target = _rules(self._recipe), view.target
+        before = tuple(_before(gathered, rules, name, position) for name in gathered.readings)
+        after = (target.ends[position], target.spelled[position + 1])
+        return PositionView(position, *after, before, _shares(gathered, view.sources, position))
+
+    def read_by_target(self, number: int, answer: int | None = None) -> tuple[np.ndarray, int]:
+        """What the target reads of a block, and where what is shown of it begins.
+
+        Returns:
+            ([T] ids of the whole block, its template's included; the position among them, of all
+            but the last, that is number 0 of the view)
+        """
+        looked = self._look(number, answer)
+        return looked.ids, looked.first
+
+    def fused(self, number: int, answer: int | None = None) -> tuple[Fused, list[OutcomeSets]]:
+        """A block's fused distributions, and the outcomes of the sources in their order."""
+        gathered = self._look(number, answer).gathered
+        return gathered.fused, list(gathered.sets.values())
+
+    def _look(self, number: int, answer: int | None, position: int | None = None) -> "_LookedAt":
+        looked = self._looked.pop((number, answer), None)
+        if looked is not None:
+            _require_position(number, position, looked.view.positions)
+        else:
+            looked = self._gather(number, answer, position)
+            if len(self._looked) >= _KEPT_BLOCKS:
+                self._looked.pop(next(iter(self._looked)))
+        self._looked[number, answer] = looked
+        return looked
+
+    def _gather(self, number: int, answer: int | None, position: int | None) -> "_LookedAt":
+        if not 0 <= number < self.blocks:
+            raise StoreError(
+                f"there is no block {number}: the run's part {_PART} has {self.blocks:,}, from 0 "
+                f"to {self.blocks - 1}"
+            )
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row = number - int(self._starts[shard])
+        shards, encoders = self._shards(self._names[shard]), self._encoders
+        chosen = Looked.of(shards.block(row), answer)
+        columns = {name: shards.columns(name, row) for name in encoders}
+        read = {n: chosen.tokens(columns[n], encoders[n].prefix_tokens) for n in encoders}
+        positions = len(read[TARGET].predicting)
+        _require_position(number, position, positions)
+        pairings, sets = self._common
+        readings = {
+            name: pairing.reading(read[TARGET], read[name], chosen.kept(columns[name]))
+            for name, pairing in pairings.items()
+        }
+        stored = shards.fused(row, columns[TARGET]["ids"].values)
+        stored = chosen.fused(stored, columns[TARGET], positions)
+        gathered = _Gathered(read, encoders, readings, stored, sets)
+        view = _view(self._recipe, number, self.blocks, chosen.block, gathered)
+        if chosen.number is not None:
+            said = chosen.asked(columns[TARGET], encoders[TARGET])
+            view = replace(view, answer=chosen.number, answers=chosen.answers, asked=said)
+        ids = columns[TARGET]["ids"].values
+        return _LookedAt(gathered, view, ids, chosen.first_position(columns[TARGET]))
+
+
+def _require_position(number: int, position: int | None, positions: int) -> None:
     if position is not None and not 0 <= position < positions:
         numbers = f", from 0 to {positions - 1}" if positions else ""
         raise StoreError(
             f"there is no position {position}: block {number} has {positions:,}{numbers}"
         )
-    readings = {
-        name: pairing.reading(read[TARGET], read[name], chosen.kept(columns[name]))
-        for name, pairing in pairings_of(recipe, readers, progress).items()
-    }
-    stored = _fused(fused, shard, row, columns[TARGET]["ids"].values)
-    stored = chosen.fused(stored, columns[TARGET], positions)
-    vocabulary = len(encoders[TARGET].vocabulary)
-    sets = {name: fused_store.read_sets(fused, name, vocabulary) for name in readings}
-    gathered = _Gathered(read, encoders, readings, stored, sets)
-    view = _view(recipe, number, blocks, chosen.block, position, gathered)
-    if chosen.number is None:
-        return view
-    said = chosen.asked(columns[TARGET], encoders[TARGET])
-    return replace(view, answer=chosen.number, answers=chosen.answers, asked=said)
 
 
 def _folders(recipe: Recipe, run: Path, readers: Mapping[str, Reader]) -> dict[str, StageFolder]:
@@ -324,6 +229,64 @@ def _folders(recipe: Recipe, run: Path, readers: Mapping[str, Reader]) -> dict[s
                 f"it back, or make the run anew: fusellm run {run} --redo"
             )
     return folders
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """One shard of the corpus, and the same blocks in all other stores of a run."""
+
+    corpus: Shard
+    of_fused: Shard
+    models: Mapping[str, Shard]
+    checked: set[tuple[str, int]] = field(default_factory=set)
+
+    @classmethod
+    def open(
+        cls,
+        corpus: StageFolder,
+        fused: StageFolder,
+        layout: Layout,
+        folders: Mapping[str, StageFolder],
+        layouts: Mapping[str, Layout],
+        name: str,
+    ) -> "_Shards":
+        """Those of a name.
+
+        Raises:
+            StoreError: one is damaged, or has other blocks.
+        """
+        of_corpus = Shard(corpus, name, corpus_store.BLOCKS)
+        models = {n: Shard(folder, name, layouts[n]) for n, folder in folders.items()}
+        for shard in models.values():
+            source_store.require_same_blocks(shard, of_corpus)
+        return cls(of_corpus, Shard(fused, name, layout), models)
+
+    def block(self, row: int) -> corpus_store.Block:
+        return corpus_store.block_of(self.corpus.block(row))
+
+    def columns(self, name: str, row: int) -> dict[str, Any]:
+        """A block's columns of a model's store, as a record batch has them."""
+        shard, (n, _) = self.models[name], self.corpus.place(row)
+        if (name, n) not in self.checked:
+            blocks = self.corpus.columns(n)
+            lengths = corpus_store.text_bytes(blocks)
+            source_store.require_text(shard, n, shard.columns(n), blocks["block"], lengths)
+            self.checked.add((name, n))
+        return {
+            column: Ragged(np.array([0, len(value)]), value)
+            if isinstance(value, np.ndarray)
+            else np.array([value])
+            for column, value in shard.block(row).items()
+        }
+
+    def fused(self, row: int, ids: np.ndarray) -> Fused:
+        """A block's fused distributions, at the target's own tokens."""
+        columns = self.of_fused.block(row)
+        if not np.array_equal(columns["ids"], ids):
+            raise self.of_fused.damaged(
+                f"block {columns['block']} has other tokens than the target's"
+            )
+        return Fused.of(columns)
 
 
 @dataclass(frozen=True)
@@ -354,24 +317,32 @@ class _Gathered:
         return int(self.read[TARGET].ids[position + 1])
 
 
+@dataclass(frozen=True)
+class _LookedAt:
+    """A block that was looked at.
+
+    Attributes:
+        view: without a position.
+        ids: [T] that the target reads of all of it.
+        first: the position, among those of `ids`, that is number 0 of the view.
+    """
+
+    gathered: _Gathered
+    view: BlockView
+    ids: np.ndarray
+    first: int
+
+
+def _rules(recipe: Recipe) -> FusionRules:
+    return rules_of(recipe.fusion, [source.referee for source in recipe.sources])
+
+
 def _view(
-    recipe: Recipe,
-    number: int,
-    blocks: int,
-    block: corpus_store.Block,
-    position: int | None,
-    gathered: _Gathered,
+    recipe: Recipe, number: int, blocks: int, block: corpus_store.Block, gathered: _Gathered
 ) -> BlockView:
     fusion, size = recipe.fusion, len(block.text.encode())
-    referees = [source.referee for source in recipe.sources]
-    rules, target = rules_of(fusion, referees), gathered.model_tokens(TARGET)
-    sources = _sources(gathered, rules, size)
+    sources = _sources(gathered, _rules(recipe), size)
     winners = _winners(sources, len(gathered.fused.parts))
-    at, chosen = None, _instructive(gathered, sources, winners) if position is None else position
-    if chosen is not None:
-        before = tuple(_before(gathered, rules, name, chosen) for name in gathered.readings)
-        after = (target.ends[chosen], target.spelled[chosen + 1])
-        at = PositionView(chosen, *after, before, _shares(gathered, sources, chosen))
     settings = {key: getattr(fusion, key) for key in _SETTINGS} | {
         "token_healing": fusion.heals,
         "refine": fusion.refines,
@@ -385,54 +356,11 @@ def _view(
         block.text,
         settings | {"scheme": recipe.externalize.scheme},
         len(winners),
-        target,
+        gathered.model_tokens(TARGET),
         sources,
         winners,
-        at,
+        None,
     )
-
-
-def _place(corpus: StageFolder, number: int) -> tuple[str, int, int]:
-    """(shard, row, blocks of the part) of a block."""
-    names = shard_names(corpus, f"{_PART}-")
-    starts = offsets_of(np.array([corpus.shards[n]["counts"]["blocks"] for n in names]))
-    blocks = int(starts[-1])
-    if not 0 <= number < blocks:
-        raise StoreError(
-            f"there is no block {number}: the run's part {_PART} has {blocks:,}, from 0 to "
-            f"{blocks - 1}"
-        )
-    shard = int(np.searchsorted(starts, number, side="right")) - 1
-    return names[shard], number - int(starts[shard]), blocks
-
-
-def _columns(
-    folder: StageFolder, corpus: StageFolder, name: str, row: int, vocabulary: int
-) -> dict[str, Any]:
-    """One block's columns as a record batch has them."""
-    shard = Shard(folder, name, source_store.layout_of(folder, vocabulary))
-    of_corpus = Shard(corpus, name, corpus_store.BLOCKS)
-    source_store.require_same_blocks(shard, of_corpus)
-    n, _ = shard.place(row)
-    blocks = of_corpus.columns(n)
-    source_store.require_text(
-        shard, n, shard.columns(n), blocks["block"], corpus_store.text_bytes(blocks)
-    )
-    return {
-        name: Ragged(np.array([0, len(value)]), value)
-        if isinstance(value, np.ndarray)
-        else np.array([value])
-        for name, value in shard.block(row).items()
-    }
-
-
-def _fused(folder: StageFolder, name: str, row: int, ids: np.ndarray) -> Fused:
-    """One block's fused distributions, at the target's own tokens."""
-    shard = Shard(folder, name, fused_store.layout_of(folder))
-    columns = shard.block(row)
-    if not np.array_equal(columns["ids"], ids):
-        raise shard.damaged(f"block {columns['block']} has other tokens than the target's")
-    return Fused.of(columns)
 
 
 def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[SourceView, ...]:

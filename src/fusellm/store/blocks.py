@@ -127,19 +127,20 @@ def read_shard(folder: StageFolder, name: str) -> list[Block]:
         StoreError: it is missing or damaged.
     """
     shard = Shard(folder, name, BLOCKS)
-    rows = (shard.block(n) for n in range(len(shard)))
-    return [
-        Block(
-            row["block"],
-            row["document"],
-            row["domain"],
-            row["last"],
-            row["text"],
-            context_of(row),
-            Conversation.from_json(row[CONVERSATION]) if CONVERSATION in row else None,
-        )
-        for row in rows
-    ]
+    return [block_of(shard.block(n)) for n in range(len(shard))]
+
+
+def block_of(row: Mapping[str, Any]) -> Block:
+    """A block, of its row as `Shard.block` gives it."""
+    return Block(
+        row["block"],
+        row["document"],
+        row["domain"],
+        row["last"],
+        row["text"],
+        context_of(row),
+        Conversation.from_json(row[CONVERSATION]) if CONVERSATION in row else None,
+    )
 
 
 def context_of(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:

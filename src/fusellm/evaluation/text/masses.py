@@ -97,13 +97,21 @@ def _answer(
             low = int(np.searchsorted(question.rows, here[0]))
             high = int(np.searchsorted(question.rows, here[-1], side="right"))
             places = np.searchsorted(here, question.rows[low:high])
-            answer[low:high] = _sums(log_probs, places, question.numbers[low:high], question.sets)
+            answer[low:high] = sums_over_sets(
+                log_probs, places, question.numbers[low:high], question.sets
+            )
 
 
-def _sums(
+def sums_over_sets(
     log_probs: torch.Tensor, rows: np.ndarray, numbers: np.ndarray, sets: OutcomeSets
 ) -> np.ndarray:
-    """[Q] float64 logs of sums over sets of ids."""
+    """[Q] float64 logs of the probabilities of sets of ids.
+
+    Args:
+        log_probs: [C, V].
+        rows: [Q] which of them is asked.
+        numbers: [Q] sets.
+    """
     ids, which = sets.take(numbers)
     known = ids < log_probs.shape[1]  # a tokenizer may have more tokens than a head has rows
     ids, which = ids[known], which[known]

@@ -1,0 +1,144 @@
+"""Who won where: each document of a run's training text, and how much each source won in it.
+
+S sources, in the recipe's order.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fusellm.arrays.fused import Fused
+from fusellm.arrays.ragged import Ragged, offsets_of
+from fusellm.config import Recipe
+from fusellm.progress import Progress
+from fusellm.store.blocks import BLOCKS, open_corpus
+from fusellm.store.fused import layout_of, open_fused
+from fusellm.store.tables import Shard, shard_names
+
+_EXCERPT = 60  # characters on either side of what was looked for
+
+
+@dataclass
+class DocumentWins:
+    """One document.
+
+    Attributes:
+        name, domain: of it.
+        first: number of its first block; `blocks` how many it has.
+        positions: of the target, that predict.
+        wins: [S] positions that each source won; a position that several have a share in counts
+            for each by its share.
+    """
+
+    name: str
+    domain: str
+    first: int
+    blocks: int
+    positions: int
+    wins: np.ndarray
+
+    @property
+    def winner(self) -> int | None:
+        """Number of the source that won most; None where none won anything."""
+        return int(np.argmax(self.wins)) if self.wins.sum() > 0 else None
+
+    def share(self, source: int) -> float:
+        """Of the positions, that a source won."""
+        return float(self.wins[source]) / max(self.positions, 1)
+
+
+def wins_of_documents(recipe: Recipe, run: Path, progress: Progress) -> list[DocumentWins]:
+    """Count the wins of a fused run, document by document.
+
+    Raises:
+        StoreError: a stage is not finished, or a shard is damaged.
+    """
+    corpus, fused, sources = open_corpus(run), open_fused(run), len(recipe.sources)
+    layout, names = layout_of(fused), shard_names(corpus, "train-")
+    counted: list[DocumentWins] = []
+    with progress.start("counting wins", len(names), "shards") as bar:
+        for name in names:
+            batches = Shard(corpus, name, BLOCKS).batches(), Shard(fused, name, layout).batches()
+            for of_corpus, of_fused in zip(*batches, strict=True):
+                wins, positions = _wins(of_fused["parts"], of_fused, sources)
+                for row, document in enumerate(of_corpus["document"]):
+                    own = str(document), str(of_corpus["domain"][row])
+                    if not counted or (counted[-1].name, counted[-1].domain) != own:
+                        block = int(of_corpus["block"][row])
+                        counted.append(DocumentWins(*own, block, 0, 0, np.zeros(sources)))
+                    counted[-1].blocks += 1
+                    counted[-1].positions += int(positions[row])
+                    counted[-1].wins += wins[row]
+            bar.advance()
+    return counted
+
+
+def _wins(parts: Ragged, columns: dict[str, Ragged], sources: int) -> tuple[np.ndarray, np.ndarray]:
+    """([B, S] positions won, [B] positions) of a record batch of the fused store."""
+    fused = Fused(*(columns[name].values for name in Fused.__dataclass_fields__))
+    blocks = len(parts.lengths)
+    block = np.repeat(np.arange(blocks), parts.lengths)[fused.position_of_part]
+    weight = fused.rest.astype(np.float64)
+    weight += np.bincount(fused.part_of_outcome, weights=fused.masses, minlength=len(weight))
+    wins = np.zeros((blocks, sources))
+    np.add.at(wins, (block, fused.source.astype(np.int64)), weight)
+    return wins, parts.lengths
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block in which a text was found, and what stands around it."""
+
+    block: int
+    document: str
+    domain: str
+    before: str
+    match: str
+    after: str
+
+
+def search_blocks(run: Path, wanted: str, most: int) -> Iterator[Passage]:
+    """The first blocks of the training text whose text or document's name has `wanted` in it.
+
+    Capital letters count as small ones.
+    """
+    corpus, wanted = open_corpus(run), wanted.lower()
+    left = most
+    for name in shard_names(corpus, "train-"):
+        for columns in Shard(corpus, name, BLOCKS).batches():
+            for row, text in enumerate(columns["text"]):
+                document, at = str(columns["document"][row]), text.lower().find(wanted)
+                if at < 0 and wanted not in document.lower():
+                    continue
+                yield Passage(
+                    int(columns["block"][row]),
+                    document,
+                    str(columns["domain"][row]),
+                    *_around(text, at, len(wanted)),
+                )
+                left -= 1
+                if left == 0:
+                    return
+
+
+def _around(text: str, at: int, length: int) -> tuple[str, str, str]:
+    """What stands before, in and after a match; the beginning of a text without one."""
+    if at < 0:
+        return text[: 2 * _EXCERPT], "", ""
+    end = at + length
+    return text[max(at - _EXCERPT, 0) : at], text[at:end], text[end : end + _EXCERPT]
+
+
+def grouped(documents: Sequence[DocumentWins], most: int) -> list[list[DocumentWins]]:
+    """Documents as at most `most` groups of neighbours, of one size but for the last.
+
+    >>> none = np.zeros(1)
+    >>> five = [DocumentWins(str(n), "prose", n, 1, 1, none) for n in range(5)]
+    >>> [[one.name for one in group] for group in grouped(five, 3)]
+    [['0', '1'], ['2', '3'], ['4']]
+    """
+    size = max(-(-len(documents) // most), 1)
+    starts = offsets_of(np.full(-(-len(documents) // size), size))[:-1]
+    return [list(documents[start : start + size]) for start in starts]
