@@ -29,7 +29,7 @@ EDGES = (
     "training",
     "preflight",
 )
-DOORS = ("rounds", "pipeline", "plan", "run", "study", "cli", "__main__")
+DOORS = ("rounds", "pipeline", "plan", "run", "view", "study", "cli", "__main__")
 IN_ORDER = (*WORDS, *MATHS, *EDGES, "stages", "explain", *DOORS)
 """A part imports itself and what stands before it; stages besides import no other stage."""
 

@@ -25,6 +25,7 @@ from fusellm.cli.status import clean, status
 from fusellm.cli.store import store_app
 from fusellm.cli.study import study
 from fusellm.cli.tokenizers import tokenizers
+from fusellm.cli.view import view
 from fusellm.cli.zoo import zoo_app
 from fusellm.config.page import recipe_page
 from fusellm.recipe_file import schema as schema_of_recipes
@@ -77,7 +78,7 @@ def schema(
 
 
 _RUNS = (demo, run, generate, corpus, externalize, fuse, train, evaluate, report)
-_OTHERS = (check, inspect, init, status, clean, doctor, schema)
+_OTHERS = (check, inspect, view, init, status, clean, doctor, schema)
 for _command in (tokenizers, plan, *_RUNS, study, merge, *_OTHERS):
     app.command()(_command)  # in the order of `fusellm --help`
 

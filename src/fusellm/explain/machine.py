@@ -127,6 +127,13 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _of_meminfo().get("MemAvailable")
+
+
 def _memory() -> Iterator[Finding]:
     told = _of_meminfo()
     if "MemTotal" in told:

@@ -1,0 +1,87 @@
+"""The target and the models trained from it, loaded when they are asked, kept while they fit."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+
+import torch
+from transformers import PreTrainedModel
+
+from fusellm.config import Recipe
+from fusellm.explain.block import BlockInspector
+from fusellm.explain.machine import free_memory
+from fusellm.explain.predictions import Predictions, predictions_of
+from fusellm.models.load import default_device, load_model
+from fusellm.models.readers import Reader
+from fusellm.pipeline import Pipeline
+from fusellm.progress import Progress, Silent
+from fusellm.stages.evaluate import trained_model
+from fusellm.store.externalized import TARGET
+from fusellm.store.manifest import MANIFEST, StageFolder
+from fusellm.store.run_folder import CLM, FUSED, trained_folder
+
+_ROOM = 1.5
+"""A model is kept if the memory left has so many times its bytes: for the next one, and to work."""
+
+
+class Models:
+    """What says something about a block: the target before its training, CLM and fused after it.
+
+    Attributes:
+        readers: those that are there, by name.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: Path, readers: Mapping[str, Reader], trusted: bool
+    ) -> None:
+        """Find them; none is loaded."""
+        context = Pipeline(recipe, run, Silent(), trusted=trusted, readers=readers).context
+        self.readers = {TARGET: readers[TARGET]}
+        for which in (CLM, FUSED):
+            place = trained_folder(run, which)
+            if (place / MANIFEST).exists() and StageFolder(place).complete:
+                self.readers[which] = trained_model(context, which)
+        self._kept: dict[str, PreTrainedModel] = {}
+
+    def ask(
+        self,
+        inspector: BlockInspector,
+        lock: Lock,
+        number: int,
+        answer: int | None,
+        progress: Progress,
+    ) -> dict[str, Predictions]:
+        """What each says at the positions of a block.
+
+        Args:
+            lock: held while the inspector is asked, and not while the models are.
+
+        Raises:
+            ModelError: a model cannot be loaded, or memory does not suffice.
+            StoreError: there is no such block or answer.
+        """
+        with lock:
+            ids, first = inspector.read_by_target(number, answer)
+            fused, sets = inspector.fused(number, answer)
+        said = {}
+        with progress.start("asking models", len(self.readers), "models") as bar:
+            for name, reader in self.readers.items():
+                model = self._loaded(name)
+                said[name] = predictions_of(model, reader.encoder, ids, first, fused, sets)
+                self._forget_if_tight(name)
+                bar.advance()
+        return said
+
+    def _loaded(self, name: str) -> PreTrainedModel:
+        if name not in self._kept:
+            self._kept[name] = load_model(self.readers[name].located, default_device())
+        return self._kept[name]
+
+    def _forget_if_tight(self, name: str) -> None:
+        model = self._kept[name]
+        size = sum(one.numel() * one.element_size() for one in model.parameters())
+        free = free_memory(default_device())
+        if free is not None and free < _ROOM * size:
+            del self._kept[name], model
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
