@@ -56,6 +56,12 @@ _SETTINGS = (
 )
 
 
+def require_fused(run: Path) -> None:
+    """Raise StoreError where there is nothing to look at yet."""
+    if not (fused_store.fused_folder(run) / MANIFEST).exists():
+        raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
+
+
 def inspect_block(
     recipe: Recipe,
     run: Path,
@@ -91,8 +97,7 @@ class BlockInspector:
         Raises:
             StoreError: a stage is not finished, or a tokenizer is not the one that it was.
         """
-        if not (fused_store.fused_folder(run) / MANIFEST).exists():
-            raise StoreError(f"{run} has no fused distributions yet; first: fusellm fuse {run}")
+        require_fused(run)
         self._recipe, self.readers = recipe, readers
         fused, corpus = fused_store.open_fused(run), corpus_store.open_corpus(run)
         self._encoders: dict[str, Encoder] = {n: reader.encoder for n, reader in readers.items()}

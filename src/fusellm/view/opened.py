@@ -8,7 +8,7 @@ from typing import Any
 
 from fusellm.config import Recipe
 from fusellm.errors import ArgumentError
-from fusellm.explain.block import BlockInspector
+from fusellm.explain.block import BlockInspector, require_fused
 from fusellm.explain.documents import DocumentWins, wins_of_documents
 from fusellm.explain.tokenizers import TokenizerComparison, compare_tokenizers
 from fusellm.explain.views import BlockView
@@ -47,6 +47,7 @@ class OpenedRun:
         Raises:
             StoreError: nothing is fused yet.
         """
+        require_fused(run)
         open_fused(run)
         corpus = open_corpus(run)
         self.recipe, self.run, self.asks_models = recipe, run, asks_models
