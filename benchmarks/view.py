@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -183,7 +184,7 @@ def look_at(run: Path, blocks: int) -> dict[str, float]:
         ]
         figures["position_seconds"] = statistics.median(positions)
         figures["worst_position_seconds"] = max(positions)
-        sought = urllib.request.quote(_NOWHERE)
+        sought = quote(_NOWHERE)
         figures["search_seconds"] = timed(f"{address}index.html?find={sought}")
     return figures
 

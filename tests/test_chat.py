@@ -48,9 +48,11 @@ from fusellm.errors import (
     TokenizerError,
 )
 from fusellm.explain.block import inspect_block
+from fusellm.explain.documents import wins_of_documents
 from fusellm.pipeline import Pipeline
 from fusellm.progress import Silent
 from fusellm.recipe_file import check_recipe, load_recipe, resolve_paths
+from fusellm.run import Run
 from fusellm.store.blocks import BLOCKS, encode_blocks, open_corpus, read_part, read_shard
 from fusellm.store.externalized import open_externalized
 from fusellm.store.fused import layout_of, open_fused
@@ -62,6 +64,7 @@ from fusellm.study.run import run_study
 from fusellm.tokens.chat import ChatEncoder, _fillings
 from fusellm.tokens.conversation import Conversation, UnusableError, conversation_of
 from fusellm.tokens.encode import Encoded
+from fusellm.view.opened import OpenedRun
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
 REAL = Path(os.environ.get("FUSELLM_REAL_MODELS", "/nowhere"))
@@ -1319,3 +1322,29 @@ def test_what_a_program_gives_wrongly_is_told(models: Path, texts: Any, message:
         fusellm.read_distributions(model, tokenizer, texts)
     with pytest.raises(ArgumentError, match="this tokenizer reads conversations"):
         fusellm.read_distributions(model, tokenizer.for_chat(), ["plain"])
+
+
+def test_the_explorer_shows_answers_one_by_one(finished: Path) -> None:
+    """Positions are those that were fused, by answer, and models read the whole conversation."""
+    run = Run(finished)
+    opened = OpenedRun(run.recipe, finished)
+    counts = json.loads((finished / "fuse" / "counts.json").read_text(encoding="utf-8"))
+    documents = wins_of_documents(run.recipe, finished, Silent())
+    assert sum(one.positions for one in documents) == sum(
+        own["positions"] for own in counts["domains"].values()
+    )
+    first = opened.block(2, 0)
+    assert first.answers > 1
+    asked = set()
+    for answer in range(first.answers):
+        view = opened.block(2, answer)
+        said = opened.predictions(2, answer).wait()
+        assert said is not None
+        assert [len(one["true"]) for one in said] == [view.positions] * len(said)
+        inspector = opened.inspector.wait()
+        assert inspector is not None
+        ids, start = inspector.read_by_target(2, answer)
+        own = ids[start + 1 : start + 1 + view.positions].tolist()
+        assert own == list(view.target.ids[1 : 1 + view.positions])
+        asked.add(start)
+    assert len(asked) == first.answers

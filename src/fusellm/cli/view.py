@@ -1,7 +1,11 @@
 """`fusellm view`: an explorer of a fused run, in the browser or as files."""
 
+import time
 import webbrowser
+from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,61 +19,73 @@ if TYPE_CHECKING:
     from fusellm.view.opened import OpenedRun
 
 _EXPORTED = 20
+_OPENING = 30.0  # seconds that a browser has to read the file that leads it to the address
 
 
-def _blocks(given: str) -> list[int]:
-    """The numbers that `0-9,40` names."""
+def _blocks(given: str, most: int) -> list[int]:
+    """The numbers that `0-9,40` names, of a run of so many blocks."""
     numbers: list[int] = []
     for part in given.split(","):
         first, dash, last = part.strip().partition("-")
         ends = (first, last) if dash else (first, first)
         if not all(end.isdecimal() for end in ends) or int(ends[0]) > int(ends[1]):
             raise typer.BadParameter(f"{part!r} is no block and no range; give such as 0-9,40")
+        if int(ends[1]) >= most:
+            raise StoreError(
+                f"--blocks {part.strip()}: there is no block {int(ends[1])}; the run has {most:,}, "
+                f"from 0 to {most - 1}"
+            )
         numbers += range(int(ends[0]), int(ends[1]) + 1)
     return numbers
 
 
+_Block = Annotated[
+    int | None,
+    typer.Option("--block", metavar="N", min=0, help="Open at this block, not at the overview."),
+]
+_Port = Annotated[
+    int, typer.Option("--port", min=0, max=65535, help="Of this machine; 0 takes a free one.")
+]
+_Browser = Annotated[
+    bool, typer.Option("--browser/--no-browser", help="Whether to open a browser.")
+]
+_AsksModels = Annotated[
+    bool,
+    typer.Option(
+        "--predictions/--no-predictions",
+        help="Whether to load the target, CLM and fused model, when a block is looked at, and say "
+        "what each predicts.",
+    ),
+]
+_Export = Annotated[
+    Path | None,
+    typer.Option(
+        "--export",
+        metavar="FOLDER",
+        parser=folder,
+        help="Write pages that need no server, and stop; a folder that is new, or an earlier "
+        "export.",
+    ),
+]
+_Blocks = Annotated[
+    str | None,
+    typer.Option(
+        "--blocks",
+        metavar="RANGES",
+        help=f"Of an export: which blocks, such as 0-9,40; {_EXPORTED} spread over the run if not "
+        "given.",
+    ),
+]
+
+
 def view(
     run: RunFolder,
-    block: Annotated[
-        int | None,
-        typer.Option(
-            "--block", metavar="N", min=0, help="Open at this block, not at the overview."
-        ),
-    ] = None,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Of this machine; 0 takes a free one.")
-    ] = 0,
-    browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Whether to open a browser.")
-    ] = True,
-    predictions: Annotated[
-        bool,
-        typer.Option(
-            "--predictions/--no-predictions",
-            help="Whether to load the target, CLM and fused model, when a block is looked at, and "
-            "say what each predicts.",
-        ),
-    ] = True,
-    export: Annotated[
-        Path | None,
-        typer.Option(
-            "--export",
-            metavar="FOLDER",
-            parser=folder,
-            help="Write pages that need no server, and stop; a folder that is new, or an earlier "
-            "export.",
-        ),
-    ] = None,
-    blocks: Annotated[
-        str | None,
-        typer.Option(
-            "--blocks",
-            metavar="RANGES",
-            help=f"Of an export: which blocks, such as 0-9,40; {_EXPORTED} spread over the run if "
-            "not given.",
-        ),
-    ] = None,
+    block: _Block = None,
+    port: _Port = 0,
+    browser: _Browser = True,
+    predictions: _AsksModels = True,
+    export: _Export = None,
+    blocks: _Blocks = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Look through a fused run in the browser: who knew what, and what became of it.
@@ -89,6 +105,8 @@ def view(
         raise StoreError(f"{run} is not a run: it is no folder; give the folder of a run")
     if blocks is not None and export is None:
         raise ArgumentError("--blocks is of an export: give --export FOLDER as well")
+    if export is not None and (block is not None or port):
+        raise ArgumentError("--block and --port are of the server, and --export starts none")
     recipe = open_recipe(run)
     from fusellm.store.run_folder import require_no_rounds
     from fusellm.view.opened import OpenedRun
@@ -108,7 +126,7 @@ def _export(opened: "OpenedRun", folder: Path, given: str | None) -> None:
         count = min(_EXPORTED, opened.blocks)
         numbers = [n * opened.blocks // count for n in range(count)]
     else:
-        numbers = _blocks(given)
+        numbers = _blocks(given, opened.blocks)
     pages = export(opened, folder, numbers, Terminal(STDERR))
     STDOUT.say(f"{len(pages)} pages; open {folder / 'index.html'}")
 
@@ -133,8 +151,25 @@ def _serve(opened: "OpenedRun", block: int | None, port: int, browser: bool) -> 
         print(address, flush=True)
         STDERR.say("Ctrl-C ends it")
         if browser and STDOUT.is_terminal:
-            webbrowser.open(address)
+            # In a thread: a browser in the terminal ends before the call does.
+            Thread(target=_open, args=[address], daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             STDERR.say("ended")
+
+
+def _open(address: str) -> None:
+    """Open an address in the browser, through a file that only this user can read.
+
+    On a command line anybody on this machine would see its token.
+    """
+    with TemporaryDirectory(prefix="fusellm-view-") as folder:
+        page = Path(folder) / "open.html"
+        where = escape(address)
+        page.write_text(
+            f'<meta http-equiv="refresh" content="0; url={where}"><a href="{where}">{where}</a>',
+            encoding="utf-8",
+        )
+        webbrowser.open(page.as_uri())
+        time.sleep(_OPENING)

@@ -49,7 +49,8 @@ from fusellm.store.tables import Shard, shard_names
 from fusellm.tokens.encode import Encoder
 
 _PART = "train"  # that sources read; validation and held_out are kept from them
-_OPEN_SHARDS, _KEPT_BLOCKS = 8, 8
+_OPEN_SHARDS, _KEPT_BLOCKS = 3, 8
+_CACHED = 1  # record batches of a shard; one of long blocks and many draws is large
 _SETTINGS = (
     *("strategy", "compatibility", "token_healing", "inside_tokens", "function"),
     *("granularity", "window_bytes", "hindsight", "cross_entropy"),
@@ -260,11 +261,11 @@ class _Shards:
         Raises:
             StoreError: one is damaged, or has other blocks.
         """
-        of_corpus = Shard(corpus, name, corpus_store.BLOCKS)
-        models = {n: Shard(folder, name, layouts[n]) for n, folder in folders.items()}
+        of_corpus = Shard(corpus, name, corpus_store.BLOCKS, _CACHED)
+        models = {n: Shard(folder, name, layouts[n], _CACHED) for n, folder in folders.items()}
         for shard in models.values():
             source_store.require_same_blocks(shard, of_corpus)
-        return cls(of_corpus, Shard(fused, name, layout), models)
+        return cls(of_corpus, Shard(fused, name, layout, _CACHED), models)
 
     def block(self, row: int) -> corpus_store.Block:
         return corpus_store.block_of(self.corpus.block(row))

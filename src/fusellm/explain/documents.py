@@ -3,9 +3,11 @@
 S sources, in the recipe's order.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +15,11 @@ from fusellm.arrays.fused import Fused
 from fusellm.arrays.ragged import Ragged, offsets_of
 from fusellm.config import Recipe
 from fusellm.progress import Progress
+from fusellm.store import externalized
 from fusellm.store.blocks import BLOCKS, open_corpus
+from fusellm.store.externalized import PREDICTED, TARGET, open_externalized
 from fusellm.store.fused import layout_of, open_fused
+from fusellm.store.layout import sums_of
 from fusellm.store.tables import Shard, shard_names
 
 _EXCERPT = 60  # characters on either side of what was looked for
@@ -27,7 +32,7 @@ class DocumentWins:
     Attributes:
         name, domain: of it.
         first: number of its first block; `blocks` how many it has.
-        positions: of the target, that predict.
+        positions: of the target, at which it is asked what comes next.
         wins: [S] positions that each source won; a position that several have a share in counts
             for each by its share.
     """
@@ -39,30 +44,25 @@ class DocumentWins:
     positions: int
     wins: np.ndarray
 
-    @property
-    def winner(self) -> int | None:
-        """Number of the source that won most; None where none won anything."""
-        return int(np.argmax(self.wins)) if self.wins.sum() > 0 else None
-
-    def share(self, source: int) -> float:
-        """Of the positions, that a source won."""
-        return float(self.wins[source]) / max(self.positions, 1)
-
 
 def wins_of_documents(recipe: Recipe, run: Path, progress: Progress) -> list[DocumentWins]:
     """Count the wins of a fused run, document by document.
+
+    Of plain text all positions but a block's last count, those inside a long prefix included.
 
     Raises:
         StoreError: a stage is not finished, or a shard is damaged.
     """
     corpus, fused, sources = open_corpus(run), open_fused(run), len(recipe.sources)
-    layout, names = layout_of(fused), shard_names(corpus, "train-")
+    target, names = open_externalized(run, TARGET), shard_names(corpus, "train-")
+    layouts = BLOCKS, layout_of(fused), externalized.layout_of(target)
     counted: list[DocumentWins] = []
     with progress.start("counting wins", len(names), "shards") as bar:
         for name in names:
-            batches = Shard(corpus, name, BLOCKS).batches(), Shard(fused, name, layout).batches()
-            for of_corpus, of_fused in zip(*batches, strict=True):
-                wins, positions = _wins(of_fused["parts"], of_fused, sources)
+            stages = zip((corpus, fused, target), layouts, strict=True)
+            batches = (Shard(stage, name, layout).batches() for stage, layout in stages)
+            for of_corpus, of_fused, of_target in zip(*batches, strict=True):
+                wins, positions = _wins(of_fused, sources), _asked(of_target)
                 for row, document in enumerate(of_corpus["document"]):
                     own = str(document), str(of_corpus["domain"][row])
                     if not counted or (counted[-1].name, counted[-1].domain) != own:
@@ -75,8 +75,19 @@ def wins_of_documents(recipe: Recipe, run: Path, progress: Progress) -> list[Doc
     return counted
 
 
-def _wins(parts: Ragged, columns: dict[str, Ragged], sources: int) -> tuple[np.ndarray, np.ndarray]:
-    """([B, S] positions won, [B] positions) of a record batch of the fused store."""
+def _asked(columns: dict[str, Any]) -> np.ndarray:
+    """[B] positions at which the target is asked, of a record batch of its store."""
+    if PREDICTED in columns:  # of a conversation, the tokens that are learnt
+        predicted = columns[PREDICTED]
+        asked = sums_of(predicted.values.astype(np.int64), predicted.lengths)
+    else:
+        asked = np.maximum(columns["ids"].lengths - 1, 0)
+    return np.where(columns["read"], asked, 0)
+
+
+def _wins(columns: dict[str, Ragged], sources: int) -> np.ndarray:
+    """[B, S] positions won, of a record batch of the fused store."""
+    parts = columns["parts"]
     fused = Fused(*(columns[name].values for name in Fused.__dataclass_fields__))
     blocks = len(parts.lengths)
     block = np.repeat(np.arange(blocks), parts.lengths)[fused.position_of_part]
@@ -84,7 +95,7 @@ def _wins(parts: Ragged, columns: dict[str, Ragged], sources: int) -> tuple[np.n
     weight += np.bincount(fused.part_of_outcome, weights=fused.masses, minlength=len(weight))
     wins = np.zeros((blocks, sources))
     np.add.at(wins, (block, fused.source.astype(np.int64)), weight)
-    return wins, parts.lengths
+    return wins
 
 
 @dataclass(frozen=True)
@@ -104,30 +115,29 @@ def search_blocks(run: Path, wanted: str, most: int) -> Iterator[Passage]:
 
     Capital letters count as small ones.
     """
-    corpus, wanted = open_corpus(run), wanted.lower()
-    left = most
+    corpus, pattern, left = open_corpus(run), re.compile(re.escape(wanted), re.IGNORECASE), most
     for name in shard_names(corpus, "train-"):
         for columns in Shard(corpus, name, BLOCKS).batches():
             for row, text in enumerate(columns["text"]):
-                document, at = str(columns["document"][row]), text.lower().find(wanted)
-                if at < 0 and wanted not in document.lower():
+                document, match = str(columns["document"][row]), pattern.search(text)
+                if match is None and pattern.search(document) is None:
                     continue
                 yield Passage(
                     int(columns["block"][row]),
                     document,
                     str(columns["domain"][row]),
-                    *_around(text, at, len(wanted)),
+                    *_around(text, match),
                 )
                 left -= 1
                 if left == 0:
                     return
 
 
-def _around(text: str, at: int, length: int) -> tuple[str, str, str]:
+def _around(text: str, match: re.Match[str] | None) -> tuple[str, str, str]:
     """What stands before, in and after a match; the beginning of a text without one."""
-    if at < 0:
+    if match is None:
         return text[: 2 * _EXCERPT], "", ""
-    end = at + length
+    at, end = match.span()
     return text[max(at - _EXCERPT, 0) : at], text[at:end], text[end : end + _EXCERPT]
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fusellm.arrays.fused import Fused
 from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.arrays.ragged import offsets_of
+from fusellm.errors import NumericsError
 from fusellm.evaluation.text.masses import sums_over_sets
 from fusellm.fusion.cross_entropy import NATS_PER_BIT
 from fusellm.models.heads import head_of
@@ -50,10 +51,6 @@ class Predictions:
     rank: tuple[int, ...]
     divergence: tuple[float | None, ...]
 
-    def is_right(self, position: int) -> bool:
-        """Whether no token is more probable than the true one."""
-        return self.rank[position] == 1
-
 
 def predictions_of(
     model: PreTrainedModel,
@@ -73,23 +70,25 @@ def predictions_of(
 
     Raises:
         ModelError: memory does not suffice for the block.
+        NumericsError: the model gives NaN or infinity.
     """
     head, positions = head_of(model).widened(), len(fused.parts)
     every = OutcomeSets.concat(sets)
     base = offsets_of(np.array([len(of_source) for of_source in sets]))
     numbers = base[fused.source[fused.part_of_outcome]] + fused.outcomes
-    rows = fused.position_of_part[fused.part_of_outcome]
     pieces: list[_Said] = []
 
     def use(_: list[int], hidden: torch.Tensor, true_ids: torch.Tensor) -> None:
         own = slice(first, first + positions)
         # From the beginning: where memory ran out, a batch comes again.
-        pieces[:] = _asked(head, hidden[own], true_ids[own], rows, numbers, every)
+        pieces[:] = _asked(head, hidden[own], true_ids[own], fused, numbers, every)
 
     for _ in read_blocks(model, [ids], None, use):
         pass
     said = _Said.concat(pieces)
-    divergence = _divergence(fused, said.log_masses)
+    if not np.isfinite(said.true).all():
+        raise NumericsError("the model gives NaN or infinity; its training may have diverged")
+    divergence = _divergence(fused, said.log_masses, said.log_outside)
     best = tuple(
         tuple(
             Predicted(int(id_), encoder.spelled(int(id_)), float(probability))
@@ -107,7 +106,7 @@ def predictions_of(
 
 @dataclass(frozen=True)
 class _Said:
-    """What a model said at C positions, in which Q outcomes have mass.
+    """What a model said at C positions, with P parts in which Q outcomes have mass.
 
     Attributes:
         best: [C, K] ids, by probability, and
@@ -115,6 +114,7 @@ class _Said:
         true: [C] probability of the true next token, and
         rank: [C].
         log_masses: [Q] nats, of the outcomes.
+        log_outside: [P] nats, of what is in none of a part's outcomes.
     """
 
     best: np.ndarray
@@ -122,12 +122,13 @@ class _Said:
     true: np.ndarray
     rank: np.ndarray
     log_masses: np.ndarray
+    log_outside: np.ndarray
 
     @classmethod
     def concat(cls, several: Sequence["_Said"]) -> "_Said":
         if not several:
             none = np.zeros(0)
-            return cls(none, none, none, none, none)
+            return cls(none, none, none, none, none, none)
         return cls(*(np.concatenate(column) for column in zip(*map(astuple, several), strict=True)))
 
 
@@ -135,23 +136,27 @@ def _asked(
     head: Head,
     hidden: torch.Tensor,
     true_ids: torch.Tensor,
-    rows: np.ndarray,
+    fused: Fused,
     numbers: np.ndarray,
     sets: OutcomeSets,
 ) -> list[_Said]:
     """Ask at N positions, a chunk of them at a time.
 
     Args:
-        rows: [M] the position of each outcome, ascending.
-        numbers: [M] the outcome, of `sets`.
+        numbers: [M] the outcome of `sets` that each of `fused` is.
     """
     pieces, chunk = [], head.rows_to_read()
+    rows = fused.position_of_part[fused.part_of_outcome]
     for start in range(0, len(hidden), chunk):
         logits = head.logits(hidden[start : start + chunk])
         log_probs = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
         true = log_probs.gather(1, true_ids[start : start + chunk, None])
         best = log_probs.topk(min(_BEST, log_probs.shape[1]))
-        own = slice(*np.searchsorted(rows, [start, start + len(log_probs)]))
+        ends = [start, start + len(log_probs)]
+        own = slice(*np.searchsorted(rows, ends))
+        parts = slice(*np.searchsorted(fused.position_of_part, ends))
+        part = fused.part_of_outcome[own] - parts.start
+        of_part = fused.position_of_part[parts] - start
         pieces.append(
             _Said(
                 best.indices.cpu().numpy(),
@@ -159,29 +164,57 @@ def _asked(
                 true[:, 0].exp().cpu().numpy(),
                 1 + (log_probs > true).sum(1).cpu().numpy(),
                 sums_over_sets(log_probs, rows[own] - start, numbers[own], sets),
+                _outside(log_probs, of_part, part, numbers[own], sets),
             )
         )
     return pieces
 
 
-def _divergence(fused: Fused, log_masses: np.ndarray) -> np.ndarray:
+def _outside(
+    log_probs: torch.Tensor,
+    row: np.ndarray,
+    part: np.ndarray,
+    numbers: np.ndarray,
+    sets: OutcomeSets,
+) -> np.ndarray:
+    """[P] nats of all ids that are in none of a part's outcomes.
+
+    From the ids themselves: 1 − Σq would be noise where next to nothing is left.
+
+    Args:
+        log_probs: [C, V].
+        row: [P] of each part, and
+        part: [Q] of each outcome.
+    """
+    place = log_probs.device
+    rest = log_probs[torch.from_numpy(row).to(place)]
+    ids, which = sets.take(numbers)
+    known = ids < log_probs.shape[1]
+    at = torch.from_numpy(part[which[known]]).to(place)
+    rest[at, torch.from_numpy(ids[known]).to(place)] = -torch.inf
+    logs: np.ndarray = torch.logsumexp(rest.double(), dim=-1).cpu().numpy()
+    return logs
+
+
+def _divergence(fused: Fused, log_masses: np.ndarray, log_outside: np.ndarray) -> np.ndarray:
     """[N] bits: KL of the fused distributions from a model's own; NaN where there is none.
 
     Part s of a position has weight w, outcomes of mass m and the rest r, m and r with w in them. A
-    model gives these outcomes q, and 1 − Σq what is in none of them:
-        KL = Σ_s [Σ m·log(m / w·q) + r·log(r / w·(1 − Σq))]
+    model gives these outcomes q, and o what is in none of them:
+        KL = Σ_s [Σ m·log(m / w·q) + r·log(r / w·o)]
 
     Args:
         log_masses: [M] log q, nats.
+        log_outside: [R] log o, nats.
     """
     part, parts = fused.part_of_outcome, len(fused.lengths)
     masses, rest = fused.masses.astype(np.float64), fused.rest.astype(np.float64)
     weight = np.bincount(part, weights=masses, minlength=parts) + rest
-    outside = 1 - np.bincount(part, weights=np.exp(log_masses), minlength=parts)
     weight_of = weight[part]
-    terms = masses * (_log(masses) - _log(weight_of) - np.maximum(log_masses, np.log(_LEAST)))
+    least = np.log(_LEAST)
+    terms = masses * (_log(masses) - _log(weight_of) - np.maximum(log_masses, least))
     of_part = np.bincount(part, weights=terms, minlength=parts)
-    of_part += rest * (_log(rest) - _log(weight) - _log(outside))
+    of_part += rest * (_log(rest) - _log(weight) - np.maximum(log_outside, least))
     sums = np.bincount(fused.position_of_part, weights=of_part, minlength=len(fused.parts))
     bits: np.ndarray = np.where(fused.parts > 0, np.maximum(sums, 0) / NATS_PER_BIT, np.nan)
     return bits

@@ -68,19 +68,20 @@ def _source(source: SourceView) -> dict[str, Any]:
 
 def position_data(view: BlockView, at: PositionView) -> dict[str, Any]:
     """One position: what each source says before and after the map, and the fused distribution."""
+    true = at.next_spelled
     return {
         "position": at.position,
         "next": visible(at.next_spelled),
         "read_bytes": at.read_bytes,
         "before": [
-            {"silence": view.silence(at, s)} if before is None else _before(before)
+            {"silence": view.silence(at, s)} if before is None else _before(before, true)
             for s, before in enumerate(at.before)
         ],
-        "fused": [_share(share) for share in at.fused],
+        "fused": [_share(share, true) for share in at.fused],
     }
 
 
-def _before(before: Before) -> dict[str, Any]:
+def _before(before: Before, true: str) -> dict[str, Any]:
     return {
         "next": [visible(token) for token in before.next_spelled],
         "healed": before.healed,
@@ -93,17 +94,31 @@ def _before(before: Before) -> dict[str, Any]:
             }
             for entry in before.kept[:_KEPT]
         ],
-        "more": max(len(before.kept) - _KEPT, 0),
+        "more_kept": max(len(before.kept) - _KEPT, 0),
         "tail": _rounded(before.tail),
-        "becomes": [_outcome(one) for one in before.becomes[:_OUTCOMES]],
-        "more_outcomes": max(len(before.becomes) - _OUTCOMES, 0),
+        **_outcomes(before.becomes, true),
         "nowhere": _rounded(before.nowhere),
     }
 
 
-def _outcome(outcome: OutcomeView) -> dict[str, Any]:
+def _outcomes(outcomes: Sequence[OutcomeView], true: str) -> dict[str, Any]:
+    """The first outcomes, and the one of the true next token wherever it stands."""
+    shown = [one for n, one in enumerate(outcomes) if n < _OUTCOMES or one.true]
+    left_out = outcomes[_OUTCOMES:]
+    mass = sum(one.probability for one in left_out if not one.true)
     return {
-        "tokens": [visible(token) for token in outcome.spelled[:_MEMBERS]],
+        "outcomes": [_outcome(one, true) for one in shown],
+        "more": len(outcomes) - len(shown),
+        "mass_of_more": _rounded(mass),
+    }
+
+
+def _outcome(outcome: OutcomeView, true: str) -> dict[str, Any]:
+    tokens = list(outcome.spelled[:_MEMBERS])
+    if outcome.true and true not in tokens:
+        tokens[-1] = true
+    return {
+        "tokens": [visible(token) for token in tokens],
         "more": max(len(outcome.spelled) - _MEMBERS, 0),
         "probability": _rounded(outcome.probability),
         "true": outcome.true,
@@ -111,13 +126,12 @@ def _outcome(outcome: OutcomeView) -> dict[str, Any]:
     }
 
 
-def _share(share: Share) -> dict[str, Any]:
+def _share(share: Share, true: str) -> dict[str, Any]:
     return {
         "source": share.source,
         "weight": _rounded(share.weight),
         "rest": _rounded(share.rest),
-        "outcomes": [_outcome(one) for one in share.outcomes[:_OUTCOMES]],
-        "more": max(len(share.outcomes) - _OUTCOMES, 0),
+        **_outcomes(share.outcomes, true),
     }
 
 

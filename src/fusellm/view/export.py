@@ -1,6 +1,8 @@
 """The explorer as files: pages that need no server, with all that they show in them."""
 
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def export(
         StoreError: the folder has something else in it, or there is no such block.
     """
     require_free(folder)
+    folder = folder.resolve()
     blocks = sorted(set(blocks))
     beyond = [n for n in blocks if not 0 <= n < opened.blocks]
     if beyond:
@@ -46,9 +49,9 @@ def export(
     documents = opened.documents.wait()
     opened.inspector.wait()
     assert documents is not None
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    make_folder(fresh)
+    make_folder(folder.parent)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    fresh.chmod(0o777 & ~_umask())
     try:
         pages = Pages(opened, blocks)
         _write_blocks(opened, pages, fresh, blocks, progress)
@@ -67,12 +70,22 @@ def require_free(folder: Path) -> None:
     Raises:
         StoreError: it is a file, or has something else in it.
     """
-    if folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir())):
-        return
-    if folder.exists() or folder.is_symlink():
+    if folder.is_symlink() or folder.resolve() == Path.cwd():
+        raise StoreError(
+            f"--export {folder} is a link or the current folder, which cannot be replaced when the "
+            "pages are whole; give a new folder"
+        )
+    is_free = folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir()))
+    if folder.exists() and not is_free:
         raise StoreError(
             f"--export {folder} is there and is no earlier export; give a new folder, or empty it"
         )
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _write_blocks(
@@ -84,8 +97,6 @@ def _write_blocks(
             for answer in range(answers) if answers else [None]:
                 page = _page(opened, pages, number, answer)
                 write_text(folder / page_of_block(number, answer), page)
-                if answer == 0:  # by its number alone it is found as well
-                    write_text(folder / page_of_block(number), page)
             bar.advance()
 
 

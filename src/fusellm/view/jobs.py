@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, Thread
+from traceback import clear_frames
 from typing import Any, Generic, TypeVar
 
 from fusellm.errors import FusellmError
@@ -46,6 +47,8 @@ class _Told(Silent):
 class Job(Generic[Made]):
     """Something that is made once, when it is first asked for.
 
+    An error is told once; who asks again has it tried again.
+
     >>> job = Job("adding", lambda progress: 1 + 1)
     >>> job.wait()
     2
@@ -59,12 +62,16 @@ class Job(Generic[Made]):
         self._lock, self._thread = Lock(), None
         self._made: list[Made] = []
         self._error: Exception | None = None
+        self._was_told = False
 
     _thread: Thread | None
 
     def start(self) -> "Job[Made]":
         """Begin with it, if that has not been done."""
         with self._lock:
+            if self._error is not None and self._was_told:
+                self._thread = self._error = None
+                self._was_told = False
             if self._thread is None:
                 self._thread = Thread(target=self._work, name=self._what, daemon=True)
                 self._thread.start()
@@ -74,6 +81,10 @@ class Job(Generic[Made]):
         try:
             self._made.append(self._make(self._told))
         except Exception as error:  # it is raised again where it is asked for
+            # What its frames hold, such as a model, is not to be kept with it.
+            for one in (error, error.__cause__, error.__context__):
+                if one is not None:
+                    clear_frames(one.__traceback__)
             self._error = error
 
     def wait(self, seconds: float | None = None) -> Made | None:
@@ -86,6 +97,7 @@ class Job(Generic[Made]):
         assert self._thread is not None
         self._thread.join(seconds)
         if self._error is not None:
+            self._was_told = True
             raise self._error
         return self._made[0] if self._made else None
 
@@ -98,4 +110,5 @@ class Job(Generic[Made]):
             told = f"{type(error).__name__}: {error}"
         what, share = self._told.what or self._what, self._told.share
         done = bool(self._made) or error is not None
+        self._was_told = self._was_told or error is not None
         return {"done": done, "what": what, "share": share, "error": told}

@@ -1,5 +1,6 @@
 """The target and the models trained from it, loaded when they are asked, kept while they fit."""
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fusellm.config import Recipe
+from fusellm.errors import FusellmError
 from fusellm.explain.block import BlockInspector
 from fusellm.explain.machine import free_memory
 from fusellm.explain.predictions import Predictions, predictions_of
@@ -66,9 +68,14 @@ class Models:
         said = {}
         with progress.start("asking models", len(self.readers), "models") as bar:
             for name, reader in self.readers.items():
-                model = self._loaded(name)
-                said[name] = predictions_of(model, reader.encoder, ids, first, fused, sets)
-                self._forget_if_tight(name)
+                what = reader.encoder, ids, first, fused, sets
+                try:  # no name is given to the model here: it would keep it from being freed
+                    said[name] = predictions_of(self._loaded(name), *what)
+                except FusellmError:
+                    self._forget(*self._kept)  # memory is most often why
+                    said[name] = predictions_of(self._loaded(name), *what)
+                if self._is_tight(name):
+                    self._forget(name)
                 bar.advance()
         return said
 
@@ -77,11 +84,17 @@ class Models:
             self._kept[name] = load_model(self.readers[name].located, default_device())
         return self._kept[name]
 
-    def _forget_if_tight(self, name: str) -> None:
-        model = self._kept[name]
-        size = sum(one.numel() * one.element_size() for one in model.parameters())
+    def _is_tight(self, name: str) -> bool:
+        """Whether there may be no room for another model beside this one."""
+        size = sum(one.numel() * one.element_size() for one in self._kept[name].parameters())
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # else what torch holds back counts as taken
         free = free_memory(default_device())
-        if free is not None and free < _ROOM * size:
-            del self._kept[name], model
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        return free is not None and free < _ROOM * size
+
+    def _forget(self, *names: str) -> None:
+        for name in names:
+            del self._kept[name]
+        gc.collect()  # models may be in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,13 +1,14 @@
 """A run as the explorer has it open: read when it is first asked for, then kept."""
 
+import time
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from fusellm.config import Recipe
-from fusellm.errors import ArgumentError
+from fusellm.errors import ArgumentError, StoreError
 from fusellm.explain.block import BlockInspector, require_fused
 from fusellm.explain.documents import DocumentWins, wins_of_documents
 from fusellm.explain.tokenizers import TokenizerComparison, compare_tokenizers
@@ -24,7 +25,10 @@ from fusellm.view.models import Models
 
 _COMPARED_BYTES = 100_000
 """Of a domain's text, that two tokenizers are compared on."""
-_KEPT_PREDICTIONS = 32
+_SAMPLED_SHARDS = 16
+_KEPT_PREDICTIONS = 4
+_PATIENCE = 10.0
+"""Seconds after which nobody is taken to wait for a block's predictions who has not asked again."""
 
 
 class OpenedRun:
@@ -54,6 +58,7 @@ class OpenedRun:
         names = shard_names(corpus, "train-")
         self.blocks = sum(corpus.shards[name]["counts"]["blocks"] for name in names)
         self._trusted, self._lock, self._models_lock = trusted, Lock(), Lock()
+        self._jobs_lock = Lock()
         self.inspector = Job("opening the run", self._open)
         self.documents: Job[list[DocumentWins]] = Job(
             "counting wins", lambda progress: wins_of_documents(recipe, run, progress)
@@ -62,7 +67,8 @@ class OpenedRun:
             source.name: Job("comparing tokenizers", self._comparing(source.name))
             for source in recipe.sources
         }
-        self._predictions = lru_cache(maxsize=_KEPT_PREDICTIONS)(self._asking)
+        self._predictions: dict[tuple[int, int | None], Job[list[dict[str, Any]]]] = {}
+        self._asked_at: dict[tuple[int, int | None], float] = {}
 
     def _open(self, progress: Progress) -> BlockInspector:
         readers = readers_of(self.recipe, self._trusted)
@@ -98,14 +104,22 @@ class OpenedRun:
 
     def predictions(self, number: int, answer: int | None = None) -> Job[list[dict[str, Any]]]:
         """What models say at the positions of a block, for a page: a job, which may take long."""
-        job = self._predictions(number, answer)
-        if job.told["error"] is not None:  # memory may be free by now
-            self._predictions.cache_clear()
+        which = number, answer
+        with self._jobs_lock:
+            job = self._predictions.pop(which, None) or self._asking(number, answer)
+            self._predictions[which] = job  # as the one that was asked for last
+            self._asked_at[which] = time.monotonic()
+            for former in [*self._predictions][:-_KEPT_PREDICTIONS]:
+                if self._predictions[former].told["done"]:
+                    del self._predictions[former], self._asked_at[former]
         return job.start()
 
     def _asking(self, number: int, answer: int | None) -> Job[list[dict[str, Any]]]:
         def ask(progress: Progress) -> list[dict[str, Any]]:
             with self._models_lock:
+                waited = time.monotonic() - self._asked_at[number, answer]
+                if waited > _PATIENCE:  # somebody paged through; what is looked at now goes first
+                    raise StoreError("nobody waited for it any more; load the page again")
                 return predictions_data(
                     self._models.ask(self._inspector, self._lock, number, answer, progress)
                 )
@@ -131,20 +145,19 @@ class OpenedRun:
         def compare(progress: Progress) -> TokenizerComparison:
             readers: Mapping[str, Reader] = self._inspector.readers
             pair = readers[source].encoder, readers[TARGET].encoder
-            return compare_tokenizers(*pair, self._text(), progress=progress)
+            return compare_tokenizers(*pair, self._text, progress=progress)
 
         return compare
 
+    @cached_property
     def _text(self) -> dict[str, list[str]]:
-        """The beginning of the run's training text, by domain."""
+        """Some of the run's training text, by domain, from shards all over it."""
         corpus, texts = open_corpus(self.run), dict[str, list[str]]()
-        room: dict[str, int] = {}
-        for name in shard_names(corpus, "train-"):
+        names, room = shard_names(corpus, "train-"), dict[str, int]()
+        for name in names[:: -(-len(names) // _SAMPLED_SHARDS) or 1]:
             for columns in Shard(corpus, name, BLOCKS).batches():
                 for domain, text in zip(columns["domain"], columns["text"], strict=True):
                     if room.setdefault(str(domain), _COMPARED_BYTES) > 0:
                         texts.setdefault(str(domain), []).append(text)
                         room[str(domain)] -= len(text.encode())
-            if all(left <= 0 for left in room.values()):
-                break
         return texts

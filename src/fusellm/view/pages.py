@@ -24,6 +24,11 @@ SERVED_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "form-action 'self'; base-uri 'none'"
 )
+# Firefox takes no file for the page's own ('self'), and a file may ask nobody.
+EXPORTED_POLICY = (
+    "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src data:; "
+    "form-action 'none'; base-uri 'none'"
+)
 _SAID = {name: f"{meaning}.".replace("'", "’") for name, meaning in MEANINGS.items()}
 
 
@@ -42,12 +47,12 @@ def letters(sources: int) -> list[str]:
 
 
 def page_of_block(number: int, answer: int | None = None) -> str:
-    """The name of a block's page.
+    """The name of a block's page; of a conversation it shows the first answer.
 
-    >>> page_of_block(40), page_of_block(40, 1)
-    ('block-40.html', 'block-40-answer-1.html')
+    >>> page_of_block(40), page_of_block(40, 0), page_of_block(40, 1)
+    ('block-40.html', 'block-40.html', 'block-40-answer-1.html')
     """
-    return f"block-{number}.html" if answer is None else f"block-{number}-answer-{answer}.html"
+    return f"block-{number}-answer-{answer}.html" if answer else f"block-{number}.html"
 
 
 def page_of_tokenizer(place: int) -> str:
@@ -81,7 +86,7 @@ class Pages:
         ]
         whole: dict[str, Any] = {
             "run": _plain(self._opened.recipe.name),
-            "policy": SERVED_POLICY,
+            "policy": SERVED_POLICY if self._has is None else EXPORTED_POLICY,
             "sources": tokenizers,
             "letters": letters(len(self._names)),
             "here": here,
@@ -101,12 +106,14 @@ class Pages:
         documents: Sequence[DocumentWins] | None,
         passages: Sequence[Passage] | None = None,
         wanted: str = "",
+        fault: str = "",
     ) -> str:
         """The overview.
 
         Args:
             documents: wins of each; None while they are counted.
             passages: what was found, or the blocks of an export.
+            fault: why wins cannot be counted.
         """
         said = ""
         if passages is not None and self._exported is None:
@@ -124,6 +131,7 @@ class Pages:
             passages=None if passages is None else [_passage(one) for one in passages],
             said_of_passages=said,
             wanted=wanted,
+            fault=_plain(fault),
             wins=None if documents is None else list(self._by_domain(documents)),
             map=[] if documents is None else list(self._map(documents)),
             said_of_map=_said_of_map(documents or []),

@@ -64,7 +64,8 @@ class _Answer:
 
     @classmethod
     def data(cls, value: Any, status: HTTPStatus = HTTPStatus.OK) -> "_Answer":
-        return cls(json.dumps(value, ensure_ascii=False), "json", status)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return cls(text, "json", status)
 
     @classmethod
     def elsewhere(cls, page: str) -> "_Answer":
@@ -120,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(HTTPStatus.MISDIRECTED_REQUEST, "this server has another name")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             raise _RefusedError(HTTPStatus.FORBIDDEN, "the address lacks its token")
+        if not url.path.endswith("/") and rest == [""]:
+            return _Answer.elsewhere(f"/{token}/")  # else links would lead beside it
         name = "/".join(rest).strip("/")
         return self.server.site.answer(name, parse_qs(url.query, keep_blank_values=True))
 
@@ -206,13 +209,17 @@ class _Site:
         return _Answer(page(made))
 
     def _index(self, query: dict[str, list[str]]) -> _Answer:
-        documents = self._opened.documents.wait(_PATIENCE)
+        documents, fault = None, ""
+        try:
+            documents = self._opened.documents.wait(_PATIENCE)
+        except FusellmError as error:  # blocks of other shards can be looked at
+            fault = str(error)
         self._opened.inspector.start()  # a block is what people look at next
         wanted = query.get("find", [""])[0]
         passages = None
         if wanted:
             passages = list(search_blocks(self._opened.run, wanted, PASSAGES))
-        return _Answer(self._pages.index(documents, passages, wanted))
+        return _Answer(self._pages.index(documents, passages, wanted, fault))
 
     def _comparison_told(self, query: dict[str, list[str]]) -> _Answer:
         page = query.get("page", [""])[0]

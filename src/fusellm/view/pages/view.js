@@ -77,8 +77,12 @@
         const last = inside[inside.length - 1];
         if (last !== undefined && last - start > width / 2) { cut = last; break; }
       }
-      made.push([start, cut === null ? start + width : cut + 1]);
-      start = cut === null ? start + width : cut;
+      let end = cut === null ? start + width : cut + 1;
+      // Not inside a wide character, whose second column is empty.
+      if (cut === null)
+        while (end > start + 1 && block.rows.some((row) => row.cells[end] === "")) end--;
+      made.push([start, end]);
+      start = cut === null ? end : cut;
     }
     made.push([start, block.width]);
     return made;
@@ -106,6 +110,7 @@
   }
 
   function draw() {
+    const focused = strips.contains(document.activeElement), scrolled = strips.scrollTop;
     const probe = make("span", "probe", "0".repeat(50));
     strips.replaceChildren(probe);
     const cell = probe.getBoundingClientRect().width / 50;
@@ -113,7 +118,9 @@
     const width = Math.max(Math.floor(room / cell) - 1, 12);
     tokens.clear();
     strips.replaceChildren(...lines(width).map(([start, end]) => drawLine(start, end)));
-    show();
+    strips.scrollTop = scrolled;
+    mark();
+    show(focused);
   }
 
   function drawLine(start, end) {
@@ -191,7 +198,7 @@
 
   /* One position */
 
-  function show() {
+  function show(focus) {
     for (const element of strips.querySelectorAll("[data-position]"))
       element.classList.toggle("chosen", Number(element.dataset.position) === chosen);
     for (const [n, element] of tokens) {
@@ -200,26 +207,28 @@
       else element.removeAttribute("aria-current");
     }
     const element = tokens.get(chosen);
-    if (element && strips.dataset.focus) element.focus();
+    if (element && focus) element.focus();
     else if (element) {  // within the strips alone, and not the page
       const top = element.offsetTop - strips.offsetTop;
       if (top < strips.scrollTop || top > strips.scrollTop + strips.clientHeight - 60)
         strips.scrollTop = Math.max(top - 60, 0);
     }
-    mark();
   }
 
   async function choose(n, focus) {
     chosen = n;
-    strips.dataset.focus = focus ? "yes" : "";
-    show();
-    strips.dataset.focus = "";
-    history.replaceState(null, "", `#position-${n}`);
+    show(focus);
     const turn = ++order;
-    let at;
-    try { at = await position(n); }
-    catch (error) { by("closely").replaceChildren(make("p", "", String(error.message))); return; }
-    if (turn === order) closely(at);
+    if (focus) await pause(60);  // a key that is held goes on before anything is asked
+    if (turn !== order) return;
+    try {
+      const at = await position(n);
+      if (turn !== order) return;
+      history.replaceState(null, "", `#position-${n}`);
+      closely(at);
+    } catch (error) {
+      if (turn === order) by("closely").replaceChildren(make("p", "", String(error.message)));
+    }
   }
 
   async function position(n) {
@@ -264,9 +273,9 @@
   const token = (text) => make("code", "", text);
   const spaced = (parts) => parts.flatMap((part) => [part, " "]);
 
-  function outcomes(rows, rest) {
+  function outcomes(of, rest) {
     return [
-      ...rows.map((one) => ({
+      ...of.outcomes.map((one) => ({
         strong: one.true,
         cells: [
           [...(one.leftover ? [make("em", "", "tokens of no other outcome: ")] : []),
@@ -275,7 +284,7 @@
           one.true ? "✓" : "",
         ],
       })),
-      ...rest.filter(([, mass]) => mass > 0).map(([name, mass]) => ({
+      ...[[`${of.more} more`, of.more ? of.mass_of_more : 0], ...rest].filter(([, mass]) => mass > 0).map(([name, mass]) => ({
         cells: [[make("em", "", name)], [bar(mass), ` ${shown(mass)}`], ""],
       })),
     ];
@@ -306,10 +315,10 @@
             cells: [
               [token(entry.token), ...(entry.becomes === null ? [make("small", "", " becomes nothing")] : [])],
               [bar(entry.probability), ` ${shown(entry.probability)}`]] })),
-            ...(one.more ? [{ cells: [`and ${one.more} more`, ""] }] : []),
+            ...(one.more_kept ? [{ cells: [`and ${one.more_kept} more`, ""] }] : []),
             { cells: [[make("em", "", "not kept")], [bar(one.tail), ` ${shown(one.tail)}`]] }]));
         card.append(list("After the map, in the target’s tokens", ["tokens", "probability", "true"],
-          outcomes(one.becomes, [["becomes nothing", one.nowhere], ["not kept", one.tail]])));
+          outcomes(one, [["becomes nothing", one.nowhere], ["not kept", one.tail]])));
       }
       cards.append(card);
     });
@@ -318,7 +327,7 @@
     if (at.fused.length === 0) fused.append(make("p", "", "No distribution here."));
     for (const share of at.fused) fused.append(list(
       `${share.source}, ${(100 * share.weight).toFixed(0)} %`, ["tokens", "probability", "true"],
-      outcomes(share.outcomes, [["anything else", share.rest]])));
+      outcomes(share, [["anything else", share.rest]])));
     cards.append(fused);
     parts.push(cards);
     by("closely").replaceChildren(...parts);
@@ -367,6 +376,7 @@
     by("by-divergence").disabled = false;
     draw();
     predictions();
+    if (by("all").open) table();
   }
 
   function table() {
@@ -403,6 +413,7 @@
     if (at) choose(Number(at.dataset.position), at.tagName === "BUTTON");
   });
   strips.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const keys = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
     if (event.key in keys) { step(keys[event.key], tokens.keys()); event.preventDefault(); }
     else if (event.key === "Home") { choose(0, true); event.preventDefault(); }
