@@ -4,10 +4,12 @@ tokenizers, and a corpus of two domains. No network, no GPU."""
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -201,3 +203,66 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, without a window."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium in PATH")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page, and checks in the end that it was quiet, and asked nobody but its own host."""
+    pages, wrong, hosts = list[Any](), list[str](), set[str]()
+
+    def visit(address: str, width: int = 1280, scheme: str = "light") -> Any:
+        size = {"width": width, "height": 900}
+        page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
+        pages.append(page)
+        page.on("console", lambda said: wrong.append(said.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        page.goto(address)
+        page.locator("[data-waits]").wait_for(state="detached")
+        return page
+
+    yield visit
+    for page in pages:
+        assert page.evaluate("window.acted") is None  # what hostile text of the tests would set
+        page.context.close()
+    assert wrong == []
+    assert all(host == "" or host.startswith("127.0.0.1:") for host in hosts)
+
+
+@pytest.fixture
+def serious_faults(browser: Any) -> Callable[..., list[Any]]:
+    """What axe-core finds in a page that is serious or critical."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
+
+    def look(address: str, width: int, scheme: str, awaited: str | None = None) -> list[Any]:
+        # Its script is put into the page, which the page's own rules forbid.
+        size = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
+        page = context.new_page()
+        page.goto(address)
+        page.locator("[data-waits]").wait_for(state="detached")
+        if awaited is not None:
+            page.locator(awaited).first.wait_for()
+        answered = axe.Axe().run(page).response
+        context.close()
+        return [
+            (fault["id"], fault["nodes"][0]["html"], fault["nodes"][0].get("failureSummary"))
+            for fault in answered["violations"]
+            if fault["impact"] in ("serious", "critical")
+        ]
+
+    return look

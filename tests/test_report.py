@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -486,3 +487,25 @@ def test_names_are_no_mathematics_and_no_markup() -> None:
 def test_long_curves_are_thinned() -> None:
     tokens = [float(index) for index in range(20_000)]
     assert len(line_chart("loss", "nats", [Trace("fused", "fused", tokens, tokens)])) < 20_000
+
+
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_a_browser_shows_it_and_nothing_in_it_acts(
+    run: Path, open_page: Callable[..., Any], width: int
+) -> None:
+    page = open_page((run / "report" / "index.html").as_uri(), width)
+    assert page.locator("h1").text_content() == "first-look"
+    assert HOSTILE in page.locator("main").text_content()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("sources", [2, 6])
+def test_axe_has_nothing_serious_to_say(
+    tmp_path: Path, serious_faults: Callable[..., list[Any]], scheme: str, sources: int
+) -> None:
+    run = make_run(tmp_path / "run", sources)
+    write_report(run)
+    for width in (390, 1280):
+        address = (run / "report" / "index.html").as_uri()
+        assert serious_faults(address, width, scheme) == []

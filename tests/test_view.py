@@ -394,44 +394,7 @@ def test_a_job_says_how_far_it_is_and_what_went_wrong() -> None:
 
 # In a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium in PATH")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Open]:
-    """Opens a page, and says in the end that it kept to itself."""
-    contexts, wrong, hosts = [], list[str](), set[str]()
-
-    def visit(address: str, width: int = 1280, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        one = context.new_page()
-        one.on("console", lambda said: wrong.append(said.text))
-        one.on("pageerror", lambda error: wrong.append(str(error)))
-        one.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
-        one.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-        one.goto(address)
-        one.locator("[data-waits]").wait_for(state="detached")
-        return one
-
-    yield visit
-    for context in contexts:
-        assert context.pages[0].evaluate("window.acted") is None
-        context.close()
-    assert wrong == []
-    assert all(host == "" or host.startswith("127.0.0.1:") for host in hosts)
 
 
 def is_at(page: Any, position: int) -> None:
@@ -523,25 +486,9 @@ def test_every_token_is_drawn_whatever_the_width(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["index.html", "block-0.html", "tokenizer-2.html"])
-def test_axe_has_nothing_serious_to_say(browser: Any, site: str, name: str, scheme: str) -> None:
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="axe is not installed"
-    )
+def test_axe_has_nothing_serious_to_say(
+    serious_faults: Callable[..., list[Any]], site: str, name: str, scheme: str
+) -> None:
+    awaited = "#models tbody tr" if name.startswith("block") else None
     for width in (390, 1280):
-        # Its script is put into the page, which the page's own rules forbid.
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True
-        )
-        one = context.new_page()
-        one.goto(site + name)
-        one.locator("[data-waits]").wait_for(state="detached")
-        if name.startswith("block"):
-            one.locator("#models tbody tr").first.wait_for()
-        answered = axe.Axe().run(one).response
-        serious = [
-            (fault["id"], fault["nodes"][0]["html"])
-            for fault in answered["violations"]
-            if fault["impact"] in ("serious", "critical")
-        ]
-        assert serious == []
-        context.close()
+        assert serious_faults(site + name, width, scheme, awaited) == []
