@@ -1,4 +1,4 @@
-# make demo: the main job on the embedded default.   make test: the tests.
+# make demo: the main job on the embedded default.   make test: the tests.   make docs: the site.
 # Each makes the environment in .venv when it is missing or out of date, then does its one job.
 #
 # Another Python:          make demo PYTHON=python3.12
@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 LOCK := requirements.lock
 LOCKER := build/lock
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint docs lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/fusellm demo
@@ -27,6 +27,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --doctest-modules src/fusellm
+
+# As strict as Sphinx is: a link that leads nowhere, or a page in no table of contents, fails.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -n --fresh-env --quiet docs build/site
+	@echo "the documentation: build/site/index.html"
 
 # The lock first: of torch's own packages only those that belong to its build are then left to pip.
 $(INSTALLED): pyproject.toml constraints.txt $(LOCK)
@@ -52,4 +57,4 @@ lock:
 		--custom-compile-command 'make lock' $(UPGRADE) $(addprefix --no-emit-package=,torch $(CUDA))
 
 clean:
-	rm -rf $(VENV) $(LOCKER)
+	rm -rf $(VENV) $(LOCKER) build/site

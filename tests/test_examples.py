@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,18 +98,3 @@ def test_the_own_trainer_does_what_the_command_does(world: Path, tmp_path: Path)
     model, _ = run.model("fused", device="cpu")
     for mine, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-@pytest.mark.slow
-def test_the_code_of_the_documentation_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the top of the page to its end."""
-    monkeypatch.chdir(tmp_path)
-    page = (EXAMPLES.parent / "docs" / "python-api.md").read_text("utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    names: dict[str, Any] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"block {number}", "exec"), names)
-    assert names["trainer"].state.global_step == 2

@@ -166,8 +166,10 @@ def fuse(
             function of one's own: it is given a `fusellm.fusion.functions.Compared` over S sources
             and N positions, and gives weights [S, N], at each position of sum 1 over the sources
             that are aligned there, and 0 for the others.
-        strategy, granularity, window_bytes, hindsight, cross_entropy, beta, token_healing, refine,
-            inside_tokens, compatibility: as in a recipe's `fusion:` block (docs/method.md).
+        strategy, refine, token_healing, inside_tokens, compatibility: how one is translated, as in
+            a recipe's `fusion:` block (docs/method.md).
+        granularity, window_bytes, hindsight, cross_entropy, beta: what sources are compared by, as
+            there.
         routes: for `route`, of each text the name of the source that alone is heard there.
         referees: names of sources that are compared and never taught: where a source costs as much
             as one of them, it is not heard.

@@ -38,7 +38,7 @@ class StoreFacts:
         k, mass: entries kept at a position at most, and until what probability (`top`).
         draws: at a position (`sampled`).
         step_nats: log-probabilities are kept in steps of this.
-        error_nats: bound of |read − written| of a log-probability.
+        error_nats: bound of `|read − written|` of a log-probability.
         blocks, tokens, positions, kept: how many there are; `kept` are entries.
         aside: blocks without distributions.
         shards, bytes: files, and their size.
