@@ -29,7 +29,7 @@ from fusellm.reading.engine import LOCAL, EngineSettings
 from fusellm.reading.ray_cluster import require_ray
 from fusellm.stages import train
 from fusellm.stages.corpus import CorpusStage
-from fusellm.stages.evaluate import EvaluateStage, SuitesStage
+from fusellm.stages.evaluate import ContinuationsStage, EvaluateStage, SuitesStage
 from fusellm.stages.externalize import SourceStage, TargetTokensStage
 from fusellm.stages.fuse import FuseStage
 from fusellm.stages.generate import GenerateStage
@@ -309,6 +309,7 @@ def stages_of(context: Context) -> list[Stage]:
         fuse,
         *trained,
         EvaluateStage(context, after=("corpus", *names)),
+        ContinuationsStage(context, "continuations", after=("evaluate",)),
         SuitesStage(context, SUITES, after=names),
         ReportStage(context),
     ]

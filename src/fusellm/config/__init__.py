@@ -187,6 +187,9 @@ class EvaluationSettings(SettingsBlock):
     where a batch should stay in its caches."""
     resamplings: Annotated[int, Field(ge=100)] = 10_000
     """How many subsets of the documents are drawn for tests and 95 % intervals."""
+    continuations: Annotated[int, Field(ge=0, le=64)] = 4
+    """Beginnings of held-out documents that every model goes on with, for the report; 0 has none.
+    Another number measures nothing anew."""
     suites: list[str] = Field(default_factory=list)
     """What is measured besides bits per byte: `smoke`, `bbh`, `bbh_harness`, `commonsense`,
     `textgen`, `multiple`, `humaneval`, or tasks of lm_eval by their names (`fusellm[eval]`). The

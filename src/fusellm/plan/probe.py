@@ -117,7 +117,7 @@ def miniature(recipe: Recipe, shapes: Mapping[str, Shapes], arguments: TrainingA
         generated = raw["corpus"]["documents"][number]["generated"]
         generated["prompts"] = min(generated["prompts"] or _PROMPTS, _PROMPTS)
         raw["corpus"]["shard_blocks"] = 2
-    raw["evaluation"] |= {"suites": [], "resamplings": 1000}
+    raw["evaluation"] |= {"suites": [], "resamplings": 1000, "continuations": 0}
     raw["externalize"] |= {"not_finite_share": 1.0, "changed_share": 1.0}  # of few blocks
     ours = _IN_MINIATURE | {"max_steps": min(max(steps, _STEPS[0]), _STEPS[1])}
     raw["training"] |= ours

@@ -1,18 +1,22 @@
 """evaluate: every model of a run, by bits per byte of held-out text and by suites."""
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from fusellm.errors import CorpusError, StoreError
 from fusellm.evaluation.compare.comparison import PAIRS, Rules
 from fusellm.evaluation.compare.tables import compared_on
 from fusellm.evaluation.measure import PreparedSuite, candidate, measure_into, prepare, read_suites
 from fusellm.evaluation.results import EvaluationResults
+from fusellm.evaluation.text.continuations import CHOICE, Start, chosen_starts, continued
 from fusellm.evaluation.text.intervals import Record, Scores, records
 from fusellm.evaluation.text.nats import blocks_nats, without_context
 from fusellm.models.load import Located, default_device, load_model, locate
@@ -21,12 +25,18 @@ from fusellm.preflight import require_comparable
 from fusellm.progress import Progress
 from fusellm.stages.stage import Context, FilledStage, Stage
 from fusellm.store.blocks import Block, encode_blocks, open_corpus, read_part
+from fusellm.store.continuations import (
+    ContinuedTexts,
+    ModelTexts,
+    continuations_of,
+    write_continuations,
+)
 from fusellm.store.externalized import TARGET
 from fusellm.store.files import from_json, require_inside
 from fusellm.store.identity import Identity, digest
 from fusellm.store.manifest import StageFolder
 from fusellm.store.measured import NATS, NATS_SCHEMA
-from fusellm.store.run_folder import ASIDE, CLM, FUSED, SUITES, trained_folder
+from fusellm.store.run_folder import ASIDE, CLM, CONTINUATIONS, FUSED, SUITES, trained_folder
 from fusellm.store.tables import Shard, write_table
 from fusellm.store.writer import StageWriter
 from fusellm.tokens.encode import Encoder
@@ -80,13 +90,15 @@ class EvaluateStage(FilledStage):
         recipe = self.context.recipe
         models = evaluated_models(self.context)
         blocks = read_part(open_corpus(self.context.run), "held_out")
+        continued = _Continued(self.context, models)
         measured: dict[str, str] = {}
         for name, model in models.items():
             same = measured.setdefault(twin(model.located, model.encoder), name)
             if _shard(same) not in folder.shards:
                 before = self._measured_before(name, folder.identity, blocks)
                 batch_tokens, progress = recipe.evaluation.batch_tokens, self.context.progress
-                nats = before or measured_nats(name, model, blocks, batch_tokens, progress)[0]
+                also = partial(continued.ask, name)
+                nats = before or measured_nats(name, model, blocks, batch_tokens, progress, also)[0]
                 write_nats(folder, _shard(name), blocks, nats)
         shards = {
             name: _shard(measured[twin(model.located, model.encoder)])
@@ -137,8 +149,12 @@ def measured_nats(
     blocks: Sequence[Block],
     batch_tokens: int | None,
     progress: Progress,
+    also: Callable[[PreTrainedModel], object] = lambda model: None,
 ) -> tuple[list[np.ndarray], int]:
     """What a model's blocks cost it.
+
+    Args:
+        also: what is done with the model besides, while it is loaded.
 
     Returns:
         (the nats of each block's bytes, none of one that it could not read; its parameters)
@@ -148,6 +164,7 @@ def measured_nats(
     lengths = [len(block.text.encode()) for block in blocks]
     with progress.start(f"evaluating {name}", len(blocks), "blocks") as bar:
         nats = blocks_nats(model, encoded, lengths, batch_tokens, bar.advance)
+    also(model)
     return scored_nats(nats, blocks), model.num_parameters()
 
 
@@ -163,6 +180,86 @@ def write_nats(
     """Write what blocks cost a model."""
     columns: dict[str, Any] = {"block": [block.number for block in blocks], "nats": list(nats)}
     write_table(folder, name, columns, NATS_SCHEMA)
+
+
+class ContinuationsStage(Stage):
+    """What every model writes behind the same beginnings of held-out documents.
+
+    Most is written while they are loaded to be measured. Each model's is known by what it was made
+    from, so that there is no manifest.
+    """
+
+    command = "evaluate"
+
+    def execute(self, redo: bool) -> None:
+        """Ask the models that have not been asked; a run that is read-only is left as it is."""
+        context = self.context
+        if not os.access(context.run, os.W_OK):
+            return
+        if context.recipe.evaluation.continuations == 0:
+            (context.run / CONTINUATIONS).unlink(missing_ok=True)
+            return
+        models = evaluated_models(context)
+        continued = _Continued(context, models)
+        for name, model in models.items():
+            if not continued.has(name):
+                continued.ask(name, load_model(model.located, default_device()))
+        continued.keep_only(models)
+
+
+class _Continued:
+    """The continuations of a run, as far as they are there."""
+
+    def __init__(self, context: Context, models: Mapping[str, Reader]) -> None:
+        self._context, self._models = context, models
+        self._count, seed = context.recipe.evaluation.continuations, context.recipe.seed
+        self._made_from = digest([context.fingerprint("corpus"), seed, self._count, CHOICE])
+        known = continuations_of(context.run)
+        self._known = known if known and known.made_from == self._made_from else None
+
+    @cached_property
+    def _starts(self) -> list[Start]:
+        blocks = read_part(open_corpus(self._context.run), "held_out")
+        return chosen_starts(blocks, self._count, self._context.recipe.seed)
+
+    def has(self, name: str) -> bool:
+        """Whether a model has gone on with the beginnings, or an equal one, whose are then its."""
+        if self._known is None:
+            return False
+        made_from = self._twin(name)
+        for other, written in self._known.models.items():
+            if written.made_from == made_from:
+                if other != name:
+                    self._keep(name, written)
+                return True
+        return False
+
+    def ask(self, name: str, model: PreTrainedModel) -> None:
+        """Have a loaded model go on with the beginnings, unless it has."""
+        if self._count == 0 or self.has(name):
+            return
+        reader, progress = self._models[name], self._context.progress
+        texts = continued(name, model, reader, self._starts, progress)
+        self._keep(name, ModelTexts(self._twin(name), texts))
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget the models that are none of these; the rest is in their order."""
+        if self._known is not None and list(self._known.models) != list(names):
+            kept = {name: self._known.models[name] for name in names}
+            self._write(replace(self._known, models=kept))
+
+    def _twin(self, name: str) -> str:
+        return twin(self._models[name].located, self._models[name].encoder)
+
+    def _keep(self, name: str, written: ModelTexts) -> None:
+        known = self._known
+        if known is None:
+            known = ContinuedTexts(self._made_from, [start.beginning for start in self._starts])
+        self._write(replace(known, models={**known.models, name: written}))
+
+    def _write(self, known: ContinuedTexts) -> None:
+        self._known = known
+        write_continuations(self._context.run, known)
 
 
 class SuitesStage(Stage):

@@ -25,6 +25,8 @@ NOW = (".now.json", ".now.json.half")
 """What a run is doing, and the same while it is being written."""
 USAGE = ".usage.json"
 """What each stage has used."""
+CONTINUATIONS = "continuations.json"
+"""What every model writes behind the same held-out beginnings."""
 PLAN, PROBE = "plan.json", ".plan-"
 """What was planned, before the run or beside it; and how folders begin in which a plan is tried."""
 SAVED_WHOLE = "saved-whole"
@@ -94,7 +96,7 @@ def removable(run: Path, stores: bool, everything: bool) -> list[Path]:
     if not folders:
         raise StoreError(f"{run} holds no stage of a run; nothing is removed")
     if everything:
-        names = (*STAGES, SUITES, ASIDE, RECIPE, PLAN, USAGE, *NOW)
+        names = (*STAGES, SUITES, ASIDE, RECIPE, CONTINUATIONS, PLAN, USAGE, *NOW)
         paths = [path for name in names if (path := run / name).exists() or path.is_symlink()]
         return [*paths, *sorted(run.glob(f"{PROBE}*"))]
     paths = [run / ASIDE, run / SUITES / ASIDE, *(run / "train").glob("*-checkpoints")]

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fusellm.alignment.positions import MEANINGS
+from fusellm.config import RESERVED_NAMES
 from fusellm.evaluation.compare.published import SOURCE
 from fusellm.evaluation.compare.statistics import MEAN
 from fusellm.evaluation.compare.tables import (
@@ -36,10 +37,14 @@ from fusellm.stages.report.charts import (
     percent,
 )
 from fusellm.stages.report.reading import Curve, DomainCounts, Log, ReportedRun
+from fusellm.store.continuations import ContinuedTexts
+from fusellm.store.externalized import TARGET
+from fusellm.store.run_folder import CLM, FUSED
 from fusellm.text_table import duration, size
 
 _NO_SOURCE = "no source"
 _EXAMPLE_CHARACTERS = 160
+_TEXT_CHARACTERS = 700
 
 _STYLES = {"fused": ("fused", False), "clm": ("CLM", True)}
 _LOSSES = {"clm_loss": "training, L_CLM", "fusion_loss": "training, L_Fusion"}
@@ -76,6 +81,25 @@ class SuiteSection:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class ShownBeginning:
+    """A beginning, and what stands behind it: in truth, and by each model."""
+
+    domain: str
+    beginning: str
+    cells: list["ShownText"]
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """One continuation; `kind` is that of a CSS class, `missing` why there is none."""
+
+    title: str
+    kind: str
+    text: str
+    missing: str | None = None
+
+
 def render(run: ReportedRun) -> str:
     """The page as HTML; everything that comes from the run is escaped.
 
@@ -95,6 +119,7 @@ def render(run: ReportedRun) -> str:
             compared=compared_on(run.notes),
             notes=list(_flat({k: v for k, v in run.notes.items() if not k.startswith("blocks")})),
             suites=[_section(one) for one in run.suites],
+            samples=_samples(run.continuations),
             training=_training_panels(run.logs),
             validation=_domain_panels(run.logs),
             trained=[Key(_STYLES[k][0], k, dashed=_STYLES[k][1]) for k in run.logs],
@@ -119,7 +144,28 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"number": number, "duration": duration, "excerpt": _excerpt, "size": size}
+    made.filters["lines"] = _lines
     return made
+
+
+def _samples(continuations: ContinuedTexts | None) -> list[ShownBeginning]:
+    """Beginnings with all models side by side, the target before training first, fused last."""
+    if continuations is None:
+        return []
+    models = continuations.models
+    own = [name for name in (CLM, FUSED) if name in models]
+    sources = [name for name in models if name not in RESERVED_NAMES]
+    names = [*([TARGET] if TARGET in models else []), *sources, *own]
+    samples = []
+    for n, beginning in enumerate(continuations.beginnings):
+        cells = [ShownText("the document itself", "truth", beginning.truth)]
+        for name in names:
+            one = models[name].texts[n]
+            missing = one.missing if one.text else one.missing or "it ends here"
+            kind = FUSED if name == FUSED else ""
+            cells.append(ShownText(title_of(name), kind, one.text, missing))
+        samples.append(ShownBeginning(beginning.domain, beginning.shown, cells))
+    return samples
 
 
 def _section(one: SuiteResults) -> SuiteSection:
@@ -218,6 +264,18 @@ def _excerpt(text: str) -> str:
     flat = text.replace("\n", "⏎").replace("\t", "⇥")
     flat = "".join(sign if sign.isprintable() else "�" for sign in flat)
     return flat if len(flat) <= _EXAMPLE_CHARACTERS else flat[: _EXAMPLE_CHARACTERS - 1] + "…"
+
+
+def _lines(text: str) -> str:
+    """The beginning of a text with its lines, and what cannot be seen as its escape.
+
+    >>> _lines("a\\n\\tb\\x1b[0m\\u202e")
+    'a\\n\\tb\\\\x1b[0m\\\\u202e'
+    """
+    cut = text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 1] + "…"
+    return "".join(
+        sign if sign in "\n\t" or sign.isprintable() else ascii(sign)[1:-1] for sign in cut
+    )
 
 
 def _flat(notes: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:

@@ -15,6 +15,7 @@ from fusellm.errors import RecipeError, StoreError
 from fusellm.evaluation.measure import SuiteResults, read_suites
 from fusellm.evaluation.text.intervals import Record
 from fusellm.models.cards import without_folders
+from fusellm.store.continuations import ContinuedTexts, continuations_of
 from fusellm.store.files import from_json
 from fusellm.store.identity import digest
 from fusellm.store.manifest import MANIFEST, Manifest, first_fault, read_manifest
@@ -98,6 +99,7 @@ class ReportedRun:
     software: Mapping[str, str]
     suites: list[SuiteResults]
     plan: list[PlanAndFact] = field(default_factory=list)
+    continuations: ContinuedTexts | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -131,7 +133,8 @@ def read_run(run: Path, alone: bool = True) -> ReportedRun:
     """Read what the earlier stages have left in a run's folder.
 
     Args:
-        alone: whether its suites and its plan are read too, which are not shown beside others.
+        alone: whether its suites, its plan and what its models write are read too, which are not
+            shown beside others.
 
     Raises:
         StoreError: a file that the report cannot do without is missing, or one is damaged.
@@ -166,6 +169,7 @@ def read_run(run: Path, alone: bool = True) -> ReportedRun:
         software=_software(manifests.values()),
         suites=read_suites(run / SUITES) if alone else [],
         plan=_plan_and_fact(run, manifests) if alone else [],
+        continuations=continuations_of(run) if alone else None,
     )
 
 
