@@ -79,8 +79,8 @@ corpus:
     - {files: data/cpp.jsonl, domain: cpp}
   block_bytes: 256
   train_bytes: 12_000
-  validation_bytes: 2_000
-  held_out_bytes: 8_000
+  validation_share: 0.1
+  held_out_share: 0.2
 objective: {lambda: 0.5}
 training: {learning_rate: 1.0e-3, per_device_train_batch_size: 8, save_steps: 4, validations: 2}
 evaluation: {resamplings: 200}
