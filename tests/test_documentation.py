@@ -10,6 +10,7 @@ between them are one script. Worlds that a page may ask for by `<!-- setup: NAME
 """
 
 import email
+import html
 import json
 import os
 import re
@@ -27,6 +28,8 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import fusellm
+from fusellm.cli.draw import SITUATIONS
 from fusellm.cli.main import app
 from fusellm.config.study import StudySettings
 from fusellm.config.yaml_text import read_yaml
@@ -74,12 +77,12 @@ corpus:
   documents:
     - {files: data/python.jsonl, domain: python}
     - {files: data/cpp.jsonl, domain: cpp}
-  block_bytes: 512
-  train_bytes: 24_000
-  validation_bytes: 3_000
-  held_out_bytes: 12_000
+  block_bytes: 256
+  train_bytes: 12_000
+  validation_share: 0.1
+  held_out_share: 0.2
 objective: {lambda: 0.5}
-training: {learning_rate: 1.0e-3, per_device_train_batch_size: 4, save_steps: 4, validations: 2}
+training: {learning_rate: 1.0e-3, per_device_train_batch_size: 8, save_steps: 4, validations: 2}
 evaluation: {resamplings: 200}
 """
 
@@ -179,6 +182,17 @@ def test_commands_exist_with_their_options(page: str) -> None:
         for word in words:
             if re.fullmatch(r"(benchmarks|examples|recipes)/[\w/-]+\.(py|yaml)", word):
                 assert (ROOT / word).is_file(), f"{where}: there is no {word}"
+
+
+def test_the_drawn_boundaries_are_those_of_the_tokenizers() -> None:
+    drawing = (ROOT / "docs/pictures/boundaries.svg").read_text("utf-8")
+    drawn = re.findall(r'data-source="(\w+)" data-signs="([^"]+)"', drawing)
+    assert len(drawn) == 2
+    load = fusellm.Tokenizer.from_pretrained
+    for source, signs in drawn:
+        found = fusellm.align(load(f"zoo/{source}"), load("zoo/prose"), "a.__len\n\n  def title()")
+        inside = [row.situation for row in found][1:-1]  # not at the text's beginning and end
+        assert html.unescape(signs) == "".join(SITUATIONS[one].sign for one in inside)
 
 
 # They are run
