@@ -2,9 +2,10 @@
 
     python benchmarks/view.py [--blocks N]
 
-A small run of the zoo is made (two sources, no training), then its blocks are written again and
-again under new numbers until there are 100,000 (--quick: 5,000). What is timed is what a browser
-waits for, over HTTP from the same machine, tokenizers included and models left out:
+A small run of the zoo is made over this project's own files (two sources, no training), then its
+blocks are written again and again under new numbers until there are 100,000 (--quick: 2,000). What
+is timed is what a browser waits for, over HTTP from the same machine, tokenizers included and
+models left out:
 
     open_seconds                 from nothing to the overview, with who won where still counted
     first_block_seconds          the first block, for which tokenizers are read and vocabularies
@@ -45,7 +46,8 @@ from fusellm.store.tables import Columns, encode_table
 from fusellm.view.opened import OpenedRun
 from fusellm.view.server import Explorer
 
-_BLOCKS, _QUICK_BLOCKS, _TIMES = 100_000, 5_000, 20
+_BLOCKS, _QUICK_BLOCKS, _TIMES = 100_000, 2_000, 20
+_ROOT = Path(__file__).resolve().parents[1]
 _STAGES = ("corpus", "externalize/target", "externalize/python", "externalize/cpp", "fuse")
 _NOWHERE = "a text that nobody wrote \u2603"
 
@@ -57,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     blocks = options.blocks or (_QUICK_BLOCKS if options.quick else _BLOCKS)
     with tempfile.TemporaryDirectory() as folder:
-        small = make_run(Path(folder) / "small", 20_000 if options.quick else 60_000)
+        small = make_run(Path(folder) / "small", 6_000 if options.quick else 60_000)
         with served(small) as (address, seconds):
             small_open = seconds
             get(f"{address}block-0.html", wait=True)  # the cache of vocabulary maps is filled
@@ -85,7 +87,10 @@ def make_run(folder: Path, train_bytes: int) -> Path:
                 {"name": "cpp", "model": "zoo/cpp"},
             ],
             "corpus": {
-                "documents": [{"builtin": "python"}, {"builtin": "cpp"}],
+                "documents": [
+                    {"files": str(_ROOT / "src/fusellm/*/*.py"), "domain": "python"},
+                    {"files": str(_ROOT / "docs/*.md"), "domain": "prose"},
+                ],
                 "block_bytes": 128,
                 "train_bytes": train_bytes,
                 "validation_bytes": 2_000,
