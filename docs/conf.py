@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "fusellm"
 author = "the authors of fusellm"
-copyright = "the authors of fusellm, Apache-2.0"  # noqa: A001
+project_copyright = "the authors of fusellm, Apache-2.0"
 release = version = version_of("fusellm")
 
 # Where the files of the project are read, such as https://HOST/OWNER/fusellm/blob/main. With it,

@@ -243,7 +243,7 @@ def test_hostile_text_is_data_on_the_page(tmp_path: Path) -> None:
         "beginnings": [{"domain": HOSTILE, "shown": text, "truth": text}],
         "models": {name: {"made_from": name, "texts": [one]} for name in models},
     }
-    body["models"]["clm"]["texts"] = [empty]  # type: ignore[index]
+    body["models"]["clm"]["texts"] = [empty]
     (run / CONTINUATIONS).write_text(json.dumps(body), encoding="utf-8")
     write_report(run)
     html, page = read_page(run)

@@ -49,9 +49,9 @@ def link_pages(app: Sphinx, *told: Any) -> None:
     """docs/method.md in a docstring, as a link to that page."""
     lines: list[str] = told[-1]
 
-    def link(found: re.Match[str]) -> str:
-        name = found[1]
-        return f":doc:`{name}`" if (Path(app.srcdir) / f"{name}.md").is_file() else found[0]
+    def link(match: re.Match[str]) -> str:
+        name = match[1]
+        return f":doc:`{name}`" if (Path(app.srcdir) / f"{name}.md").is_file() else match[0]
 
     lines[:] = [re.sub(r"`?docs/([\w-]+)\.md`?", link, line) for line in lines]
 
@@ -65,10 +65,10 @@ def find_public(
         return None
     domain = env.get_domain("py")
     target = f"fusellm.{name}"
-    found = domain.objects.get(target)  # type: ignore[attr-defined]
-    if found is None or not app.builder.get_relative_uri:
+    entry = domain.objects.get(target)
+    if entry is None or not app.builder.get_relative_uri:
         return None
-    place = f"{app.builder.get_relative_uri(node['refdoc'], found.docname)}#{found.node_id}"
+    place = f"{app.builder.get_relative_uri(node['refdoc'], entry.docname)}#{entry.node_id}"
     return nodes.reference("", "", text, internal=True, refuri=place)
 
 

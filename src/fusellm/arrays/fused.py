@@ -86,6 +86,17 @@ class Fused:
         """[M] int64, ascending."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
+    @property
+    def part_weights(self) -> np.ndarray:
+        """[R] float64, the share that each part has of its position's distribution.
+
+        >>> two = Fused(*map(np.array, ([2], [0, 1], [1, 1], [5, 6], [0.25, 0.5], [0.125, 0.125])))
+        >>> two.part_weights.tolist()
+        [0.375, 0.625]
+        """
+        parts = len(self.lengths)
+        return np.bincount(self.part_of_outcome, self.masses, parts) + self.rest.astype(np.float64)
+
     def take(self, positions: np.ndarray) -> "Fused":
         """The distributions at these positions, in their order."""
         part, _ = take_rows(self.part_offsets, positions)

@@ -3,7 +3,6 @@
 Colour says nothing here that a letter, a sign or a frame does not say too.
 """
 
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -21,13 +20,13 @@ from fusellm.cli import draw
 from fusellm.cli.console import STDERR, STDOUT, Terminal, json_text
 from fusellm.cli.options import Json, RunFolder
 from fusellm.errors import StoreError
+from fusellm.explain import views
 from fusellm.explain.grid import GOES_ON, SEPARATOR, Grid, GridRow, Strip, grid, visible
 from fusellm.recipe_file import open_recipe
 from fusellm.text_table import counted
 
 if TYPE_CHECKING:
     from fusellm.config import Recipe
-    from fusellm.explain import views
 
 _NOBODY, _CHOSEN, _TRUE, _SPLIT = "–", "▼", "✓", "÷"
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -102,8 +101,6 @@ def inspect(
 
 
 def _head(run: str, recipe: "Recipe", view: "views.BlockView") -> Table:
-    from fusellm.explain.views import settings_in_words
-
     said: dict[str, str | Text] = {
         "block": Text.assemble((str(view.block), "bold"), f" of {view.blocks:,}, from 0"),
         "run": run,
@@ -112,7 +109,7 @@ def _head(run: str, recipe: "Recipe", view: "views.BlockView") -> Table:
     }
     if view.answer is not None:
         said["answer"] = Text.assemble((str(view.answer), "bold"), f" of {view.answers:,}, from 0")
-    return draw.facts((said | settings_in_words(recipe)).items())
+    return draw.facts((said | views.settings_in_words(recipe)).items())
 
 
 def _sources(view: "views.BlockView") -> Table:
@@ -134,11 +131,7 @@ def _sources(view: "views.BlockView") -> Table:
 
 def _name(s: int, name: str) -> str:
     """A source with a letter, by its place in the recipe; numbers after z."""
-    return f"{_letter(s)} {name}"
-
-
-def _letter(s: int) -> str:
-    return string.ascii_lowercase[s] if s < 26 else str(s + 1)
+    return f"{views.letter_of(s)} {name}"
 
 
 def _style(s: int) -> str:
@@ -222,7 +215,7 @@ def _marks(view: "views.BlockView", inside: dict[int, int]) -> Iterator[tuple[st
         winner, wins[column] = view.winners[n], (_NOBODY, "dim")
         if winner is not None:
             s = names.index(winner)
-            wins[column] = (_letter(s), _style(s))
+            wins[column] = (views.letter_of(s), _style(s))
             cuts[column] = draw.SITUATIONS[view.sources[s].situations[n]][:2]
     yield "wins", _placed(wins)
     yield "cut", _placed(cuts)
@@ -233,7 +226,7 @@ def _marks(view: "views.BlockView", inside: dict[int, int]) -> Iterator[tuple[st
                 for n, column in inside.items()
                 if source.weights[n] > 0
             }
-            yield f"share {_letter(s)}", _placed(levels)
+            yield f"share {views.letter_of(s)}", _placed(levels)
 
 
 def _placed(marks: dict[int, tuple[str, str]]) -> Text:

@@ -398,11 +398,7 @@ def _sources(gathered: _Gathered, rules: FusionRules, size: int) -> tuple[Source
 def _weights(fused: Fused, sources: int) -> np.ndarray:
     """[S, N] each source's share of the stored fused distributions."""
     weights = np.zeros((sources, len(fused.parts)))
-    mass = (
-        np.bincount(fused.part_of_outcome, weights=fused.masses, minlength=len(fused.lengths))
-        + fused.rest
-    )
-    weights[fused.source, fused.position_of_part] = mass
+    weights[fused.source, fused.position_of_part] = fused.part_weights
     return weights
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusellm.arrays.fused import Fused
-from fusellm.arrays.ragged import Ragged, offsets_of
+from fusellm.arrays.ragged import Ragged
 from fusellm.config import Recipe
 from fusellm.progress import Progress
 from fusellm.store import externalized
@@ -88,13 +88,12 @@ def _asked(columns: dict[str, Any]) -> np.ndarray:
 def _wins(columns: dict[str, Ragged], sources: int) -> np.ndarray:
     """[B, S] positions won, of a record batch of the fused store."""
     parts = columns["parts"]
-    fused = Fused(*(columns[name].values for name in Fused.__dataclass_fields__))
+    flat = {name: column.values for name, column in columns.items() if name != "block"}
+    fused = Fused.of(flat)
     blocks = len(parts.lengths)
     block = np.repeat(np.arange(blocks), parts.lengths)[fused.position_of_part]
-    weight = fused.rest.astype(np.float64)
-    weight += np.bincount(fused.part_of_outcome, weights=fused.masses, minlength=len(weight))
     wins = np.zeros((blocks, sources))
-    np.add.at(wins, (block, fused.source.astype(np.int64)), weight)
+    np.add.at(wins, (block, fused.source.astype(np.int64)), fused.part_weights)
     return wins
 
 
@@ -150,5 +149,4 @@ def grouped(documents: Sequence[DocumentWins], most: int) -> list[list[DocumentW
     [['0', '1'], ['2', '3'], ['4']]
     """
     size = max(-(-len(documents) // most), 1)
-    starts = offsets_of(np.full(-(-len(documents) // size), size))[:-1]
-    return [list(documents[start : start + size]) for start in starts]
+    return [list(documents[n : n + size]) for n in range(0, len(documents), size)]

@@ -4,7 +4,7 @@ N positions of the view; K best tokens; M outcomes and R parts of the fused dist
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -126,10 +126,9 @@ class _Said:
 
     @classmethod
     def concat(cls, several: Sequence["_Said"]) -> "_Said":
-        if not several:
-            none = np.zeros(0)
-            return cls(none, none, none, none, none, none)
-        return cls(*(np.concatenate(column) for column in zip(*map(astuple, several), strict=True)))
+        names = [field.name for field in fields(cls)]
+        none = [np.zeros(0)] if not several else []
+        return cls(*(np.concatenate([getattr(s, name) for s in several] + none) for name in names))
 
 
 def _asked(
@@ -209,10 +208,9 @@ def _divergence(fused: Fused, log_masses: np.ndarray, log_outside: np.ndarray) -
     """
     part, parts = fused.part_of_outcome, len(fused.lengths)
     masses, rest = fused.masses.astype(np.float64), fused.rest.astype(np.float64)
-    weight = np.bincount(part, weights=masses, minlength=parts) + rest
-    weight_of = weight[part]
+    weight = fused.part_weights
     least = np.log(_LEAST)
-    terms = masses * (_log(masses) - _log(weight_of) - np.maximum(log_masses, least))
+    terms = masses * (_log(masses) - _log(weight[part]) - np.maximum(log_masses, least))
     of_part = np.bincount(part, weights=terms, minlength=parts)
     of_part += rest * (_log(rest) - _log(weight) - np.maximum(log_outside, least))
     sums = np.bincount(fused.position_of_part, weights=of_part, minlength=len(fused.parts))

@@ -3,11 +3,21 @@
 T tokens of one model's reading; N target positions that predict; S sources, in the recipe's order.
 """
 
+import string
 from dataclasses import dataclass
 from typing import Any
 
 from fusellm.config import Recipe
 from fusellm.explain.grid import Strip
+
+
+def letter_of(source: int) -> str:
+    """By which a source is named where there is little room; numbers after z.
+
+    >>> letter_of(0), letter_of(25), letter_of(26)
+    ('a', 'z', '27')
+    """
+    return string.ascii_lowercase[source] if source < 26 else str(source + 1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fusellm.explain.views import (
     PositionView,
     Share,
     SourceView,
+    letter_of,
 )
 
 _KEPT, _OUTCOMES, _MEMBERS = 16, 12, 8
@@ -45,7 +46,7 @@ def block_data(view: BlockView) -> dict[str, Any]:
         "boundaries": sorted(drawn.boundaries.values()),
         "rows": rows,
         "spelled": [visible(token) for token in view.target.spelled],
-        "sources": [_source(source) for source in view.sources],
+        "sources": [_source(s, source) for s, source in enumerate(view.sources)],
         "winners": [None if name is None else names.index(name) for name in view.winners],
         "at": None if view.at is None else view.at.position,
     }
@@ -55,14 +56,13 @@ def _rounded(probability: float) -> float:
     return round(probability, 6)
 
 
-def _source(source: SourceView) -> dict[str, Any]:
+def _source(s: int, source: SourceView) -> dict[str, Any]:
     return {
         "name": source.name,
-        "referee": source.referee,
+        "letter": letter_of(s),
         "positions": source.positions,
         "situations": source.situations,
         "weights": [round(weight, 4) for weight in source.weights],
-        "bits_per_byte": source.bits_per_byte,
     }
 
 

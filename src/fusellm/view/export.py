@@ -1,8 +1,7 @@
 """The explorer as files: pages that need no server, with all that they show in them."""
 
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +49,8 @@ def export(
     opened.inspector.wait()
     assert documents is not None
     make_folder(folder.parent)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    fresh.chmod(0o777 & ~_umask())
+    fresh = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    fresh.mkdir()
     try:
         pages = Pages(opened, blocks)
         _write_blocks(opened, pages, fresh, blocks, progress)
@@ -80,12 +79,6 @@ def require_free(folder: Path) -> None:
         raise StoreError(
             f"--export {folder} is there and is no earlier export; give a new folder, or empty it"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _write_blocks(

@@ -59,12 +59,11 @@ class Job(Generic[Made]):
     def __init__(self, what: str, make: Callable[[Silent], Made]) -> None:
         """`make` is given where to say how far it is."""
         self._what, self._make, self._told = what, make, _Told()
-        self._lock, self._thread = Lock(), None
+        self._lock = Lock()
+        self._thread: Thread | None = None
         self._made: list[Made] = []
         self._error: Exception | None = None
         self._was_told = False
-
-    _thread: Thread | None
 
     def start(self) -> "Job[Made]":
         """Begin with it, if that has not been done."""

@@ -1,16 +1,18 @@
 """The target and the models trained from it, loaded when they are asked, kept while they fit."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fusellm.arrays.fused import Fused
+from fusellm.arrays.outcome_sets import OutcomeSets
 from fusellm.config import Recipe
-from fusellm.errors import FusellmError
-from fusellm.explain.block import BlockInspector
+from fusellm.errors import ModelError
 from fusellm.explain.machine import free_memory
 from fusellm.explain.predictions import Predictions, predictions_of
 from fusellm.models.load import default_device, load_model
@@ -47,32 +49,27 @@ class Models:
 
     def ask(
         self,
-        inspector: BlockInspector,
-        lock: Lock,
-        number: int,
-        answer: int | None,
+        ids: np.ndarray,
+        first: int,
+        fused: Fused,
+        sets: Sequence[OutcomeSets],
         progress: Progress,
     ) -> dict[str, Predictions]:
-        """What each says at the positions of a block.
-
-        Args:
-            lock: held while the inspector is asked, and not while the models are.
+        """What each says at the positions of a block; arguments as those of `predictions_of`.
 
         Raises:
             ModelError: a model cannot be loaded, or memory does not suffice.
-            StoreError: there is no such block or answer.
+            NumericsError: a model gives NaN or infinity.
         """
-        with lock:
-            ids, first = inspector.read_by_target(number, answer)
-            fused, sets = inspector.fused(number, answer)
         said = {}
         with progress.start("asking models", len(self.readers), "models") as bar:
             for name, reader in self.readers.items():
                 what = reader.encoder, ids, first, fused, sets
-                try:  # no name is given to the model here: it would keep it from being freed
+                # No name is given to a model here: it would keep it from being freed.
+                with suppress(ModelError):
                     said[name] = predictions_of(self._loaded(name), *what)
-                except FusellmError:
-                    self._forget(*self._kept)  # memory is most often why
+                if name not in said:  # memory is most often why; the error holds none of it now
+                    self._forget(*self._kept)
                     said[name] = predictions_of(self._loaded(name), *what)
                 if self._is_tight(name):
                     self._forget(name)

@@ -1,7 +1,7 @@
 """A run as the explorer has it open: read when it is first asked for, then kept."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -120,9 +120,11 @@ class OpenedRun:
                 waited = time.monotonic() - self._asked_at[number, answer]
                 if waited > _PATIENCE:  # somebody paged through; what is looked at now goes first
                     raise StoreError("nobody waited for it any more; load the page again")
-                return predictions_data(
-                    self._models.ask(self._inspector, self._lock, number, answer, progress)
-                )
+                inspector = self._inspector
+                with self._lock:  # and not while the models are asked
+                    read = inspector.read_by_target(number, answer)
+                    fused = inspector.fused(number, answer)
+                return predictions_data(self._models.ask(*read, *fused, progress))
 
         return Job("loading models", ask)
 
@@ -141,7 +143,7 @@ class OpenedRun:
             raise ArgumentError(f"there is no source {source!r}; known: {known}")
         return self._comparisons[source].start()
 
-    def _comparing(self, source: str) -> Any:
+    def _comparing(self, source: str) -> Callable[[Progress], TokenizerComparison]:
         def compare(progress: Progress) -> TokenizerComparison:
             readers: Mapping[str, Reader] = self._inspector.readers
             pair = readers[source].encoder, readers[TARGET].encoder

@@ -1,17 +1,14 @@
 """The explorer's pages as HTML. What comes from a run is escaped; data stand in them as JSON."""
 
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fusellm.alignment.positions import MEANINGS
 from fusellm.explain.documents import DocumentWins, Passage, grouped
 from fusellm.explain.grid import visible
 from fusellm.explain.tokenizers import TokenizerComparison
-from fusellm.explain.views import BlockView, settings_in_words
+from fusellm.explain.views import BlockView, letter_of, settings_in_words
 from fusellm.stages.report import page as report
 from fusellm.view.data import block_data
 from fusellm.view.opened import OpenedRun
@@ -41,11 +38,6 @@ def asset(name: str) -> str:
     return text
 
 
-def letters(sources: int) -> list[str]:
-    """A letter for each source, by its place; numbers after z."""
-    return [string.ascii_lowercase[s] if s < 26 else str(s + 1) for s in range(sources)]
-
-
 def page_of_block(number: int, answer: int | None = None) -> str:
     """The name of a block's page; of a conversation it shows the first answer.
 
@@ -71,13 +63,7 @@ class Pages:
         self._opened, self._exported = opened, exported
         self._has = None if exported is None else frozenset(exported)
         self._names = [source.name for source in opened.recipe.sources]
-        self._environment = Environment(
-            loader=FileSystemLoader(_PAGES),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        self._environment = report.environment(_PAGES)
 
     def _render(self, template: str, here: str, **values: Any) -> str:
         tokenizers = [
@@ -88,7 +74,7 @@ class Pages:
             "run": _plain(self._opened.recipe.name),
             "policy": SERVED_POLICY if self._has is None else EXPORTED_POLICY,
             "sources": tokenizers,
-            "letters": letters(len(self._names)),
+            "letters": [letter_of(s) for s in range(len(self._names))],
             "here": here,
         }
         return self._environment.get_template(template).render(**(whole | values))
@@ -169,7 +155,7 @@ class Pages:
         return {
             "page": page_of_block(shown[0]) if shown else None,
             "colour": 0 if winner is None else winner % 8 + 1,
-            "letter": "–" if winner is None else letters(len(self._names))[winner],
+            "letter": "–" if winner is None else letter_of(winner),
             "said": f"{named}, {positions:,} positions: {shares}",
         }
 
@@ -308,7 +294,7 @@ def _row(view: BlockView, s: int) -> dict[str, Any]:
     read = [str(len(source.tokens.ids)), *counts, won, bits]
     unread = ["could not read it", *["–"] * (len(_SAID) + 2)]
     return {
-        "letter": letters(len(view.sources))[s],
+        "letter": letter_of(s),
         "name": _plain(source.name),
         "referee": source.referee,
         "cells": read if source.tokens.read else unread,

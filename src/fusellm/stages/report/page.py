@@ -134,10 +134,10 @@ def render(run: ReportedRun) -> str:
     )
 
 
-def environment() -> Environment:
-    """Templates of pages; what comes from a run is escaped in all of them."""
+def environment(folder: Path = Path(__file__).parent) -> Environment:
+    """Templates of pages, in a folder; what comes from a run is escaped in all of them."""
     made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

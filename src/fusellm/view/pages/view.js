@@ -47,7 +47,6 @@
   const block = read("block-data");
   if (!block) return;
   const kept = read("positions-data");
-  const letter = (s) => (s < 26 ? String.fromCharCode(97 + s) : String(s + 1));
   const series = (s) => `s${(s % 8) + 1}`;
   const strips = by("strips"), target = block.rows[0];
   const tokens = new Map();  // of each position the button of the token that it predicts
@@ -142,14 +141,14 @@
           element.setAttribute("aria-label", `${block.spelled[place]}, position ${n}, ` +
             (winner === null ? "nobody" : block.sources[winner].name));
           tokens.set(n, element);
-          const sign = outcome(n) + (winner === null ? "–" : letter(winner));
+          const sign = outcome(n) + (winner === null ? "–" : block.sources[winner].letter);
           put(winners, make("span", "mark", sign), from - start + 1, Math.max(to, from + 1) - start + 1);
         } else element.setAttribute("aria-hidden", "true");
       }
       put(own, element, from - start + 1, to - start + 1);
     }
     block.sources.forEach((source, s) => {
-      const row = rowOf(line, `${letter(s)} ${source.name}`, "source", columns), strip = block.rows[s + 1];
+      const row = rowOf(line, `${source.letter} ${source.name}`, "source", columns), strip = block.rows[s + 1];
       for (const [place, from, to] of pieces(strip, start, end)) {
         const n = predicts[s].get(place), look = n === undefined ? "unaligned" : source.situations[n];
         const element = make("span", `token is ${look}`, strip.cells.slice(from, to).join(""));
@@ -301,7 +300,7 @@
     const cards = make("div", "cards");
     at.before.forEach((one, s) => {
       const source = block.sources[s], card = make("section", "card"), heading = make("h3");
-      heading.append(make("span", `letter ${series(s)}`, letter(s)), ` ${source.name} `,
+      heading.append(make("span", `letter ${series(s)}`, source.letter), ` ${source.name} `,
         make("small", "", `${(100 * source.weights[at.position]).toFixed(0)} % of the fused`));
       card.append(heading);
       if (one.silence !== undefined) card.append(make("p", "", one.silence));
