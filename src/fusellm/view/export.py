@@ -50,7 +50,7 @@ def export(
     assert documents is not None
     make_folder(folder.parent)
     fresh = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    fresh.mkdir()
+    make_folder(fresh)
     try:
         pages = Pages(opened, blocks)
         _write_blocks(opened, pages, fresh, blocks, progress)
